@@ -1,0 +1,49 @@
+# Every verb sets up .venv first when that is missing or stale; `make help` lists the verbs.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python -P -m
+PYTHON_FILES := ltm_pyro models guides studies tests $(wildcard benchmarks examples)
+BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint types bench clean
+
+help:  ## List the verbs.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Install into .venv, exactly as constraints.txt says.
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
+	@touch $@
+
+quickstart: $(STAMP)  ## Train, score and sample a small model on this machine.
+	$(RUN) ltm_pyro.studies.quickstart
+
+test: $(STAMP)  ## Run the tests that take seconds.
+	$(RUN) pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)  ## Run the tests that take minutes.
+	$(RUN) pytest -m slow
+
+lint: $(STAMP)  ## Check style and formatting.
+	$(RUN) ruff check $(PYTHON_FILES)
+	$(RUN) ruff format --check $(PYTHON_FILES)
+
+# mypy follows no import hook, so it gets the package as it looks when installed: a tree of links.
+types: $(STAMP)  ## Check types, strictly.
+	@rm -rf build/types
+	@mkdir -p build/types/ltm_pyro
+	@cp -rs "$(CURDIR)"/ltm_pyro/* "$(CURDIR)/models" "$(CURDIR)/guides" "$(CURDIR)/studies" build/types/ltm_pyro
+	MYPYPATH=build/types $(RUN) mypy -p ltm_pyro
+
+bench: $(STAMP)  ## Run every benchmark.
+	@$(if $(BENCHMARKS),,echo "There is no benchmarks/bench_*.py.")
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(VENV)/bin/python -P "$$file"; done
+
+clean:  ## Remove what was built and cached; .venv and runs stay.
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(PYTHON_FILES) -name __pycache__ -prune -exec rm -rf {} +

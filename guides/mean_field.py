@@ -1,0 +1,50 @@
+"""Mean-field Gaussian: every coordinate of every latent site has a mean and a variance of its own."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ltm_pyro.contracts import SEQUENCES, Batch, Guide, LocalParameters, Model, Start
+from ltm_pyro.sites import Sites, prior_moments, prior_sites, unconstrained
+
+
+class MeanField(Guide):
+    r"""Independent Gaussians on the unconstrained coordinates of every site, one set per sequence.
+
+    .. math:: q(z \mid x_i) = \mathcal{N}(z; \mu_i, \mathrm{diag}\, \sigma_i^2)
+
+    Local parameters: ``{site}_loc`` is μ and ``{site}_log_var`` is log σ², each of shape (B, *event). Sites with
+    constrained support are pushed through `torch.distributions.biject_to`. Source: arXiv 2502.01567, section 2.
+
+    Args:
+        model: whose latent sites q covers; it is looked at once and not kept.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.sites = {name: (fn.support, len(fn.event_shape)) for name, fn in prior_sites(model, 1).items()}
+
+    def start(self, sites: Sites, start: Start) -> LocalParameters:
+        """μ at the prior's mean plus jitter, log σ² at the prior's log-variance plus ``start.log_var``."""
+        local = {}
+        for name in self.sites:
+            mean, variance = prior_moments(sites[name])
+            local[f"{name}_loc"] = mean + start.jitter * variance.sqrt() * torch.randn_like(mean)
+            local[f"{name}_log_var"] = variance.log() + start.log_var
+        return local
+
+    def __call__(self, batch: Batch, local: LocalParameters) -> dict[str, Tensor]:
+        """Samples every site from q, reparameterised."""
+        with pyro.plate(SEQUENCES, batch.size, dim=-1):
+            return {name: pyro.sample(name, self.posterior(name, local)) for name in self.sites}
+
+    def posterior(self, name: str, local: LocalParameters) -> TorchDistribution:
+        """q of one site, batch shape (B,)."""
+        support, event_dim = self.sites[name]
+        normal = dist.Normal(local[f"{name}_loc"], (local[f"{name}_log_var"] / 2).exp())
+        if unconstrained(support):
+            return normal.to_event(event_dim)
+        event = normal.to_event(normal.batch_shape and len(normal.batch_shape) - 1)
+        return dist.TransformedDistribution(event, biject_to(support))

@@ -1,0 +1,66 @@
+"""`ltm data pack`: text to token shards."""
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ltm_pyro.data.manifest import Manifest
+from ltm_pyro.data.pack import pack
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm data pack` to ``parser``."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt or .jsonl file, or a folder of them")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to create")
+    parser.add_argument("--tokenizer", default="bpe:4096", metavar="bpe:SIZE|PATH", help="train one, or load one")
+    parser.add_argument("--seq-len", type=int, default=128, metavar="N", help="tokens a sequence")
+    parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of documents held out")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which documents are held out")
+    parser.add_argument("--force", action="store_true", help="replace an existing pack")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Packs, then prints a table or, under ``--json``, one object; returns 0. Raises `UsageError`."""
+    spinner = (SpinnerColumn(), TextColumn("packing, {task.completed:,.0f} tokens written"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*spinner, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("pack", total=None)
+        manifest = pack(
+            args.inputs,
+            args.out,
+            tokenizer=args.tokenizer,
+            seq_len=args.seq_len,
+            val_fraction=args.val_fraction,
+            seed=args.seed,
+            force=args.force,
+            progress=lambda tokens: bar.advance(task, tokens),
+        )
+    if args.json:
+        print(json.dumps(_summary(manifest, args.out)))
+    else:
+        Console().print(_table(manifest, args.out))
+    return 0
+
+
+def _summary(manifest: Manifest, out: str) -> dict[str, Any]:
+    """The manifest with the shards counted instead of listed."""
+    summary = {"out": out} | manifest.to_dict()
+    for split in summary["splits"].values():
+        split["shards"] = len(split["shards"])
+    return summary
+
+
+def _table(manifest: Manifest, out: str) -> Table:
+    title = f"{out}: sequences of {manifest.seq_len} tokens, vocabulary {manifest.vocabulary:,}"
+    columns = ("documents", "sequences", "tokens", "bytes", "shards")
+    table = Table("split", title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, split in _summary(manifest, out)["splits"].items():
+        table.add_row(name, *(f"{split[column]:,}" for column in columns))
+    return table

@@ -1,0 +1,13 @@
+"""`ltm fit --config FILE [--key value …]`: trains and leaves a run directory."""
+
+import sys
+
+from ltm_pyro.fitting import train
+from ltm_pyro.recipe import read_recipe
+
+
+def run(arguments: list[str]) -> int:
+    """Trains; returns 0. Raises `UsageError`, or `KeyboardInterrupt` once an interrupted run is saved."""
+    path = train(read_recipe(arguments))
+    print(f"Run written to {path}; next: ltm evaluate {path}", file=sys.stderr)
+    return 0

@@ -1,0 +1,39 @@
+"""`ltm flops --config FILE`: what a recipe costs per trained token, as published and as we compute it."""
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from ltm_pyro.flops import ours, published
+from ltm_pyro.recipe import build_module, read_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm flops`."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="a recipe (YAML)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints parameters and FLOPs per token; returns 0."""
+    config = read_recipe(["--config", args.config])
+    module = build_module(config)
+    decoder, inference = module.model.decoder, module.inference
+    theirs, spent = published(decoder, decoder.length, inference.steps), ours(decoder, decoder.length, inference)
+    figures = {
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "published_flops_per_token": theirs.total,
+        "flops_per_token": spent.total,
+        "fast_flops_per_token": spent.fast,
+        "slow_flops_per_token": spent.slow,
+    }
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        table = Table("", "", title=args.config)
+        for name, value in figures.items():
+            table.add_row(name.replace("_", " "), f"{value:,.0f}")
+        Console().print(table)
+    return 0

@@ -1,0 +1,57 @@
+"""`ltm COMMAND …`: finds the command, and turns what a user got wrong into one sentence and exit code 2."""
+
+import argparse
+import sys
+import warnings
+from importlib import import_module
+
+from ltm_pyro.contracts import UsageError
+
+COMMANDS = {  # name -> module and the line of help
+    "data pack": ("ltm_pyro.cli.data", "text or JSONL files -> token shards"),
+    "fit": ("ltm_pyro.cli.fit", "train as a recipe says"),
+    "evaluate": ("ltm_pyro.cli.evaluate", "score held-out text: bounds, perplexity, bits per byte"),
+    "generate": ("ltm_pyro.cli.generate", "write text, freely or behind a prompt"),
+    "flops": ("ltm_pyro.cli.flops", "what a recipe costs per token"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 2 the user can mend it, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name, rest = _split(arguments)
+    warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
+    try:
+        sys.exit(_call(name, rest))
+    except UsageError as error:
+        print(f"ltm {name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interruption:
+        print(f"\nltm {name}: {interruption or 'interrupted.'}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _call(name: str, rest: list[str]) -> int:
+    module, help_line = COMMANDS[name]
+    command = import_module(module)
+    if name == "fit":  # Lightning's conventions, parsed by jsonargparse
+        return command.run(rest)
+    parser = argparse.ArgumentParser(prog=f"ltm {name}", description=f"{help_line}.", allow_abbrev=False)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(rest))
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    if arguments and arguments[0] not in ("-h", "--help", "data"):
+        print(f"ltm: there is no command '{arguments[0]}'; `ltm --help` lists them.", file=sys.stderr)
+        sys.exit(2)
+    print("usage: ltm COMMAND [options]   (ltm COMMAND --help says which)\n")
+    print("\n".join(f"  {name:<12}{line}" for name, (_, line) in COMMANDS.items()))
+    sys.exit(0)

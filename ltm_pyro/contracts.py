@@ -1,0 +1,154 @@
+"""What models, priors and guides agree on: names of sites and plates, shapes, and the batch they share.
+
+Shapes, here and everywhere: B sequences, T tokens, L layers, K thoughts per layer, D width, V vocabulary, S posterior
+samples (particles), N fast steps. A tensor carries its axes as a suffix: ``z_BLKD``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.distributions import Distribution
+
+Z = "z"  # the usual site name of the thoughts; a prior may have others
+TOKENS = "tokens"  # the observed site
+SEQUENCES = "sequences"  # the plate of one batch, dim -1
+PARTICLES = "particles"  # the plate of posterior samples, dim -2
+
+LocalParameters = dict[str, Tensor]  # q's parameters by name, each with leading axis B
+
+
+class UsageError(ValueError):
+    """What a user can get wrong: one sentence with the value and the way out; the command line exits with 2."""
+
+
+class ThoughtShape(NamedTuple):
+    """The shape (L, K, D) of one sequence's thoughts; K = 0 is the plain autoregressive model."""
+
+    layers: int
+    thoughts: int
+    width: int
+
+
+class Batch(NamedTuple):
+    """B sequences of T tokens; ``inputs_BT`` is ``targets_BT`` shifted right behind the start token.
+
+    Every token that ``mask_BT`` keeps is scored exactly once; padding never changes a sequence's terms.
+    ``bytes_B`` counts the UTF-8 bytes of the text behind the targets, for bits per byte. ``stem_BTD`` holds what the
+    model computes once per batch because it does not depend on z.
+    """
+
+    inputs_BT: Int[Tensor, "B T"]
+    targets_BT: Int[Tensor, "B T"]
+    mask_BT: Bool[Tensor, "B T"]
+    ids_B: Int[Tensor, " B"]
+    bytes_B: Int[Tensor, " B"]
+    stem_BTD: Float[Tensor, "B T D"] | None = None
+
+    @property
+    def size(self) -> int:
+        """B, the number of sequences."""
+        return self.inputs_BT.shape[0]
+
+    @property
+    def tokens_B(self) -> Int[Tensor, " B"]:
+        """How many tokens of each sequence are scored."""
+        return self.mask_BT.sum(-1)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch._make(x if x is None else x.to(device, non_blocking=True) for x in self)
+
+
+def make_batch(
+    tokens_BT: Int[Tensor, "B T"],
+    lengths_B: Int[Tensor, " B"],
+    start_token: int,
+    ids_B: Int[Tensor, " B"] | None = None,
+    bytes_B: Int[Tensor, " B"] | None = None,
+) -> Batch:
+    """A `Batch` of right-padded token rows: inputs shifted right behind ``start_token``, mask from ``lengths_B``."""
+    size, length = tokens_BT.shape
+    start_B1 = tokens_BT.new_full((size, 1), start_token)
+    return Batch(
+        inputs_BT=torch.cat([start_B1, tokens_BT[:, :-1]], dim=1),
+        targets_BT=tokens_BT,
+        mask_BT=torch.arange(length, device=tokens_BT.device) < lengths_B[:, None],
+        ids_B=torch.arange(size, device=tokens_BT.device) if ids_B is None else ids_B,
+        bytes_B=lengths_B.new_zeros(size) if bytes_B is None else bytes_B,
+    )
+
+
+class Prior(Protocol):
+    """p(z): any `pyro.sample` statements that together return ``z_BLKD`` inside the plate of sequences."""
+
+    def __call__(self) -> Float[Tensor, "... L K D"]:
+        """Samples the thoughts of every sequence of the surrounding plate."""
+        ...
+
+
+class Model(Protocol):
+    """p(x, z): a Pyro model of one batch. `think` samples the thoughts; calling it also observes the tokens."""
+
+    def think(self, size: int) -> Float[Tensor, "... L K D"]:
+        """Samples z for ``size`` sequences inside the plate `SEQUENCES`."""
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with whatever does not depend on z computed once (``stem_BTD``); may return it unchanged."""
+        ...
+
+    def __call__(self, batch: Batch) -> Any:
+        """Samples z, then observes ``batch.targets_BT`` at the site `TOKENS`."""
+        ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The global parameters: decoder and prior."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The global parameters by name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where q starts: Gaussian guides begin at the prior's mean.
+
+    Args:
+        log_var: log-variance relative to the prior's; 0 is the prior itself, −5 the published code's narrow start.
+        jitter: standard deviation of noise on the means, in prior standard deviations.
+    """
+
+    log_var: float = 0.0
+    jitter: float = 0.0
+
+
+class Guide(ABC):
+    """q(z | x): one family, made for a model. It keeps nothing between batches; its parameters come in and go out."""
+
+    @abstractmethod
+    def __init__(self, model: Model) -> None: ...
+
+    @abstractmethod
+    def start(self, sites: Mapping[str, Distribution], start: Start) -> LocalParameters:
+        """Initial local parameters for the prior's sites (name to distribution, batch shape (B,))."""
+
+    @abstractmethod
+    def __call__(self, batch: Batch, local: LocalParameters) -> Any:
+        """Samples every latent site from q inside the plate `SEQUENCES`."""
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Draws inside depend on the integers ``seed`` alone; the generators are put back afterwards."""
+    mixed = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(int(mixed >> np.uint64(1)))
+        yield

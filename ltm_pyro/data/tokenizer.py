@@ -1,0 +1,118 @@
+"""Byte-level BPE: text to tokens and back without loss, each token a known number of UTF-8 bytes."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ltm_pyro.contracts import UsageError
+
+END_OF_TEXT = "<|endoftext|>"  # stands after every document, and before every sequence as its start token
+SMALLEST_VOCABULARY = 257  # every byte and END_OF_TEXT
+_PROBE = (
+    "The quick-brown fox\u2019s 1,234 jumps!\r\n\t  A\u0308\u00c4 \ufb01 \u4f60\u597d \U0001f600\n\n " + END_OF_TEXT
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE of at most ``vocabulary`` tokens learned from ``texts``; the same texts give the same tokenizer.
+
+    A text too small for that many merges gives fewer tokens: `vocabulary_size` tells.
+    """
+    _check_vocabulary(vocabulary, f"bpe:{vocabulary}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _as_plain_text(tokenizer)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer saved at ``path``; raises `UsageError` unless it is byte-level and has `END_OF_TEXT`."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"tokenizer {path} is not a file; give bpe:SIZE or the path of a tokenizer.json.")
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as error:  # the library raises plain Exception
+        raise UsageError(f"{path} is not a Hugging Face tokenizer.json ({error}); give one or bpe:SIZE.") from error
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise UsageError(f"tokenizer {path} has no token {END_OF_TEXT}; add it as a special token or use bpe:SIZE.")
+    tokenizer = _as_plain_text(tokenizer)
+    if not _is_byte_level(tokenizer):
+        raise UsageError(f"tokenizer {path} does not keep every byte of a text; give a byte-level BPE or use bpe:SIZE.")
+    return tokenizer
+
+
+def parse_tokenizer(spec: str) -> int | Path:
+    """``"bpe:4096"`` is the vocabulary of a tokenizer to train, anything else the path of a saved one."""
+    if not spec.startswith("bpe:"):
+        return Path(spec)
+    size = spec.removeprefix("bpe:")
+    if not size.isascii() or not size.isdigit():
+        raise UsageError(f"tokenizer {spec!r} has no whole number after bpe:; write for example bpe:4096.")
+    _check_vocabulary(int(size), spec)
+    return int(size)
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer's canonical JSON, in hexadecimal."""
+    canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of `END_OF_TEXT`, which is also the start token of every sequence."""
+    return tokenizer.get_vocab()[END_OF_TEXT]
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """V, one more than the largest token id."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def token_bytes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
+    """UTF-8 bytes behind each token: summed over the tokens of a text, exactly its length; 0 for special tokens."""
+    added = tokenizer.get_added_tokens_decoder()
+    bytes_V = np.zeros(vocabulary_size(tokenizer), np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        if index not in added:
+            bytes_V[index] = len(token)  # one letter of the byte-level alphabet for each byte
+        elif not added[index].special:
+            bytes_V[index] = len(token.encode())
+    return bytes_V
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The narrower of uint16 and uint32 that holds every token id."""
+    return np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
+
+
+def _check_vocabulary(vocabulary: int, spec: str) -> None:
+    if vocabulary < SMALLEST_VOCABULARY:
+        raise UsageError(f"tokenizer {spec} is too small for every byte; ask for at least bpe:{SMALLEST_VOCABULARY}.")
+
+
+def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Nothing is cut or padded, and a text that spells a special token is text: no token or byte is lost."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether a text with letters, marks, spaces and emoji comes back whole, with every byte counted."""
+    ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    whole = tokenizer.decode(ids, skip_special_tokens=False) == _PROBE
+    return whole and int(token_bytes(tokenizer)[ids].sum()) == len(_PROBE.encode())

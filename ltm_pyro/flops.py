@@ -1,0 +1,113 @@
+"""What a trained token costs, in floating-point operations: the paper's method, and ours.
+
+Shapes: T tokens, L layers, K thoughts per layer, D width, V vocabulary, W window. A product of an (m, n) and an (n, p)
+matrix counts 2·m·n·p; what is not a matrix product counts nothing.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import nn
+
+from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.layers import CrossAttention, SelfAttention, SwiGLU
+from ltm_pyro.local import LocalInference
+
+
+@runtime_checkable
+class CountedDecoder(Protocol):
+    """A decoder of equal layers, made of the parts in `ltm_pyro.layers`, with a tied embedding."""
+
+    vocabulary: int
+    width: int
+    window: int
+    thought_shape: ThoughtShape
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, the embedding once."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All parts."""
+        ...
+
+
+class Flops(NamedTuple):
+    """FLOPs per trained token: of all fast steps together, and of the slow step."""
+
+    fast: float
+    slow: float
+
+    @property
+    def total(self) -> float:
+        """Fast and slow."""
+        return self.fast + self.slow
+
+
+class _Forward(NamedTuple):
+    """FLOPs per token of one forward pass, by what a backward pass does to them."""
+
+    stem: float  # the first layer's self-attention: z does not enter
+    query: float  # the first layer's cross-attention queries: they come straight from the stem
+    matrices: float  # all other projections of tokens, and the vocabulary's
+    attention: float  # scores and weighted sums after the stem
+    thoughts: float  # keys and values of the thoughts, once per sequence
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def published(decoder: CountedDecoder, length: int, steps: int) -> Flops:
+    r"""What the published method spends per token of a sequence of ``length`` tokens, as its authors count.
+
+    .. math:: (T_\mathrm{fast} + 1) \, (6 N + 6 L D T), \quad N = \text{all parameters of the decoder}
+
+    Every fast step is a whole forward and backward pass. Source: arXiv 2502.01567, its table of model sizes.
+    """
+    parameters = sum(p.numel() for p in decoder.parameters())
+    once = 6.0 * (parameters + decoder.thought_shape.layers * decoder.width * length)
+    return Flops(fast=steps * once, slow=once)
+
+
+def ours(decoder: CountedDecoder, length: int, inference: LocalInference) -> Flops:
+    """What `ltm_pyro.local.learn` spends per token of a sequence of ``length`` tokens.
+
+    A backward pass costs a projection once for its input and once for its weights, an attention product once for each
+    factor. The stem is computed once per batch. Under ``slow_gradient="last"`` a fast step asks for no weights, and the
+    slow step goes over everything; under ``"trajectory"`` every fast step asks for the weights as well, and the slow
+    step is left with the stem alone.
+    """
+    one = _forward(decoder, length)
+    steps = inference.steps if decoder.thought_shape.thoughts else 0
+    if inference.slow_gradient == "trajectory" and steps:
+        return Flops(fast=steps * 3 * (one.total - one.stem), slow=3 * one.stem)
+    climb = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
+    return Flops(fast=steps * climb, slow=3 * one.total - one.thoughts)  # the slow step has no use for z's gradient
+
+
+def _forward(decoder: CountedDecoder, length: int) -> _Forward:
+    layers, thoughts, _ = decoder.thought_shape
+    speak, query = _projections(decoder, SelfAttention), _projections(decoder, CrossAttention, "query")
+    merge, feed = _projections(decoder, CrossAttention, "output"), _projections(decoder, SwiGLU)
+    window = 4.0 * decoder.width * _keys(decoder.window, length)
+    return _Forward(
+        stem=speak + window,
+        query=query,
+        matrices=(layers - 1) * (speak + query) + layers * (merge + feed) + 2.0 * decoder.vocabulary * decoder.width,
+        attention=(layers - 1) * window + layers * 4.0 * decoder.width * thoughts,
+        thoughts=layers * _projections(decoder, CrossAttention, "key", "value") * thoughts / length,
+    )
+
+
+def _keys(window: int, length: int) -> float:
+    """How many keys a query is multiplied with, the padding of the last block shared among the tokens."""
+    blocks = -(-length // window)
+    return length if blocks == 1 else 2.0 * window * blocks * window / length
+
+
+def _projections(decoder: CountedDecoder, kind: type[nn.Module], *parts: str) -> float:
+    """2 · weights that one layer's ``kind`` of sublayer holds, all together or in some ``parts``."""
+    sublayers = [m for m in decoder.modules() if isinstance(m, kind)]
+    holders = [m.get_submodule(part) for m in sublayers for part in parts or ("",)]
+    return 2.0 * sum(p.numel() for m in holders for p in m.parameters()) / decoder.thought_shape.layers

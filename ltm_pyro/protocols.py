@@ -1,0 +1,179 @@
+"""Evaluation protocols: what a figure in nats per token means, and whether it is a bound on −log p(x).
+
+Shapes: B sequences, S posterior samples.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ltm_pyro.contracts import Batch, Guide, Model, UsageError, seeded
+from ltm_pyro.elbo import elbo_terms, log_weights, prior_log_likelihood
+from ltm_pyro.local import LocalInference, LocalState, fit
+
+TOKENS_AT_ONCE = 8_192  # tokens x draws in one pass of the decoder: keeps the logits of a small vocabulary in cache
+
+
+class Totals(NamedTuple):
+    """What a protocol charges each sequence, and the KL in it, in nats."""
+
+    nats_B: Float[Tensor, " B"]
+    kl_B: Float[Tensor, " B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One batch to score: the model, the fitted q, and how many draws to take."""
+
+    model: Model
+    guide: Guide
+    batch: Batch
+    inference: LocalInference
+    samples: int
+    state: LocalState
+
+    def draws(self) -> list[int]:
+        """S cut into chunks that fit in memory."""
+        chunk = max(1, TOKENS_AT_ONCE // self.batch.inputs_BT.numel())
+        return [min(chunk, self.samples - done) for done in range(0, self.samples, chunk)]
+
+
+def bound(problem: Problem) -> Totals:
+    """−ELBO averaged over S draws made after q is final."""
+    p = problem
+    terms = [elbo_terms(p.model, p.guide, p.batch, p.state.parameters, n) for n in p.draws()]
+    kl_B = torch.cat([t.kl_B for t in terms]).mean(0)
+    return Totals(kl_B - torch.cat([t.log_likelihood_B for t in terms]).mean(0), kl_B)
+
+
+def iwae(problem: Problem) -> Totals:
+    r"""−log (1/S) Σ_s p(x, z_s) / q(z_s | x), z_s ~ q after q is final (Burda et al. 2016, arXiv 1509.00519)."""
+    p = problem
+    weights_SB = torch.cat([log_weights(p.model, p.guide, p.batch, p.state.parameters, n) for n in p.draws()])
+    kl_B = elbo_terms(p.model, p.guide, p.batch, p.state.parameters).kl_B
+    return Totals(math.log(p.samples) - weights_SB.logsumexp(0), kl_B)
+
+
+def prior(problem: Problem) -> Totals:
+    """−log p(x | z) averaged over S draws z ~ p(z): the ELBO of q = p, whose KL is 0."""
+    p = problem
+    nats_SB = -torch.cat([prior_log_likelihood(p.model, p.batch, n) for n in p.draws()])
+    return Totals(nats_SB.mean(0), torch.zeros_like(nats_SB[0]))
+
+
+def reused_noise(problem: Problem) -> Totals:
+    """−ELBO at the one draw that the whole fit has seen, as the published code reports it. Not a bound."""
+    p = problem
+    state, _ = fit(p.model, p.guide, p.batch, replace(p.inference, noise="reused"))
+    with seeded(state.noise or 0):
+        terms = elbo_terms(p.model, p.guide, p.batch, state.parameters)
+    return Totals(-terms.elbo_B, terms.kl_B)
+
+
+class Protocol(NamedTuple):
+    """A way to charge a sequence, and whether the charge is an upper bound on −log p(x) in expectation."""
+
+    charge: Callable[[Problem], Totals]
+    is_bound: bool
+
+
+PROTOCOLS = {
+    "bound": Protocol(bound, True),
+    "iwae": Protocol(iwae, True),
+    "prior": Protocol(prior, True),
+    "reused_noise": Protocol(reused_noise, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One protocol's figures over a whole text; ``stderr`` is over sequences, perplexity is exp(nats per token)."""
+
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    stderr_nats_per_token: float
+    kl_nats_per_token: float
+    samples: int
+    is_bound: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was scored, and every protocol's score."""
+
+    tokens: int
+    sequences: int
+    bytes: int
+    protocols: dict[str, Score]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, ready for JSON: what is undefined (a standard error of one sequence) is None."""
+        figures = asdict(self)
+        for score in figures["protocols"].values():
+            score.update({k: None for k, v in score.items() if isinstance(v, float) and math.isnan(v)})
+        return figures
+
+
+def check_protocols(names: Sequence[str]) -> None:
+    """Refuses a name that is no protocol."""
+    for name in names:
+        if name not in PROTOCOLS:
+            raise UsageError(f"Unknown protocol '{name}': choose from {', '.join(PROTOCOLS)}.")
+
+
+def evaluate(
+    model: Model,
+    guide: Guide,
+    batches: Iterable[Batch],
+    inference: LocalInference,
+    protocols: Sequence[str] = tuple(PROTOCOLS),
+    samples: int = 16,
+    seed: int = 0,
+) -> Evaluation:
+    """Fits q to every batch and scores it; the same seed gives the same figures to the last digit.
+
+    Args:
+        samples: S, draws per sequence made after q is final.
+    """
+    check_protocols(protocols)
+    if samples < 1:
+        raise UsageError(f"Samples must be at least 1, got {samples}: a bound needs a draw.")
+    totals: dict[str, list[Totals]] = {name: [] for name in protocols}
+    counts = []
+    for index, batch in enumerate(batches):
+        with seeded(seed, index), torch.no_grad():
+            batch = model.prepare(batch)
+            state, _ = fit(model, guide, batch, inference)
+            problem = Problem(model=model, guide=guide, batch=batch, inference=inference, samples=samples, state=state)
+            for name in protocols:
+                totals[name].append(PROTOCOLS[name].charge(problem))
+        counts.append((batch.tokens_B, batch.bytes_B))
+    tokens_B, bytes_B = (torch.cat(x).double().cpu() for x in zip(*counts, strict=True))
+    return Evaluation(
+        tokens=int(tokens_B.sum()),
+        sequences=len(tokens_B),
+        bytes=int(bytes_B.sum()),
+        protocols={name: _score(name, totals[name], tokens_B, bytes_B, samples) for name in protocols},
+    )
+
+
+def _score(name: str, totals: list[Totals], tokens_B: Tensor, bytes_B: Tensor, samples: int) -> Score:
+    nats_B, kl_B = (torch.cat(x).double().cpu() for x in zip(*totals, strict=True))
+    rate = (nats_B.sum() / tokens_B.sum()).item()
+    spread = (nats_B - rate * tokens_B).std().item() if len(nats_B) > 1 else math.nan
+    total_bytes = bytes_B.sum().item()
+    return Score(
+        nats_per_token=rate,
+        perplexity=math.exp(rate),
+        bits_per_byte=nats_B.sum().item() / math.log(2) / total_bytes if total_bytes else math.nan,
+        stderr_nats_per_token=spread * math.sqrt(len(nats_B)) / tokens_B.sum().item(),
+        kl_nats_per_token=(kl_B.sum() / tokens_B.sum()).item(),
+        samples=1 if name == "reused_noise" else samples,
+        is_bound=PROTOCOLS[name].is_bound,
+    )

@@ -1,0 +1,42 @@
+"""Learning rates: parameter names to optimiser arguments, and how rates move over a fit and over training."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+
+Rates = Callable[[str], dict[str, Any]]  # parameter name -> optimiser arguments, as pyro.optim takes it
+
+
+def parameter_groups(named: Iterable[tuple[str, Tensor]], rates: Rates) -> list[dict[str, Any]]:
+    """Optimiser groups in which parameters with equal arguments stand together, for one fused optimiser over all."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in named:
+        arguments = rates(name)
+        group = groups.setdefault(repr(sorted(arguments.items())), {"params": [], **arguments})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def decay(weight_decay: float) -> Rates:
+    """``weight_decay`` for matrices, none for norms: which slow parameters are pulled towards zero."""
+    return lambda name: {"weight_decay": 0.0 if "norm" in name else weight_decay}
+
+
+def cosine(step: int, steps: int) -> float:
+    """(1 + cos(π step / steps)) / 2: from 1 to nearly 0 within one fit."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def linear(progress: float, first: float, last: float) -> float:
+    """From ``first`` to ``last`` while progress goes from 0 to 1 (the paper's fast rate: 0.3 to 0.34)."""
+    return first + min(max(progress, 0.0), 1.0) * (last - first)
+
+
+def warmup_cosine(progress: float, warmup: float, floor: float) -> float:
+    """Rises linearly over the fraction ``warmup`` of training, then falls as a cosine to ``floor`` times the peak."""
+    if progress < warmup:
+        return progress / warmup
+    after = min((progress - warmup) / (1 - warmup), 1.0)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * after)) / 2

@@ -1,0 +1,110 @@
+"""Recipes: a YAML file and command-line options become module, data and Lightning trainer."""
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.data import read_manifest
+from ltm_pyro.trainer import LTMModule, PackedData
+
+DEFAULTS = {  # by dotted path: this room imports no model and no guide
+    "model.decoder": {"class_path": "ltm_pyro.models.Decoder"},
+    "model.prior": {"class_path": "ltm_pyro.models.GaussianPrior"},
+    "model.joint": {"class_path": "ltm_pyro.models.LatentThoughtModel"},
+    "model.guide": {"class_path": "ltm_pyro.guides.MeanField"},
+    "trainer.check_val_every_n_epoch": None,  # validation counts steps, not passes over the data
+    "trainer.val_check_interval": 1000,
+    "trainer.log_every_n_steps": 10,
+    "trainer.max_epochs": -1,
+}
+OURS = {  # settings of Lightning's trainer that `build` decides
+    *("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "inference_mode"),
+    *("num_sanity_val_steps", "default_root_dir"),
+}
+
+
+def recipe_parser() -> ArgumentParser:
+    """The keys of a recipe: model, data, trainer, and where the run goes."""
+    parser = ArgumentParser(prog="ltm fit", exit_on_error=False, description="Train a Latent-Thought Language Model.")
+    parser.add_argument("--config", action="config", help="a recipe (YAML)")
+    parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
+    parser.add_argument("--force", action="store_true", help="replace an existing run directory")
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help="resume from this checkpoint")
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and noise")
+    parser.add_class_arguments(LTMModule, "model", skip={"seed"})
+    parser.add_class_arguments(PackedData, "data", skip={"seed"})
+    parser.add_class_arguments(pl.Trainer, "trainer", skip=OURS, instantiate=False)
+    parser.set_defaults(DEFAULTS)
+    return parser
+
+
+def read_recipe(arguments: list[str]) -> Namespace:
+    """The options as one configuration; `UsageError` names the key that is wrong."""
+    try:
+        return recipe_parser().parse_args(arguments)
+    except ArgumentError as error:
+        raise UsageError(" ".join(str(error).split())) from None
+
+
+def take_vocabulary(config: Namespace) -> None:
+    """Fills in the data's vocabulary; refuses a recipe that says another, or rows longer than the decoder's length."""
+    manifest = read_manifest(config.data.directory)
+    vocabulary, length = config.model.vocabulary, config.model.decoder.init_args.get("length")
+    if vocabulary not in (None, manifest.vocabulary):
+        raise UsageError(
+            f"The recipe's vocabulary is {vocabulary}, but {config.data.directory} was packed with "
+            f"{manifest.vocabulary} entries: set `model.vocabulary` to {manifest.vocabulary}, or pack the data again."
+        )
+    if length is not None and manifest.seq_len > length:
+        raise UsageError(
+            f"The data's sequences have {manifest.seq_len} tokens, but `model.decoder.length` is {length}: "
+            f"raise it, or pack with --seq-len {length}."
+        )
+    config.model.vocabulary = manifest.vocabulary
+
+
+def build_module(config: Namespace) -> LTMModule:
+    """The module of a configuration, its seed the configuration's."""
+    return _instantiate(config).model
+
+
+def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.Trainer]:
+    """Module, data and trainer; ``trainer`` adds to the recipe's own settings."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advertisements would hide our plan
+    pl.seed_everything(config.seed_everything, verbose=False)
+    objects = _instantiate(config)
+    settings = {**objects.trainer.as_dict(), **trainer}
+    settings["callbacks"] = [*(objects.trainer.callbacks or []), *trainer.get("callbacks", [])]
+    return (
+        objects.model,
+        objects.data,
+        pl.Trainer(
+            **settings,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,  # `LastCheckpoint` does it
+            inference_mode=False,  # validation fits q, which needs gradients
+            num_sanity_val_steps=0,
+        ),
+    )
+
+
+def _instantiate(config: Namespace) -> Namespace:
+    objects = recipe_parser().instantiate(config)
+    objects.model.seed = objects.data.seed = config.seed_everything
+    return objects
+
+
+def dump_recipe(config: Namespace) -> str:
+    """The configuration as YAML, every default written out."""
+    config = config.clone()
+    config.ckpt_path, config.force, config.config = None, False, None
+    return recipe_parser().dump(config, skip_none=False)
+
+
+def parse_recipe(text: str) -> Namespace:
+    """The configuration that `dump_recipe` wrote."""
+    return recipe_parser().parse_string(text)

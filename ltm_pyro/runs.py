@@ -1,0 +1,117 @@
+"""Run directories: where training writes, and how a trained model is taken up again.
+
+A run holds ``config.yaml``, ``tokenizer.json``, ``metrics.csv`` and ``checkpoints/last.ckpt``; the checkpoint alone is
+enough, for recipe and tokenizer travel in it.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from ltm_pyro.contracts import Guide, UsageError
+from ltm_pyro.data import end_of_text
+from ltm_pyro.local import LocalInference
+from ltm_pyro.recipe import build_module, parse_recipe
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+RECIPE = "config.yaml"
+METRICS = "metrics.csv"
+
+
+class Run(NamedTuple):
+    """A trained model with everything needed to score and to write text."""
+
+    model: Any  # a `Model` with a decoder
+    guide: Guide
+    tokenizer: Tokenizer
+    inference: LocalInference  # of evaluation
+    data: str  # the packed directory it was trained on
+    length: int  # T, the longest sequence
+
+    @property
+    def start_token(self) -> int:
+        """The token behind which every sequence begins."""
+        return end_of_text(self.tokenizer)
+
+
+def load_run(path: str | Path) -> Run:
+    """A run directory or a checkpoint, in evaluation mode on the CPU; nothing in it is unpickled."""
+    checkpoint = read_checkpoint(path)
+    texts = checkpoint["ltm_pyro"]
+    config = parse_recipe(texts["recipe"])
+    module = build_module(config)
+    load_weights(module, checkpoint["state_dict"], path)
+    module.eval()
+    return Run(
+        model=module.model,
+        guide=module.guide,
+        tokenizer=Tokenizer.from_str(texts["tokenizer"]),
+        inference=module.evaluation,
+        data=config.data.directory,
+        length=config.model.decoder.init_args.length,
+    )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint file of a run directory, or the file itself, loaded with ``weights_only=True``."""
+    file = checkpoint_path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        raise UsageError(
+            f"{file} is not a checkpoint that can be loaded safely: give one that `ltm fit` wrote."
+        ) from None
+    if not isinstance(checkpoint, dict) or "ltm_pyro" not in checkpoint:
+        raise UsageError(f"{file} was not written by `ltm fit`: it holds no recipe; give one that was.")
+    return checkpoint
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """Where the checkpoint of a run is; a file is taken as it is."""
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"There is no run at {path}: give a run directory or a checkpoint that `ltm fit` wrote.")
+    file = path / CHECKPOINT if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"Run {path} has no checkpoint at {file}: train it first (`ltm fit --run {path} …`).")
+    return file
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Loads a state dict strictly; `UsageError` says the first thing that does not fit."""
+    own = module.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        here, there = (tuple(x[name].shape) if name in x else "absent" for x in (own, weights))
+        if here != there:
+            raise UsageError(
+                f"The checkpoint {source} is of another architecture: '{name}' is {there} there and {here} in the "
+                f"recipe; use the recipe it was trained with."
+            )
+    module.load_state_dict(weights)
+
+
+def check_run(path: Path, force: bool, resumed: str | None) -> None:
+    """Refuses a directory that holds an earlier run; other files there are left alone."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, not a run directory: choose another --run.")
+    if not (force or resumed) and any((path / name).exists() for name in (RECIPE, METRICS, CHECKPOINT)):
+        raise UsageError(f"{path} holds a run already: choose another --run, resume with --ckpt_path, or add --force.")
+
+
+def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
+    """Writes recipe and tokenizer, with ``keep`` beside what is there, else in place of an earlier run's files."""
+    try:
+        if not keep:
+            shutil.rmtree(path / CHECKPOINT.parent, ignore_errors=True)
+            (path / METRICS).unlink(missing_ok=True)
+        (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
+        (path / RECIPE).write_text(recipe, "utf-8")
+        (path / "tokenizer.json").write_text(tokenizer, "utf-8")
+    except OSError as error:
+        raise UsageError(f"Cannot write the run {path}: {error.strerror}; choose another --run.") from None

@@ -1,0 +1,53 @@
+"""The latent sites of a model: found by tracing `think` once."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Distribution, biject_to, constraints
+
+from ltm_pyro.contracts import SEQUENCES, Model, UsageError
+
+Sites = Mapping[str, Distribution]  # name -> the prior's distribution there, batch shape (B,)
+
+
+def prior_sites(model: Model, size: int) -> Sites:
+    """Every latent site inside the plate of sequences, in the order the prior samples it."""
+    with torch.no_grad():
+        nodes: dict[str, Any] = dict(poutine.trace(model.think).get_trace(size).nodes)
+    sites: Sites = {
+        name: node["fn"]
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and _in_sequences(node)
+    }
+    for name, fn in sites.items():
+        if fn.support is not None and fn.support.is_discrete:
+            raise UsageError(
+                f"Prior site '{name}' is discrete, and no guide can follow a gradient there: "
+                f"marginalise it inside the prior (see MixtureSameFamily)."
+            )
+    return sites
+
+
+def _in_sequences(node: Any) -> bool:
+    return any(frame.name == SEQUENCES for frame in node["cond_indep_stack"])
+
+
+def unconstrained(support: constraints.Constraint | None) -> bool:
+    """Whether the support is all of the reals."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def prior_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the prior's unconstrained coordinates; 0 and 1 where it has no closed form for them."""
+    if unconstrained(prior.support):
+        try:
+            return prior.mean.clone(), prior.variance.clone()
+        except NotImplementedError:
+            pass
+    sample = biject_to(prior.support).inv(prior.sample())
+    return torch.zeros_like(sample), torch.ones_like(sample)

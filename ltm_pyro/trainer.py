@@ -1,0 +1,256 @@
+"""Training under Lightning: the fast loop inside `training_step`, the slow step Lightning's. No mathematics here."""
+
+import csv
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pyro.nn import PyroModule
+from pytorch_lightning.callbacks import Callback, Timer
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, seeded
+from ltm_pyro.data import PackedDataset
+from ltm_pyro.elbo import elbo_terms
+from ltm_pyro.local import LocalInference, fit, learn
+from ltm_pyro.rates import decay, linear, parameter_groups, warmup_cosine
+
+SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
+COLUMNS = (
+    *("step", "seconds", "train/loss", "train/kl", "train/fast_rate", "train/slow_rate", "train/tokens_per_second"),
+    *("val/bound", "val/kl"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowRate:
+    """AdamW on the decoder and the prior's parameters (arXiv 2502.01567, algorithm 1, the outer step).
+
+    Args:
+        rate: η_slow, the peak learning rate.
+        warmup: fraction of training over which the rate rises from 0.
+        floor: where the cosine ends, as a fraction of the peak.
+        weight_decay: on matrices; norms have none.
+        betas: Adam's averaging factors.
+    """
+
+    rate: float = 4e-4
+    warmup: float = 0.02
+    floor: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+class LTMModule(pl.LightningModule):
+    """A Latent-Thought Language Model in training.
+
+    Args:
+        decoder: makes p(x | z)'s network for a vocabulary.
+        prior: makes p(z) for a `ThoughtShape`.
+        joint: makes the Pyro model from prior and decoder.
+        guide: makes q's family for the model.
+        inference: local inference while training.
+        evaluation: local inference while validating, and the default of ``ltm evaluate``.
+        slow: the slow step.
+        last_rate: the fast rate at the end of training, reached linearly; ``inference.rate`` throughout when not given.
+        vocabulary: V; the data's when not given.
+        seed: of the noise, together with epoch, batch and rank.
+    """
+
+    def __init__(
+        self,
+        decoder: Callable[[int], nn.Module],
+        prior: Callable[[ThoughtShape], PyroModule],
+        joint: Callable[[PyroModule, nn.Module], PyroModule],
+        guide: Callable[[Model], Guide],
+        inference: LocalInference = LocalInference(),  # noqa: B008 - frozen
+        evaluation: LocalInference = LocalInference(steps=32, rate=0.1),  # noqa: B008
+        slow: SlowRate = SlowRate(),
+        last_rate: float | None = None,
+        vocabulary: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if vocabulary is None:
+            raise UsageError("The model has no vocabulary: set `model.vocabulary`, or give packed data.")
+        network = decoder(vocabulary)
+        self.model = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
+        self.guide = guide(self.model)
+        self.inference, self.evaluation, self.slow, self.seed = inference, evaluation, slow, seed
+        self.last_rate = inference.rate if last_rate is None else last_rate
+
+    @property
+    def progress(self) -> float:
+        """The fraction of training that is done, by steps or by time, whichever is further."""
+        trainer: Any = self.trainer
+        done = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else [0.0]
+        for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):
+            elapsed, left = timer.time_elapsed(), timer.time_remaining()
+            done += [] if left is None else [elapsed / (elapsed + left)]
+        return min(max(done), 1.0)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with the slow schedule, moved by `progress`."""
+        slow = self.slow
+        groups = parameter_groups(self.model.named_parameters(), decay(slow.weight_decay))
+        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, fused=True)
+        schedule = LambdaLR(optimizer, lambda _: warmup_cosine(self.progress, slow.warmup, slow.floor))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
+        inference = replace(self.inference, rate=linear(self.progress, self.inference.rate, self.last_rate))
+        with seeded(self.seed, self.current_epoch, index, self.global_rank):
+            loss, _, info = learn(self.model, self.guide, batch, inference)
+        tokens = batch.mask_BT.sum()
+        kl = info.kl_NB[-1].sum() / tokens if len(info.kl_NB) else torch.zeros(())
+        rates = {"train/fast_rate": inference.rate, "train/slow_rate": self.trainer.optimizers[0].param_groups[0]["lr"]}
+        self.log_dict({"train/loss": loss.detach() / tokens, "train/kl": kl, **rates})
+        return loss / tokens
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Logs the honest bound: one draw after q is final."""
+        if torch.is_inference_mode_enabled():
+            raise UsageError("Validation fits q and needs gradients: build the Trainer with `inference_mode=False`.")
+        with seeded(self.seed, index):
+            state, _ = fit(self.model, self.guide, batch, self.evaluation)
+            terms = elbo_terms(self.model, self.guide, batch, state.parameters)
+        tokens = int(batch.mask_BT.sum())
+        figures = {"val/bound": -terms.elbo_B.sum() / tokens, "val/kl": terms.kl_B.sum() / tokens}
+        self.log_dict(figures, batch_size=tokens, sync_dist=True)
+
+
+class PackedData(pl.LightningDataModule):
+    """Batches of a packed directory (``ltm data pack``).
+
+    Args:
+        directory: the packed data.
+        batch_size: B, sequences per step.
+        workers: processes that read ahead; 0 reads in the training process.
+        seed: of the order.
+    """
+
+    def __init__(self, directory: str, batch_size: int = 32, workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.directory, self.batch_size, self.workers, self.seed = directory, batch_size, workers, seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Full batches, in an order of each epoch's own."""
+        dataset = PackedDataset.open(self.directory, "train")
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=len(dataset) >= self.batch_size,
+            num_workers=self.workers,
+            collate_fn=dataset.collate,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every held-out sequence, in the order of the shards."""
+        dataset = PackedDataset.open(self.directory, "val")
+        return DataLoader(dataset, batch_size=self.batch_size, collate_fn=dataset.collate)
+
+
+class Progress(Callback):
+    """One line on standard error: how far, how fast, how good, how long still."""
+
+    def __init__(self) -> None:
+        columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", TimeElapsedColumn())
+        texts = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+        self._bar = RichProgress(*columns, *texts, console=Console(stderr=True))
+        self._clock = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Shows the bar."""
+        self._task = self._bar.add_task("training", total=1.0, figures="")
+        self._bar.start()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+        """Starts the clock of one step."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, index: int) -> None:
+        """Logs tokens per second and refreshes the line."""
+        speed = batch.inputs_BT.numel() / (time.perf_counter() - self._clock)
+        module.log("train/tokens_per_second", speed)
+        if index % trainer.log_every_n_steps:
+            return
+        figures = trainer.callback_metrics
+        text = "  ".join(f"{name} {figures[k]:.3f}" for k, name in SHOWN.items() if k in figures)
+        self._bar.update(self._task, completed=module.progress, figures=f"{speed:,.0f} tokens/s  {text}")
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Leaves the terminal as it was, also after Ctrl-C."""
+        self._bar.stop()
+
+
+class MetricsFile(Logger):
+    """``metrics.csv`` of a run: one row per logged step, appended to when a run is resumed."""
+
+    name = version = ""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._path, self._began = directory / "metrics.csv", time.monotonic()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Appends a row; columns that a row has no figure for stay empty."""
+        new = not self._path.exists()
+        with self._path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            if new:
+                writer.writeheader()
+            writer.writerow({**metrics, "step": step, "seconds": round(time.monotonic() - self._began, 3)})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run's ``config.yaml`` already says them."""
+
+
+class LastCheckpoint(Callback):
+    """Keeps one checkpoint that is always whole: written beside the old one, then renamed over it.
+
+    It is written every ``every`` steps, at the end, and on Ctrl-C, SIGTERM or an error. Recipe and tokenizer travel in
+    it as plain strings, so that a checkpoint alone is a run and loads without unpickling anything.
+    """
+
+    def __init__(self, path: Path, recipe: str, tokenizer: str, every: int = 500) -> None:
+        self._path, self._every = path, every
+        self._texts = {"recipe": recipe, "tokenizer": tokenizer}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the texts."""
+        checkpoint["ltm_pyro"] = self._texts
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Saves at every ``every``-th step."""
+        if trainer.global_step and trainer.global_step % self._every == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Saves the result."""
+        self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Saves what there is, once training has begun."""
+        if trainer.global_step:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        new = self._path.with_suffix(".new")
+        trainer.save_checkpoint(new, weights_only=False)
+        if trainer.is_global_zero:
+            new.replace(self._path)

@@ -1,0 +1,7 @@
+"""p: what is random in the world. One generative story per file."""
+
+from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.gaussian import GaussianPrior
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+
+__all__ = ["Decoder", "GaussianPrior", "LatentThoughtModel"]

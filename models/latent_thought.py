@@ -1,0 +1,50 @@
+"""A Latent-Thought Language Model as a Pyro program: think (the prior), then speak (the decoder)."""
+
+import pyro
+from jaxtyping import Float
+from ltm_pyro.models.decoder import Decoder
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from ltm_pyro.contracts import SEQUENCES, TOKENS, Batch, Prior
+from ltm_pyro.likelihood import TokenCategorical
+
+
+class LatentThoughtModel(PyroModule):
+    r"""Thoughts from a prior, tokens from a decoder that attends to them (arXiv 2502.01567, section 2).
+
+    .. math:: p(x, z) = p(z) \prod_t p_\beta(x_t \mid z, x_{t-W \ldots t-1})
+
+    In the paper's letters: β is ``decoder.parameters()``, z is what ``prior`` returns.
+
+    Args:
+        prior: a PyroModule whose forward samples the thoughts ``z_BLKD`` of the sequences of the surrounding plate.
+        decoder: the network of p_β; ``decoder.thought_shape`` is (L, K, D).
+    """
+
+    def __init__(self, prior: Prior, decoder: Decoder) -> None:
+        super().__init__()
+        self.prior = prior
+        self.decoder = decoder
+
+    def think(self, size: int) -> Float[Tensor, "... L K D"]:
+        """Samples the thoughts of ``size`` sequences."""
+        with pyro.plate(SEQUENCES, size, dim=-1):
+            return self.prior()
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with the decoder's stem, which no thought enters."""
+        return batch._replace(stem_BTD=self.decoder.stem(batch.inputs_BT))
+
+    def forward(self, batch: Batch) -> Float[Tensor, "... L K D"]:
+        """Samples z, observes the tokens, and returns z.
+
+        With ``batch.targets_BT`` set to None the tokens are sampled, each given the inputs before it.
+        """
+        decoder = self.decoder
+        stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
+        with pyro.plate(SEQUENCES, batch.size, dim=-1):
+            z_BLKD = self.prior()
+            tokens = TokenCategorical(decoder(stem_BTD, z_BLKD), decoder.embedding.weight, batch.mask_BT)
+            pyro.sample(TOKENS, tokens, obs=batch.targets_BT)
+        return z_BLKD

@@ -1,0 +1,169 @@
+"""The quickstart: is thinking worth it on two cores in three minutes? An LTM beside its autoregressive twin.
+
+The corpus is English that every CPython carries, so nothing is downloaded.
+"""
+
+import argparse
+import ast
+import csv
+import json
+import sysconfig
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ltm_pyro.cli.evaluate import evaluate_run
+from ltm_pyro.data import PackedDataset, pack
+from ltm_pyro.fitting import train
+from ltm_pyro.generation import Sampling, generate
+from ltm_pyro.recipe import read_recipe
+from ltm_pyro.runs import Run, load_run
+
+PROMPT = "Return a list of"
+FIGURES = ("bound", "iwae", "prior", "reused_noise", "autoregressive", "unigram")  # nats per held-out token
+
+
+def corpus() -> Iterator[tuple[str, str]]:
+    """(name, text) of the language reference's topics and of every standard-library module's docstrings."""
+    from pydoc_data.topics import topics
+
+    yield from ((f"topic {name}", text) for name, text in sorted(topics.items()))
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if not {"site-packages", "test", "tests", "pydoc_data"} & set(path.relative_to(library).parts):
+            text = "\n\n".join(_docstrings(path))
+            if text:
+                yield f"module {path.relative_to(library)}", text
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # deliberately broken files, such as those of lib2to3
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+def prepare(out: Path) -> Path:
+    """Extracts and packs the corpus once; returns the packed directory."""
+    packed = out / "data"
+    if not packed.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"id": name, "text": text}) + "\n" for name, text in corpus())
+        pack([str(out / "corpus.jsonl")], packed, tokenizer="bpe:1024", seq_len=128, val_fraction=0.04)
+    return packed
+
+
+class Trained(NamedTuple):
+    """A finished training and how long it took."""
+
+    run: Run
+    path: Path
+    seconds: float
+
+
+def fit(out: Path, packed: Path, *options: str) -> Trained:
+    """One training with the quickstart recipe and further options."""
+    recipe = files("ltm_pyro.studies") / "recipes" / "quickstart.yaml"
+    places = ("--run", str(out), "--data.directory", str(packed), "--force")
+    began = time.monotonic()
+    path = train(read_recipe(["--config", str(recipe), *places, *options]))
+    return Trained(load_run(path), path, time.monotonic() - began)
+
+
+def unigram(packed: Path) -> float:
+    """Nats per held-out token under the training tokens' frequencies, each counted once more than seen."""
+    training, held_out = (_tokens(PackedDataset.open(packed, split)) for split in ("train", "val"))
+    vocabulary = PackedDataset.open(packed, "val").manifest.vocabulary
+    counts = np.bincount(training, minlength=vocabulary) + 1
+    return float(-np.log(counts / counts.sum())[held_out].mean())
+
+
+def _tokens(dataset: PackedDataset) -> np.ndarray:
+    kept = np.arange(dataset.tokens_NT.shape[1]) < dataset.lengths_N[:, None]
+    return dataset.tokens_NT[kept]
+
+
+def summarise(packed: Path, thinking: Trained, twin: Trained) -> dict[str, Any]:
+    """Every figure of ``summary.json``; nats per token where nothing else is said."""
+    scores = evaluate_run(thinking.run).protocols
+    figures = {name: score.nats_per_token for name, score in scores.items()}
+    speed = [float(row["train/tokens_per_second"]) for row in metrics(thinking.path) if row["train/tokens_per_second"]]
+    return {
+        **figures,
+        "autoregressive": evaluate_run(twin.run, protocols=["bound"]).protocols["bound"].nats_per_token,
+        "unigram": unigram(packed),
+        "thinking_gain": figures["prior"] - figures["bound"],
+        "thinking_gain_stderr": scores["bound"].stderr_nats_per_token,
+        "tokens_per_second": float(np.median(speed)),
+        "train_seconds": thinking.seconds,
+        "parameters": sum(p.numel() for p in thinking.run.model.parameters()),
+        "samples": generate(thinking.run, samples=3, sampling=Sampling(temperature=0.8, top_p=0.95)),
+        "continuation": PROMPT + generate(thinking.run, PROMPT, sampling=Sampling(temperature=0.8, top_p=0.95))[0],
+    }
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's ``metrics.csv``."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def draw(runs: dict[str, Path], path: Path) -> None:
+    """Held-out nats per token over seconds of training, one curve a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, run in runs.items():
+        rows = [(float(r["seconds"]), float(r["val/bound"])) for r in metrics(run) if r["val/bound"]]
+        axes.plot(*zip(*rows, strict=True), marker="o", markersize=3, label=name)
+    axes.set(xlabel="seconds of training", ylabel="held-out nats per token", title="Quickstart: honest bound")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """The table and the samples."""
+    table = Table("nats per held-out token", "", title="Quickstart")
+    for name in FIGURES:
+        note = "  (not a bound)" if name == "reused_noise" else ""
+        table.add_row(name.replace("_", " ") + note, f"{summary[name]:.3f}")
+    table.add_row("thinking gain (prior - bound)", f"{summary['thinking_gain']:.3f}")
+    console.print(table)
+    for text in summary["samples"]:
+        console.print(f"[dim]from the prior:[/dim] {escape(text.strip())}\n", highlight=False)
+    console.print(f"[dim]behind a prompt:[/dim] {escape(summary['continuation'])}", highlight=False)
+
+
+def main() -> None:
+    """Packs, trains both models, scores them on held-out documents, and writes summary and picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where everything goes")
+    options, further = parser.parse_known_args()
+    console, out = Console(), options.out
+    packed = prepare(out)
+    console.print("Training the Latent-Thought model, then its autoregressive twin, for the same time each.")
+    thinking = fit(out, packed, *further)
+    twin = fit(out / "autoregressive", packed, "--model.decoder.init_args.thoughts", "0", *further)
+    summary = summarise(packed, thinking, twin)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    draw({"Latent-Thought": thinking.path, "autoregressive": twin.path}, out / "training.png")
+    show(summary, console)
+    console.print(f"Written: {out}/summary.json, {out}/training.png. Next: ltm evaluate {out}")
+
+
+if __name__ == "__main__":
+    main()

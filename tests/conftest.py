@@ -1,0 +1,99 @@
+"""The ground every test stands on: shapes checked at every call, one seed, float64, and no flag left changed."""
+
+import random
+import sys
+from typing import runtime_checkable
+
+from jaxtyping import install_import_hook
+
+assert "ltm_pyro" not in sys.modules, "ltm_pyro was imported before its shape checks were on"
+
+from ltm_pyro import contracts  # noqa: E402
+
+for protocol in (contracts.Model, contracts.Prior):
+    runtime_checkable(protocol)  # beartype asks isinstance
+install_import_hook("ltm_pyro", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")  # int is a float
+
+import numpy as np  # noqa: E402
+import pyro  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from ltm_pyro.models.decoder import Decoder  # noqa: E402
+from ltm_pyro.models.gaussian import GaussianPrior  # noqa: E402
+from ltm_pyro.models.latent_thought import LatentThoughtModel  # noqa: E402
+
+from ltm_pyro.contracts import Batch, make_batch  # noqa: E402
+
+pyro.enable_validation(True)
+
+FLAGS = {  # name -> how to read it, how to put it back
+    "torch default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch anomaly mode": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "torch deterministic algorithms": (
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+    ),
+    "torch float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch threads": (torch.get_num_threads, torch.set_num_threads),
+    "pyro settings": (pyro.settings.get, lambda before: pyro.settings.set(**before)),
+}
+
+
+def pytest_configure(config):
+    """Pyro's distributions inherit from old spellings of `typing`, about which beartype warns."""
+    old_spelling = "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
+    config.addinivalue_line("filterwarnings", old_spelling)
+
+
+@pytest.fixture(autouse=True)
+def same_ground():
+    """Every test starts from one seed, in float64, and fails when it leaves a global flag changed."""
+    outside = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = {name: read() for name, (read, _) in FLAGS.items()}
+    yield
+    after = {name: read() for name, (read, _) in FLAGS.items()}
+    for name, (_, restore) in FLAGS.items():
+        restore(before[name])
+    torch.set_default_dtype(outside)
+    changed = {name: (before[name], after[name]) for name in FLAGS if before[name] != after[name]}
+    assert not changed, f"the test left global flags changed (before, after): {changed}"
+
+
+@pytest.fixture
+def tiny_decoder():
+    """Makes a decoder of a few hundred parameters; any of its arguments can be changed by name."""
+
+    def make(**changes) -> Decoder:
+        tiny = {"vocabulary": 11, "layers": 2, "width": 8, "heads": 2, "thoughts": 3, "window": 4, "length": 16}
+        return Decoder(**tiny | changes)
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(tiny_decoder):
+    """Makes a `LatentThoughtModel` of the paper's prior and a tiny decoder, changed by name."""
+
+    def make(**changes) -> LatentThoughtModel:
+        decoder = tiny_decoder(**changes)
+        return LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
+
+    return make
+
+
+@pytest.fixture
+def tiny_batch():
+    """Makes a batch of random tokens; sequence i is i tokens shorter than the first, and a token is two bytes."""
+
+    def make(size: int = 3, length: int = 7, vocabulary: int = 11) -> Batch:
+        lengths_B = (length - torch.arange(size)).clamp(min=1)
+        tokens_BT = torch.randint(1, vocabulary, (size, length))
+        return make_batch(tokens_BT, lengths_B, start_token=0, bytes_B=2 * lengths_B)
+
+    return make

@@ -1,0 +1,147 @@
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.data.documents import Document, read_documents
+from ltm_pyro.data.manifest import read_manifest
+from ltm_pyro.data.pack import pack
+from ltm_pyro.data.rows import pack_rows
+from ltm_pyro.data.shards import read_rows
+from ltm_pyro.data.tokenizer import end_of_text, load_tokenizer, train_tokenizer
+
+TOKENIZER = train_tokenizer(["the cat sat on the mat"], 270)
+END = end_of_text(TOKENIZER)
+
+
+def texts_of(rows, tokenizer):
+    """The documents behind the rows, read back from the tokens alone."""
+    tokens = np.concatenate([row.tokens_T[: row.length] for row in rows])
+    ends = np.flatnonzero(tokens == end_of_text(tokenizer))
+    assert ends[-1] == len(tokens) - 1
+    return [tokenizer.decode(part[part != end_of_text(tokenizer)]) for part in np.split(tokens, ends[:-1] + 1)]
+
+
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=5), st.integers(1, 20))
+def test_rows_lose_nothing(texts, seq_len):
+    rows = list(pack_rows([Document(f"t:{i}", text) for i, text in enumerate(texts)], TOKENIZER, seq_len))
+    assert texts_of(rows, TOKENIZER) == texts
+    assert [row.id for row in rows] == list(range(len(rows)))
+    assert all(row.length == seq_len for row in rows[:-1])
+    assert all(len(row.tokens_T) == seq_len and (row.tokens_T[row.length :] == END).all() for row in rows)
+    assert sum(row.bytes for row in rows) == sum(len(text.encode()) for text in texts)
+
+
+def test_rows_name_their_documents():
+    rows = list(pack_rows([Document("a:0", "xy"), Document("a:1", "z"), Document("b:0", "xyxyx")], TOKENIZER, 4))
+    assert [row.documents for row in rows] == [("a:0", "a:1"), ("a:1", "b:0"), ("b:0",)]
+    assert [(row.length, row.bytes) for row in rows] == [(4, 3), (4, 3), (3, 2)]
+
+
+def test_pack_comes_back_as_the_documents(corpus, packed):
+    tokenizer, manifest = load_tokenizer(packed / "tokenizer.json"), read_manifest(packed)
+    back = {split: texts_of(list(read_rows(packed, split)), tokenizer) for split in ("train", "val")}
+    texts = [document.text for document in read_documents([corpus])]
+    assert sorted(back["train"] + back["val"]) == sorted(texts)
+    assert back["train"] == [text for text in texts if text in back["train"]]
+    for name, split in manifest.splits.items():
+        rows = list(read_rows(packed, name))
+        assert split.documents == len(back[name])
+        assert split.sequences == len(rows) == sum(shard.sequences for shard in split.shards)
+        assert split.tokens == sum(row.length for row in rows) == sum(shard.tokens for shard in split.shards)
+        assert split.bytes == sum(len(text.encode()) for text in back[name]) == sum(row.bytes for row in rows)
+    assert len(manifest.splits["train"].shards) > 1
+    assert {row.tokens_T.dtype for row in read_rows(packed, "val")} == {np.dtype(np.uint16)}
+
+
+def test_equal_texts_fall_on_one_side(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text number {i % 7}"}) + "\n" for i in range(70)))
+    pack([path], tmp_path / "out", tokenizer="bpe:260", seq_len=8, val_fraction=0.4)
+    tokenizer = load_tokenizer(tmp_path / "out/tokenizer.json")
+    train, val = (set(texts_of(list(read_rows(tmp_path / "out", side)), tokenizer)) for side in ("train", "val"))
+    assert not train & val
+    assert len(train) + len(val) == 7
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_two_texts_are_one_on_each_side(tmp_path, fraction):
+    path = tmp_path / "a.txt"
+    path.write_text("one text of some length\n\n\nanother text of some length")
+    splits = pack([path], tmp_path / "out", tokenizer="bpe:260", seq_len=8, val_fraction=fraction).splits
+    assert (splits["train"].documents, splits["val"].documents) == (1, 1)
+
+
+def test_nothing_is_held_out_of_one_document_or_at_fraction_zero(corpus, tmp_path):
+    (tmp_path / "a.txt").write_text("a single document of text")
+    assert list(pack([tmp_path / "a.txt"], tmp_path / "one", tokenizer="bpe:260", seq_len=8).splits) == ["train"]
+    manifest = pack([corpus], tmp_path / "all", tokenizer="bpe:260", seq_len=8, val_fraction=0.0)
+    assert list(manifest.splits) == ["train"]
+
+
+def test_tokenizer_is_trained_on_training_text_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abababababab\n\n\ncdcdcdcdcdcd")
+    pack([path], tmp_path / "out", tokenizer="bpe:270", seq_len=2, val_fraction=0.5)
+    tokenizer = load_tokenizer(tmp_path / "out/tokenizer.json")
+    (held_out,) = texts_of(list(read_rows(tmp_path / "out", "val")), tokenizer)
+    assert len(tokenizer.encode(held_out).ids) == 12
+
+
+def test_the_seed_moves_documents_and_a_saved_tokenizer_is_kept(corpus, packed, tmp_path):
+    saved = str(packed / "tokenizer.json")
+    manifest = pack([corpus], tmp_path / "out", tokenizer=saved, seq_len=16, val_fraction=0.2, seed=1)
+    assert manifest.tokenizer_hash == read_manifest(packed).tokenizer_hash
+    names = [{n for row in read_rows(folder, "val") for n in row.documents} for folder in (packed, tmp_path / "out")]
+    assert names[0] != names[1]
+
+
+def test_another_process_writes_the_same_bytes(corpus, packed, tmp_path):
+    code = "import sys; from ltm_pyro.data.pack import pack; pack([sys.argv[1]], sys.argv[2], tokenizer='bpe:300', "
+    code += "seq_len=16, val_fraction=0.2, shard_rows=20)"
+    subprocess.run([sys.executable, "-c", code, str(corpus), str(tmp_path / "out")], check=True)
+    assert digests(tmp_path / "out") == digests(packed)
+
+
+def test_progress_is_told_of_every_token(corpus, tmp_path):
+    told = []
+    manifest = pack([corpus], tmp_path / "out", tokenizer="bpe:300", shard_rows=5, progress=told.append)
+    assert sum(told) == sum(split.tokens for split in manifest.splits.values())
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+REFUSED = [
+    ({"seq_len": 0}, "seq_len 0 leaves no token in a sequence; give at least 1."),
+    ({"val_fraction": 1.0}, "val_fraction 1.0 leaves nothing to train on; give a number from 0 to below 1."),
+    ({"val_fraction": float("nan")}, "val_fraction nan leaves nothing to train on"),
+    ({"seq_len": 100_000}, r"tokens, fewer than one sequence of 100000; add text or lower seq_len."),
+    ({"tokenizer": "bpe:x"}, "tokenizer 'bpe:x' has no whole number"),
+    ({"tokenizer": "no.json"}, "tokenizer no.json is not a file"),
+    ({"inputs": []}, "no input was given; name a .txt or .jsonl file or a folder of them."),
+    ({"inputs": ["no.txt"]}, "no.txt does not exist"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_refused_pack_leaves_nothing_behind(corpus, tmp_path, change, message):
+    settings = {"inputs": [corpus], "out": tmp_path / "deep/out", "tokenizer": "bpe:260"} | change
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        pack(settings.pop("inputs"), settings.pop("out"), **settings)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_documents_cannot_be_divided(tmp_path):
+    (tmp_path / "a.txt").write_text("same\n\n\nsame")
+    with pytest.raises(UsageError, match="all 2 documents are the same, so none can be held out; add others or set"):
+        pack([tmp_path / "a.txt"], tmp_path / "out", seq_len=2)

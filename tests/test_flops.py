@@ -1,0 +1,67 @@
+"""The counts of `ltm_pyro.flops` against the paper's table and against torch's own counter of matrix products."""
+
+from contextlib import nullcontext
+from importlib import resources
+
+import pytest
+import yaml
+from ltm_pyro.guides.mean_field import MeanField
+from ltm_pyro.models.decoder import Decoder
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ltm_pyro.flops import ours, published
+from ltm_pyro.local import LocalInference, learn
+
+
+class NoModules(nullcontext):
+    """Instead of torch's tracker of modules, which cannot follow `torch.autograd.grad` to parameters."""
+
+    parents = ("Global",)
+
+
+def counted_per_token(model, batch, inference) -> float:
+    """What torch counts in one call of `learn` and its backward pass; only the plain attention kernel is countable."""
+    guide = MeanField(model)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        loss, _, _ = learn(model, guide, batch, inference)
+        loss.backward()
+    return counter.get_total_flops() / batch.inputs_BT.numel()
+
+
+@pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"window": 8, "length": 32},
+        {"window": 8, "length": 27},  # the last block is padded
+        {"window": 32, "length": 32},
+        {"window": 8, "length": 32, "thoughts": 0},
+        {"window": 8, "length": 32, "layers": 1},
+        {"window": 8, "length": 32, "thought_width": 8, "kv_heads": 2},
+    ],
+    ids=str,
+)
+def test_ours_is_what_torch_counts(tiny_model, tiny_batch, shape, steps, slow_gradient):
+    model = tiny_model(**{"vocabulary": 50, "layers": 3, "width": 32, "heads": 4, "thoughts": 4} | shape)
+    batch = tiny_batch(size=2, length=shape["length"], vocabulary=50)
+    inference = LocalInference(steps=steps, slow_gradient=slow_gradient)
+    flops = ours(model.decoder, shape["length"], inference)
+    assert flops.total == pytest.approx(counted_per_token(model, batch, inference), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "gflops"),
+    [("ltm-small", 38e6, 4.07), ("ltm-medium", 51e6, 5.52), ("ltm-large", 76e6, 32.2)],
+)
+def test_recipes_meet_the_papers_table(recipe, parameters, gflops):
+    text = resources.files("ltm_pyro.studies").joinpath("recipes", f"{recipe}.yaml").read_text()
+    settings = yaml.safe_load(text)["model"]
+    arguments = settings["decoder"]["init_args"]
+    decoder = Decoder(settings["vocabulary"], **arguments)
+    steps = settings["inference"]["steps"]
+    assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(parameters, rel=0.01)
+    assert published(decoder, arguments["length"], steps).total == pytest.approx(gflops * 1e9, rel=0.002)
