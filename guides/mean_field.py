@@ -1,9 +1,10 @@
 """Mean-field Gaussian: every coordinate of every latent site has a mean and a variance of its own."""
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -40,7 +41,7 @@ class MeanField(Guide):
         with pyro.plate(SEQUENCES, batch.size, dim=-1):
             return {name: pyro.sample(name, self.posterior(name, local)) for name in self.sites}
 
-    def posterior(self, name: str, local: LocalParameters) -> TorchDistribution:
+    def posterior(self, name: str, local: LocalParameters) -> Any:
         """q of one site, batch shape (B,)."""
         support, event_dim = self.sites[name]
         normal = dist.Normal(local[f"{name}_loc"], (local[f"{name}_log_var"] / 2).exp())

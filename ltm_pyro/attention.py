@@ -29,31 +29,40 @@ def window_attention(
     q_BHTC: Float[Tensor, "B H T C"], k_BHTC: Float[Tensor, "B H T C"], v_BHTC: Float[Tensor, "B H T C"], window: int
 ) -> Float[Tensor, "B H T C"]:
     """What `dense_attention` computes, in 2·T·W work: blocks of W queries look at their own and the previous block."""
-    size, _, length, _ = q_BHTC.shape
+    length = q_BHTC.shape[2]
     if length <= window:
-        return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, is_causal=True)
+        return attend(q_BHTC, k_BHTC, v_BHTC, window_mask(length, length, window, q_BHTC.device))
     blocks = -(-length // window)
-    padding = blocks * window - length
-    q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q_BHTC, k_BHTC, v_BHTC))
+    q, k, v = (
+        F.pad(x, (0, 0, 0, blocks * window - length)).unflatten(2, (blocks, window)) for x in (q_BHTC, k_BHTC, v_BHTC)
+    )
     mask_bWM = window_mask(window, 2 * window, window, q.device).repeat(blocks, 1, 1)
     mask_bWM[0, :, :window] = False  # before the first block there is nothing
-    out = F.scaled_dot_product_attention(
-        q.unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1),
-        _with_previous_block(k, blocks),
-        _with_previous_block(v, blocks),
-        attn_mask=mask_bWM[:, None].repeat(size, 1, 1, 1),
-    )
-    return out.unflatten(0, (size, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    out_BHbWC = attend(q, _with_previous_block(k), _with_previous_block(v), mask_bWM)
+    return out_BHbWC.flatten(2, 3)[:, :, :length]
 
 
-def _with_previous_block(x_BHTC: Tensor, blocks: int) -> Tensor:
-    x_BHbWC = x_BHTC.unflatten(2, (blocks, -1))
+def _with_previous_block(x_BHbWC: Tensor) -> Tensor:
     previous = F.pad(x_BHbWC, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-    return torch.cat([previous, x_BHbWC], dim=3).transpose(1, 2).flatten(0, 1)
+    return torch.cat([previous, x_BHbWC], dim=3)
 
 
 def cross_attention(
     q_BHTC: Float[Tensor, "B H T C"], k_BHKC: Float[Tensor, "B H K C"], v_BHKC: Float[Tensor, "B H K C"]
 ) -> Float[Tensor, "B H T C"]:
     """softmax(q kᵀ / √C) v: every token looks at every thought of its layer."""
-    return F.scaled_dot_product_attention(q_BHTC, k_BHKC, v_BHKC)
+    return attend(q_BHTC, k_BHKC, v_BHKC)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."] | None = None) -> Tensor:
+    """softmax(q kᵀ / √C) v where ``mask`` is True.
+
+    On CUDA torch's fused kernels; on a CPU plain matrix products, whose backward in bfloat16 is four to eleven times
+    as fast as the fused one at our block sizes.
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v

@@ -108,6 +108,12 @@ class Model(Protocol):
         """Samples z, then observes ``batch.targets_BT`` at the site `TOKENS`."""
         ...
 
+    training: bool
+
+    def train(self, mode: bool = True) -> Any:
+        """Training or evaluation mode, as of every `torch.nn.Module`."""
+        ...
+
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The global parameters: decoder and prior."""
         ...

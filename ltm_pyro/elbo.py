@@ -48,6 +48,13 @@ def elbo_terms(
     return ElboTerms(log_likelihood_B, kl_B.expand_as(log_likelihood_B))
 
 
+def average_terms(model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int) -> ElboTerms:
+    """The terms averaged over S draws; one draw carries no particle axis through the decoder."""
+    if particles == 1:
+        return elbo_terms(model, guide, batch, local)
+    return ElboTerms(*(x.mean(0) for x in elbo_terms(model, guide, batch, local, particles)))
+
+
 def log_weights(
     model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int
 ) -> Float[Tensor, "S B"]:

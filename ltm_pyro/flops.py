@@ -22,6 +22,7 @@ class CountedDecoder(Protocol):
     width: int
     window: int
     thought_shape: ThoughtShape
+    listening: bool
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters, the embedding once."""
@@ -90,6 +91,8 @@ def _forward(decoder: CountedDecoder, length: int) -> _Forward:
     layers, thoughts, _ = decoder.thought_shape
     speak, query = _projections(decoder, SelfAttention), _projections(decoder, CrossAttention, "query")
     merge, feed = _projections(decoder, CrossAttention, "output"), _projections(decoder, SwiGLU)
+    if not decoder.listening:
+        thoughts, query, merge = 0, 0.0, 0.0
     window = 4.0 * decoder.width * _keys(decoder.window, length)
     return _Forward(
         stem=speak + window,
@@ -103,7 +106,7 @@ def _forward(decoder: CountedDecoder, length: int) -> _Forward:
 def _keys(window: int, length: int) -> float:
     """How many keys a query is multiplied with, the padding of the last block shared among the tokens."""
     blocks = -(-length // window)
-    return length if blocks == 1 else 2.0 * window * blocks * window / length
+    return float(length) if blocks == 1 else 2.0 * window * blocks * window / length
 
 
 def _projections(decoder: CountedDecoder, kind: type[nn.Module], *parts: str) -> float:

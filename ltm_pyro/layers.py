@@ -41,7 +41,7 @@ class Attention(nn.Module):
         return rotary(self.query(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2), first)
 
     def keys_values(
-        self, memory_BMD: Float[Tensor, "B M D"], first: int = 0
+        self, memory_BMD: Float[Tensor, "B M memory"], first: int = 0
     ) -> tuple[Float[Tensor, "B H M C"], Float[Tensor, "B H M C"]]:
         """Rotated keys, and values, of tokens or thoughts at positions ``first``, ``first + 1``, …"""
         k, v = (p(memory_BMD).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for p in (self.key, self.value))
@@ -68,7 +68,7 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of tokens to the K thoughts of their layer; tokens and thoughts each carry rotary positions."""
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"], z_BKD: Float[Tensor, "B K D"]) -> Float[Tensor, "B T D"]:
+    def forward(self, x_BTD: Float[Tensor, "B T D"], z_BKD: Float[Tensor, "B K thought"]) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
         return self.merge(cross_attention(self.queries(x_BTD), *self.keys_values(z_BKD)))
 

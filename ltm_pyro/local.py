@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, UsageError, seeded
-from ltm_pyro.elbo import elbo_terms
+from ltm_pyro.elbo import ElboTerms, average_terms
 from ltm_pyro.rates import Rates, cosine, parameter_groups
 from ltm_pyro.sites import prior_sites
 
@@ -31,6 +31,8 @@ class LocalInference:
             code does, for comparison only: its ELBO is no bound.
         slow_gradient: what the decoder follows: the ELBO at the ``last`` q, or its gradient averaged over the
             ``trajectory`` of fast steps.
+        particles: draws of z per fast step, averaged.
+        kl_weight: multiplies the KL in what q and the decoder climb; 1 is the ELBO.
     """
 
     steps: int = 16
@@ -39,10 +41,18 @@ class LocalInference:
     start: Start = field(default_factory=Start)
     noise: Literal["fresh", "reused"] = "fresh"
     slow_gradient: Literal["last", "trajectory"] = "trajectory"
+    particles: int = 1
+    kl_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UsageError(f"Fast steps must not be negative, got {self.steps}: choose 0 or more.")
+        if self.particles < 1:
+            raise UsageError(f"Particles must be at least 1, got {self.particles}: every step needs a draw of z.")
+
+    def loss(self, terms: ElboTerms) -> Float[Tensor, ""]:
+        """What is descended: −Σ (log p(x | z) − kl_weight · KL), in nats."""
+        return (self.kl_weight * terms.kl_B - terms.log_likelihood_B).sum()
 
     def factor(self, step: int) -> float:
         """What the rate is multiplied by at a step."""
@@ -106,10 +116,10 @@ def learn(
     if inference.slow_gradient == "trajectory" and climb.steps:
         average = _AverageGradient(model, climb.batch.stem_BTD, prepared.stem_BTD)
         state, info = climb.run(average)
-        return average.loss(-info.elbo_NB.sum(1).mean()), state, info
+        return average.loss(inference.loss(ElboTerms(*info)) / len(info.kl_NB)), state, info
     with frozen(model):
         state, info = climb.run()
-    return -elbo_terms(model, guide, prepared, state.parameters).elbo_B.sum(), state, info
+    return inference.loss(average_terms(model, guide, prepared, state.parameters, inference.particles)), state, info
 
 
 def _cut(batch: Batch) -> Batch:
@@ -120,7 +130,13 @@ def _cut(batch: Batch) -> Batch:
 
 @contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """No global parameter asks for a gradient inside, so that none is computed and no activation kept for it."""
+    """No global parameter asks for a gradient inside, so that none is computed and no activation kept for it.
+
+    The model is in evaluation mode there: q belongs to the decoder without dropout, and Pyro expects it of frozen
+    parameters.
+    """
+    training = model.training
+    model.train(False)
     learning = [p for p in model.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -129,6 +145,7 @@ def frozen(model: Model) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+        model.train(training)
 
 
 class _Climb:
@@ -168,9 +185,9 @@ class _Climb:
             group["lr"] = rate * self.inference.factor(step)
         local = list(self.local.values())
         with torch.enable_grad(), nullcontext() if self.noise is None else seeded(self.noise):
-            terms = elbo_terms(self.model, self.guide, self.batch, self.local)
+            terms = average_terms(self.model, self.guide, self.batch, self.local, self.inference.particles)
             wanted = local + average.tensors if average else local
-            gradients = torch.autograd.grad(-terms.elbo_B.sum(), wanted, allow_unused=average is not None)
+            gradients = torch.autograd.grad(self.inference.loss(terms), wanted, allow_unused=average is not None)
         for parameter, gradient in zip(local, gradients, strict=False):
             parameter.grad = gradient
         if average:

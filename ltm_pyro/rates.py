@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+Points = list[tuple[float, float]]  # (fraction of training, value)
 Rates = Callable[[str], dict[str, Any]]  # parameter name -> optimiser arguments, as pyro.optim takes it
 
 
@@ -29,9 +31,9 @@ def cosine(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def linear(progress: float, first: float, last: float) -> float:
-    """From ``first`` to ``last`` while progress goes from 0 to 1 (the paper's fast rate: 0.3 to 0.34)."""
-    return first + min(max(progress, 0.0), 1.0) * (last - first)
+def interpolate(points: Points, progress: float) -> float:
+    """The value at a fraction of training on the straight lines between (progress, value) points; flat outside."""
+    return float(np.interp(progress, [x for x, _ in points], [y for _, y in points]))
 
 
 def warmup_cosine(progress: float, warmup: float, floor: float) -> float:

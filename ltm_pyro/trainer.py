@@ -3,7 +3,7 @@
 import csv
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +23,14 @@ from torch.utils.data import DataLoader
 from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, seeded
 from ltm_pyro.data import PackedDataset
 from ltm_pyro.elbo import elbo_terms
+from ltm_pyro.flops import ours
 from ltm_pyro.local import LocalInference, fit, learn
-from ltm_pyro.rates import decay, linear, parameter_groups, warmup_cosine
+from ltm_pyro.rates import Points, decay, interpolate, parameter_groups, warmup_cosine
 
 SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
 COLUMNS = (
     *("step", "seconds", "train/loss", "train/kl", "train/fast_rate", "train/slow_rate", "train/tokens_per_second"),
-    *("val/bound", "val/kl"),
+    *("val/bound", "val/kl", "train/flops", "train/fast_steps"),
 )
 
 
@@ -52,6 +53,35 @@ class SlowRate:
     betas: tuple[float, float] = (0.9, 0.95)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """Schedules over training: (progress, value) points with straight lines between; None keeps local inference's own.
+
+    Args:
+        steps: T_fast, rounded; while it is 0 the decoder trains without thoughts (the autoregressive warm start).
+        rate: the fast rate (the paper's: 0.3 to 0.34).
+        log_var: the start's log-variance, relative to the prior's (narrow to prior: −5 to 0).
+        kl_weight: of the KL in the objective.
+        particles: draws of z per fast step, rounded.
+    """
+
+    steps: Points | None = None
+    rate: Points | None = None
+    log_var: Points | None = None
+    kl_weight: Points | None = None
+    particles: Points | None = None
+
+    def at(self, progress: float, inference: LocalInference) -> LocalInference:
+        """Local inference at a fraction of training."""
+        values: dict[str, Any] = {
+            name: interpolate(points, progress) for name, points in asdict(self).items() if points
+        }
+        if "log_var" in values:
+            values["start"] = replace(inference.start, log_var=values.pop("log_var"))
+        values.update({name: round(values[name]) for name in ("steps", "particles") if name in values})
+        return replace(inference, **values)
+
+
 class LTMModule(pl.LightningModule):
     """A Latent-Thought Language Model in training.
 
@@ -63,10 +93,13 @@ class LTMModule(pl.LightningModule):
         inference: local inference while training.
         evaluation: local inference while validating, and the default of ``ltm evaluate``.
         slow: the slow step.
-        last_rate: the fast rate at the end of training, reached linearly; ``inference.rate`` throughout when not given.
+        curriculum: how local inference changes over training.
+        max_flops: training ends when it has spent so many floating-point operations.
         vocabulary: V; the data's when not given.
         seed: of the noise, together with epoch, batch and rank.
     """
+
+    flops: Tensor
 
     def __init__(
         self,
@@ -77,7 +110,8 @@ class LTMModule(pl.LightningModule):
         inference: LocalInference = LocalInference(),  # noqa: B008 - frozen
         evaluation: LocalInference = LocalInference(steps=32, rate=0.1),  # noqa: B008
         slow: SlowRate = SlowRate(),
-        last_rate: float | None = None,
+        curriculum: Curriculum = Curriculum(),
+        max_flops: float | None = None,
         vocabulary: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -85,39 +119,61 @@ class LTMModule(pl.LightningModule):
         if vocabulary is None:
             raise UsageError("The model has no vocabulary: set `model.vocabulary`, or give packed data.")
         network = decoder(vocabulary)
-        self.model = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
+        self.model: Any = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
         self.guide = guide(self.model)
         self.inference, self.evaluation, self.slow, self.seed = inference, evaluation, slow, seed
-        self.last_rate = inference.rate if last_rate is None else last_rate
+        self.curriculum, self.max_flops = curriculum, max_flops
+        self.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # spent so far; travels in checkpoints
 
     @property
     def progress(self) -> float:
-        """The fraction of training that is done, by steps or by time, whichever is further."""
+        """The fraction of training that is done, by steps, time or FLOPs, whichever is furthest."""
         trainer: Any = self.trainer
         done = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else [0.0]
         for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):
             elapsed, left = timer.time_elapsed(), timer.time_remaining()
             done += [] if left is None else [elapsed / (elapsed + left)]
+        if self.max_flops:
+            done.append(self.flops.item() / self.max_flops)
         return min(max(done), 1.0)
 
     def configure_optimizers(self) -> Any:
         """AdamW with the slow schedule, moved by `progress`."""
         slow = self.slow
         groups = parameter_groups(self.model.named_parameters(), decay(slow.weight_decay))
-        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, foreach=True)
         schedule = LambdaLR(optimizer, lambda _: warmup_cosine(self.progress, slow.warmup, slow.floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
-        inference = replace(self.inference, rate=linear(self.progress, self.inference.rate, self.last_rate))
+        inference = self.curriculum.at(self.progress, self.inference)
+        self.model.decoder.listening = inference.steps > 0
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             loss, _, info = learn(self.model, self.guide, batch, inference)
         tokens = batch.mask_BT.sum()
         kl = info.kl_NB[-1].sum() / tokens if len(info.kl_NB) else torch.zeros(())
-        rates = {"train/fast_rate": inference.rate, "train/slow_rate": self.trainer.optimizers[0].param_groups[0]["lr"]}
-        self.log_dict({"train/loss": loss.detach() / tokens, "train/kl": kl, **rates})
+        self.flops += batch.inputs_BT.numel() * ours(self.model.decoder, batch.inputs_BT.shape[1], inference).total
+        self.log_dict(
+            {
+                "train/loss": loss.detach() / tokens,
+                "train/kl": kl,
+                "train/fast_rate": inference.rate,
+                "train/slow_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+                "train/fast_steps": float(inference.steps),
+                "train/flops": self.flops.clone(),
+            }
+        )
         return loss / tokens
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        """Ends training at ``max_flops``."""
+        if self.max_flops and self.progress >= 1:
+            self.trainer.should_stop = True
+
+    def on_validation_start(self) -> None:
+        """The bound is of the whole model, also while it trains without thoughts."""
+        self.model.decoder.listening = True
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Logs the honest bound: one draw after q is final."""

@@ -25,14 +25,20 @@ class Block(nn.Module):
             self.cross_attention = CrossAttention(width, heads, kv_heads, thought_width)
         self.norm_forward, self.feed_forward = nn.RMSNorm(width), SwiGLU(width)
 
-    def speak(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """The part that does not depend on this layer's thoughts."""
+    def attend_to_tokens(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The self-attention."""
         return x_BTD + self.self_attention(self.norm_self(x_BTD))
 
-    def listen(self, x_BTD: Float[Tensor, "B T D"], z_BKD: Float[Tensor, "B K D"]) -> Float[Tensor, "B T D"]:
-        """The part that does: cross-attention (absent when K = 0) and the feed-forward."""
-        if self.cross_attention is not None and self.norm_cross is not None:
-            x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), z_BKD)
+    def attend_to_thoughts(
+        self, x_BTD: Float[Tensor, "B T D"], z_BKD: Float[Tensor, "B K thought"]
+    ) -> Float[Tensor, "B T D"]:
+        """The cross-attention to this layer's thoughts; absent when K = 0."""
+        if self.cross_attention is None or self.norm_cross is None:
+            return x_BTD
+        return x_BTD + self.cross_attention(self.norm_cross(x_BTD), z_BKD)
+
+    def transform(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The feed-forward."""
         return x_BTD + self.feed_forward(self.norm_forward(x_BTD))
 
 
@@ -52,6 +58,8 @@ class Decoder(nn.Module):
         length: T, the longest sequence the model is meant for.
         thought_width: width of a thought, D when not given.
         kv_heads: key and value heads, a divisor of ``heads`` (grouped attention); ``heads`` when not given.
+        quiet_thoughts: the cross-attention's output starts at zero, so that thoughts can be added to a decoder that
+            has learned to speak without them: the first bound then equals the autoregressive loss.
     """
 
     def __init__(
@@ -65,24 +73,31 @@ class Decoder(nn.Module):
         length: int = 1024,
         thought_width: int | None = None,
         kv_heads: int | None = None,
+        quiet_thoughts: bool = False,
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or heads
         _check_heads(width, heads, kv_heads)
         self.vocabulary, self.width, self.window, self.length = vocabulary, width, window, length
         self.thought_shape = ThoughtShape(layers, thoughts, thought_width or width)
+        self.listening = True  # False leaves the cross-attention out, as the first stage of a warm start does
         memory = self.thought_shape.width if thoughts else None
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, memory) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        self._initialise(layers)
+        self._initialise(layers, quiet_thoughts)
 
-    def _initialise(self, layers: int) -> None:
-        """Normal(0, 0.02); what is added to the residual stream is smaller by √(2L), as in GPT-2."""
+    def _initialise(self, layers: int, quiet_thoughts: bool) -> None:
+        """Normal(0, 0.02); what is added to the residual stream is smaller by √(2L), as in GPT-2.
+
+        With ``quiet_thoughts`` the cross-attention adds exactly nothing at first.
+        """
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+            if quiet_thoughts and name.endswith("cross_attention.output.weight"):
+                nn.init.zeros_(weight)
 
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
@@ -94,17 +109,18 @@ class Decoder(nn.Module):
                 f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
                 f"cut the text, or train with a larger `length`."
             )
-        return self._layers()[0].speak(self.embedding(inputs_BT))
+        return self._layers()[0].attend_to_tokens(self.embedding(inputs_BT))
 
     def forward(
-        self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K D"]
+        self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"]
     ) -> Float[Tensor, "... B T D"]:
         """Hidden states before the vocabulary projection, for every particle of z."""
         lead = z_BLKD.shape[:-4]
         z_LBKD = z_BLKD.flatten(0, len(lead)).unbind(1) if lead else z_BLKD.unbind(1)
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
         for index, (block, z_BKD) in enumerate(zip(self._layers(), z_LBKD, strict=True)):
-            x_BTD = block.listen(x_BTD if index == 0 else block.speak(x_BTD), z_BKD)
+            x_BTD = x_BTD if index == 0 else block.attend_to_tokens(x_BTD)
+            x_BTD = block.transform(block.attend_to_thoughts(x_BTD, z_BKD) if self.listening else x_BTD)
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
 
 

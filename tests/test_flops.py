@@ -32,7 +32,7 @@ def counted_per_token(model, batch, inference) -> float:
 
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
-@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(
     "shape",
     [

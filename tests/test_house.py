@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import pkgutil
 import statistics
 import sys
 import tomllib
@@ -10,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-import ltm_pyro
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {  # room -> rooms it may import from
@@ -95,12 +92,10 @@ def test_no_bare_import_of_a_room():
 
 
 def test_every_module_loads_once():
-    for module in pkgutil.walk_packages(ltm_pyro.__path__, "ltm_pyro."):
-        importlib.import_module(module.name)
-    for name in ("models", "guides", "studies"):
-        package = importlib.import_module(f"ltm_pyro.{name}")
-        for module in pkgutil.walk_packages(package.__path__, f"ltm_pyro.{name}."):
-            importlib.import_module(module.name)
+    for path in (path.relative_to(ROOT) for path in FILES if path.name != "__main__.py"):
+        parts = path.with_suffix("").parts
+        name = ".".join(parts if parts[0] == "ltm_pyro" else ("ltm_pyro", *parts)).removesuffix(".__init__")
+        importlib.import_module(name)
     assert not {"models", "guides", "studies"} & set(sys.modules)
 
 
