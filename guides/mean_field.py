@@ -41,11 +41,19 @@ class MeanField(Guide):
         with pyro.plate(SEQUENCES, batch.size, dim=-1):
             return {name: pyro.sample(name, self.posterior(name, local)) for name in self.sites}
 
+    def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
+        """σ² ∇_μ and 2 ∇_(log σ²): the Fisher information of μ is 1/σ², that of log σ² is 1/2."""
+        natural = {}
+        for name in self.sites:
+            natural[f"{name}_loc"] = local[f"{name}_log_var"].exp() * gradients[f"{name}_loc"]
+            natural[f"{name}_log_var"] = 2 * gradients[f"{name}_log_var"]
+        return natural
+
     def posterior(self, name: str, local: LocalParameters) -> Any:
         """q of one site, batch shape (B,)."""
         support, event_dim = self.sites[name]
         normal = dist.Normal(local[f"{name}_loc"], (local[f"{name}_log_var"] / 2).exp())
         if unconstrained(support):
             return normal.to_event(event_dim)
-        event = normal.to_event(normal.batch_shape and len(normal.batch_shape) - 1)
+        event = normal.to_event(len(normal.batch_shape) - 1)
         return dist.TransformedDistribution(event, biject_to(support))

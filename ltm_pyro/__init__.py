@@ -1,0 +1,70 @@
+"""Latent-Thought Language Models as Pyro programs: the public names, each loaded when it is first asked for.
+
+What is random in the world is in `ltm_pyro.models`, what we believe after seeing a sequence in `ltm_pyro.guides`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ltm_pyro.contracts import Batch, Guide, Model, Prior, Start, ThoughtShape, UsageError, make_batch
+    from ltm_pyro.elbo import ElboTerms, elbo_terms
+    from ltm_pyro.evaluation import evaluate_run
+    from ltm_pyro.generation import Sampling, generate
+    from ltm_pyro.inference import LocalInference, LocalInfo, LocalState
+    from ltm_pyro.local import fit, learn
+    from ltm_pyro.posterior import LocalPosterior
+    from ltm_pyro.protocols import Evaluation, evaluate
+    from ltm_pyro.runs import Run, load_run
+    from ltm_pyro.svi import DualRateSVI
+
+__all__ = [
+    "Batch",
+    "DualRateSVI",
+    "ElboTerms",
+    "Evaluation",
+    "Guide",
+    "LocalInference",
+    "LocalInfo",
+    "LocalPosterior",
+    "LocalState",
+    "Model",
+    "Prior",
+    "Run",
+    "Sampling",
+    "Start",
+    "ThoughtShape",
+    "UsageError",
+    "elbo_terms",
+    "evaluate",
+    "evaluate_run",
+    "fit",
+    "generate",
+    "learn",
+    "load_run",
+    "make_batch",
+]
+
+_HOMES = {
+    "contracts": ("Batch", "Guide", "Model", "Prior", "Start", "ThoughtShape", "UsageError", "make_batch"),
+    "elbo": ("ElboTerms", "elbo_terms"),
+    "evaluation": ("evaluate_run",),
+    "generation": ("Sampling", "generate"),
+    "inference": ("LocalInference", "LocalInfo", "LocalState"),
+    "local": ("fit", "learn"),
+    "posterior": ("LocalPosterior",),
+    "protocols": ("Evaluation", "evaluate"),
+    "runs": ("Run", "load_run"),
+    "svi": ("DualRateSVI",),
+}
+
+
+def __getattr__(name: str) -> Any:  # so that `ltm --help` and `import ltm_pyro` need not wait for torch and Lightning
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"ltm_pyro.{home}"), name)
+    raise AttributeError(f"module 'ltm_pyro' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

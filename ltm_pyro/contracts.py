@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,17 @@ class Batch(NamedTuple):
     bytes_B: Int[Tensor, " B"]
     stem_BTD: Float[Tensor, "B T D"] | None = None
 
+    def crop(self, first: int, last: int) -> "Batch":
+        """The tokens up to ``last``, scored from ``first`` on; what comes later is not even read."""
+        kept_T = torch.arange(last, device=self.mask_BT.device) >= first
+        stem_BTD = None if self.stem_BTD is None else self.stem_BTD[:, :last]
+        inputs_BT, targets_BT, mask_BT = (x[:, :last] for x in self[:3])
+        return self._replace(inputs_BT=inputs_BT, targets_BT=targets_BT, mask_BT=mask_BT & kept_T, stem_BTD=stem_BTD)
+
+    def select(self, index_B: Int[Tensor, " b"]) -> "Batch":
+        """Some of the sequences."""
+        return Batch._make(x if x is None else x[index_B] for x in self)
+
     @property
     def size(self) -> int:
         """B, the number of sequences."""
@@ -85,6 +96,7 @@ def make_batch(
     )
 
 
+@runtime_checkable
 class Prior(Protocol):
     """p(z): any `pyro.sample` statements that together return ``z_BLKD`` inside the plate of sequences."""
 
@@ -93,6 +105,7 @@ class Prior(Protocol):
         ...
 
 
+@runtime_checkable
 class Model(Protocol):
     """p(x, z): a Pyro model of one batch. `think` samples the thoughts; calling it also observes the tokens."""
 
@@ -149,6 +162,10 @@ class Guide(ABC):
     @abstractmethod
     def __call__(self, batch: Batch, local: LocalParameters) -> Any:
         """Samples every latent site from q inside the plate `SEQUENCES`."""
+
+    def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
+        """F⁻¹ ∇: the gradients in the geometry of q, F its Fisher information (Amari 1998)."""
+        raise UsageError(f"{type(self).__name__} has no natural gradient: choose the optimizer adam, adamw or sgd.")
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Shapes: S particles, B sequences.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
+from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model, UsageError
+from ltm_pyro.noise import Antithetic
 
 
 class ElboTerms(NamedTuple):
@@ -31,55 +33,101 @@ class ElboTerms(NamedTuple):
         return self.log_likelihood_B - self.kl_B
 
 
+class Draws(NamedTuple):
+    """How the ELBO is drawn: S particles or one without an axis, mirrored or not, KL exact or along the path."""
+
+    particles: int | None = None
+    antithetic: bool = False
+    path: bool = False
+
+
 def elbo_terms(
-    model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int | None = None
+    model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws | None = None
 ) -> ElboTerms:
     r"""One draw (or S draws) of the ELBO's terms.
 
     .. math:: \mathrm{ELBO} = E_q[\log p(x \mid z)] - \mathrm{KL}(q(z \mid x) \,\|\, p(z))
 
-    The KL is exact at every site where torch knows it, and log q − log p at the draw elsewhere. Unlike Pyro's own
-    estimators it never waits for the device. Source: arXiv 2502.01567, equation 4.
+    The KL is exact at every site where torch knows it, and log q − log p at the draw elsewhere; with ``draws.path``
+    it is the latter everywhere, q's parameters held fixed inside log q. Unlike Pyro's own estimators it never waits
+    for the device. Source: arXiv 2502.01567, equation 4.
     """
-    q, p = traces(model, guide, batch, local, particles)
-    sites = _sampled(p)
-    log_likelihood_B = _total(_log_prob(node) for name, node in sites.items() if name not in q.nodes)
-    kl_B = _total(_kl(node, sites[name]) for name, node in _latent(q).items())
+    draws = draws or Draws()
+    q, p = traces(model, guide, batch, local, draws)
+    prior, posterior = _sampled(p), _latent(q)
+    log_likelihood_B = _total(_log_prob(node) for name, node in prior.items() if name not in posterior)
+    if draws.path:
+        posterior = _latent(_replayed(guide, q, batch, {name: x.detach() for name, x in local.items()}, draws))
+    kl = _sampled_kl if draws.path else _kl
+    kl_B = _total(kl(node, prior[name]) for name, node in posterior.items())
     return ElboTerms(log_likelihood_B, kl_B.expand_as(log_likelihood_B))
 
 
-def average_terms(model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int) -> ElboTerms:
+def average_terms(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> ElboTerms:
     """The terms averaged over S draws; one draw carries no particle axis through the decoder."""
-    if particles == 1:
-        return elbo_terms(model, guide, batch, local)
-    return ElboTerms(*(x.mean(0) for x in elbo_terms(model, guide, batch, local, particles)))
+    if draws.particles == 1:
+        return elbo_terms(model, guide, batch, local, draws._replace(particles=None))
+    return ElboTerms(*(x.mean(0) for x in elbo_terms(model, guide, batch, local, draws)))
 
 
 def log_weights(
     model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int
 ) -> Float[Tensor, "S B"]:
     """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the importance weights of the evidence."""
-    q, p = traces(model, guide, batch, local, particles)
+    q, p = traces(model, guide, batch, local, Draws(particles))
     return _total(map(_log_prob, _sampled(p).values())) - _total(map(_log_prob, _latent(q).values()))
 
 
 def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
     """log p(x | z) at S draws z ~ p(z), in nats."""
-    with pyro.plate(PARTICLES, particles, dim=-2):
+    with quiet(), pyro.plate(PARTICLES, particles, dim=-2):
         p = prune_subsample_sites(poutine.trace(model).get_trace(batch))
     return _total(_log_prob(node) for node in _sampled(p).values() if node["is_observed"])
 
 
-def traces(
-    model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int | None
-) -> tuple[Trace, Trace]:
+def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> tuple[Trace, Trace]:
     """The guide's trace, and the model's replayed against it; S particles become a plate left of the sequences."""
-    if particles is None:
-        q = poutine.trace(guide).get_trace(batch, local)
-        p = poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
-        return prune_subsample_sites(q), prune_subsample_sites(p)
-    with pyro.plate(PARTICLES, particles, dim=-2):
-        return traces(model, guide, batch, local, None)
+    with quiet():
+        with Antithetic() if draws.antithetic else nullcontext(), _particles(draws):  # outside, to see the plate
+            q = prune_subsample_sites(poutine.trace(guide).get_trace(batch, local))
+        with _particles(draws):
+            p = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=q)).get_trace(batch))
+    check_sites(_latent(q), _latent(p))
+    return q, p
+
+
+def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
+    """Refuses a guide that misses a latent site of the model, or has one too many."""
+    guide, model = set(guide), set(model)
+    if missing := sorted(model - guide):
+        raise UsageError(
+            f"The guide has no site '{missing[0]}', which the model samples; its sites are {sorted(guide)}. "
+            f"Sample it in the guide, or marginalise it in the prior."
+        )
+    if extra := sorted(guide - model):
+        raise UsageError(
+            f"The guide samples '{extra[0]}', which the model does not have; the model's sites are {sorted(model)}. "
+            f"Rename it, or remove it from the guide."
+        )
+
+
+def _replayed(guide: Guide, q: Trace, batch: Batch, local: LocalParameters, draws: Draws) -> Trace:
+    with quiet(), _particles(draws):
+        return prune_subsample_sites(poutine.trace(poutine.replay(guide, trace=q)).get_trace(batch, local))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
+
+    Validation waits for the device at every site, and lets one sequence's non-finite parameters stop all the others.
+    """
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        yield
+
+
+def _particles(draws: Draws) -> Any:
+    return nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:
@@ -98,8 +146,12 @@ def _log_prob(node: Any) -> Tensor:
     return node["fn"].log_prob(node["value"])
 
 
+def _sampled_kl(q: Any, p: Any) -> Tensor:
+    return _log_prob(q) - _log_prob(p)
+
+
 def _kl(q: Any, p: Any) -> Tensor:
     try:
         return kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
-        return _log_prob(q) - _log_prob(p)
+        return _sampled_kl(q, p)

@@ -8,12 +8,24 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import load_tokenizer, read_manifest
+from ltm_pyro.data.tokenizer import tokenizer_hash
 from ltm_pyro.flops import ours
-from ltm_pyro.recipe import build, dump_recipe, take_vocabulary
-from ltm_pyro.runs import CHECKPOINT, check_run, load_weights, read_checkpoint, write_run
+from ltm_pyro.recipe import build, check_budget, dump_recipe, take_vocabulary
+from ltm_pyro.runs import (
+    CHECKPOINT,
+    METRICS,
+    RECIPE,
+    TOKENIZER,
+    check_run,
+    checkpoint_path,
+    load_weights,
+    read_checkpoint,
+    write_run,
+)
 from ltm_pyro.trainer import LastCheckpoint, LTMModule, MetricsFile, Progress
 
 NOISE = ".*(does not have many workers|LeafSpec|lr_scheduler.step|`isinstance.treespec|Experiment logs).*"
@@ -28,38 +40,54 @@ def train(config: Namespace) -> Path:
 
     Raises `UsageError` before anything is written, `Interrupted` after Ctrl-C once the checkpoint is safe.
     """
+    check_budget(config)
     take_vocabulary(config)
-    run, resumed = Path(config.run), config.ckpt_path
-    weights = read_checkpoint(resumed)["state_dict"] if resumed else None
-    check_run(run, config.force, resumed)
-    tokenizer = load_tokenizer(Path(config.data.directory) / "tokenizer.json").to_str()
-    recipe = dump_recipe(config)
-    checkpoint = LastCheckpoint(run / CHECKPOINT, recipe, tokenizer)
-    module, data, trainer = build(config, callbacks=[Progress(), checkpoint], logger=MetricsFile(run))
-    if weights is not None:
-        load_weights(module, weights, resumed)
-    write_run(run, recipe, tokenizer, keep=resumed is not None)
-    Console(stderr=True).print(plan(module, config))
+    run, resumed = Path(config.run), checkpoint_path(config.ckpt_path) if config.ckpt_path else None
+    keep = resumed is not None and resumed.resolve().is_relative_to(run.resolve())
+    check_run(run, config.force, keep)
+    tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
+    recipe, text = dump_recipe(config), tokenizer.to_str()
+    callbacks = [Progress(), LastCheckpoint(run / CHECKPOINT, recipe, text)]
+    module, data, trainer = build(config, callbacks=callbacks, logger=MetricsFile(run / METRICS))
+    if resumed:
+        _check_resumable(resumed, module, tokenizer)
+    shown = plan(module, config)
+    write_run(run, recipe, text, keep)
+    Console(stderr=True).print(shown)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
-        _fit(trainer, module, data, config)
+        _fit(trainer, module, data, run, resumed)
     return run
 
 
-def _fit(trainer: Any, module: LTMModule, data: Any, config: Namespace) -> None:
+def _check_resumable(checkpoint: Path, module: LTMModule, tokenizer: Tokenizer) -> None:
+    """Refuses a checkpoint of another architecture, or one that has learned another vocabulary than the data's."""
+    content = read_checkpoint(checkpoint)
+    load_weights(module, content["state_dict"], checkpoint)
+    if tokenizer_hash(Tokenizer.from_str(content["ltm_pyro"]["tokenizer"])) != tokenizer_hash(tokenizer):
+        raise UsageError(
+            f"The checkpoint {checkpoint} was trained with another tokenizer than the data's: pack the data again "
+            f"with --tokenizer and the run's {TOKENIZER}."
+        )
+
+
+def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | None) -> None:
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except SystemExit:  # how Lightning leaves after Ctrl-C
+        if not (run / CHECKPOINT).exists():
+            raise Interrupted(f"interrupted before the first step; {run} holds no checkpoint yet.") from None
         raise Interrupted(
-            f"Interrupted at step {trainer.global_step}; go on with: "
-            f"ltm fit --config {config.run}/config.yaml --ckpt_path {Path(config.run) / CHECKPOINT}"
+            f"interrupted at step {trainer.global_step}; "
+            f"go on with: ltm fit --config {run / RECIPE} --ckpt_path {run / CHECKPOINT}"
         ) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        saved = (run / CHECKPOINT).exists()
+        advice = f"resume with --ckpt_path {run / CHECKPOINT}" if saved else "train again with --force"
         raise UsageError(
-            f"The disk under {config.run} is full at step {trainer.global_step}: the last whole checkpoint is kept; "
-            f"free some room and resume with --ckpt_path {Path(config.run) / CHECKPOINT}."
+            f"The disk under {run} is full at step {trainer.global_step}: free some room and {advice}."
         ) from None
 
 
@@ -70,6 +98,7 @@ def plan(module: LTMModule, config: Namespace) -> Table:
     table = Table("plan", "", title=str(config.run), title_justify="left")
     parameters = sum(p.numel() for p in module.model.parameters())
     table.add_row("parameters", f"{parameters:,}")
+    table.add_row("precision", str(config.trainer.precision or "32-true"))
     table.add_row("thoughts per sequence (L x K x D)", " x ".join(map(str, decoder.thought_shape)))
     table.add_row("fast steps, slow gradient", f"{module.inference.steps}, {module.inference.slow_gradient}")
     table.add_row("FLOPs per token, fast + slow", f"{spent.fast / 1e6:,.1f} M + {spent.slow / 1e6:,.1f} M")

@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from torch import nn
 
 from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.inference import LocalInference
 from ltm_pyro.layers import CrossAttention, SelfAttention, SwiGLU
-from ltm_pyro.local import LocalInference
 
 
 @runtime_checkable

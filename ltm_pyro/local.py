@@ -1,12 +1,10 @@
 """Local inference: a few fast gradient steps find each sequence's own posterior while the decoder stands still.
 
-Shapes: B sequences, N fast steps.
+Shapes: B sequences, b of them, N fast steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,69 +12,13 @@ from torch import Tensor
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, UsageError, seeded
 from ltm_pyro.elbo import ElboTerms, average_terms
-from ltm_pyro.rates import Rates, cosine, parameter_groups
+from ltm_pyro.fast import OPTIMIZERS
+from ltm_pyro.inference import LocalInference, LocalInfo, LocalState, Stop
+from ltm_pyro.rates import Rates
 from ltm_pyro.sites import prior_sites
+from ltm_pyro.trajectory import AverageGradient
 
-
-@dataclass(frozen=True, kw_only=True)
-class LocalInference:
-    """How q is found (arXiv 2502.01567, algorithm 1, the inner loop).
-
-    Args:
-        steps: T_fast, fast steps per fit.
-        rate: η_fast, Adam's learning rate on the local parameters.
-        schedule: how the rate moves within a fit.
-        start: where q begins.
-        noise: ``fresh`` draws z anew at every step; ``reused`` repeats one draw through the whole fit, as the published
-            code does, for comparison only: its ELBO is no bound.
-        slow_gradient: what the decoder follows: the ELBO at the ``last`` q, or its gradient averaged over the
-            ``trajectory`` of fast steps.
-        particles: draws of z per fast step, averaged.
-        kl_weight: multiplies the KL in what q and the decoder climb; 1 is the ELBO.
-    """
-
-    steps: int = 16
-    rate: float = 0.3
-    schedule: Literal["cosine", "constant"] = "cosine"
-    start: Start = field(default_factory=Start)
-    noise: Literal["fresh", "reused"] = "fresh"
-    slow_gradient: Literal["last", "trajectory"] = "trajectory"
-    particles: int = 1
-    kl_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UsageError(f"Fast steps must not be negative, got {self.steps}: choose 0 or more.")
-        if self.particles < 1:
-            raise UsageError(f"Particles must be at least 1, got {self.particles}: every step needs a draw of z.")
-
-    def loss(self, terms: ElboTerms) -> Float[Tensor, ""]:
-        """What is descended: −Σ (log p(x | z) − kl_weight · KL), in nats."""
-        return (self.kl_weight * terms.kl_B - terms.log_likelihood_B).sum()
-
-    def factor(self, step: int) -> float:
-        """What the rate is multiplied by at a step."""
-        return cosine(step, self.steps) if self.schedule == "cosine" else 1.0
-
-
-class LocalState(NamedTuple):
-    """What another fit needs to go on: q's parameters, the optimiser's ``state_dict``, the seed of reused noise."""
-
-    parameters: LocalParameters
-    optimizer: dict[str, Any]
-    noise: int | None = None
-
-
-class LocalInfo(NamedTuple):
-    """What a person wants to know of a fit: the ELBO's terms before each fast step, in nats per sequence."""
-
-    log_likelihood_NB: Float[Tensor, "N B"]
-    kl_NB: Float[Tensor, "N B"]
-
-    @property
-    def elbo_NB(self) -> Float[Tensor, "N B"]:
-        """log p(x | z) − KL at the draw of each step."""
-        return self.log_likelihood_NB - self.kl_NB
+OnStep = Callable[[int, LocalParameters, ElboTerms], None]  # step, q's parameters before it, the ELBO's terms there
 
 
 def fit(
@@ -86,17 +28,27 @@ def fit(
     inference: LocalInference,
     state: LocalState | None = None,
     rates: Rates | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[LocalState, LocalInfo]:
     """Finds q for every sequence of a batch; the model's parameters and their ``.grad`` stay untouched.
 
     Args:
         state: goes on from here instead of ``inference.start``.
         rates: optimiser arguments by name of a local parameter, in place of ``inference.rate``.
+        on_step: is called before every fast step with the sequences that still move.
     """
     with torch.no_grad():
         batch = batch if batch.stem_BTD is not None else model.prepare(batch)
     with frozen(model):
-        return _Climb(model, guide, batch, inference, state, rates).run()
+        return _Climb(model, guide, inference, rates, on_step).run(batch, state)
+
+
+def begin(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
+    """The state before the first fast step: q at ``inference.start``."""
+    start = guide.start(prior_sites(model, batch.size), inference.start)
+    moments = {name: OPTIMIZERS[inference.optimizer].begin(x) for name, x in start.items()}
+    steps_B = torch.zeros(batch.size, dtype=torch.long, device=batch.inputs_BT.device)
+    return LocalState({name: x.detach() for name, x in start.items()}, moments, steps_B)
 
 
 def learn(
@@ -112,14 +64,17 @@ def learn(
     With no fast steps, or with nothing local to fit (K = 0), the trajectory is the last q itself.
     """
     prepared = model.prepare(batch)
-    climb = _Climb(model, guide, _cut(prepared), inference, state, rates)
-    if inference.slow_gradient == "trajectory" and climb.steps:
-        average = _AverageGradient(model, climb.batch.stem_BTD, prepared.stem_BTD)
-        state, info = climb.run(average)
-        return average.loss(inference.loss(ElboTerms(*info)) / len(info.kl_NB)), state, info
-    with frozen(model):
-        state, info = climb.run()
-    return inference.loss(average_terms(model, guide, prepared, state.parameters, inference.particles)), state, info
+    climb, cut = _Climb(model, guide, inference, rates), _cut(prepared)
+    if inference.slow_gradient == "trajectory":
+        climb.average = AverageGradient(model, cut.stem_BTD, prepared.stem_BTD)
+        state, info = climb.run(cut, state)
+        if len(info.kl_NB):
+            loss = inference.loss(ElboTerms(info.log_likelihood_NB, info.kl_NB)) / len(info.kl_NB)
+            return climb.average.loss(loss), state, info
+    else:
+        with frozen(model):
+            state, info = climb.run(cut, state)
+    return inference.loss(average_terms(model, guide, prepared, state.parameters, inference.draws)), state, info
 
 
 def _cut(batch: Batch) -> Batch:
@@ -149,93 +104,108 @@ def frozen(model: Model) -> Iterator[None]:
 
 
 class _Climb:
-    """One fit under way: q's parameters, their optimiser, and the record."""
+    """A fit: state in, state out, over stretches of steps between which settled sequences are let go."""
 
     def __init__(
-        self,
-        model: Model,
-        guide: Guide,
-        batch: Batch,
-        inference: LocalInference,
-        state: LocalState | None,
-        rates: Rates | None,
+        self, model: Model, guide: Guide, inference: LocalInference, rates: Rates | None, on_step: OnStep | None = None
     ) -> None:
-        self.model, self.guide, self.batch, self.inference = model, guide, batch, inference
-        start = state.parameters if state else guide.start(prior_sites(model, batch.size), inference.start)
-        self.local = {name: x.detach().clone().requires_grad_() for name, x in start.items()}
-        groups = parameter_groups(self.local.items(), rates or (lambda name: {"lr": inference.rate}))
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        if state:
-            self.optimizer.load_state_dict(state.optimizer)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.steps = inference.steps if any(x.numel() for x in self.local.values()) else 0
-        self.noise = _noise(inference, state)
+        self.model, self.guide, self.inference, self.on_step = model, guide, inference, on_step
+        self.optimizer = OPTIMIZERS[inference.optimizer]
+        self.rates: Rates = rates or (lambda name: {"lr": inference.rate})
+        self.average: AverageGradient | None = None
 
-    def run(self, average: "_AverageGradient | None" = None) -> tuple[LocalState, LocalInfo]:
-        """All fast steps; ``average`` collects the other gradients on the way."""
-        record = [self._step(step, average) for step in range(self.steps)]
-        empty = self.batch.mask_BT.new_zeros((0, self.batch.size), dtype=torch.float32)
-        log_likelihood_NB, kl_NB = (torch.stack(x) for x in zip(*record, strict=True)) if record else (empty, empty)
-        parameters = {name: x.detach() for name, x in self.local.items()}
-        state = LocalState(parameters, self.optimizer.state_dict(), self.noise)
-        return state, LocalInfo(log_likelihood_NB, kl_NB)
+    def run(self, batch: Batch, state: LocalState | None) -> tuple[LocalState, LocalInfo]:
+        """All fast steps of a batch."""
+        inference = self.inference
+        state = self._begin(batch, state)
+        steps = inference.steps if any(x.numel() for x in state.parameters.values()) else 0
+        if inference.stop is None:
+            state, record = self._stretch(batch, state, range(steps))
+            return state, LocalInfo(*_stack(record, batch), torch.full_like(state.steps_B, steps))
+        return self._run_until_settled(batch, state, inference.stop, steps)
 
-    def _step(self, step: int, average: "_AverageGradient | None") -> tuple[Tensor, Tensor]:
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.inference.factor(step)
-        local = list(self.local.values())
-        with torch.enable_grad(), nullcontext() if self.noise is None else seeded(self.noise):
-            terms = average_terms(self.model, self.guide, self.batch, self.local, self.inference.particles)
-            wanted = local + average.tensors if average else local
-            gradients = torch.autograd.grad(self.inference.loss(terms), wanted, allow_unused=average is not None)
-        for parameter, gradient in zip(local, gradients, strict=False):
-            parameter.grad = gradient
-        if average:
-            average.add(gradients[len(local) :])
-        self.optimizer.step()
-        return terms.log_likelihood_B.detach(), terms.kl_B.detach()
+    def _run_until_settled(
+        self, batch: Batch, state: LocalState, stop: Stop, steps: int
+    ) -> tuple[LocalState, LocalInfo]:
+        if self.average is not None:
+            raise UsageError("The stopping rule needs the slow gradient of the last step: set slow_gradient to last.")
+        moving_b = torch.arange(batch.size, device=batch.inputs_BT.device)
+        first_B, before_B = state.steps_B, torch.full((batch.size,), -torch.inf, device=moving_b.device)
+        whole_2NB = torch.full((2, steps, batch.size), torch.nan, device=moving_b.device)
+        for first in range(0, steps, stop.window):
+            stretch = range(first, min(first + stop.window, steps))
+            moved, record = self._stretch(batch.select(moving_b), state.select(moving_b), stretch)
+            state, terms = state.put(moving_b, moved), torch.stack(_stack(record, batch))
+            whole_2NB[:, first : stretch.stop, moving_b] = terms.to(whole_2NB.dtype)
+            now_b = (terms[0] - terms[1]).mean(0).to(before_B.dtype)
+            going_b = ~(now_b - before_B[moving_b] < stop.tolerance)
+            before_B[moving_b] = now_b
+            moving_b = moving_b[going_b]
+            if not len(moving_b):
+                break
+        return state, LocalInfo(whole_2NB[0], whole_2NB[1], state.steps_B - first_B)
+
+    def _begin(self, batch: Batch, state: LocalState | None) -> LocalState:
+        if state is None:
+            state = begin(self.model, self.guide, batch, self.inference)
+        else:
+            check_state(self.model, self.guide, batch, state)
+        if self.inference.noise != "reused":
+            return state._replace(noise=None)
+        return state if state.noise is not None else state._replace(noise=int(torch.randint(2**62, ())))
+
+    def _stretch(self, batch: Batch, state: LocalState, steps: range) -> tuple[LocalState, list[ElboTerms]]:
+        """Some consecutive steps of some sequences, without waiting for the device."""
+        record = []
+        for step in steps:
+            terms, gradients = self._gradients(batch, state)
+            if self.on_step:
+                self.on_step(step, state.parameters, terms)
+            state = self._update(state, gradients, self.inference.factor(step))
+            record.append(terms)
+        return state, record
+
+    def _gradients(self, batch: Batch, state: LocalState) -> tuple[ElboTerms, LocalParameters]:
+        local = {name: x.detach().requires_grad_() for name, x in state.parameters.items()}
+        others = self.average.tensors if self.average else []
+        with torch.enable_grad(), nullcontext() if state.noise is None else seeded(state.noise):
+            terms = average_terms(self.model, self.guide, batch, local, self.inference.draws)
+            wanted = [*local.values(), *others]
+            gradients = torch.autograd.grad(self.inference.loss(terms), wanted, allow_unused=True)
+        if self.average:
+            self.average.add(gradients[len(local) :])
+        found = zip(local.items(), gradients, strict=False)
+        return ElboTerms(*(x.detach() for x in terms)), {
+            name: torch.zeros_like(x) if gradient is None else gradient for (name, x), gradient in found
+        }
+
+    def _update(self, state: LocalState, gradients: LocalParameters, factor: float) -> LocalState:
+        update, steps_B = self.optimizer.update, state.steps_B + 1
+        if self.inference.optimizer == "natural":
+            gradients = self.guide.natural(state.parameters, gradients)
+        parameters, moments = {}, {}
+        for name, x in state.parameters.items():
+            arguments = {**self.rates(name)}
+            arguments["lr"] *= factor
+            parameters[name], moments[name] = update(x, gradients[name], state.moments[name], steps_B, **arguments)
+        return LocalState(parameters, moments, steps_B, state.noise)
 
 
-def _noise(inference: LocalInference, state: LocalState | None) -> int | None:
-    if inference.noise == "fresh":
-        return None
-    return state.noise if state and state.noise is not None else int(torch.randint(2**62, ()))
+def _stack(record: list[ElboTerms], batch: Batch) -> tuple[Tensor, Tensor]:
+    if not record:
+        empty_NB = batch.mask_BT.new_zeros((0, batch.size), dtype=torch.get_default_dtype())
+        return empty_NB, empty_NB
+    return torch.stack([t.log_likelihood_B for t in record]), torch.stack([t.kl_B for t in record])
 
 
-class _AverageGradient:
-    """The global parameters' gradient averaged over a trajectory, with the stem's part sent back only once."""
-
-    def __init__(self, model: Model, leaf_BTD: Tensor | None, stem_BTD: Tensor | None) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.stem = [] if stem_BTD is None else [stem_BTD]
-        self.tensors = self.parameters + ([] if leaf_BTD is None else [leaf_BTD.requires_grad_()])
-        self.sums = [torch.zeros_like(x) for x in self.tensors]
-        self.count = 0
-
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """One more point of the trajectory."""
-        self.count += 1
-        for total, gradient in zip(self.sums, gradients, strict=True):
-            if gradient is not None:
-                total += gradient
-
-    def loss(self, value: Tensor) -> Tensor:
-        """``value``, whose backward gives every parameter the average gradient."""
-        known = self.sums[: len(self.parameters)]
-        if self.stem:
-            through = torch.autograd.grad(self.stem, self.parameters, self.sums[-1:], allow_unused=True)
-            known = [a if b is None else a + b for a, b in zip(known, through, strict=True)]
-        return _WithGradient.apply(value, [x / self.count for x in known], *self.parameters)
-
-
-class _WithGradient(torch.autograd.Function):
-    """A value whose gradient with respect to ``parameters`` is already known."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grad * x for x in ctx.gradients)
+def check_state(model: Model, guide: Guide, batch: Batch, state: LocalState) -> None:
+    """Refuses a local state of another guide, another model or another batch."""
+    with seeded(0):
+        own = guide.start(prior_sites(model, 1), Start())
+    expected = {name: (batch.size, *x.shape[1:]) for name, x in own.items()}
+    given = {name: tuple(x.shape) for name, x in state.parameters.items()}
+    if expected != given:
+        raise UsageError(
+            f"The local state has parameters {given}, but this guide, model and batch need {expected}: "
+            f"fit it anew, or select the batch's sequences from it."
+        )

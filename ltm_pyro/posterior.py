@@ -6,7 +6,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from ltm_pyro.contracts import Batch, Guide
-from ltm_pyro.local import LocalState
+from ltm_pyro.inference import LocalState
 
 
 class LocalPosterior(PyroModule):

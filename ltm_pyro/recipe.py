@@ -1,10 +1,12 @@
 """Recipes: a YAML file and command-line options become module, data and Lightning trainer."""
 
 import logging
+import re
 from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
@@ -46,11 +48,39 @@ def read_recipe(arguments: list[str]) -> Namespace:
     try:
         return recipe_parser().parse_args(arguments)
     except ArgumentError as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        raise UsageError(complaint(str(error))) from None
+    except (UnicodeDecodeError, OSError) as error:
+        recipe = " ".join(re.findall(r"--config[ =](\S+)", " ".join(arguments)))
+        raise UsageError(f"The recipe {recipe} cannot be read as text ({error}); give a YAML file in UTF-8.") from None
+
+
+def complaint(message: str) -> str:
+    """jsonargparse's message in one sentence: the key, its value, and what was expected there."""
+    message = " ".join(message.split())
+    found = re.fullmatch(
+        r'(?:Parser key "(?P<key>[^"]*)": )?(?P<problem>.*?)(?:\.? Got value: (?P<value>.*))?', message
+    )
+    key, problem, value = found.group("key", "problem", "value") if found else (None, message, None)
+    problem = problem.rsplit(" expects a function or a callable class: ", 1)[-1]
+    if expected := re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", problem):
+        problem = f"expected {' or '.join(dict.fromkeys(a or b for a, b in expected))}"
+    place = f"{key} = {value}: " if key and value else f"{key}: " if key else ""
+    return f"{place}{problem}; `ltm fit --help` lists every key and its values."
+
+
+def check_budget(config: Namespace) -> None:
+    """Refuses a training without an end: neither its schedules nor the user would know how far it is."""
+    trainer = config.trainer
+    budgets = (trainer.max_steps > 0, trainer.max_time, (trainer.max_epochs or 0) > 0, config.model.max_flops)
+    if not any(budgets):
+        raise UsageError(
+            "The training has no end: set `trainer.max_time` (DD:HH:MM:SS), `trainer.max_steps`, `trainer.max_epochs` "
+            "or `model.max_flops` to more than 0."
+        )
 
 
 def take_vocabulary(config: Namespace) -> None:
-    """Fills in the data's vocabulary; refuses a recipe that says another, or rows longer than the decoder's length."""
+    """Fills in the data's vocabulary; refuses a recipe that says another, rows too long, and data without a split."""
     manifest = read_manifest(config.data.directory)
     vocabulary, length = config.model.vocabulary, config.model.decoder.init_args.get("length")
     if vocabulary not in (None, manifest.vocabulary):
@@ -62,6 +92,11 @@ def take_vocabulary(config: Namespace) -> None:
         raise UsageError(
             f"The data's sequences have {manifest.seq_len} tokens, but `model.decoder.length` is {length}: "
             f"raise it, or pack with --seq-len {length}."
+        )
+    if "val" not in manifest.splits and config.trainer.limit_val_batches != 0:
+        raise UsageError(
+            f"{config.data.directory} holds out no documents: pack it with a --val-fraction above 0, or set "
+            f"`trainer.limit_val_batches` to 0."
         )
     config.model.vocabulary = manifest.vocabulary
 
@@ -78,18 +113,23 @@ def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.
     objects = _instantiate(config)
     settings = {**objects.trainer.as_dict(), **trainer}
     settings["callbacks"] = [*(objects.trainer.callbacks or []), *trainer.get("callbacks", [])]
-    return (
-        objects.model,
-        objects.data,
-        pl.Trainer(
+    return objects.model, objects.data, _trainer(settings)
+
+
+def _trainer(settings: dict[str, Any]) -> pl.Trainer:
+    if settings["val_check_interval"] == 0:
+        raise UsageError("`trainer.val_check_interval` is 0: set `trainer.limit_val_batches` to 0 for no validation.")
+    try:
+        return pl.Trainer(
             **settings,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,  # `LastCheckpoint` does it
             inference_mode=False,  # validation fits q, which needs gradients
             num_sanity_val_steps=0,
-        ),
-    )
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UsageError(f"Lightning refuses the `trainer` settings: {' '.join(str(error).split())}") from None
 
 
 def _instantiate(config: Namespace) -> Namespace:
@@ -102,7 +142,7 @@ def dump_recipe(config: Namespace) -> str:
     """The configuration as YAML, every default written out."""
     config = config.clone()
     config.ckpt_path, config.force, config.config = None, False, None
-    return recipe_parser().dump(config, skip_none=False)
+    return recipe_parser().dump(config, skip_unset=False)
 
 
 def parse_recipe(text: str) -> Namespace:

@@ -6,6 +6,7 @@ enough, for recipe and tokenizer travel in it.
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from torch import nn
 
 from ltm_pyro.contracts import Guide, UsageError
 from ltm_pyro.data import end_of_text
-from ltm_pyro.local import LocalInference
+from ltm_pyro.inference import LocalInference
 from ltm_pyro.recipe import build_module, parse_recipe
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 RECIPE = "config.yaml"
 METRICS = "metrics.csv"
+TOKENIZER = "tokenizer.json"
 
 
 class Run(NamedTuple):
@@ -96,8 +98,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
     module.load_state_dict(weights)
 
 
-def check_run(path: Path, force: bool, resumed: str | None) -> None:
-    """Refuses a directory that holds an earlier run; other files there are left alone."""
+def check_run(path: Path, force: bool, resumed: bool) -> None:
+    """Refuses a directory that holds an earlier run, unless it is the one ``resumed``; other files there stay."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a run directory: choose another --run.")
     if not (force or resumed) and any((path / name).exists() for name in (RECIPE, METRICS, CHECKPOINT)):
@@ -105,13 +107,28 @@ def check_run(path: Path, force: bool, resumed: str | None) -> None:
 
 
 def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
-    """Writes recipe and tokenizer, with ``keep`` beside what is there, else in place of an earlier run's files."""
+    """Writes recipe and tokenizer, with ``keep`` beside what is there, else in place of an earlier run's files.
+
+    An earlier run's files go only once the new ones are on the disk; a failure leaves nothing new behind.
+    """
+    texts = {path / RECIPE: recipe, path / TOKENIZER: tokenizer}
+    fresh = not path.exists()
     try:
-        if not keep:
-            shutil.rmtree(path / CHECKPOINT.parent, ignore_errors=True)
-            (path / METRICS).unlink(missing_ok=True)
         (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
-        (path / RECIPE).write_text(recipe, "utf-8")
-        (path / "tokenizer.json").write_text(tokenizer, "utf-8")
+        for file, text in texts.items():
+            beside(file).write_text(text, "utf-8")
+        for old in () if keep else (CHECKPOINT, METRICS):
+            (path / old).unlink(missing_ok=True)
+        for file in texts:
+            beside(file).replace(file)
     except OSError as error:
-        raise UsageError(f"Cannot write the run {path}: {error.strerror}; choose another --run.") from None
+        with suppress(OSError):
+            shutil.rmtree(path) if fresh else [beside(file).unlink(missing_ok=True) for file in texts]
+        raise UsageError(
+            f"Cannot write the run {path}: {error.strerror}; make room there or choose another --run."
+        ) from None
+
+
+def beside(file: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return file.with_name(file.name + ".new")

@@ -7,7 +7,8 @@ import torch
 
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.elbo import elbo_terms
-from ltm_pyro.local import LocalInference, LocalState, fit, learn
+from ltm_pyro.inference import LocalInference, LocalState
+from ltm_pyro.local import fit, learn
 from ltm_pyro.rates import Rates, parameter_groups
 
 

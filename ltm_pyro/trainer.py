@@ -1,6 +1,7 @@
 """Training under Lightning: the fast loop inside `training_step`, the slow step Lightning's. No mathematics here."""
 
 import csv
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,8 @@ from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, se
 from ltm_pyro.data import PackedDataset
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.flops import ours
-from ltm_pyro.local import LocalInference, fit, learn
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import fit, learn
 from ltm_pyro.rates import Points, decay, interpolate, parameter_groups, warmup_cosine
 
 SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
@@ -51,6 +53,10 @@ class SlowRate:
     floor: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        if not (self.rate > 0 and 0 <= self.warmup < 1 and 0 <= self.floor <= 1):
+            raise UsageError(f"`slow` needs rate > 0, warmup in [0, 1) and floor in [0, 1], got {self}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +133,15 @@ class LTMModule(pl.LightningModule):
 
     @property
     def progress(self) -> float:
-        """The fraction of training that is done, by steps, time or FLOPs, whichever is furthest."""
+        """The fraction of training that is done, by steps, epochs, time or FLOPs, whichever is furthest."""
         trainer: Any = self.trainer
         done = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else [0.0]
         for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):
             elapsed, left = timer.time_elapsed(), timer.time_remaining()
             done += [] if left is None else [elapsed / (elapsed + left)]
+        if (trainer.max_epochs or 0) > 0:
+            batches = trainer.max_epochs * trainer.num_training_batches
+            done.append(trainer.global_step * trainer.accumulate_grad_batches / batches)
         if self.max_flops:
             done.append(self.flops.item() / self.max_flops)
         return min(max(done), 1.0)
@@ -199,6 +208,8 @@ class PackedData(pl.LightningDataModule):
 
     def __init__(self, directory: str, batch_size: int = 32, workers: int = 0, seed: int = 0) -> None:
         super().__init__()
+        if batch_size < 1 or workers < 0:
+            raise UsageError(f"`data` needs batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}.")
         self.directory, self.batch_size, self.workers, self.seed = directory, batch_size, workers, seed
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -221,13 +232,14 @@ class PackedData(pl.LightningDataModule):
 
 
 class Progress(Callback):
-    """One line on standard error: how far, how fast, how good, how long still."""
+    """One line on standard error: how far, how fast, how good, how long still; ten in all where that is no terminal."""
 
     def __init__(self) -> None:
         columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", TimeElapsedColumn())
         texts = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-        self._bar = RichProgress(*columns, *texts, console=Console(stderr=True))
-        self._clock = 0.0
+        console = Console(stderr=True)
+        self._bar = RichProgress(*columns, *texts, console=console, disable=not console.is_terminal)
+        self._clock, self._tenths = 0.0, 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Shows the bar."""
@@ -246,7 +258,13 @@ class Progress(Callback):
             return
         figures = trainer.callback_metrics
         text = "  ".join(f"{name} {figures[k]:.3f}" for k, name in SHOWN.items() if k in figures)
-        self._bar.update(self._task, completed=module.progress, figures=f"{speed:,.0f} tokens/s  {text}")
+        self._show(module.progress, f"{speed:,.0f} tokens/s  {text}")
+
+    def _show(self, progress: float, figures: str) -> None:
+        self._bar.update(self._task, completed=progress, figures=figures)
+        if self._bar.disable and int(10 * progress) > self._tenths:
+            self._tenths = int(10 * progress)
+            print(f"training {progress:4.0%}  {figures}", file=sys.stderr, flush=True)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Leaves the terminal as it was, also after Ctrl-C."""
@@ -254,23 +272,36 @@ class Progress(Callback):
 
 
 class MetricsFile(Logger):
-    """``metrics.csv`` of a run: one row per logged step, appended to when a run is resumed."""
+    """``metrics.csv`` of a run: one row per logged step, appended to when a run is resumed; its seconds go on too."""
 
     name = version = ""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self._path, self._began = directory / "metrics.csv", time.monotonic()
+        self._path = path
+        self._began: float | None = None
+
+    def _seconds(self) -> float:
+        """Seconds since the first row, those between an interruption and its resumption left out."""
+        if self._began is None:
+            self._began = time.monotonic() - self._last_seconds()
+        return round(time.monotonic() - self._began, 3)
+
+    def _last_seconds(self) -> float:
+        if not self._path.exists():
+            return 0.0
+        with self._path.open(newline="") as file:
+            return max((float(row["seconds"]) for row in csv.DictReader(file)), default=0.0)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends a row; columns that a row has no figure for stay empty."""
-        new = not self._path.exists()
+        seconds, new = self._seconds(), not self._path.exists()
         with self._path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             if new:
                 writer.writeheader()
-            writer.writerow({**metrics, "step": step, "seconds": round(time.monotonic() - self._began, 3)})
+            writer.writerow({**metrics, "step": step, "seconds": seconds})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The run's ``config.yaml`` already says them."""
@@ -307,6 +338,10 @@ class LastCheckpoint(Callback):
 
     def _save(self, trainer: pl.Trainer) -> None:
         new = self._path.with_suffix(".new")
-        trainer.save_checkpoint(new, weights_only=False)
-        if trainer.is_global_zero:
-            new.replace(self._path)
+        try:
+            trainer.save_checkpoint(new, weights_only=False)
+            if trainer.is_global_zero:
+                new.replace(self._path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise

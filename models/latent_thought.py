@@ -2,12 +2,12 @@
 
 import pyro
 from jaxtyping import Float
-from ltm_pyro.models.decoder import Decoder
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from ltm_pyro.contracts import SEQUENCES, TOKENS, Batch, Prior
 from ltm_pyro.likelihood import TokenCategorical
+from ltm_pyro.models.decoder import Decoder
 
 
 class LatentThoughtModel(PyroModule):

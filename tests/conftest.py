@@ -2,29 +2,28 @@
 
 import random
 import sys
-from typing import runtime_checkable
+import warnings
 
+from beartype.roar import BeartypeDecorHintPep585DeprecationWarning as OldSpelling
 from jaxtyping import install_import_hook
 
 assert "ltm_pyro" not in sys.modules, "ltm_pyro was imported before its shape checks were on"
 
-from ltm_pyro import contracts  # noqa: E402
-
-for protocol in (contracts.Model, contracts.Prior):
-    runtime_checkable(protocol)  # beartype asks isinstance
+warnings.simplefilter("ignore", OldSpelling)  # Pyro's distributions inherit from old spellings of `typing`
 install_import_hook("ltm_pyro", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")  # int is a float
 
 import numpy as np  # noqa: E402
 import pyro  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from ltm_pyro.contracts import Batch, make_batch  # noqa: E402
 from ltm_pyro.models.decoder import Decoder  # noqa: E402
 from ltm_pyro.models.gaussian import GaussianPrior  # noqa: E402
 from ltm_pyro.models.latent_thought import LatentThoughtModel  # noqa: E402
 
-from ltm_pyro.contracts import Batch, make_batch  # noqa: E402
-
 pyro.enable_validation(True)
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 
 FLAGS = {  # name -> how to read it, how to put it back
     "torch default dtype": (torch.get_default_dtype, torch.set_default_dtype),
@@ -41,9 +40,8 @@ FLAGS = {  # name -> how to read it, how to put it back
 
 
 def pytest_configure(config):
-    """Pyro's distributions inherit from old spellings of `typing`, about which beartype warns."""
-    old_spelling = "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
-    config.addinivalue_line("filterwarnings", old_spelling)
+    """The same once more, for modules that a test is the first to import: pytest resets the filters."""
+    config.addinivalue_line("filterwarnings", f"ignore::beartype.roar.{OldSpelling.__name__}")
 
 
 @pytest.fixture(autouse=True)

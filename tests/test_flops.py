@@ -5,13 +5,14 @@ from importlib import resources
 
 import pytest
 import yaml
-from ltm_pyro.guides.mean_field import MeanField
-from ltm_pyro.models.decoder import Decoder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltm_pyro.flops import ours, published
-from ltm_pyro.local import LocalInference, learn
+from ltm_pyro.guides.mean_field import MeanField
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import learn
+from ltm_pyro.models.decoder import Decoder
 
 
 class NoModules(nullcontext):

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ltm_pyro.cli.arguments import at_least
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import pack
 
@@ -17,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt or .jsonl file, or a folder of them")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--tokenizer", default="bpe:4096", metavar="bpe:SIZE|PATH", help="train one, or load one")
-    parser.add_argument("--seq-len", type=int, default=128, metavar="N", help="tokens a sequence")
+    parser.add_argument("--seq-len", type=at_least(1), default=128, metavar="N", help="tokens a sequence")
     parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of documents held out")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which documents are held out")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="which documents are held out")
     parser.add_argument("--force", action="store_true", help="replace an existing pack")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 

@@ -6,9 +6,6 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from ltm_pyro.flops import ours, published
-from ltm_pyro.recipe import build_module, read_recipe
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm flops`."""
@@ -18,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints parameters and FLOPs per token; returns 0."""
+    from ltm_pyro.flops import ours, published  # here, so that --help need not wait for Lightning
+    from ltm_pyro.recipe import build_module, read_recipe
+
     config = read_recipe(["--config", args.config])
     module = build_module(config)
     decoder, inference = module.model.decoder, module.inference

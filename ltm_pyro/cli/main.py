@@ -1,11 +1,8 @@
 """`ltm COMMAND …`: finds the command, and turns what a user got wrong into one sentence and exit code 2."""
 
-import argparse
 import sys
 import warnings
 from importlib import import_module
-
-from ltm_pyro.contracts import UsageError
 
 COMMANDS = {  # name -> module and the line of help
     "data pack": ("ltm_pyro.cli.data", "text or JSONL files -> token shards"),
@@ -18,8 +15,9 @@ COMMANDS = {  # name -> module and the line of help
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 2 the user can mend it, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    name, rest = _split(arguments)
+    name, rest = _split(sys.argv[1:] if arguments is None else arguments)
+    from ltm_pyro.contracts import UsageError  # brings torch, for which `ltm --help` need not wait
+
     warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
     try:
         sys.exit(_call(name, rest))
@@ -39,19 +37,24 @@ def _call(name: str, rest: list[str]) -> int:
     command = import_module(module)
     if name == "fit":  # Lightning's conventions, parsed by jsonargparse
         return command.run(rest)
-    parser = argparse.ArgumentParser(prog=f"ltm {name}", description=f"{help_line}.", allow_abbrev=False)
+    from ltm_pyro.cli.arguments import Parser
+
+    parser = Parser(prog=f"ltm {name}", description=f"{help_line}.", allow_abbrev=False)
     command.add_arguments(parser)
     return command.run(parser.parse_args(rest))
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command's name and its arguments; prints the list of commands and exits where there is none."""
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
-    if arguments and arguments[0] not in ("-h", "--help", "data"):
-        print(f"ltm: there is no command '{arguments[0]}'; `ltm --help` lists them.", file=sys.stderr)
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    listed = {name: line for name, (_, line) in COMMANDS.items() if not words or name.startswith(f"{words[0]} ")}
+    if words and (not listed or len(words) == 2):
+        print(f"ltm: there is no command '{' '.join(words)}'; `ltm --help` lists them.", file=sys.stderr)
         sys.exit(2)
     print("usage: ltm COMMAND [options]   (ltm COMMAND --help says which)\n")
-    print("\n".join(f"  {name:<12}{line}" for name, (_, line) in COMMANDS.items()))
+    print("\n".join(f"  {name:<12}{line}" for name, line in listed.items()))
     sys.exit(0)

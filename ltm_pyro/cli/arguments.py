@@ -1,0 +1,26 @@
+"""What the commands' arguments have in common: numbers with a lower limit, and complaints of one sentence."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from ltm_pyro.contracts import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` that raises `UsageError` instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises; ``message`` names the argument and its value."""
+        raise UsageError(f"{message}; `{self.prog} --help` lists the options.")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of a whole number, ``low`` or more."""
+
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+
+    return parse

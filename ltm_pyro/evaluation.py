@@ -1,0 +1,50 @@
+"""One run, scored on one text."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader, Subset
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.data import PackedDataset, load_text_or_pack
+from ltm_pyro.data.manifest import is_pack
+from ltm_pyro.protocols import PROTOCOLS, Evaluation, evaluate
+from ltm_pyro.runs import Run
+
+BATCH = 32  # sequences fitted together
+
+
+def evaluate_run(
+    run: Run,
+    data: str | None = None,
+    protocols: Sequence[str] = tuple(PROTOCOLS),
+    samples: int = 16,
+    fast_steps: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """A run's evaluation on packed data, or on text packed on the fly with its tokenizer.
+
+    Args:
+        data: the held-out part of the run's own data when not given.
+        protocols: of `PROTOCOLS`.
+        samples: S, draws per sequence made after q is final.
+        fast_steps: T_fast; what the recipe says under ``evaluation`` when not given.
+        limit: only the first so many sequences.
+        seed: of all noise.
+    """
+    inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
+    dataset = _held_out(run) if data is None else load_text_or_pack(data, run.tokenizer, run.length)
+    chosen = Subset(dataset, range(len(dataset))[:limit])
+    batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate)
+    console = Console(stderr=True)
+    shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
+    return evaluate(run.model, run.guide, shown, inference, protocols, samples, seed)
+
+
+def _held_out(run: Run) -> PackedDataset:
+    if not is_pack(run.data):
+        raise UsageError(f"The run's own data is no longer at {run.data}: give --data, packed or text.")
+    return load_text_or_pack(run.data, run.tokenizer, run.length)

@@ -1,0 +1,66 @@
+"""Fast optimisers: one step on local parameters, every sequence with moments and a step count of its own.
+
+State goes in and comes out, all of it with a leading axis B, so that sequences can stop, be stored and be taken up
+again one by one; torch's optimisers share one step count among all rows of a tensor. Shapes: B sequences.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Moments = dict[str, Tensor]  # running averages of one parameter's gradient, by name
+
+
+def adam(
+    x: Tensor,
+    gradient: Tensor,
+    moments: Moments,
+    count_B: Int[Tensor, " B"],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> tuple[Tensor, Moments]:
+    r"""x − lr · m̂ / (√v̂ + ε), step for step `torch.optim.Adam` (Kingma & Ba 2015, arXiv 1412.6980).
+
+    Args:
+        count_B: this step's number for each sequence, from 1.
+    """
+    mean = torch.lerp(gradient, moments["mean"], betas[0])
+    square = torch.lerp(gradient**2, moments["square"], betas[1])
+    count = count_B.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    scale = (square / (1 - betas[1] ** count)).sqrt() + eps
+    return x - lr * mean / (1 - betas[0] ** count) / scale, {"mean": mean, "square": square}
+
+
+def adamw(
+    x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: float, weight_decay: float = 0.01, **more: Any
+) -> tuple[Tensor, Moments]:
+    """`adam` after x has shrunk by lr · weight_decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+    return adam(x * (1 - lr * weight_decay), gradient, moments, count_B, lr, **more)
+
+
+def sgd(x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: float) -> tuple[Tensor, Moments]:
+    """x − lr · gradient."""
+    return x - lr * gradient, {}
+
+
+class Optimizer(NamedTuple):
+    """An update, and the names of the moments it keeps of every parameter."""
+
+    update: Callable[..., tuple[Tensor, Moments]]
+    moments: tuple[str, ...] = ()
+
+    def begin(self, x: Tensor) -> Moments:
+        """The moments before the first step."""
+        return {name: torch.zeros_like(x) for name in self.moments}
+
+
+OPTIMIZERS = {
+    "adam": Optimizer(adam, ("mean", "square")),
+    "adamw": Optimizer(adamw, ("mean", "square")),
+    "sgd": Optimizer(sgd),
+    "natural": Optimizer(sgd),  # the guide turns the gradient first
+}

@@ -1,0 +1,201 @@
+"""What a user can get wrong: one sentence with the value and the way out, exit code 2, nothing lost, nothing left."""
+
+import shutil
+
+import pytest
+import torch
+
+CONTENT = {  # file -> what is in it
+    "empty.txt": b"",
+    "blank.txt": b"\n \n",
+    "binary.txt": b"some\0bytes",
+    "latin.txt": "caf\xe9".encode("latin-1"),
+    "short.txt": b"hello",
+    "notes.md": b"# notes",
+    "broken.jsonl": b'{"text": \n',
+    "broken.yaml": b"run: [1,\n",
+    "list.yaml": b"- 1\n",
+    "binary.yaml": b"\xff\xfe\0",
+    "unknown.yaml": b"model: {decodr: 1}\n",
+    "text.ckpt": b"hello",
+    "empty.ckpt": b"",
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of bad files, and the current directory; a test must leave nothing else there."""
+    for name, content in CONTENT.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "pickled.ckpt")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    yield tmp_path
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.txt"], ("nowhere.txt", "does not exist")),
+        (["empty.txt"], ("empty.txt", "no documents")),
+        (["blank.txt"], ("blank.txt", "no documents")),
+        (["binary.txt"], ("binary.txt", "binary", "UTF-8")),
+        (["latin.txt"], ("latin.txt", "0xe9", "UTF-8")),
+        (["notes.md"], ("notes.md", ".md", ".txt or .jsonl")),
+        (["broken.jsonl"], ("broken.jsonl line 1", "JSON")),
+        (["folder"], ("folder", "no .txt or .jsonl")),
+        (["short.txt", "--tokenizer", "bpe:257"], ("6 tokens", "128", "seq_len")),
+        (["short.txt", "--tokenizer", "bpe:12"], ("bpe:12", "bpe:257")),
+        (["short.txt", "--tokenizer", "nowhere.json"], ("nowhere.json", "bpe:SIZE")),
+        (["short.txt", "--seq-len", "0"], ("--seq-len", "'0'", "at least 1")),
+        (["short.txt", "--seq-len", "x"], ("--seq-len", "'x'", "whole number")),
+        (["short.txt", "--val-fraction", "2"], ("val_fraction", "2.0", "below 1")),
+        (["short.txt", "--colour", "red"], ("--colour red", "--help")),
+        (["short.txt", "--seed", "-1"], ("--seed", "'-1'")),
+    ],
+    ids=str,
+)
+def test_text_that_cannot_be_packed(here, refused, arguments, words):
+    message = refused("data", "pack", *arguments, "--out", "out")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("RUN", "--help")),
+        (["nowhere"], ("no run at nowhere", "ltm fit")),
+        (["folder"], ("folder", "no checkpoint", "ltm fit --run folder")),
+        (["foreign.ckpt"], ("foreign.ckpt", "not written by `ltm fit`")),
+        (["pickled.ckpt"], ("pickled.ckpt", "loaded safely")),
+        (["text.ckpt"], ("text.ckpt", "loaded safely")),
+        (["empty.ckpt"], ("empty.ckpt", "loaded safely")),
+        (["RUN", "--protocols", "bound,truth"], ("'truth'", "bound, iwae")),
+        (["RUN", "--protocols", ""], ("''", "bound, iwae")),
+        (["RUN", "--samples", "0"], ("--samples", "'0'", "at least 1")),
+        (["RUN", "--limit", "0"], ("--limit", "'0'", "at least 1")),
+        (["RUN", "--fast-steps", "-1"], ("--fast-steps", "'-1'", "at least 0")),
+        (["RUN", "--seed", "-1"], ("--seed", "'-1'", "at least 0")),
+        (["RUN", "--data", "nowhere"], ("nowhere", "does not exist")),
+        (["RUN", "--data", "empty.txt"], ("empty.txt", "no documents")),
+        (["RUN", "--data", "binary.txt"], ("binary.txt", "binary")),
+        (["RUN", "--data", "latin.txt"], ("latin.txt", "UTF-8")),
+        (["RUN", "--data", "notes.md"], ("notes.md", ".txt or .jsonl")),
+    ],
+    ids=str,
+)
+def test_runs_and_text_that_cannot_be_scored(here, run, refused, arguments, words):
+    message = refused("evaluate", *(run if argument == "RUN" else argument for argument in arguments))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--prompt", "word " * 50, ("tokens", "length is 16", "shorten")),
+        ("--prompt", "\udcff", ("UTF-8", "re-encode")),
+        ("--temperature", "0", ("0.0", "positive")),
+        ("--temperature", "nan", ("nan", "positive")),
+        ("--top-p", "0", ("top_p", "0.0", "(0, 1]")),
+        ("--top-k", "-1", ("--top-k", "'-1'")),
+        ("--num-samples", "0", ("--num-samples", "'0'", "at least 1")),
+        ("--max-new-tokens", "0", ("--max-new-tokens", "'0'")),
+        ("--seed", "x", ("--seed", "'x'", "whole number")),
+    ],
+)
+def test_text_that_cannot_be_written(here, run, refused, option, value, words):
+    message = refused("generate", run, option, value)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("data.directory", "required")),
+        (["--config", "nowhere.yaml"], ("nowhere.yaml", "not exist")),
+        (["--config", "broken.yaml"], ("line 2", "parsing")),
+        (["--config", "list.yaml"], ("- 1",)),
+        (["--config", "binary.yaml"], ("binary.yaml", "UTF-8")),
+        (["--config", "unknown.yaml"], ("model", "'decodr'")),
+        (["--data.directory", "folder"], ("folder", "ltm data pack")),
+        (["--data.directory", "folder", "--run", "short.txt", "--trainer.max_steps", "soon"], ("soon", "int")),
+    ],
+    ids=str,
+)
+def test_recipes_that_cannot_be_read(here, refused, arguments, words):
+    ends = [] if "--config" in arguments or not arguments else ["--trainer.max_time", "00:00:00:01"]
+    message = refused("fit", *ends, *arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("run", "short.txt", ("short.txt is a file", "--run")),
+        ("run", "/proc/nowhere/run", ("Cannot write", "/proc/nowhere/run", "--run")),
+        ("data.batch_size", "many", ("data.batch_size = many", "int")),
+        ("data.batch_size", "0", ("batch_size", "0")),
+        ("data.directory", "nowhere", ("nowhere", "ltm data pack")),
+        ("model.vocabulary", "300", ("300", "280", "model.vocabulary")),
+        ("model.decoder.init_args.length", "8", ("16 tokens", "8", "--seq-len 8")),
+        ("model.decoder.init_args.heads", "3", ("16", "heads")),
+        ("model.decoder.init_args.colour", "3", ("model.decoder", "'colour'")),
+        ("model.prior", "nowhere.Prior", ("model.prior", "nowhere")),
+        ("model.inference.schedule", "linear", ("model.inference.schedule = linear", "'cosine'")),
+        ("model.slow.warmup", "1", ("warmup=1.0",)),
+        ("trainer.max_steps", "-1", ("no end", "trainer.max_time")),
+        ("trainer.max_time", "soon", ("soon", "DD:HH:MM:SS")),
+        ("trainer.val_check_interval", "0", ("val_check_interval", "limit_val_batches")),
+        ("colour", "red", ("--colour red",)),
+        ("ckpt_path", "nowhere", ("nowhere", "ltm fit")),
+        ("ckpt_path", "foreign.ckpt", ("foreign.ckpt", "ltm fit")),
+    ],
+)
+def test_settings_that_cannot_be_trained(here, recipe, refused, key, value, words):
+    message = refused("fit", "--config", recipe, "--run", "run", f"--{key}", value)
+    assert all(word in message for word in words), message
+
+
+def test_a_checkpoint_of_another_architecture(here, run, recipe, refused):
+    larger = ("--model.decoder.init_args.layers", 3)
+    message = refused("fit", "--config", recipe, "--run", "run", "--ckpt_path", run, *larger)
+    assert "another architecture" in message
+    assert "absent" in message
+
+
+def test_another_vocabulary_and_longer_sequences(here, corpus, run, recipe, ltm, refused):
+    for name, options in {"words": ("bpe:300", 16), "long": (run / "tokenizer.json", 32)}.items():
+        packing = ("--tokenizer", options[0], "--seq-len", options[1])
+        assert ltm("data", "pack", corpus, "--out", name, *packing)[0] == 0
+    assert "another tokenizer" in refused("evaluate", run, "--data", "words")
+    assert "--seq-len 16" in refused("evaluate", run, "--data", "long")
+    message = refused("fit", "--config", recipe, "--run", "r", "--data.directory", "words", "--ckpt_path", run)
+    assert "architecture" in message
+    for name in ("words", "long"):
+        shutil.rmtree(name)
+
+
+def test_an_existing_output_is_never_replaced(here, corpus, packed, recipe, run, refused, tmp_path_factory):
+    files = {path: path.read_bytes() for folder in (packed, run) for path in folder.rglob("*") if path.is_file()}
+    assert "--force" in refused("data", "pack", corpus, "--out", packed)
+    assert "--force" in refused("fit", "--config", recipe, "--run", run)
+    copy = tmp_path_factory.mktemp("copy") / "last.ckpt"
+    shutil.copy(run / "checkpoints" / "last.ckpt", copy)
+    assert "--force" in refused("fit", "--config", recipe, "--run", run, "--ckpt_path", copy)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_data_that_holds_nothing_out(here, corpus, recipe, ltm, refused):
+    packing = ("--tokenizer", "bpe:280", "--seq-len", 16, "--val-fraction", 0)
+    assert ltm("data", "pack", corpus, "--out", "train", *packing)[0] == 0
+    message = refused("fit", "--config", recipe, "--run", "run", "--data.directory", "train")
+    assert "--val-fraction" in message
+    shutil.rmtree("train")
+
+
+@pytest.mark.parametrize("arguments", [["evalute"], ["data", "unpack"], ["data", "unpack", "x"], ["Fit"]], ids=str)
+def test_a_command_that_does_not_exist(refused, arguments):
+    assert f"'{' '.join(arguments[:2])}'" in refused(*arguments)

@@ -1,0 +1,80 @@
+"""`ltm evaluate`: one JSON object, the same to the last digit, for packed data and for text."""
+
+import json
+
+import pytest
+
+from ltm_pyro.protocols import PROTOCOLS
+
+FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "stderr_nats_per_token", "kl_nats_per_token")
+
+
+def test_json_is_one_object_of_the_agreed_form(run, ltm):
+    code, out, err = ltm("evaluate", run, "--limit", 6, "--samples", 3, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert set(found) == {"tokens", "sequences", "bytes", "protocols"}
+    assert (found["sequences"], found["tokens"]) == (6, 96)
+    assert found["bytes"] > 96
+    assert list(found["protocols"]) == list(PROTOCOLS)
+    for name, score in found["protocols"].items():
+        assert set(score) == {*FIGURES, "samples", "is_bound"}
+        assert all(isinstance(score[figure], float) for figure in FIGURES)
+        assert score["is_bound"] is (name != "reused_noise")
+        assert 4 < score["nats_per_token"] < 7
+
+
+def test_one_seed_gives_the_same_to_the_last_digit(run, ltm):
+    first, second, other = (
+        ltm("evaluate", run, "--limit", 6, "--samples", 3, "--seed", seed, "--json")[1] for seed in (0, 0, 1)
+    )
+    assert first == second != other
+
+
+def test_text_is_packed_on_the_fly(run, ltm, tmp_path):
+    text = "the people read a long text about time."
+    (tmp_path / "text.txt").write_text(text)
+    found = json.loads(ltm("evaluate", run, "--data", tmp_path / "text.txt", "--json")[1])
+    assert found["bytes"] == len(text)
+
+
+def test_one_sequence_has_no_standard_error(run, ltm):
+    found = json.loads(ltm("evaluate", run, "--limit", 1, "--protocols", "bound", "--json")[1])
+    assert list(found["protocols"]) == ["bound"]
+    assert found["protocols"]["bound"]["stderr_nats_per_token"] is None
+
+
+def test_no_fast_steps_leave_q_at_the_prior(run, ltm):
+    options = ("--fast-steps", 0, "--limit", 6, "--protocols", "bound", "--json")
+    assert json.loads(ltm("evaluate", run, *options)[1])["protocols"]["bound"]["kl_nats_per_token"] == 0
+
+
+def test_the_table_says_what_is_no_bound(run, ltm):
+    code, out, _ = ltm("evaluate", run, "--limit", 2, "--samples", 1)
+    assert code == 0
+    assert "2 sequences, 32 tokens" in out
+    assert all(
+        ("yes" in line) == PROTOCOLS[name].is_bound for name in PROTOCOLS for line in out.split("\n") if name in line
+    )
+
+
+def test_data_that_has_moved(recipe, packed, ltm, refused, tmp_path):
+    moved = tmp_path / "data"
+    packed.rename(moved)
+    run = tmp_path / "run"
+    assert ltm("fit", "--config", recipe, "--run", run, "--data.directory", moved, "--trainer.max_steps", 1)[0] == 0
+    moved.rename(packed)
+    message = refused("evaluate", run)
+    assert str(moved) in message
+    assert "--data" in message
+
+
+@pytest.mark.parametrize("prompt", ["", "the people read"])
+def test_generate_prints_text_or_one_object(run, ltm, prompt):
+    options = ("--prompt", prompt, "--num-samples", 2, "--max-new-tokens", 6)
+    code, out, _ = ltm("generate", run, *options, "--json")
+    found = json.loads(out)
+    assert (code, found["prompt"], len(found["samples"])) == (0, prompt, 2)
+    assert ltm("generate", run, *options)[1] == "\n---\n".join(prompt + text for text in found["samples"]) + "\n"
+    assert found["samples"] == json.loads(ltm("generate", run, *options, "--json")[1])["samples"]
+    assert found["samples"] != json.loads(ltm("generate", run, *options, "--seed", 1, "--json")[1])["samples"]

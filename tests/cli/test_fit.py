@@ -1,0 +1,210 @@
+"""What `ltm fit` leaves behind: a run that can be scored, resumed after Ctrl-C, and survives a full disk."""
+
+import csv
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ltm_pyro.runs import load_run
+
+LTM = (sys.executable, "-P", "-m", "ltm_pyro.cli")
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition(), process.communicate()[1]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of some kilobytes; only root may."""
+    mounted = []
+
+    def mount(kilobytes):
+        path = tmp_path / "disk"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", path]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root can mount a small disk")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_run_holds_what_it_needs(run, packed):
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "config.yaml", "metrics.csv", "tokenizer.json"}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    trained = load_run(run)
+    assert (trained.length, trained.data, trained.inference.steps) == (16, str(packed), 2)
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["vocabulary"] == 280
+
+
+def test_a_checkpoint_alone_is_a_run(run):
+    whole, alone = (load_run(path).model.state_dict() for path in (run, run / "checkpoints" / "last.ckpt"))
+    assert all(torch.equal(whole[name], alone[name]) for name in whole)
+
+
+def test_metrics_have_a_row_per_step_and_per_validation(run):
+    steps = [(int(row["step"]), bool(row["train/loss"]), bool(row["val/bound"])) for row in rows(run)]
+    assert steps == [(0, True, False), (1, True, False), (1, False, True), (2, True, False)]
+
+
+def test_the_plan_comes_first(recipe, ltm, tmp_path):
+    code, out, err = ltm("fit", "--config", recipe, "--run", tmp_path / "run", "--trainer.max_steps", 1)
+    assert (code, out) == (0, "")
+    for line in ("parameters", "precision", "FLOPs per token", "tokens per step"):
+        assert line in err
+    assert err.index("plan") < err.index("training 100%") < err.index("Run written")
+
+
+def test_the_same_seed_gives_the_same_weights(recipe, run, ltm, tmp_path):
+    assert ltm("fit", "--config", recipe, "--run", tmp_path / "again")[0] == 0
+    first, second = (load_run(path).model.state_dict() for path in (run, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_force_replaces_a_run_and_keeps_other_files(recipe, ltm, tmp_path):
+    path, quick = tmp_path / "run", ("--trainer.max_steps", 1, "--trainer.limit_val_batches", 0)
+    assert ltm("fit", "--config", recipe, "--run", path, *quick)[0] == 0
+    (path / "notes.txt").write_text("mine")
+    assert ltm("fit", "--config", recipe, "--run", path, *quick, "--force")[0] == 0
+    assert len(rows(path)) == 1
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_a_finished_run_goes_on_from_its_own_config(recipe, ltm, tmp_path):
+    path = tmp_path / "run"
+    assert ltm("fit", "--config", recipe, "--run", path)[0] == 0
+    for most in (5, 7):  # twice, for what is written must be resumable too
+        resume = ("--config", path / "config.yaml", "--ckpt_path", path, "--trainer.max_steps", most)
+        code, _, err = ltm("fit", *resume)
+        assert code == 0, err
+    steps = [int(row["step"]) for row in rows(path) if row["train/loss"]]
+    seconds = [float(row["seconds"]) for row in rows(path)]
+    assert steps == list(range(7))
+    assert seconds == sorted(seconds)
+
+
+def test_epochs_move_the_schedules_too(recipe, ltm, tmp_path):
+    path, budget = tmp_path / "run", ("--trainer.max_steps", -1, "--trainer.max_epochs", 2)
+    more = ("--trainer.limit_train_batches", 4, "--trainer.limit_val_batches", 0, "--model.slow.warmup", 0.5)
+    assert ltm("fit", "--config", recipe, "--run", path, *budget, *more)[0] == 0
+    rates = [float(row["train/slow_rate"]) for row in rows(path)]
+    assert len(rates) == 8
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[-1] < max(rates) / 2
+
+
+def test_ctrl_c_saves_a_checkpoint_that_resumes(recipe, tmp_path, ltm):
+    path = tmp_path / "run"
+    long = ("--trainer.max_steps", "-1", "--trainer.max_time", "00:00:10:00", "--trainer.limit_val_batches", "0")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*LTM, "fit", "--config", str(recipe), "--run", str(path), *long]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for(lambda: (path / "metrics.csv").exists() and len(rows(path)) > 5, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    step = int(re.search(r"interrupted at step (\d+)", err)[1])
+    resume = re.search(r"ltm fit (--config .*)$", err.strip())[1].split()
+    assert not list(path.rglob("*.new"))
+    before = rows(path)
+    used = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Timer"]
+    code, _, err = ltm("fit", *resume, "--trainer.max_steps", step + 3)
+    assert code == 0, err
+    after = rows(path)
+    assert after[: len(before)] == before
+    assert len(after) == len(before) + 3
+    assert all(int(row["step"]) >= step for row in after[len(before) :])
+    assert torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step + 3
+    assert float(after[len(before)]["seconds"]) >= float(before[-1]["seconds"])
+    timer = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Timer"]
+    assert timer["time_elapsed"]["train"] > used["time_elapsed"]["train"] > 0
+
+
+def test_a_disk_that_is_full_before_training(recipe, refused, small_disk):
+    disk = small_disk(4)
+    message = refused("fit", "--config", recipe, "--run", disk / "run")
+    assert "No space left" in message
+    assert not list(disk.iterdir())
+
+
+def test_a_disk_that_fills_up_during_training(recipe, ltm, small_disk):
+    disk = small_disk(100)  # room for recipe and tokenizer, none for the checkpoint
+    code, _, err = ltm("fit", "--config", recipe, "--run", disk / "run")
+    assert code == 2
+    assert err.splitlines()[-1].startswith(f"ltm fit: The disk under {disk}/run is full at step 3")
+    assert not list(disk.rglob("*.new"))
+
+
+def test_a_failed_save_keeps_the_last_checkpoint(recipe, ltm, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    assert ltm("fit", "--config", recipe, "--run", path)[0] == 0
+    saved = (path / "checkpoints" / "last.ckpt").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pytorch_lightning.Trainer.save_checkpoint", full)
+    resume = ("--config", path / "config.yaml", "--ckpt_path", path / "checkpoints" / "last.ckpt")
+    code, _, err = ltm("fit", *resume, "--trainer.max_steps", 5)
+    assert code == 2
+    assert f"resume with --ckpt_path {path}" in err.splitlines()[-1]
+    assert (path / "checkpoints" / "last.ckpt").read_bytes() == saved
+
+
+def test_a_full_disk_leaves_the_old_run_alone(recipe, refused, run, tmp_path, monkeypatch):
+    before = contents(run)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "make room" in refused("fit", "--config", recipe, "--run", run, "--force")
+    assert "make room" in refused("fit", "--config", recipe, "--run", tmp_path / "new")
+    assert contents(run) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_leaves_no_half_a_pack(corpus, refused, small_disk):
+    disk = small_disk(16)
+    assert "No space left" in refused("data", "pack", corpus, "--out", disk / "pack")
+    assert not list(disk.iterdir())
+
+
+def test_a_read_only_folder(corpus, recipe, refused, small_disk):
+    disk = small_disk(400)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert "Read-only" in refused("data", "pack", corpus, "--out", disk / "pack")
+    assert "Read-only" in refused("fit", "--config", recipe, "--run", disk / "run")
+
+
+def test_flops_counts_what_the_recipe_costs(run, recipe, ltm, refused):
+    code, out, _ = ltm("flops", "--config", run / "config.yaml", "--json")
+    assert (code, json.loads(out)["parameters"]) == (0, sum(p.numel() for p in load_run(run).model.parameters()))
+    assert "model.vocabulary" in refused("flops", "--config", recipe)
