@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.manifest import is_pack
-from ltm_pyro.protocols import PROTOCOLS, Evaluation, evaluate
+from ltm_pyro.protocols import DEFAULT, Evaluation, evaluate
 from ltm_pyro.runs import Run
 
 BATCH = 32  # sequences fitted together
@@ -19,11 +19,12 @@ BATCH = 32  # sequences fitted together
 def evaluate_run(
     run: Run,
     data: str | None = None,
-    protocols: Sequence[str] = tuple(PROTOCOLS),
+    protocols: Sequence[str] = DEFAULT,
     samples: int = 16,
     fast_steps: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    block: int = 16,
 ) -> Evaluation:
     """A run's evaluation on packed data, or on text packed on the fly with its tokenizer.
 
@@ -34,6 +35,7 @@ def evaluate_run(
         fast_steps: T_fast; what the recipe says under ``evaluation`` when not given.
         limit: only the first so many sequences.
         seed: of all noise.
+        block: tokens of one block of ``causal``.
     """
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
     dataset = _held_out(run) if data is None else load_text_or_pack(data, run.tokenizer, run.length)
@@ -41,7 +43,7 @@ def evaluate_run(
     batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate)
     console = Console(stderr=True)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
-    return evaluate(run.model, run.guide, shown, inference, protocols, samples, seed)
+    return evaluate(run.model, run.guide, shown, inference, protocols, samples, seed, block)
 
 
 def _held_out(run: Run) -> PackedDataset:

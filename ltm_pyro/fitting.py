@@ -48,7 +48,7 @@ def train(config: Namespace) -> Path:
     tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
     recipe, text = dump_recipe(config), tokenizer.to_str()
     callbacks = [Progress(), LastCheckpoint(run / CHECKPOINT, recipe, text)]
-    module, data, trainer = build(config, callbacks=callbacks, logger=MetricsFile(run / METRICS))
+    module, data, trainer = build(config, callbacks=callbacks, logger=MetricsFile(run / METRICS, keep))
     if resumed:
         _check_resumable(resumed, module, tokenizer)
     shown = plan(module, config)

@@ -4,6 +4,7 @@ Shapes: B sequences, S posterior samples.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -129,11 +130,15 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was scored, and every protocol's score."""
+    """What was scored, and every protocol's score.
+
+    ``excluded`` are the ids of sequences that a protocol found no finite figure for; they count nowhere.
+    """
 
     tokens: int
     sequences: int
     bytes: int
+    excluded: tuple[int, ...]
     protocols: dict[str, Score]
 
     def as_dict(self) -> dict[str, Any]:
@@ -170,8 +175,8 @@ def evaluate(
     check_protocols(protocols)
     if samples < 1:
         raise UsageError(f"Samples must be at least 1, got {samples}: a bound needs a draw.")
-    totals: dict[str, list[Totals]] = {name: [] for name in protocols}
-    counts = []
+    charged: dict[str, list[Totals]] = {name: [] for name in protocols}
+    counts: list[tuple[Tensor, ...]] = []
     for index, batch in enumerate(batches):
         with seeded(seed, index), torch.no_grad():
             batch = model.prepare(batch)
@@ -181,19 +186,39 @@ def evaluate(
         )
         for name in protocols:  # noise of its own each, so that no figure depends on which others are asked for
             with seeded(seed, index, *name.encode()), torch.no_grad():
-                totals[name].append(PROTOCOLS[name].charge(problem))
-        counts.append((batch.tokens_B, batch.bytes_B))
-    tokens_B, bytes_B = (torch.cat(x).double().cpu() for x in zip(*counts, strict=True))
+                charged[name].append(PROTOCOLS[name].charge(problem))
+        counts.append((batch.tokens_B, batch.bytes_B, batch.ids_B))
+    totals = {name: Totals(*_joined(found)) for name, found in charged.items()}
+    tokens_B, bytes_B, ids_B = _joined(counts)
+    return _summary(totals, tokens_B, bytes_B, ids_B, samples)
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [torch.cat(x).double().cpu() for x in zip(*parts, strict=True)]
+
+
+def _summary(totals: dict[str, Totals], tokens_B: Tensor, bytes_B: Tensor, ids_B: Tensor, samples: int) -> Evaluation:
+    sound_B = torch.stack([t.nats_B.isfinite() for t in totals.values()]).all(0)
+    excluded = tuple(int(x) for x in ids_B[~sound_B])
+    if excluded:
+        warnings.warn(f"No finite score for the sequences {list(excluded)}: they are left out.", stacklevel=3)
+    if not sound_B.any():
+        raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
+    tokens_B, bytes_B = tokens_B[sound_B], bytes_B[sound_B]
     return Evaluation(
         tokens=int(tokens_B.sum()),
         sequences=len(tokens_B),
         bytes=int(bytes_B.sum()),
-        protocols={name: _score(name, totals[name], tokens_B, bytes_B, samples) for name in protocols},
+        excluded=excluded,
+        protocols={
+            name: _score(name, Totals(*(x[sound_B] for x in t)), tokens_B, bytes_B, samples)
+            for name, t in totals.items()
+        },
     )
 
 
-def _score(name: str, totals: list[Totals], tokens_B: Tensor, bytes_B: Tensor, samples: int) -> Score:
-    nats_B, kl_B = (torch.cat(x).double().cpu() for x in zip(*totals, strict=True))
+def _score(name: str, totals: Totals, tokens_B: Tensor, bytes_B: Tensor, samples: int) -> Score:
+    nats_B, kl_B = totals
     rate = (nats_B.sum() / tokens_B.sum()).item()
     spread = (nats_B - rate * tokens_B).std().item() if len(nats_B) > 1 else math.nan
     total_bytes = bytes_B.sum().item()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
@@ -30,7 +30,11 @@ OURS = {  # settings of Lightning's trainer that `build` decides
 
 def recipe_parser() -> ArgumentParser:
     """The keys of a recipe: model, data, trainer, and where the run goes."""
-    parser = ArgumentParser(prog="ltm fit", exit_on_error=False, description="Train a Latent-Thought Language Model.")
+    usage = "ltm fit --config FILE [--KEY VALUE ...]"
+    about = (
+        "Train a Latent-Thought Language Model. Every key of a recipe is an option, and an option overrides the recipe."
+    )
+    parser = ArgumentParser(prog="ltm fit", usage=usage, description=about, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe (YAML)")
     parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
     parser.add_argument("--force", action="store_true", help="replace an existing run directory")

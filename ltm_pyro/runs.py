@@ -123,7 +123,10 @@ def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
             beside(file).replace(file)
     except OSError as error:
         with suppress(OSError):
-            shutil.rmtree(path) if fresh else [beside(file).unlink(missing_ok=True) for file in texts]
+            for file in texts:
+                beside(file).unlink(missing_ok=True)
+            if fresh:
+                shutil.rmtree(path)
         raise UsageError(
             f"Cannot write the run {path}: {error.strerror}; make room there or choose another --run."
         ) from None

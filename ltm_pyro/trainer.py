@@ -3,10 +3,10 @@
 import csv
 import sys
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -22,70 +22,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, seeded
-from ltm_pyro.data import PackedDataset
+from ltm_pyro.curriculum import Curriculum, SlowRate
+from ltm_pyro.data import PackedDataset, read_manifest
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.flops import ours
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import fit, learn
-from ltm_pyro.rates import Points, decay, interpolate, parameter_groups, warmup_cosine
+from ltm_pyro.inference import LocalInference, LocalInfo
+from ltm_pyro.local import begin, fit, learn
+from ltm_pyro.rates import decay, parameter_groups, warmup_cosine
+from ltm_pyro.store import LocalStore
 
 SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
 COLUMNS = (
     *("step", "seconds", "train/loss", "train/kl", "train/fast_rate", "train/slow_rate", "train/tokens_per_second"),
     *("val/bound", "val/kl", "train/flops", "train/fast_steps"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlowRate:
-    """AdamW on the decoder and the prior's parameters (arXiv 2502.01567, algorithm 1, the outer step).
-
-    Args:
-        rate: η_slow, the peak learning rate.
-        warmup: fraction of training over which the rate rises from 0.
-        floor: where the cosine ends, as a fraction of the peak.
-        weight_decay: on matrices; norms have none.
-        betas: Adam's averaging factors.
-    """
-
-    rate: float = 4e-4
-    warmup: float = 0.02
-    floor: float = 0.1
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-
-    def __post_init__(self) -> None:
-        if not (self.rate > 0 and 0 <= self.warmup < 1 and 0 <= self.floor <= 1):
-            raise UsageError(f"`slow` needs rate > 0, warmup in [0, 1) and floor in [0, 1], got {self}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curriculum:
-    """Schedules over training: (progress, value) points with straight lines between; None keeps local inference's own.
-
-    Args:
-        steps: T_fast, rounded; while it is 0 the decoder trains without thoughts (the autoregressive warm start).
-        rate: the fast rate (the paper's: 0.3 to 0.34).
-        log_var: the start's log-variance, relative to the prior's (narrow to prior: −5 to 0).
-        kl_weight: of the KL in the objective.
-        particles: draws of z per fast step, rounded.
-    """
-
-    steps: Points | None = None
-    rate: Points | None = None
-    log_var: Points | None = None
-    kl_weight: Points | None = None
-    particles: Points | None = None
-
-    def at(self, progress: float, inference: LocalInference) -> LocalInference:
-        """Local inference at a fraction of training."""
-        values: dict[str, Any] = {
-            name: interpolate(points, progress) for name, points in asdict(self).items() if points
-        }
-        if "log_var" in values:
-            values["start"] = replace(inference.start, log_var=values.pop("log_var"))
-        values.update({name: round(values[name]) for name in ("steps", "particles") if name in values})
-        return replace(inference, **values)
 
 
 class LTMModule(pl.LightningModule):
@@ -101,6 +51,9 @@ class LTMModule(pl.LightningModule):
         slow: the slow step.
         curriculum: how local inference changes over training.
         max_flops: training ends when it has spent so many floating-point operations.
+        keep_local: keeps every sequence's q between epochs, in ``memory`` (and checkpoints) or in files of this folder;
+            by default q starts anew with every batch, as in the paper.
+        on_nonfinite: what a sequence without a finite ELBO does to training: ``stop`` it, or ``skip`` the batch.
         vocabulary: V; the data's when not given.
         seed: of the noise, together with epoch, batch and rank.
     """
@@ -115,9 +68,11 @@ class LTMModule(pl.LightningModule):
         guide: Callable[[Model], Guide],
         inference: LocalInference = LocalInference(),  # noqa: B008 - frozen
         evaluation: LocalInference = LocalInference(steps=32, rate=0.1),  # noqa: B008
-        slow: SlowRate = SlowRate(),
-        curriculum: Curriculum = Curriculum(),
+        slow: SlowRate = SlowRate(),  # noqa: B008
+        curriculum: Curriculum = Curriculum(),  # noqa: B008
         max_flops: float | None = None,
+        keep_local: str | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
         vocabulary: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -128,7 +83,9 @@ class LTMModule(pl.LightningModule):
         self.model: Any = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
         self.guide = guide(self.model)
         self.inference, self.evaluation, self.slow, self.seed = inference, evaluation, slow, seed
-        self.curriculum, self.max_flops = curriculum, max_flops
+        self.curriculum, self.max_flops, self.on_nonfinite = curriculum, max_flops, on_nonfinite
+        self.keep_local = keep_local
+        self.store: LocalStore | None = None
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # spent so far; travels in checkpoints
 
     @property
@@ -154,12 +111,30 @@ class LTMModule(pl.LightningModule):
         schedule = LambdaLR(optimizer, lambda _: warmup_cosine(self.progress, slow.warmup, slow.floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def setup(self, stage: str) -> None:
+        """Opens the store of persistent local parameters, before a checkpoint is loaded into it."""
+        if self.keep_local and stage == "fit":
+            folder = None if self.keep_local == "memory" else Path(self.keep_local)
+            self.store = LocalStore(cast(Any, self.trainer).datamodule.sequences, folder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the store holds in memory."""
+        if self.store:
+            checkpoint["local"] = self.store.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes it up again."""
+        if self.store:
+            self.store.load_state_dict(checkpoint.get("local", {}))
+
+    def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
         inference = self.curriculum.at(self.progress, self.inference)
         self.model.decoder.listening = inference.steps > 0
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
-            loss, _, info = learn(self.model, self.guide, batch, inference)
+            loss, info = self._learn(batch, inference)
+        if not self._is_sound(loss, info, batch):
+            return None
         tokens = batch.mask_BT.sum()
         kl = info.kl_NB[-1].sum() / tokens if len(info.kl_NB) else torch.zeros(())
         self.flops += batch.inputs_BT.numel() * ours(self.model.decoder, batch.inputs_BT.shape[1], inference).total
@@ -174,6 +149,25 @@ class LTMModule(pl.LightningModule):
             }
         )
         return loss / tokens
+
+    def _learn(self, batch: Batch, inference: LocalInference) -> tuple[Tensor, LocalInfo]:
+        if self.store is None:
+            loss, _, info = learn(self.model, self.guide, batch, inference)
+            return loss, info
+        state = self.store.recall(batch.ids_B, begin(self.model, self.guide, batch, inference))
+        loss, state, info = learn(self.model, self.guide, batch, inference, state)
+        self.store.keep(batch.ids_B, state)
+        return loss, info
+
+    def _is_sound(self, loss: Tensor, info: LocalInfo, batch: Batch) -> bool:
+        if loss.isfinite():
+            return True
+        ids = batch.ids_B[~info.finite_B].tolist()
+        problem = f"No finite ELBO at step {self.global_step} for the sequences {ids}"
+        if self.on_nonfinite == "stop":
+            raise UsageError(f"{problem}: lower the rates, remove them, or set model.on_nonfinite to skip.")
+        warnings.warn(f"{problem}: the batch is skipped.", stacklevel=2)
+        return False
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
         """Ends training at ``max_flops``."""
@@ -211,6 +205,11 @@ class PackedData(pl.LightningDataModule):
         if batch_size < 1 or workers < 0:
             raise UsageError(f"`data` needs batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}.")
         self.directory, self.batch_size, self.workers, self.seed = directory, batch_size, workers, seed
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences there are to train on."""
+        return read_manifest(self.directory).splits["train"].sequences
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Full batches, in an order of each epoch's own."""
@@ -276,27 +275,17 @@ class MetricsFile(Logger):
 
     name = version = ""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resumed: bool = False) -> None:
         super().__init__()
-        self._path = path
-        self._began: float | None = None
-
-    def _seconds(self) -> float:
-        """Seconds since the first row, those between an interruption and its resumption left out."""
-        if self._began is None:
-            self._began = time.monotonic() - self._last_seconds()
-        return round(time.monotonic() - self._began, 3)
-
-    def _last_seconds(self) -> float:
-        if not self._path.exists():
-            return 0.0
-        with self._path.open(newline="") as file:
-            return max((float(row["seconds"]) for row in csv.DictReader(file)), default=0.0)
+        self._path, self._began = path, time.monotonic()
+        if resumed and path.exists():
+            with path.open(newline="") as file:
+                self._began -= max((float(row["seconds"]) for row in csv.DictReader(file)), default=0.0)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends a row; columns that a row has no figure for stay empty."""
-        seconds, new = self._seconds(), not self._path.exists()
+        seconds, new = round(time.monotonic() - self._began, 3), not self._path.exists()
         with self._path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             if new:

@@ -3,7 +3,6 @@
 Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, S particles. Leading axes of z are free.
 """
 
-import math
 from typing import cast
 
 from jaxtyping import Float, Int
@@ -88,14 +87,16 @@ class Decoder(nn.Module):
         self._initialise(layers, quiet_thoughts)
 
     def _initialise(self, layers: int, quiet_thoughts: bool) -> None:
-        """Normal(0, 0.02); what is added to the residual stream is smaller by √(2L), as in GPT-2.
+        """N(0, 1 / fan-in); what is added to the residual stream is smaller by √(2L), as in GPT-2.
 
-        With ``quiet_thoughts`` the cross-attention adds exactly nothing at first.
+        At small widths GPT-2's fixed 0.02 is far too timid: a decoder of width 64 stood at 5.3 nats per token after
+        250 steps with it, at 4.6 with this rule and the rate it allows. With ``quiet_thoughts`` the cross-attention
+        adds exactly nothing at first.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("output.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+                nn.init.normal_(weight, std=(weight.shape[1] * (2 * layers if residual else 1)) ** -0.5)
             if quiet_thoughts and name.endswith("cross_attention.output.weight"):
                 nn.init.zeros_(weight)
 

@@ -78,7 +78,7 @@ def _on_known_truth(model: LinearGaussianModel, batch: Batch, case: Case) -> dic
     guide = case.guide(model)
     state, _ = fit(model, guide, batch, case.inference)
     truth = case.truth(model, batch)
-    found = gaussian(guide, batch, state)
+    found = gaussian(guide, state)
     variance_BN, true_BN = (x.covariance_BNN.diagonal(dim1=-2, dim2=-1) for x in (found, truth))
     spread = truth.covariance_BNN.abs().amax((-2, -1), keepdim=True)
     return {
@@ -96,7 +96,7 @@ def _on_two_modes(model: TwoModesModel, batch: Batch, case: Case) -> dict[str, A
     return _bounds(model, guide, batch, state)
 
 
-def gaussian(guide: Guide, batch: Batch, state: LocalState) -> Gaussian:
+def gaussian(guide: Any, state: LocalState) -> Gaussian:
     """Mean and covariance of q's one site ``z``, in closed form where the guide has it."""
     q = guide.posterior("z", state.parameters)
     normal = q.base_dist

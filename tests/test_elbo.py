@@ -145,7 +145,7 @@ def test_laws_over_random_shapes(shape):
 
 
 def test_a_state_is_found_by_hand_as_by_fit(fitted):
-    model, guide, batch, state = fitted
+    *_, state = fitted
     picked = state.select(torch.tensor([2, 0]))
     assert isinstance(picked, LocalState)
     back = state.put(torch.tensor([2, 0]), picked)

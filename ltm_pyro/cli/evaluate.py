@@ -3,24 +3,26 @@
 import argparse
 import json
 
+from rich import box
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from ltm_pyro.cli.arguments import at_least
-from ltm_pyro.protocols import PROTOCOLS, Evaluation, check_protocols
+from ltm_pyro.protocols import DEFAULT, PROTOCOLS, Evaluation, check_protocols
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm evaluate`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; the run's own by default")
-    parser.add_argument("--protocols", default=",".join(PROTOCOLS), metavar="A,B,…", help=f"of {', '.join(PROTOCOLS)}")
+    parser.add_argument("--protocols", default=",".join(DEFAULT), metavar="A,B,…", help=f"of {', '.join(PROTOCOLS)}")
     parser.add_argument(
         "--samples", type=at_least(1), default=16, metavar="S", help="draws per sequence after q is final"
     )
     parser.add_argument(
         "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; the recipe's by default"
     )
+    parser.add_argument("--block", type=at_least(1), default=16, metavar="N", help="tokens of a block of `causal`")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N sequences")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -34,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.runs import load_run
 
     trained = load_run(args.run)
-    evaluation = evaluate_run(trained, args.data, protocols, args.samples, args.fast_steps, args.limit, args.seed)
+    evaluation = evaluate_run(
+        trained, args.data, protocols, args.samples, args.fast_steps, args.limit, args.seed, args.block
+    )
     if args.json:
         print(json.dumps(evaluation.as_dict()))
     else:
@@ -44,11 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(evaluation: Evaluation, title: str) -> Table:
     e = evaluation
-    table = Table(
-        Column("protocol", no_wrap=True),
-        *("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "a bound?"),
-        title=f"{title}: {e.sequences:,} sequences, {e.tokens:,} tokens, {e.bytes:,} bytes",
-    )
+    title = f"{title}: {e.sequences:,} sequences, {e.tokens:,} tokens, {e.bytes:,} bytes"
+    table = Table("protocol", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for column in ("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "a bound?"):
+        table.add_column(f" {column}", justify="right", no_wrap=True)
     for name, s in e.protocols.items():
         figures = (s.nats_per_token, s.stderr_nats_per_token, s.perplexity, s.bits_per_byte, s.kl_nats_per_token)
         table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no")

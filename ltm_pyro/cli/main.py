@@ -9,6 +9,7 @@ COMMANDS = {  # name -> module and the line of help
     "fit": ("ltm_pyro.cli.fit", "train as a recipe says"),
     "evaluate": ("ltm_pyro.cli.evaluate", "score held-out text: bounds, perplexity, bits per byte"),
     "generate": ("ltm_pyro.cli.generate", "write text, freely or behind a prompt"),
+    "check-inference": ("ltm_pyro.cli.check_inference", "every guide against known posteriors and evidences"),
     "flops": ("ltm_pyro.cli.flops", "what a recipe costs per token"),
 }
 
@@ -50,11 +51,11 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
-    words = [word for word in arguments[:2] if not word.startswith("-")]
-    listed = {name: line for name, (_, line) in COMMANDS.items() if not words or name.startswith(f"{words[0]} ")}
-    if words and (not listed or len(words) == 2):
-        print(f"ltm: there is no command '{' '.join(words)}'; `ltm --help` lists them.", file=sys.stderr)
+    said = [word for word in arguments[:2] if not word.startswith("-")]
+    listed = {name: line for name, (_, line) in COMMANDS.items() if not said or name.startswith(f"{said[0]} ")}
+    if said and (not listed or len(said) == 2):
+        print(f"ltm: there is no command '{' '.join(said)}'; `ltm --help` lists them.", file=sys.stderr)
         sys.exit(2)
     print("usage: ltm COMMAND [options]   (ltm COMMAND --help says which)\n")
-    print("\n".join(f"  {name:<12}{line}" for name, line in listed.items()))
+    print("\n".join(f"  {name:<17}{line}" for name, line in listed.items()))
     sys.exit(0)

@@ -13,7 +13,9 @@ HEAVY = {"torch", "pyro", "pytorch_lightning"}
 
 def loaded_by(*arguments):
     """The heavy packages that ``ltm`` with ``arguments`` imports."""
-    code = f"import sys; from ltm_pyro.cli import main\ntry: main({list(arguments)})\nexcept SystemExit: print(*sys.modules)"
+    code = (
+        f"import sys; from ltm_pyro.cli import main\ntry: main({[*arguments]})\nexcept SystemExit: print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     return HEAVY & set(done.stdout.splitlines()[-1].split())
 

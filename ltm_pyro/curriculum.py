@@ -1,0 +1,59 @@
+"""What changes while a model is trained: the slow rate, and the way q is found."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.rates import Points, interpolate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowRate:
+    """AdamW on the decoder and the prior's parameters (arXiv 2502.01567, algorithm 1, the outer step).
+
+    Args:
+        rate: η_slow, the peak learning rate.
+        warmup: fraction of training over which the rate rises from 0.
+        floor: where the cosine ends, as a fraction of the peak.
+        weight_decay: on matrices; norms have none.
+        betas: Adam's averaging factors.
+    """
+
+    rate: float = 4e-4
+    warmup: float = 0.02
+    floor: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        if not (self.rate > 0 and 0 <= self.warmup < 1 and 0 <= self.floor <= 1):
+            raise UsageError(f"`slow` needs rate > 0, warmup in [0, 1) and floor in [0, 1], got {self}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """Schedules over training: (progress, value) points with straight lines between; None keeps local inference's own.
+
+    Args:
+        steps: T_fast, rounded; while it is 0 the decoder trains without thoughts (the autoregressive warm start).
+        rate: the fast rate (the paper's: 0.3 to 0.34).
+        log_var: the start's log-variance, relative to the prior's (narrow to prior: −5 to 0).
+        kl_weight: of the KL in the objective.
+        particles: draws of z per fast step, rounded.
+    """
+
+    steps: Points | None = None
+    rate: Points | None = None
+    log_var: Points | None = None
+    kl_weight: Points | None = None
+    particles: Points | None = None
+
+    def at(self, progress: float, inference: LocalInference) -> LocalInference:
+        """Local inference at a fraction of training."""
+        values: dict[str, Any] = {
+            name: interpolate(points, progress) for name, points in asdict(self).items() if points
+        }
+        if "log_var" in values:
+            values["start"] = replace(inference.start, log_var=values.pop("log_var"))
+        values.update({name: round(values[name]) for name in ("steps", "particles") if name in values})
+        return replace(inference, **values)

@@ -1,0 +1,160 @@
+"""The decoder sees what it may see: tokens of its window, thoughts of its layer, nothing of the future."""
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO
+
+from ltm_pyro.contracts import TOKENS, UsageError, Z
+from ltm_pyro.elbo import elbo_terms
+from ltm_pyro.guides import MeanField
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import begin
+from ltm_pyro.models import GaussianPrior, LatentThoughtModel
+from ltm_pyro.posterior import LocalPosterior
+
+
+def thoughts(decoder, *lead):
+    return torch.randn(*lead, *decoder.thought_shape)
+
+
+def hidden(decoder, inputs_BT, z_BLKD):
+    return decoder(decoder.stem(inputs_BT), z_BLKD)
+
+
+def test_no_token_sees_the_future(tiny_decoder):
+    decoder = tiny_decoder()
+    inputs, z = torch.randint(11, (1, 12)), thoughts(decoder, 1)
+    before = hidden(decoder, inputs, z)
+    for t in range(12):
+        changed = inputs.clone()
+        changed[0, t] = (inputs[0, t] + 1) % 11
+        after = hidden(decoder, changed, z)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize(("layers", "window"), [(1, 1), (1, 4), (2, 3), (3, 2)])
+def test_the_receptive_field_is_exact(tiny_decoder, layers, window):
+    decoder = tiny_decoder(layers=layers, window=window, thoughts=0)
+    x = decoder.embedding(torch.randint(11, (1, 16))).detach().requires_grad_()
+    stem = decoder.blocks[0].attend_to_tokens(x)
+    gradient = torch.autograd.grad(decoder(stem, thoughts(decoder, 1))[0, -1].pow(3).sum(), x)[0]
+    seen = (gradient[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
+    field = layers * (window - 1) + 1
+    assert seen == list(range(16 - field, 16))
+
+
+def test_every_layer_hears_its_own_thoughts(tiny_decoder):
+    decoder = tiny_decoder(layers=3)
+    inputs, z = torch.randint(11, (2, 5)), thoughts(decoder, 2).requires_grad_()
+    gradient = torch.autograd.grad(hidden(decoder, inputs, z)[0].pow(3).sum(), z)[0]
+    assert (gradient[0].abs().sum((-1, -2)) > 0).all()
+    assert (gradient[1] == 0).all()  # and no sequence those of another
+
+
+@pytest.mark.parametrize("changes", [{}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}])
+def test_no_parameter_is_dead(tiny_model, tiny_batch, changes):
+    model, batch = tiny_model(**changes), tiny_batch()
+    guide = MeanField(model)
+    start = begin(model, guide, batch, LocalInference()).parameters
+    elbo_terms(model, guide, batch, start).elbo_B.sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    crossing = [name for name, _ in model.named_parameters() if "cross" in name]
+    assert bool(crossing) == (changes.get("thoughts") != 0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}])
+def test_particles_are_computed_side_by_side(tiny_decoder, changes):
+    decoder = tiny_decoder(**changes)
+    stem, z = decoder.stem(torch.randint(11, (2, 6))), thoughts(decoder, 3, 2)
+    together = decoder(stem, z)
+    assert together.shape == (3, 2, 6, 8)
+    torch.testing.assert_close(together, torch.stack([decoder(stem, one) for one in z]))
+    torch.testing.assert_close(decoder(stem, z[None]), together[None])
+
+
+def test_thoughts_may_have_a_width_of_their_own(tiny_decoder):
+    assert tiny_decoder(thought_width=4).thought_shape == (2, 3, 4)
+    assert tiny_decoder().thought_shape == (2, 3, 8)
+
+
+def test_the_stem_is_the_first_layer_up_to_its_thoughts(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    prepared = model.prepare(batch)
+    whole, halves = (
+        pyro.poutine.trace(pyro.poutine.condition(model, {Z: z})) for z in [thoughts(model.decoder, 3)] * 2
+    )
+    logp, again = (t.get_trace(b).nodes[TOKENS] for t, b in ((whole, batch), (halves, prepared)))
+    torch.testing.assert_close(*(node["fn"].log_prob(node["value"]) for node in (logp, again)))
+
+
+def test_padding_never_changes_a_sequence(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    noise = torch.randint(1, 11, batch.targets_BT.shape)
+    targets = torch.where(batch.mask_BT, batch.targets_BT, noise)
+    inputs = torch.cat([batch.inputs_BT[:, :1], targets[:, :-1]], 1)
+    other = batch._replace(targets_BT=targets, inputs_BT=inputs)
+    conditioned = pyro.poutine.condition(model, {Z: thoughts(model.decoder, 3)})
+    nodes = [pyro.poutine.trace(conditioned).get_trace(x).nodes[TOKENS] for x in (batch, other)]
+    torch.testing.assert_close(*(node["fn"].log_prob(node["value"]) for node in nodes), rtol=0, atol=1e-12)
+
+
+def test_the_embedding_is_tied(tiny_model, tiny_batch):
+    model = tiny_model()
+    node = pyro.poutine.trace(model).get_trace(tiny_batch()).nodes[TOKENS]
+    assert node["fn"].embedding_VD is model.decoder.embedding.weight
+    assert sum(p.shape == (11, 8) for p in model.parameters()) == 1
+
+
+def test_quiet_thoughts_say_nothing_at_first(tiny_decoder):
+    decoder, inputs = tiny_decoder(quiet_thoughts=True), torch.randint(11, (2, 5))
+    z, other = thoughts(decoder, 2), thoughts(decoder, 2)
+    assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, other))
+    decoder.listening = False
+    assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, other))
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"heads": 3}, "multiple"), ({"kv_heads": 3}, "divisor")])
+def test_heads_must_divide(tiny_decoder, changes, words):
+    with pytest.raises(UsageError, match=words):
+        tiny_decoder(**changes)
+
+
+def test_a_sequence_longer_than_the_model(tiny_decoder):
+    with pytest.raises(UsageError, match="17 tokens, but the model's length is 16"):
+        tiny_decoder().stem(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_pyro_draws_the_model(tiny_model, tiny_batch):
+    graph = pyro.render_model(tiny_model(), (tiny_batch(),), render_distributions=True)
+    assert all(word in graph.source for word in ("tokens", "z", "sequences", "TokenCategorical"))
+
+
+def test_predictive_samples_tokens(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    drawn = Predictive(model, num_samples=4)(batch._replace(targets_BT=None))
+    assert drawn[TOKENS].shape == (4, *batch.targets_BT.shape)
+    assert drawn[Z].shape == (4, 3, *model.decoder.thought_shape)
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+def test_stock_svi_improves_a_local_posterior(tiny_model, tiny_batch, particles):
+    model, batch = tiny_model(), tiny_batch()
+    guide = MeanField(model)
+    posterior = LocalPosterior(guide, begin(model, guide, batch, LocalInference()))
+    loss = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
+    svi = SVI(model, posterior, pyro.optim.Adam({"lr": 0.02}), loss)
+    losses = [svi.step(batch) for _ in range(40)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    found = Predictive(model, guide=posterior, num_samples=2)(batch._replace(targets_BT=None))
+    assert found[TOKENS].shape == (2, *batch.targets_BT.shape)
+
+
+def test_the_prior_is_standard_normal(tiny_decoder):
+    shape = tiny_decoder().thought_shape
+    model = LatentThoughtModel(GaussianPrior(shape), tiny_decoder())
+    z = model.think(2000)
+    assert z.shape == (2000, *shape)
+    assert abs(z.mean()) < 5 / (2000 * 48) ** 0.5
+    assert abs(z.var() - 1) < 5 * (2 / (2000 * 48)) ** 0.5

@@ -1,0 +1,60 @@
+"""The quickstart: its corpus, its yardstick, and the whole of it for a few seconds."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ltm_pyro.data import pack
+from ltm_pyro.studies import quickstart
+
+NATS = ("bound", "iwae", "prior", "reused_noise", "autoregressive", "unigram", "thinking_gain", "thinking_gain_stderr")
+
+
+@pytest.fixture
+def float32():
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.mark.slow
+def test_the_corpus_is_english_and_always_the_same():
+    first, second = (dict(quickstart.corpus()) for _ in range(2))
+    assert first == second
+    assert len(first) > 500
+    assert all(name.startswith(("topic ", "module ")) and text.strip() for name, text in first.items())
+    assert sum(text.count(" the ") for text in first.values()) > 10_000
+
+
+def test_unigram_counts_every_token_once_more_than_seen(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n\n".join(f"{i} aab" for i in range(20)))
+    pack([tmp_path / "text.txt"], tmp_path / "data", tokenizer="bpe:257", seq_len=4, val_fraction=0.3)
+    splits = (quickstart.PackedDataset.open(tmp_path / "data", split) for split in ("train", "val"))
+    train, val = (
+        np.concatenate([row.tokens_T[: row.length] for row in map(s.__getitem__, range(len(s)))]) for s in splits
+    )
+    nats = [-math.log((1 + (train == token).sum()) / (len(train) + 257)) for token in val]
+    assert quickstart.unigram(tmp_path / "data") == pytest.approx(np.mean(nats))
+
+
+@pytest.mark.slow
+def test_a_few_seconds_of_everything(float32, tmp_path, monkeypatch, capsys):
+    options = ("--trainer.max_time", "null", "--trainer.max_steps", "4", "--trainer.limit_val_batches", "1")
+    logging = ("--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "2")
+    monkeypatch.setattr("sys.argv", ["quickstart", "--out", str(tmp_path), *options, *logging])
+    quickstart.main()
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    figures = (*NATS, "tokens_per_second", "train_seconds")
+    assert set(summary) == {*figures, "parameters", "samples", "continuation"}
+    assert all(isinstance(summary[name], float) and math.isfinite(summary[name]) for name in figures)
+    assert isinstance(summary["parameters"], int)
+    assert len(summary["samples"]) == 3
+    texts = [*summary["samples"], summary["continuation"]]
+    assert not [text for text in texts if not isinstance(text, str) or "\N{REPLACEMENT CHARACTER}" in text]
+    assert summary["continuation"].startswith(quickstart.PROMPT)
+    assert summary["thinking_gain"] == pytest.approx(summary["prior"] - summary["bound"])
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "thinking gain" in capsys.readouterr().out

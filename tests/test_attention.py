@@ -1,0 +1,82 @@
+"""Windowed attention is dense attention under a band mask, and rotary positions are relative."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ltm_pyro.attention import attend, cross_attention, dense_attention, window_attention, window_mask
+from ltm_pyro.layers import Attention, rotary
+
+
+def random_qkv(length, seed=0, size=2, heads=2, channels=4):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, size, heads, length, channels)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_().unbind(0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 40), window=st.integers(1, 45), seed=st.integers(0, 100))
+def test_blocks_equal_the_band(length, window, seed):
+    q, k, v = random_qkv(length, seed)
+    torch.testing.assert_close(window_attention(q, k, v, window), dense_attention(q, k, v, window), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("length", "window"), [(7, 3), (8, 4), (5, 9)])
+def test_gradients_are_equal_too(length, window):
+    q, k, v = random_qkv(length)
+    weight = torch.randn_like(q)
+    ours, theirs = (
+        torch.autograd.grad((attention(q, k, v, window) * weight).sum(), (q, k, v))
+        for attention in (window_attention, dense_attention)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_window_counts_the_token_itself():
+    mask_TT = window_mask(6, 6, 3)
+    assert mask_TT.sum(-1).tolist() == [1, 2, 3, 3, 3, 3]
+    assert mask_TT[4].tolist() == [False, False, True, True, True, False]
+    q, k, v = random_qkv(6)
+    torch.testing.assert_close(window_attention(q, k, v, 1), v)
+
+
+def test_the_last_queries_of_a_longer_past():
+    assert torch.equal(window_mask(2, 6, 3), window_mask(6, 6, 3)[-2:])
+
+
+def test_cross_attention_is_torchs_own():
+    q, k, v = random_qkv(5)
+    torch.testing.assert_close(cross_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_mask_hides_everything_behind_it():
+    q, k, v = random_qkv(4)
+    mask_TT = torch.eye(4, dtype=torch.bool)
+    torch.testing.assert_close(attend(q, k, v, mask_TT), v)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shift=st.integers(0, 500), seed=st.integers(0, 100))
+def test_rotary_scores_depend_on_distance_only(shift, seed):
+    q, k, _ = random_qkv(5, seed)
+    here, there = (rotary(q, first) @ rotary(k, first).mT for first in (0, shift))
+    torch.testing.assert_close(here, there, rtol=0, atol=2e-4)  # angles are computed in float32
+
+
+def test_rotary_keeps_lengths_and_the_first_position():
+    q, _, _ = random_qkv(5)
+    torch.testing.assert_close(rotary(q).norm(dim=-1), q.norm(dim=-1))
+    torch.testing.assert_close(rotary(q)[:, :, 0], q[:, :, 0])
+
+
+def test_grouped_heads_share_keys_and_values():
+    attention = Attention(width=16, heads=4, kv_heads=2, memory_width=6)
+    k, v = attention.keys_values(torch.randn(2, 5, 6))
+    for x in (k, v):
+        assert x.shape == (2, 4, 5, 4)
+        assert torch.equal(x[:, 0], x[:, 1])
+        assert torch.equal(x[:, 2], x[:, 3])
+        assert not torch.equal(x[:, 1], x[:, 2])

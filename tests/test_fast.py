@@ -1,0 +1,37 @@
+"""Fast optimisers against torch's."""
+
+import pytest
+import torch
+
+from ltm_pyro.fast import OPTIMIZERS
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "options"),
+    [
+        ("adam", torch.optim.Adam, {"lr": 0.1, "betas": (0.8, 0.95)}),
+        ("adamw", torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3}),
+        ("sgd", torch.optim.SGD, {"lr": 0.1}),
+    ],
+)
+def test_a_step_is_torchs(name, reference, options):
+    theirs = torch.randn(3, 2, requires_grad=True)
+    ours, optimizer = theirs.detach().clone(), OPTIMIZERS[name]
+    moments, torchs = optimizer.begin(ours), reference([theirs], **options)
+    for step in range(1, 6):
+        gradient = torch.randn(3, 2)
+        theirs.grad = gradient
+        torchs.step()
+        ours, moments = optimizer.update(ours, gradient, moments, torch.full((3,), step), **options)
+        torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_sequences_count_their_steps_alone():
+    optimizer, x = OPTIMIZERS["adam"], torch.zeros(2, 4)
+    moments = {"mean": torch.zeros(2, 4), "square": torch.zeros(2, 4)}
+    gradient = torch.ones(2, 4)
+    moved, _ = optimizer.update(x, gradient, moments, torch.tensor([1, 50]), lr=0.1)
+    torch.testing.assert_close(moved[0], torch.full((4,), -0.1))
+    torch.testing.assert_close(
+        moved[1].abs(), torch.full((4,), 0.1 * 0.1 / (1 - 0.9**50) / (0.001 / (1 - 0.999**50)) ** 0.5)
+    )
