@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ltm_pyro.contracts import UsageError
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.rates import Points, interpolate
 

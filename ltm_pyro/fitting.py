@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import load_tokenizer, read_manifest
@@ -20,6 +21,7 @@ from ltm_pyro.runs import (
     METRICS,
     RECIPE,
     TOKENIZER,
+    add_thoughts,
     check_run,
     checkpoint_path,
     load_weights,
@@ -28,7 +30,7 @@ from ltm_pyro.runs import (
 )
 from ltm_pyro.trainer import LastCheckpoint, LTMModule, MetricsFile, Progress
 
-NOISE = ".*(does not have many workers|LeafSpec|lr_scheduler.step|`isinstance.treespec|Experiment logs).*"
+NOISE = ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|`isinstance.treespec|Experiment logs).*"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,7 +52,9 @@ def train(config: Namespace) -> Path:
     callbacks = [Progress(), LastCheckpoint(run / CHECKPOINT, recipe, text)]
     module, data, trainer = build(config, callbacks=callbacks, logger=MetricsFile(run / METRICS, keep))
     if resumed:
-        _check_resumable(resumed, module, tokenizer)
+        load_weights(module, _weights(resumed, tokenizer), resumed)
+    elif config.warm_start:
+        add_thoughts(module, _weights(config.warm_start, tokenizer), config.warm_start)
     shown = plan(module, config)
     write_run(run, recipe, text, keep)
     Console(stderr=True).print(shown)
@@ -60,15 +64,15 @@ def train(config: Namespace) -> Path:
     return run
 
 
-def _check_resumable(checkpoint: Path, module: LTMModule, tokenizer: Tokenizer) -> None:
-    """Refuses a checkpoint of another architecture, or one that has learned another vocabulary than the data's."""
+def _weights(checkpoint: str | Path, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """A checkpoint's weights; refuses one that has learned another vocabulary than the data's."""
     content = read_checkpoint(checkpoint)
-    load_weights(module, content["state_dict"], checkpoint)
     if tokenizer_hash(Tokenizer.from_str(content["ltm_pyro"]["tokenizer"])) != tokenizer_hash(tokenizer):
         raise UsageError(
             f"The checkpoint {checkpoint} was trained with another tokenizer than the data's: pack the data again "
             f"with --tokenizer and the run's {TOKENIZER}."
         )
+    return content["state_dict"]
 
 
 def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | None) -> None:

@@ -39,6 +39,7 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
     parser.add_argument("--force", action="store_true", help="replace an existing run directory")
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="resume from this checkpoint")
+    parser.add_argument("--warm_start", type=str | None, default=None, help="begin from a run without thoughts (K = 0)")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and noise")
     parser.add_class_arguments(LTMModule, "model", skip={"seed"})
     parser.add_class_arguments(PackedData, "data", skip={"seed"})

@@ -98,6 +98,19 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
     module.load_state_dict(weights)
 
 
+def add_thoughts(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Gives a module the weights of a run without thoughts; its own cross-attention then adds exactly nothing.
+
+    The first bound is therefore that run's loss. What the run has spent in FLOPs counts as spent here too.
+    """
+    own = module.state_dict()
+    new = {name for name in own if ".cross_attention." in name or ".norm_cross." in name}
+    if not new or new & weights.keys():
+        raise UsageError(f"A warm start adds thoughts to a run without them, but {source} or the recipe does not fit.")
+    quiet = {n: torch.zeros_like(own[n]) if n.endswith("output.weight") else own[n] for n in new}
+    load_weights(module, {**weights, **quiet}, source)
+
+
 def check_run(path: Path, force: bool, resumed: bool) -> None:
     """Refuses a directory that holds an earlier run, unless it is the one ``resumed``; other files there stay."""
     if path.exists() and not path.is_dir():

@@ -76,6 +76,9 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or heads
+        for name, size in {"vocabulary": vocabulary, "layers": layers, "window": window, "length": length}.items():
+            if size < 1:
+                raise UsageError(f"The decoder's {name} must be at least 1, got {size}.")
         _check_heads(width, heads, kv_heads)
         self.vocabulary, self.width, self.window, self.length = vocabulary, width, window, length
         self.thought_shape = ThoughtShape(layers, thoughts, thought_width or width)
@@ -126,6 +129,8 @@ class Decoder(nn.Module):
 
 
 def _check_heads(width: int, heads: int, kv_heads: int) -> None:
+    if min(width, heads, kv_heads) < 1:
+        raise UsageError(f"Width, heads and kv_heads must be at least 1, got {width}, {heads} and {kv_heads}.")
     if width % (2 * heads):
         raise UsageError(f"Width {width} is not a multiple of 2 x heads = {2 * heads}: change `width` or `heads`.")
     if heads % kv_heads:

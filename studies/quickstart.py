@@ -25,12 +25,12 @@ from ltm_pyro.data import PackedDataset, pack
 from ltm_pyro.evaluation import evaluate_run
 from ltm_pyro.fitting import train
 from ltm_pyro.generation import Sampling, generate
+from ltm_pyro.protocols import DEFAULT
 from ltm_pyro.recipe import read_recipe
 from ltm_pyro.runs import Run, load_run
 
 PROMPT = "Return a list of"
-PROTOCOLS = ("bound", "iwae", "prior", "reused_noise")  # `causal` takes longer than all of these together
-FIGURES = (*PROTOCOLS, "autoregressive", "unigram")  # nats per held-out token
+FIGURES = (*DEFAULT, "autoregressive", "unigram")  # nats per held-out token
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
@@ -66,7 +66,7 @@ def prepare(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"id": name, "text": text}) + "\n" for name, text in corpus())
-        pack([str(out / "corpus.jsonl")], packed, tokenizer="bpe:1024", seq_len=128, val_fraction=0.04)
+        pack([str(out / "corpus.jsonl")], packed, tokenizer="bpe:1024", seq_len=256, val_fraction=0.04)
     return packed
 
 
@@ -108,7 +108,7 @@ def _tokens(dataset: PackedDataset) -> np.ndarray:
 
 def summarise(packed: Path, thinking: Trained, twin: Trained) -> dict[str, Any]:
     """Every figure of ``summary.json``; nats per token where nothing else is said."""
-    scores = evaluate_run(thinking.run, protocols=PROTOCOLS).protocols
+    scores = evaluate_run(thinking.run).protocols
     figures = {name: score.nats_per_token for name, score in scores.items()}
     speed = [float(row["train/tokens_per_second"]) for row in metrics(thinking.path) if row["train/tokens_per_second"]]
     return {
@@ -175,7 +175,7 @@ def main() -> None:
     )
     thinking = fit(out, packed, *further)
     twin = fit(out / "autoregressive", packed, "--model.decoder.init_args.thoughts", "0", *further)
-    console.print(f"Scoring both on held-out documents: {', '.join(PROTOCOLS)}.", soft_wrap=True)
+    console.print(f"Scoring both on held-out documents: {', '.join(DEFAULT)}.", soft_wrap=True)
     summary = summarise(packed, thinking, twin)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
     draw({"Latent-Thought": thinking.path, "autoregressive": twin.path}, summary["unigram"], out / "training.png")

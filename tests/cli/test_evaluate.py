@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ltm_pyro.protocols import PROTOCOLS
+from ltm_pyro.protocols import DEFAULT, PROTOCOLS
 
 FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "stderr_nats_per_token", "kl_nats_per_token")
 
@@ -13,12 +13,12 @@ def test_json_is_one_object_of_the_agreed_form(run, ltm):
     code, out, err = ltm("evaluate", run, "--limit", 6, "--samples", 3, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert set(found) == {"tokens", "sequences", "bytes", "protocols"}
+    assert set(found) >= {"tokens", "sequences", "bytes", "protocols"}
     assert (found["sequences"], found["tokens"]) == (6, 96)
     assert found["bytes"] > 96
-    assert list(found["protocols"]) == list(PROTOCOLS)
+    assert list(found["protocols"]) == list(DEFAULT)
     for name, score in found["protocols"].items():
-        assert set(score) == {*FIGURES, "samples", "is_bound"}
+        assert set(score) >= {*FIGURES, "samples", "is_bound"}
         assert all(isinstance(score[figure], float) for figure in FIGURES)
         assert score["is_bound"] is (name in ("bound", "iwae", "prior"))
         assert 4 < score["nats_per_token"] < 7
@@ -50,7 +50,7 @@ def test_no_fast_steps_leave_q_at_the_prior(run, ltm):
 
 
 def test_the_table_says_what_is_no_bound(run, ltm):
-    code, out, _ = ltm("evaluate", run, "--limit", 2, "--samples", 1)
+    code, out, _ = ltm("evaluate", run, "--limit", 2, "--samples", 1, "--protocols", ",".join(PROTOCOLS))
     assert code == 0
     assert "2 sequences, 32 tokens" in out
     rows = {words[0]: words[-1] for words in map(str.split, out.splitlines()) if words[-1:] in (["yes"], ["no"])}

@@ -1,0 +1,156 @@
+"""The Lightning module: curricula, warm start, persistent local parameters, and what a bad sequence does."""
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.curriculum import Curriculum
+from ltm_pyro.data import pack
+from ltm_pyro.elbo import elbo_terms
+from ltm_pyro.guides import MeanField
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
+from ltm_pyro.runs import add_thoughts
+from ltm_pyro.trainer import LTMModule, PackedData
+
+VOCABULARY = 280
+
+
+def make_module(thoughts=2, **options):
+    def decoder(vocabulary):
+        return Decoder(vocabulary, layers=2, width=16, heads=2, thoughts=thoughts, window=4, length=16)
+
+    arguments = {"inference": LocalInference(steps=2), "evaluation": LocalInference(steps=2), **options}
+    return LTMModule(decoder, GaussianPrior, LatentThoughtModel, MeanField, vocabulary=VOCABULARY, **arguments)
+
+
+@pytest.fixture
+def data(tmp_path):
+    text = "\n\n\n".join(f"the {i} small words of a long day are {i * 7} old" for i in range(40))
+    (tmp_path / "words.txt").write_text(text)
+    directory = tmp_path / "packed"
+    pack([tmp_path / "words.txt"], directory, tokenizer=f"bpe:{VOCABULARY}", seq_len=16, val_fraction=0.1)
+    return PackedData(str(directory), batch_size=8)
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def train(data):
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+        "inference_mode": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "accelerator": "cpu",
+    }
+
+    def run(module, checkpoint=None, **options):
+        trainer = Trainer(**quiet | {"max_steps": 6} | options)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        return trainer
+
+    return run
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec|lr_scheduler.step|`training_step` returned `None`).*")
+
+
+def test_a_curriculum_moves_between_its_points():
+    base = LocalInference(steps=16, rate=0.3)
+    curriculum = Curriculum(
+        steps=[(0, 0), (0.5, 0), (0.5, 6), (1, 6)], log_var=[(0.5, -4), (1, 0)], rate=[(0, 0.3), (1, 0.34)]
+    )
+    assert curriculum.at(0.2, base).steps == 0
+    later = curriculum.at(0.75, base)
+    assert (later.steps, later.start.log_var, round(later.rate, 3)) == (6, -2.0, 0.33)
+    assert Curriculum().at(0.5, base) == base
+    weights = Curriculum(kl_weight=[(0, 0.1), (1, 1)], particles=[(0, 1), (1, 4)]).at(1.0, base)
+    assert (weights.kl_weight, weights.particles) == (1.0, 4)
+
+
+def test_without_fast_steps_the_decoder_does_not_listen(train):
+    module = make_module(curriculum=Curriculum(steps=[(0, 0), (0.5, 0), (0.5, 2), (1, 2)]))
+    before = {n: p.detach().clone() for n, p in module.named_parameters() if "cross_attention" in n}
+    train(module, max_steps=2, max_epochs=-1)
+    assert any(not torch.equal(before[n], p) for n, p in module.named_parameters() if n in before)
+    silent = make_module(curriculum=Curriculum(steps=[(0, 0), (1, 0)]))
+    before = {n: p.detach().clone() for n, p in silent.named_parameters() if "cross_attention" in n}
+    train(silent)
+    assert all(torch.equal(before[n], p) for n, p in silent.named_parameters() if n in before)
+
+
+def test_added_thoughts_leave_the_autoregressive_loss_exactly(train, data):
+    plain = make_module(thoughts=0)
+    train(plain)
+    module = make_module(thoughts=2)
+    add_thoughts(module, plain.state_dict(), "plain")
+    batch = next(iter(data.val_dataloader()))
+    expected = elbo_terms(plain.model, plain.guide, batch, _start(plain, batch)).elbo_B
+    torch.testing.assert_close(elbo_terms(module.model, module.guide, batch, _start(module, batch)).elbo_B, expected)
+    with pytest.raises(UsageError, match="without them"):
+        add_thoughts(make_module(thoughts=0), plain.state_dict(), "plain")
+    with pytest.raises(UsageError, match="without them"):
+        add_thoughts(module, module.state_dict(), "thinking")
+
+
+def _start(module, batch):
+    from ltm_pyro.local import begin
+
+    return begin(module.model, module.guide, batch, LocalInference()).parameters
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_local_parameters_are_kept_between_epochs_and_resumed(train, tmp_path, where):
+    keep = "memory" if where == "memory" else str(tmp_path / "local")
+    module = make_module(keep_local=keep)
+    trainer = train(module, max_steps=-1, max_epochs=3)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    taken = module.store._arrays["steps"]
+    assert taken.max() == 3 * 2
+    resumed = make_module(keep_local=keep)
+    train(resumed, checkpoint=tmp_path / "last.ckpt", max_steps=-1, max_epochs=4)
+    assert resumed.store._arrays["steps"].max() == 4 * 2
+
+
+def test_training_ends_when_the_flops_are_spent(train):
+    module = make_module(max_flops=3e8)
+    trainer = train(module, max_steps=-1, max_epochs=-1)
+    assert module.progress == 1
+    assert 3e8 <= module.flops.item() < 5e8
+    assert trainer.global_step > 1
+
+
+@pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
+def test_a_bad_sequence_stops_training_by_name_or_is_skipped(train, slow_gradient):
+    inference = LocalInference(steps=2, slow_gradient=slow_gradient)
+
+    def spoilt(**options):
+        module = make_module(inference=inference, **options)
+        module.model.decoder.embedding.weight.data[VOCABULARY - 1] = torch.nan
+        return module
+
+    module = spoilt()
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    with pytest.raises(UsageError, match=r"No finite ELBO at step 0 for the sequences \[\d+"):
+        train(module)
+    skipping = spoilt(on_nonfinite="skip")
+    with pytest.warns(UserWarning, match="the batch is skipped"):
+        train(skipping, max_steps=2, max_epochs=1)
+    for n, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), before[n], equal_nan=True)
+
+
+def test_validation_without_gradients_is_explained(data):
+    module, batch = make_module(), next(iter(data.val_dataloader()))
+    with torch.inference_mode(), pytest.raises(UsageError, match="inference_mode=False"):
+        module.validation_step(batch, 0)
