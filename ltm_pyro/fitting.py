@@ -30,7 +30,10 @@ from ltm_pyro.runs import (
 )
 from ltm_pyro.trainer import LastCheckpoint, LTMModule, MetricsFile, Progress
 
-NOISE = ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|`isinstance.treespec|Experiment logs).*"
+NOISE = (  # what Lightning says that no user can act on
+    ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
+    "|Experiment logs).*"
+)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -62,7 +62,8 @@ def train(data):
     return run
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(does not have many workers|LeafSpec|lr_scheduler.step|`training_step` returned `None`).*")
+LIGHTNING = ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None).*"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{LIGHTNING}")
 
 
 def test_a_curriculum_moves_between_its_points():
