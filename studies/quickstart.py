@@ -116,7 +116,7 @@ def summarise(packed: Path, thinking: Trained, twin: Trained) -> dict[str, Any]:
         "autoregressive": evaluate_run(twin.run, protocols=["bound"]).protocols["bound"].nats_per_token,
         "unigram": unigram(packed),
         "thinking_gain": figures["prior"] - figures["bound"],
-        "thinking_gain_stderr": scores["bound"].stderr_nats_per_token,
+        "bound_stderr": scores["bound"].stderr_nats_per_token,
         "tokens_per_second": float(np.median(speed)),
         "train_seconds": thinking.seconds,
         "parameters": sum(p.numel() for p in thinking.run.model.parameters()),

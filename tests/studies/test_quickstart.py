@@ -10,7 +10,7 @@ import torch
 from ltm_pyro.data import pack
 from ltm_pyro.studies import quickstart
 
-NATS = ("bound", "iwae", "prior", "reused_noise", "autoregressive", "unigram", "thinking_gain", "thinking_gain_stderr")
+NATS = ("bound", "iwae", "prior", "reused_noise", "autoregressive", "unigram", "thinking_gain", "bound_stderr")
 
 
 @pytest.fixture
