@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.contracts import Start, UsageError
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.rates import Points, interpolate
 
@@ -57,4 +57,5 @@ class Curriculum:
         if "log_var" in values:
             values["start"] = replace(inference.start, log_var=values.pop("log_var"))
         values.update({name: round(values[name]) for name in ("steps", "particles") if name in values})
-        return replace(inference, **values)
+        now = replace(inference, **values)
+        return now if now.steps else replace(now, start=Start())  # nothing is inferred, so q stays at the prior

@@ -12,6 +12,7 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -143,7 +144,7 @@ def _latent(trace: Trace) -> dict[str, Any]:
 
 
 def _log_prob(node: Any) -> Tensor:
-    return node["fn"].log_prob(node["value"])
+    return scale_and_mask(node["fn"].log_prob(node["value"]), node["scale"], node["mask"])
 
 
 def _sampled_kl(q: Any, p: Any) -> Tensor:
@@ -152,6 +153,6 @@ def _sampled_kl(q: Any, p: Any) -> Tensor:
 
 def _kl(q: Any, p: Any) -> Tensor:
     try:
-        return kl_divergence(q["fn"], p["fn"])
+        return scale_and_mask(kl_divergence(q["fn"], p["fn"]), p["scale"], p["mask"])
     except NotImplementedError:
         return _sampled_kl(q, p)

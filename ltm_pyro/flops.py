@@ -77,14 +77,17 @@ def ours(decoder: CountedDecoder, length: int, inference: LocalInference) -> Flo
     A backward pass costs a projection once for its input and once for its weights, an attention product once for each
     factor. The stem is computed once per batch. Under ``slow_gradient="last"`` a fast step asks for no weights, and the
     slow step goes over everything; under ``"trajectory"`` every fast step asks for the weights as well, and the slow
-    step is left with the stem alone.
+    step is left with the stem alone. Every particle goes through all but the stem; a stopping rule's savings are not
+    counted, since nobody knows them beforehand.
     """
     one = _forward(decoder, length)
     steps = inference.steps if decoder.thought_shape.thoughts else 0
+    draws = inference.particles
     if inference.slow_gradient == "trajectory" and steps:
-        return Flops(fast=steps * 3 * (one.total - one.stem), slow=3 * one.stem)
+        return Flops(fast=draws * steps * 3 * (one.total - one.stem), slow=3 * one.stem)
     climb = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
-    return Flops(fast=steps * climb, slow=3 * one.total - one.thoughts)  # the slow step has no use for z's gradient
+    slow = 3 * one.stem + draws * (3 * (one.total - one.stem) - one.thoughts)  # which has no use for z's gradient
+    return Flops(fast=draws * steps * climb, slow=slow)
 
 
 def _forward(decoder: CountedDecoder, length: int) -> _Forward:

@@ -66,6 +66,8 @@ class LocalInference:
             raise UsageError(f"Fast steps must not be negative, got {self.steps}: choose 0 or more.")
         if self.particles < 1:
             raise UsageError(f"Particles must be at least 1, got {self.particles}: every step needs a draw of z.")
+        if self.noise == "reused" and self.stop:
+            raise UsageError("Reused noise belongs to a whole batch: it cannot go with a stopping rule; remove `stop`.")
         if self.noise == "antithetic" and self.particles % 2:
             raise UsageError(f"Antithetic noise needs pairs, got {self.particles} particles: choose an even number.")
 

@@ -5,9 +5,10 @@ Shapes: B sequences, b of them, N fast steps.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, UsageError, seeded
@@ -51,6 +52,20 @@ def begin(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -
     return LocalState({name: x.detach() for name, x in start.items()}, moments, steps_B)
 
 
+class Learned(NamedTuple):
+    """What the slow step needs: the loss to go backward from, the fit, and the ELBO's terms at the last q it saw."""
+
+    loss: Float[Tensor, ""]
+    state: LocalState
+    info: LocalInfo
+    terms: ElboTerms
+
+    @property
+    def sound_B(self) -> Bool[Tensor, " B"]:
+        """Whether every ELBO of a sequence was finite."""
+        return self.info.finite_B & self.terms.elbo_B.isfinite()
+
+
 def learn(
     model: Model,
     guide: Guide,
@@ -58,7 +73,7 @@ def learn(
     inference: LocalInference,
     state: LocalState | None = None,
     rates: Rates | None = None,
-) -> tuple[Float[Tensor, ""], LocalState, LocalInfo]:
+) -> Learned:
     """A fit, and the loss −Σ ELBO (nats) whose ``backward`` gives the global parameters the slow step's gradient.
 
     With no fast steps, or with nothing local to fit (K = 0), the trajectory is the last q itself.
@@ -70,11 +85,13 @@ def learn(
         state, info = climb.run(cut, state)
         if len(info.kl_NB):
             loss = inference.loss(ElboTerms(info.log_likelihood_NB, info.kl_NB)) / len(info.kl_NB)
-            return climb.average.loss(loss), state, info
+            last = ElboTerms(info.log_likelihood_NB[-1], info.kl_NB[-1])
+            return Learned(climb.average.loss(loss), state, info, last)
     else:
         with frozen(model):
             state, info = climb.run(cut, state)
-    return inference.loss(average_terms(model, guide, prepared, state.parameters, inference.draws)), state, info
+    terms = average_terms(model, guide, prepared, state.parameters, inference.draws)
+    return Learned(inference.loss(terms), state, info, ElboTerms(*(x.detach() for x in terms)))
 
 
 def _cut(batch: Batch) -> Batch:
@@ -150,6 +167,11 @@ class _Climb:
             state = begin(self.model, self.guide, batch, self.inference)
         else:
             check_state(self.model, self.guide, batch, state)
+            if any(set(m) != set(self.optimizer.moments) for m in state.moments.values()):
+                raise UsageError(
+                    f"The local state comes from another optimizer than {self.inference.optimizer}: "
+                    f"go on with the one it was fitted with, or fit anew."
+                )
         if self.inference.noise != "reused":
             return state._replace(noise=None)
         return state if state.noise is not None else state._replace(noise=int(torch.randint(2**62, ())))

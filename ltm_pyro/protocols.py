@@ -72,7 +72,8 @@ def prior(problem: Problem) -> Totals:
 def reused_noise(problem: Problem) -> Totals:
     """−ELBO at the one draw that the whole fit has seen, as the published code reports it. Not a bound."""
     p = problem
-    state, _ = fit(p.model, p.guide, p.batch, replace(p.inference, noise="reused"))
+    published = replace(p.inference, noise="reused", particles=1, kl="exact", stop=None)
+    state, _ = fit(p.model, p.guide, p.batch, published)
     with seeded(state.noise or 0):
         terms = elbo_terms(p.model, p.guide, p.batch, state.parameters)
     return Totals(-terms.elbo_B, terms.kl_B)

@@ -22,6 +22,7 @@ DEFAULTS = {  # by dotted path: this room imports no model and no guide
     "trainer.log_every_n_steps": 10,
     "trainer.max_epochs": -1,
 }
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "32", "64", "bf16")
 OURS = {  # settings of Lightning's trainer that `build` decides
     *("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "inference_mode"),
     *("num_sanity_val_steps", "default_root_dir"),
@@ -124,6 +125,11 @@ def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.
 def _trainer(settings: dict[str, Any]) -> pl.Trainer:
     if settings["val_check_interval"] == 0:
         raise UsageError("`trainer.val_check_interval` is 0: set `trainer.limit_val_batches` to 0 for no validation.")
+    if str(settings["precision"] or "32-true") not in PRECISIONS:
+        raise UsageError(
+            f"`trainer.precision` is {settings['precision']}, but thoughts, KL and optimiser states need float32: "
+            f"choose one of {', '.join(PRECISIONS)}."
+        )
     try:
         return pl.Trainer(
             **settings,

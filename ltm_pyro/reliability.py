@@ -17,18 +17,24 @@ def pareto_k(log_weights_SB: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:
     r"""k-hat: the shape of a generalised Pareto fitted to each sequence's largest importance weights.
 
     Below 0.5 q is good, above `TRUSTED` it misses mass of the posterior (Yao et al. 2018, arXiv 1802.02538). The tail
-    is the largest min(S / 5, 3 √S) of the S weights; −∞ where they are all equal, as they are where q is exact.
+    is the largest min(S / 5, 3 √S) of the S weights; −∞ where they are all equal, as where q is exact; +∞ where nearly
+    all of them vanish beside the largest.
     """
     samples = len(log_weights_SB)
     tail = int(min(0.2 * samples, 3 * samples**0.5))
     if tail < 5:
         raise UsageError(f"Pareto k-hat needs at least 25 samples, got {samples}: draw more.")
+    log_weights_SB = log_weights_SB.double()  # the tail of a bad q underflows in float32
     sorted_SB = (log_weights_SB - log_weights_SB.max(0).values).sort(0).values.exp()
     excess_tB = sorted_SB[-tail:] - sorted_SB[-tail - 1]
     return torch.stack([_shape(excess_t) for excess_t in excess_tB.unbind(1)])
 
 
 def _shape(excess_t: Tensor) -> Tensor:
+    if not excess_t.isfinite().all():
+        return excess_t.new_tensor(torch.nan)
     if excess_t[-1] < 1e-10:
         return excess_t.new_tensor(-torch.inf)
+    if excess_t[len(excess_t) // 4] <= 0:
+        return excess_t.new_tensor(torch.inf)
     return torch.as_tensor(fit_generalized_pareto(excess_t)[0], dtype=excess_t.dtype, device=excess_t.device)

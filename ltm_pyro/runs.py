@@ -43,7 +43,10 @@ class Run(NamedTuple):
 
 
 def load_run(path: str | Path) -> Run:
-    """A run directory or a checkpoint, in evaluation mode on the CPU; nothing in it is unpickled."""
+    """A run directory or a checkpoint, in evaluation mode on the CPU.
+
+    Nothing in it is unpickled, but its recipe names prior and guide by dotted path, and those modules are imported.
+    """
     checkpoint = read_checkpoint(path)
     texts = checkpoint["ltm_pyro"]
     config = parse_recipe(texts["recipe"])

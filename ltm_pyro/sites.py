@@ -46,8 +46,10 @@ def prior_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
     """Mean and variance of the prior's unconstrained coordinates; 0 and 1 where it has no closed form for them."""
     if unconstrained(prior.support):
         try:
-            return prior.mean.clone(), prior.variance.clone()
+            mean, variance = prior.mean.clone(), prior.variance.clone()
         except NotImplementedError:
-            pass
+            mean = variance = torch.full_like(prior.sample(), torch.nan)
+        known = mean.isfinite() & variance.isfinite() & (variance > 0)
+        return mean.where(known, torch.zeros_like(mean)), variance.where(known, torch.ones_like(variance))
     sample = biject_to(prior.support).inv(prior.sample())
     return torch.zeros_like(sample), torch.ones_like(sample)

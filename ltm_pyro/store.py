@@ -37,9 +37,12 @@ class LocalStore:
         return _rebuild(fresh, {name: _where(known_B, stored[name], x) for name, x in rows.items()})
 
     def keep(self, ids_B: Int[Tensor, " B"], state: LocalState) -> None:
-        """Stores the sequences' states."""
-        for name, x in _flatten(state).items():
-            self._array(name, x)[ids_B.cpu().numpy()] = x.detach().cpu().numpy()
+        """Stores the sequences' states; one that is not finite is not kept, so that its sequence starts anew."""
+        rows = _flatten(state)
+        sound_B = torch.stack([x.flatten(1).isfinite().all(1) for x in rows.values() if x.dim() > 1]).all(0)
+        index = ids_B[sound_B].cpu().numpy()
+        for name, x in rows.items():
+            self._array(name, x)[index] = x[sound_B].detach().cpu().numpy()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: everything in memory; nothing where files hold it."""

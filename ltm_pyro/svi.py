@@ -50,10 +50,11 @@ class DualRateSVI:
             state: where q goes on; by default it starts anew at ``inference.start``.
         """
         self.optimizer.zero_grad()
-        loss, self.state, _ = learn(self.model, self.guide, batch, self.inference, state, self.rates)
-        loss.backward()
+        learned = learn(self.model, self.guide, batch, self.inference, state, self.rates)
+        self.state = learned.state
+        learned.loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return learned.loss.item()
 
     def evaluate_loss(self, batch: Batch) -> float:
         """−Σ ELBO in nats after a fit, with noise drawn after q is final; nothing is learned."""

@@ -26,8 +26,8 @@ from ltm_pyro.curriculum import Curriculum, SlowRate
 from ltm_pyro.data import PackedDataset, read_manifest
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.flops import ours
-from ltm_pyro.inference import LocalInference, LocalInfo
-from ltm_pyro.local import begin, fit, learn
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import Learned, begin, fit, learn
 from ltm_pyro.rates import decay, parameter_groups, warmup_cosine
 from ltm_pyro.store import LocalStore
 
@@ -131,43 +131,46 @@ class LTMModule(pl.LightningModule):
         """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
         inference = self.curriculum.at(self.progress, self.inference)
         self.model.decoder.listening = inference.steps > 0
+        self.flops += batch.inputs_BT.numel() * ours(self.model.decoder, batch.inputs_BT.shape[1], inference).total
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
-            loss, info = self._learn(batch, inference)
-        if not self._is_sound(loss, info, batch):
+            learned = self._learn(batch, inference)
+        self._ids_B = batch.ids_B
+        if not learned.loss.isfinite():
+            self._unsound("ELBO", batch.ids_B[~learned.sound_B])
             return None
         tokens = batch.mask_BT.sum()
-        kl = info.kl_NB[-1].sum() / tokens if len(info.kl_NB) else torch.zeros(())
-        self.flops += batch.inputs_BT.numel() * ours(self.model.decoder, batch.inputs_BT.shape[1], inference).total
         self.log_dict(
             {
-                "train/loss": loss.detach() / tokens,
-                "train/kl": kl,
+                "train/loss": learned.loss.detach() / tokens,
+                "train/kl": learned.terms.kl_B.sum() / tokens,
                 "train/fast_rate": inference.rate,
                 "train/slow_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
                 "train/fast_steps": float(inference.steps),
                 "train/flops": self.flops.clone(),
             }
         )
-        return loss / tokens
+        return learned.loss / tokens
 
-    def _learn(self, batch: Batch, inference: LocalInference) -> tuple[Tensor, LocalInfo]:
+    def _learn(self, batch: Batch, inference: LocalInference) -> Learned:
         if self.store is None:
-            loss, _, info = learn(self.model, self.guide, batch, inference)
-            return loss, info
+            return learn(self.model, self.guide, batch, inference)
         state = self.store.recall(batch.ids_B, begin(self.model, self.guide, batch, inference))
-        loss, state, info = learn(self.model, self.guide, batch, inference, state)
-        self.store.keep(batch.ids_B, state)
-        return loss, info
+        learned = learn(self.model, self.guide, batch, inference, state)
+        self.store.keep(batch.ids_B, learned.state)
+        return learned
 
-    def _is_sound(self, loss: Tensor, info: LocalInfo, batch: Batch) -> bool:
-        if loss.isfinite():
-            return True
-        ids = batch.ids_B[~info.finite_B].tolist()
-        problem = f"No finite ELBO at step {self.global_step} for the sequences {ids}"
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets no gradient that is not finite reach the weights."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():
+            self._unsound("gradient", self._ids_B)
+            optimizer.zero_grad()
+
+    def _unsound(self, what: str, ids_b: Tensor) -> None:
+        problem = f"No finite {what} at step {self.global_step} for the sequences {ids_b.tolist()}"
         if self.on_nonfinite == "stop":
             raise UsageError(f"{problem}: lower the rates, remove them, or set model.on_nonfinite to skip.")
         warnings.warn(f"{problem}: the batch is skipped.", stacklevel=2)
-        return False
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
         """Ends training at ``max_flops``."""
@@ -326,6 +329,8 @@ class LastCheckpoint(Callback):
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
+        if not all(p.isfinite().all() for p in trainer.lightning_module.parameters()):
+            return  # never over a good checkpoint
         new = self._path.with_suffix(".new")
         try:
             trainer.save_checkpoint(new, weights_only=False)

@@ -150,3 +150,25 @@ def test_a_state_is_found_by_hand_as_by_fit(fitted):
     assert isinstance(picked, LocalState)
     back = state.put(torch.tensor([2, 0]), picked)
     torch.testing.assert_close(back.parameters["z_loc"], state.parameters["z_loc"])
+
+
+def test_scale_handlers_count_as_in_pyro(fitted):
+    model, guide, batch, state = fitted
+
+    class Annealed(type(model)):
+        def forward(self, batch):
+            with pyro.poutine.scale(scale=0.1):
+                return super().forward(batch)
+
+    annealed = Annealed(model.prior, model.decoder)
+    with torch.no_grad():
+        plain, scaled = (elbo_terms(m, guide, batch, state.parameters, Draws(path=True)) for m in (model, annealed))
+    torch.testing.assert_close(scaled.log_likelihood_B, 0.1 * plain.log_likelihood_B, rtol=0.2, atol=0)
+
+
+def test_priors_without_moments_start_at_zero_and_one():
+    from ltm_pyro.sites import prior_moments
+
+    mean, variance = prior_moments(pyro.distributions.StudentT(2.0).expand([4, 3]).to_event(1))
+    assert (mean == 0).all()
+    assert (variance == 1).all()

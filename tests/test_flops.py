@@ -27,7 +27,7 @@ def counted_per_token(model, batch, inference) -> float:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
     with counter, sdpa_kernel(SDPBackend.MATH):
-        loss, _, _ = learn(model, guide, batch, inference)
+        loss, *_ = learn(model, guide, batch, inference)
         loss.backward()
     return counter.get_total_flops() / batch.inputs_BT.numel()
 

@@ -95,7 +95,7 @@ def test_last_follows_the_elbo_at_the_final_q(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
     torch.manual_seed(1)
-    loss, state, _ = learn(model, guide, batch, replace(FEW, slow_gradient="last"))
+    loss, state, *_ = learn(model, guide, batch, replace(FEW, slow_gradient="last"))
     ours = torch.autograd.grad(loss, list(model.parameters()))
     torch.manual_seed(1)
     fit(model, guide, batch, FEW)  # spends the same noise
@@ -111,7 +111,7 @@ def test_trajectory_is_the_average_over_the_steps(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide, visited = MeanField(model), []
     torch.manual_seed(1)
-    loss, _, _ = learn(model, guide, batch, replace(FEW, slow_gradient="trajectory"))
+    loss, *_ = learn(model, guide, batch, replace(FEW, slow_gradient="trajectory"))
     loss.backward()
     torch.manual_seed(1)
     fit(model, guide, batch, FEW, on_step=lambda _, local, __: visited.append({k: x.clone() for k, x in local.items()}))
@@ -186,6 +186,7 @@ def test_antithetic_draws_leave_no_noise_in_the_mean(known):
     [
         ({"steps": -1}, "must not be negative, got -1"),
         ({"particles": 0}, "at least 1, got 0"),
+        ({"noise": "reused", "stop": Stop()}, "cannot go with a stopping rule"),
         ({"particles": 3, "noise": "antithetic"}, "pairs, got 3"),
     ],
 )

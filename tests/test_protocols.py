@@ -124,6 +124,7 @@ def test_k_hat_tells_light_tails_from_heavy():
     assert (pareto_k(light) < 0.5).all()
     assert (pareto_k(heavy) > TRUSTED).all()
     assert (pareto_k(torch.zeros(100, 2)) == -torch.inf).all()
+    assert pareto_k(torch.randn(1000, 1, dtype=torch.float32) * 60)[0] > TRUSTED
     with pytest.raises(UsageError, match="at least 25 samples, got 10"):
         pareto_k(torch.zeros(10, 2))
 

@@ -48,3 +48,13 @@ def test_files_of_other_data_are_refused(problem, tmp_path):
     LocalStore(5, tmp_path).keep(torch.tensor([0, 1, 2]), fresh)
     with pytest.raises(UsageError, match=r"has shape \(5,\).*need \(6,\)"):
         LocalStore(6, tmp_path).recall(torch.tensor([0, 1, 2]), fresh)
+
+
+def test_a_state_that_is_not_finite_is_not_kept(problem):
+    *_, fresh = problem
+    store, ids_B = LocalStore(5), torch.tensor([0, 3, 1])
+    broken = fresh.parameters["z_loc"].clone()
+    broken[1] = torch.nan
+    state = fresh._replace(parameters={**fresh.parameters, "z_loc": broken}, steps_B=torch.full((3,), 4))
+    store.keep(ids_B, state)
+    assert store.recall(ids_B, fresh).steps_B.tolist() == [4, 0, 4]

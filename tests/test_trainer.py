@@ -10,6 +10,7 @@ from ltm_pyro.data import pack
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import begin, learn
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 from ltm_pyro.runs import add_thoughts
 from ltm_pyro.trainer import LTMModule, PackedData
@@ -105,8 +106,6 @@ def test_added_thoughts_leave_the_autoregressive_loss_exactly(train, data):
 
 
 def _start(module, batch):
-    from ltm_pyro.local import begin
-
     return begin(module.model, module.guide, batch, LocalInference()).parameters
 
 
@@ -155,3 +154,33 @@ def test_validation_without_gradients_is_explained(data):
     module, batch = make_module(), next(iter(data.val_dataloader()))
     with torch.inference_mode(), pytest.raises(UsageError, match="inference_mode=False"):
         module.validation_step(batch, 0)
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(train, tmp_path):
+    from ltm_pyro.trainer import LastCheckpoint
+
+    path = tmp_path / "last.ckpt"
+
+    class Poison(make_module().__class__):
+        def on_before_optimizer_step(self, optimizer):
+            if self.global_step == 3:
+                next(self.model.parameters()).grad.fill_(torch.nan)
+            super().on_before_optimizer_step(optimizer)
+
+    module = make_module()
+    module.__class__ = Poison
+    with pytest.raises(UsageError, match="No finite gradient at step 3"):
+        train(module, callbacks=[LastCheckpoint(path, "", "", every=1)])
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert all(x.isfinite().all() for x in saved.values())
+    module.model.decoder.embedding.weight.data.fill_(torch.nan)
+    before = path.read_bytes()
+    LastCheckpoint(path, "", "")._save(module.trainer)
+    assert path.read_bytes() == before
+
+
+def test_without_fast_steps_the_loss_is_the_autoregressive_one(data):
+    curriculum = Curriculum(steps=[(0, 0), (1, 0)], log_var=[(0, -4), (1, -4)])
+    inference = curriculum.at(0.0, LocalInference())
+    module, batch = make_module(), next(iter(data.val_dataloader()))
+    assert learn(module.model, module.guide, batch, inference).terms.kl_B.abs().max() == 0
