@@ -1,0 +1,83 @@
+"""Which training recipe earns a thought its KL: starts, slow gradients and warm starts at equal training FLOPs.
+
+    ltm data pack CORPUS.jsonl --out data/corpus --tokenizer bpe:1024 --seq-len 512
+    python benchmarks/bench_training_recipes.py --data data/corpus --out runs/grid
+
+Thirteen trainings, of minutes each; a run that is there already is not trained again. Prints the table of
+docs/training-recipes.md and writes it as JSON. Without the data it says so.
+"""
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ltm_pyro.evaluation import evaluate_run
+from ltm_pyro.fitting import train
+from ltm_pyro.recipe import read_recipe
+from ltm_pyro.runs import CHECKPOINT, load_run
+
+RECIPE = Path(__file__).parents[1] / "studies" / "recipes" / "grid.yaml"
+RATES = {"prior": 0.1, "moving": 0.2, "narrow": 0.3}
+AUTOREGRESSIVE = ("--model.decoder.init_args.thoughts", "0")
+
+
+def options(gradient: str, start: str, decoder: str) -> tuple[str, ...]:
+    """What one cell of the grid changes in the recipe; a warm decoder trains without thoughts for 60 % of its FLOPs."""
+    begin = 0.6 if decoder == "warm" else 0.0
+    curriculum = {"steps": [[0, 0], [begin, 0], [begin, 4], [1, 4]] if begin else [[0, 4], [1, 4]]}
+    if start != "prior":
+        last = 0 if start == "moving" else -5
+        first = -4 if start == "moving" else -5
+        curriculum["log_var"] = [[0, first], [begin, first], [1, last]]
+    return (
+        *("--model.inference.slow_gradient", gradient, "--model.inference.rate", str(RATES[start])),
+        *("--model.curriculum", json.dumps(curriculum)),
+        *("--model.decoder.init_args.quiet_thoughts", str(decoder == "warm").lower()),
+    )
+
+
+def cells() -> dict[str, tuple[str, ...]]:
+    """Every run's name and options, the baseline last."""
+    grid = product(("warm", "scratch"), ("trajectory", "last"), ("prior", "moving", "narrow"))
+    return {f"{d} {g} {s}": options(g, s, d) for d, g, s in grid} | {"autoregressive": AUTOREGRESSIVE}
+
+
+def measure(name: str, changes: tuple[str, ...], arguments: argparse.Namespace) -> dict[str, float | str]:
+    """Trains one cell unless it is there, and scores it."""
+    run = Path(arguments.out) / name.replace(" ", "-")
+    if not (run / CHECKPOINT).exists():
+        places = ("--run", str(run), "--data.directory", arguments.data, "--force")
+        train(read_recipe(["--config", str(RECIPE), *places, *changes, *arguments.further]))
+    scores = evaluate_run(
+        load_run(run), protocols=["bound", "iwae", "prior"], samples=8, limit=arguments.limit
+    ).protocols
+    figures: dict[str, float | str] = {n: s.nats_per_token for n, s in scores.items()}
+    bound = scores["bound"]
+    gain = scores["prior"].nats_per_token - bound.nats_per_token
+    return {"name": name, **figures, "stderr": bound.stderr_nats_per_token, "kl": bound.kl_nats_per_token, "gain": gain}
+
+
+def main() -> None:
+    """Trains, scores, prints and writes; further arguments go to every training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/corpus", help="packed data, sequences of 512")
+    parser.add_argument("--out", default="runs/grid", help="where the runs and the table go")
+    parser.add_argument("--limit", type=int, default=64, help="held-out sequences to score")
+    arguments, arguments.further = parser.parse_known_args(namespace=argparse.Namespace(further=[]))
+    if not Path(arguments.data).exists():
+        print(f"not run: no packed data at {arguments.data}; pack some with `ltm data pack` and name it with --data")
+        return
+    rows = [measure(name, changes, arguments) for name, changes in cells().items()]
+    (Path(arguments.out) / "grid.json").write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{x:.4f}" if isinstance(x, float) else x for x in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
