@@ -18,7 +18,7 @@ from torch import nn
 from ltm_pyro.contracts import Guide, UsageError
 from ltm_pyro.data import end_of_text
 from ltm_pyro.inference import LocalInference
-from ltm_pyro.recipe import build_module, parse_recipe
+from ltm_pyro.training.recipe import build_module, parse_recipe
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 RECIPE = "config.yaml"

@@ -23,11 +23,11 @@ from rich.text import Text
 
 from ltm_pyro.data import PackedDataset, pack
 from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.fitting import train
 from ltm_pyro.generation import Sampling, generate
 from ltm_pyro.protocols import DEFAULT
-from ltm_pyro.recipe import read_recipe
 from ltm_pyro.runs import Run, load_run
+from ltm_pyro.training.fitting import train
+from ltm_pyro.training.recipe import read_recipe
 
 PROMPT = "Return a list of"
 FIGURES = (*DEFAULT, "autoregressive", "unigram")  # nats per held-out token

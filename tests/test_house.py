@@ -19,7 +19,7 @@ MAY_IMPORT = {  # room -> rooms it may import from
 }
 DOORS = {  # outsider -> the files that may know it, and how many of them
     "xformers": ("ltm_pyro/attention.py", 1),
-    "pytorch_lightning": ("ltm_pyro/*.py", 2),
+    "pytorch_lightning": ("ltm_pyro/training/*.py", 99),
     "webdataset": ("ltm_pyro/data/*.py", 2),
     "optuna": ("studies/**/*.py", 99),
 }

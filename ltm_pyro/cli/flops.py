@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints parameters and FLOPs per token; returns 0."""
     from ltm_pyro.flops import ours, published  # here, so that --help need not wait for Lightning
-    from ltm_pyro.recipe import build_module, read_recipe
+    from ltm_pyro.training.recipe import build_module, read_recipe
 
     config = read_recipe(["--config", args.config])
     module = build_module(config)

@@ -5,7 +5,6 @@ import torch
 from pytorch_lightning import Trainer
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.curriculum import Curriculum
 from ltm_pyro.data import pack
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides import MeanField
@@ -13,7 +12,9 @@ from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import begin, learn
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 from ltm_pyro.runs import add_thoughts
-from ltm_pyro.trainer import LTMModule, PackedData
+from ltm_pyro.training.curriculum import Curriculum
+from ltm_pyro.training.datamodule import PackedData
+from ltm_pyro.training.module import LTMModule
 
 VOCABULARY = 280
 
@@ -157,7 +158,7 @@ def test_validation_without_gradients_is_explained(data):
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(train, tmp_path):
-    from ltm_pyro.trainer import LastCheckpoint
+    from ltm_pyro.training.checkpoints import LastCheckpoint
 
     path = tmp_path / "last.ckpt"
 

@@ -15,7 +15,6 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import load_tokenizer, read_manifest
 from ltm_pyro.data.tokenizer import tokenizer_hash
 from ltm_pyro.flops import ours
-from ltm_pyro.recipe import build, check_budget, dump_recipe, take_vocabulary
 from ltm_pyro.runs import (
     CHECKPOINT,
     METRICS,
@@ -28,7 +27,11 @@ from ltm_pyro.runs import (
     read_checkpoint,
     write_run,
 )
-from ltm_pyro.trainer import LastCheckpoint, LTMModule, MetricsFile, Progress
+from ltm_pyro.training.checkpoints import LastCheckpoint
+from ltm_pyro.training.metrics import MetricsFile
+from ltm_pyro.training.module import LTMModule
+from ltm_pyro.training.progress import Progress
+from ltm_pyro.training.recipe import build, check_budget, dump_recipe, take_vocabulary
 
 NOISE = (  # what Lightning says that no user can act on
     ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"

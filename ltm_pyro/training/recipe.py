@@ -10,7 +10,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException  # 
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
-from ltm_pyro.trainer import LTMModule, PackedData
+from ltm_pyro.training.datamodule import PackedData
+from ltm_pyro.training.module import LTMModule
 
 DEFAULTS = {  # by dotted path: this room imports no model and no guide
     "model.decoder": {"class_path": "ltm_pyro.models.Decoder"},

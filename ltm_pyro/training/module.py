@@ -1,8 +1,5 @@
-"""Training under Lightning: the fast loop inside `training_step`, the slow step Lightning's. No mathematics here."""
+"""The Lightning module: the fast loop inside `training_step`, the slow step Lightning's. No mathematics here."""
 
-import csv
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,31 +8,18 @@ from typing import Any, Literal, cast
 import pytorch_lightning as pl
 import torch
 from pyro.nn import PyroModule
-from pytorch_lightning.callbacks import Callback, Timer
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities import rank_zero_only
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from pytorch_lightning.callbacks import Timer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 
 from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, seeded
-from ltm_pyro.curriculum import Curriculum, SlowRate
-from ltm_pyro.data import PackedDataset, read_manifest
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.flops import ours
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import Learned, begin, fit, learn
 from ltm_pyro.rates import decay, parameter_groups, warmup_cosine
 from ltm_pyro.store import LocalStore
-
-SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
-COLUMNS = (
-    *("step", "seconds", "train/loss", "train/kl", "train/fast_rate", "train/slow_rate", "train/tokens_per_second"),
-    *("val/bound", "val/kl", "train/flops", "train/fast_steps"),
-)
+from ltm_pyro.training.curriculum import Curriculum, SlowRate
 
 
 class LTMModule(pl.LightningModule):
@@ -191,151 +175,3 @@ class LTMModule(pl.LightningModule):
         tokens = int(batch.mask_BT.sum())
         figures = {"val/bound": -terms.elbo_B.sum() / tokens, "val/kl": terms.kl_B.sum() / tokens}
         self.log_dict(figures, batch_size=tokens, sync_dist=True)
-
-
-class PackedData(pl.LightningDataModule):
-    """Batches of a packed directory (``ltm data pack``).
-
-    Args:
-        directory: the packed data.
-        batch_size: B, sequences per step.
-        workers: processes that read ahead; 0 reads in the training process.
-        seed: of the order.
-    """
-
-    def __init__(self, directory: str, batch_size: int = 32, workers: int = 0, seed: int = 0) -> None:
-        super().__init__()
-        if batch_size < 1 or workers < 0:
-            raise UsageError(f"`data` needs batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}.")
-        self.directory, self.batch_size, self.workers, self.seed = directory, batch_size, workers, seed
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences there are to train on."""
-        return read_manifest(self.directory).splits["train"].sequences
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Full batches, in an order of each epoch's own."""
-        dataset = PackedDataset.open(self.directory, "train")
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=True,
-            drop_last=len(dataset) >= self.batch_size,
-            num_workers=self.workers,
-            collate_fn=dataset.collate,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Every held-out sequence, in the order of the shards."""
-        dataset = PackedDataset.open(self.directory, "val")
-        return DataLoader(dataset, batch_size=self.batch_size, collate_fn=dataset.collate)
-
-
-class Progress(Callback):
-    """One line on standard error: how far, how fast, how good, how long still; ten in all where that is no terminal."""
-
-    def __init__(self) -> None:
-        columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", TimeElapsedColumn())
-        texts = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-        console = Console(stderr=True)
-        self._bar = RichProgress(*columns, *texts, console=console, disable=not console.is_terminal)
-        self._clock, self._tenths = 0.0, 0
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Shows the bar."""
-        self._task = self._bar.add_task("training", total=1.0, figures="")
-        self._bar.start()
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
-        """Starts the clock of one step."""
-        self._clock = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, index: int) -> None:
-        """Logs tokens per second and refreshes the line."""
-        speed = batch.inputs_BT.numel() / (time.perf_counter() - self._clock)
-        module.log("train/tokens_per_second", speed)
-        if index % trainer.log_every_n_steps:
-            return
-        figures = trainer.callback_metrics
-        text = "  ".join(f"{name} {figures[k]:.3f}" for k, name in SHOWN.items() if k in figures)
-        self._show(module.progress, f"{speed:,.0f} tokens/s  {text}")
-
-    def _show(self, progress: float, figures: str) -> None:
-        self._bar.update(self._task, completed=progress, figures=figures)
-        if self._bar.disable and int(10 * progress) > self._tenths:
-            self._tenths = int(10 * progress)
-            print(f"training {progress:4.0%}  {figures}", file=sys.stderr, flush=True)
-
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Leaves the terminal as it was, also after Ctrl-C."""
-        self._bar.stop()
-
-
-class MetricsFile(Logger):
-    """``metrics.csv`` of a run: one row per logged step, appended to when a run is resumed; its seconds go on too."""
-
-    name = version = ""
-
-    def __init__(self, path: Path, resumed: bool = False) -> None:
-        super().__init__()
-        self._path, self._began = path, time.monotonic()
-        if resumed and path.exists():
-            with path.open(newline="") as file:
-                self._began -= max((float(row["seconds"]) for row in csv.DictReader(file)), default=0.0)
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends a row; columns that a row has no figure for stay empty."""
-        seconds, new = round(time.monotonic() - self._began, 3), not self._path.exists()
-        with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            if new:
-                writer.writeheader()
-            writer.writerow({**metrics, "step": step, "seconds": seconds})
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The run's ``config.yaml`` already says them."""
-
-
-class LastCheckpoint(Callback):
-    """Keeps one checkpoint that is always whole: written beside the old one, then renamed over it.
-
-    It is written every ``every`` steps, at the end, and on Ctrl-C, SIGTERM or an error. Recipe and tokenizer travel in
-    it as plain strings, so that a checkpoint alone is a run and loads without unpickling anything.
-    """
-
-    def __init__(self, path: Path, recipe: str, tokenizer: str, every: int = 500) -> None:
-        self._path, self._every = path, every
-        self._texts = {"recipe": recipe, "tokenizer": tokenizer}
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the texts."""
-        checkpoint["ltm_pyro"] = self._texts
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Saves at every ``every``-th step."""
-        if trainer.global_step and trainer.global_step % self._every == 0:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Saves the result."""
-        self._save(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Saves what there is, once training has begun."""
-        if trainer.global_step:
-            self._save(trainer)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        if not all(p.isfinite().all() for p in trainer.lightning_module.parameters()):
-            return  # never over a good checkpoint
-        new = self._path.with_suffix(".new")
-        try:
-            trainer.save_checkpoint(new, weights_only=False)
-            if trainer.is_global_zero:
-                new.replace(self._path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
