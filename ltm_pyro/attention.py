@@ -1,12 +1,31 @@
 """Attention: tokens to the W tokens up to and including themselves, and tokens to thoughts.
 
-Shapes: B sequences (particles folded in), H heads, T tokens, K thoughts, W window, C channels of a head.
+Shapes: B sequences (particles folded in), H heads, G key and value heads, T tokens, U new ones, K thoughts, W window,
+C channels of a head.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+class KeysValues(NamedTuple):
+    """What queries look at."""
+
+    keys_BGMC: Float[Tensor, "B G M C"]
+    values_BGMC: Float[Tensor, "B G M C"]
+
+    def select(self, index_b: Int[Tensor, " b"]) -> "KeysValues":
+        """Those of some sequences."""
+        return KeysValues(*(x[index_b] for x in self))
+
+    def spread(self, heads: int) -> "KeysValues":
+        """A copy for each of ``heads`` query heads; neighbours share."""
+        group = heads // self.keys_BGMC.shape[1]
+        return self if group == 1 else KeysValues(*(x.repeat_interleave(group, 1) for x in self))
 
 
 def window_mask(queries: int, keys: int, window: int, device: torch.device | None = None) -> Bool[Tensor, "Q M"]:
@@ -52,6 +71,18 @@ def cross_attention(
 ) -> Float[Tensor, "B H T C"]:
     """softmax(q kᵀ / √C) v: every token looks at every thought of its layer."""
     return attend(q_BHTC, k_BHKC, v_BHKC)
+
+
+def ring_attention(
+    q_BHUC: Float[Tensor, "B H U C"], ring: KeysValues, new: KeysValues, mask_BUM: Bool[Tensor, "B U M"]
+) -> Float[Tensor, "B H U C"]:
+    """softmax(q kᵀ / √C) v over the W remembered keys and the U new ones, M = W + U; nothing remembered is copied."""
+    size, heads, tokens, channels = q_BHUC.shape
+    q = q_BHUC.reshape(size, len(ring.keys_BGMC[0]), -1, channels) * channels**-0.5  # (B, G, H/G · U, C)
+    scores = torch.cat([q @ x.keys_BGMC.mT for x in (ring, new)], dim=-1).view(size, heads, tokens, -1)
+    weights = scores.masked_fill(~mask_BUM[:, None], -torch.inf).softmax(-1).view(*q.shape[:3], -1)
+    seen, fresh = weights.split([weights.shape[-1] - tokens, tokens], dim=-1)
+    return (seen @ ring.values_BGMC + fresh @ new.values_BGMC).view(q_BHUC.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."] | None = None) -> Tensor:

@@ -88,17 +88,18 @@ def _write(
     run: Run, tokens_BT: Int[Tensor, "B T"], z_BLKD: Float[Tensor, "B L K D"], sampling: Sampling, room: int
 ) -> Int[Tensor, "B U"]:
     decoder = run.model.decoder
-    inputs_BT = torch.cat([tokens_BT.new_full((len(tokens_BT), 1), run.start_token), tokens_BT], dim=1)
+    next_BU = torch.cat([tokens_BT.new_full((len(tokens_BT), 1), run.start_token), tokens_BT], dim=1)
+    cache, written = decoder.begin(z_BLKD), [tokens_BT]
     ended_B = torch.zeros(len(tokens_BT), dtype=torch.bool)
     for _ in range(min(room, sampling.max_new_tokens)):
-        hidden_BD = decoder(decoder.stem(inputs_BT), z_BLKD)[:, -1]
-        logits_BV = filter_logits(hidden_BD @ decoder.embedding.weight.T, sampling)
+        logits_BV = filter_logits(decoder.read(next_BU, cache) @ decoder.embedding.weight.T, sampling)
         next_B = torch.multinomial(logits_BV.softmax(-1), 1)[:, 0].masked_fill(ended_B, run.start_token)
         ended_B |= next_B == run.start_token
-        inputs_BT = torch.cat([inputs_BT, next_B[:, None]], dim=1)
+        next_BU = next_B[:, None]
+        written.append(next_BU)
         if ended_B.all():
             break
-    return inputs_BT[:, 1:]
+    return torch.cat(written, dim=1)
 
 
 def _decode(run: Run, tokens: list[int]) -> str:

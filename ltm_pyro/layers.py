@@ -5,19 +5,25 @@ Shapes: B sequences (particles folded in), T tokens, K thoughts, D width, H head
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ltm_pyro.attention import cross_attention, window_attention
+from ltm_pyro.attention import KeysValues, cross_attention, ring_attention, window_attention
+from ltm_pyro.cache import Reading
+
+Turn = tuple[Tensor, Tensor]  # cosine and sine of every position's angles, one per pair of channels
 
 
-def rotary(x_BHTC: Float[Tensor, "B H T C"], first: int = 0, base: float = 10_000.0) -> Float[Tensor, "B H T C"]:
-    """Rotates channel pair c of position t by the angle t · base^(−2c/C) (RoFormer, arXiv 2104.09864)."""
-    length, channels = x_BHTC.shape[-2:]
-    half = torch.arange(0, channels, 2, device=x_BHTC.device, dtype=torch.float32)
-    position_T = torch.arange(first, first + length, device=x_BHTC.device, dtype=torch.float32)
-    angle_Tc = position_T[:, None] * base ** (-half / channels)
-    cos, sin = angle_Tc.cos().to(x_BHTC.dtype), angle_Tc.sin().to(x_BHTC.dtype)
+def rotation(position: Int[Tensor, "*T"], channels: int, dtype: torch.dtype, base: float = 10_000.0) -> Turn:
+    """Channel pair c of position t turns by the angle t · base^(−2c/C) (RoFormer, arXiv 2104.09864)."""
+    half = torch.arange(0, channels, 2, device=position.device, dtype=torch.float32)
+    angle = position.float()[..., None] * base ** (-half / channels)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotary(x_BHTC: Float[Tensor, "B H T C"], turn: Turn) -> Float[Tensor, "B H T C"]:
+    """The vectors turned, each by its position's angles; what two of them then share depends on their distance."""
+    cos, sin = turn
     even, odd = x_BHTC.chunk(2, dim=-1)
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
 
@@ -36,17 +42,14 @@ class Attention(nn.Module):
         self.value = nn.Linear(memory_width, kv_heads * channels, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def queries(self, x_BTD: Float[Tensor, "B T D"], first: int = 0) -> Float[Tensor, "B H T C"]:
-        """Rotated queries of tokens at positions ``first``, ``first + 1``, …"""
-        return rotary(self.query(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2), first)
+    def queries(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B H T C"]:
+        """Queries of the tokens, turned."""
+        return rotary(self.query(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn)
 
-    def keys_values(
-        self, memory_BMD: Float[Tensor, "B M memory"], first: int = 0
-    ) -> tuple[Float[Tensor, "B H M C"], Float[Tensor, "B H M C"]]:
-        """Rotated keys, and values, of tokens or thoughts at positions ``first``, ``first + 1``, …"""
+    def keys_values(self, memory_BMD: Float[Tensor, "B M memory"], turn: Turn) -> KeysValues:
+        """Keys, turned, and values of tokens or thoughts, each of shape (B, ``kv_heads``, M, C)."""
         k, v = (p(memory_BMD).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for p in (self.key, self.value))
-        group = self.heads // self.kv_heads
-        return rotary(k, first).repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return KeysValues(rotary(k, turn), v)
 
     def merge(self, x_BHTC: Float[Tensor, "B H T C"]) -> Float[Tensor, "B T D"]:
         """The heads side by side, projected."""
@@ -60,17 +63,28 @@ class SelfAttention(Attention):
         super().__init__(width, heads, kv_heads, width)
         self.window = window
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
-        return self.merge(window_attention(self.queries(x_BTD), *self.keys_values(x_BTD), self.window))
+        k, v = self.keys_values(x_BTD, turn).spread(self.heads)
+        return self.merge(window_attention(self.queries(x_BTD, turn), k, v, self.window))
+
+    def read(
+        self, x_BUD: Float[Tensor, "B U D"], turn: Turn, ring: KeysValues, reading: Reading
+    ) -> Float[Tensor, "B U D"]:
+        """The same for tokens behind those whose keys and values are in ``ring``, which then takes in theirs."""
+        new = self.keys_values(x_BUD, turn)
+        out_BHUC = ring_attention(self.queries(x_BUD, turn), ring, new, reading.mask_BUM)
+        for remembered, x in zip(ring, new, strict=True):
+            reading.write(remembered, x)
+        return self.merge(out_BHUC)
 
 
 class CrossAttention(Attention):
     """Attention of tokens to the K thoughts of their layer; tokens and thoughts each carry rotary positions."""
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"], z_BKD: Float[Tensor, "B K thought"]) -> Float[Tensor, "B T D"]:
+    def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: KeysValues) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
-        return self.merge(cross_attention(self.queries(x_BTD), *self.keys_values(z_BKD)))
+        return self.merge(cross_attention(self.queries(x_BTD, turn), *thoughts.spread(self.heads)))
 
 
 class SwiGLU(nn.Module):

@@ -3,13 +3,17 @@
 Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, S particles. Leading axes of z are free.
 """
 
+from itertools import count
 from typing import cast
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ltm_pyro.attention import KeysValues
+from ltm_pyro.cache import Cache, Reading, reading
 from ltm_pyro.contracts import ThoughtShape, UsageError
-from ltm_pyro.layers import CrossAttention, SelfAttention, SwiGLU
+from ltm_pyro.layers import CrossAttention, SelfAttention, SwiGLU, Turn, rotation
 
 
 class Block(nn.Module):
@@ -24,17 +28,23 @@ class Block(nn.Module):
             self.cross_attention = CrossAttention(width, heads, kv_heads, thought_width)
         self.norm_forward, self.feed_forward = nn.RMSNorm(width), SwiGLU(width)
 
-    def attend_to_tokens(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def attend_to_tokens(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B T D"]:
         """The self-attention."""
-        return x_BTD + self.self_attention(self.norm_self(x_BTD))
+        return x_BTD + self.self_attention(self.norm_self(x_BTD), turn)
+
+    def attend_to_past(
+        self, x_BUD: Float[Tensor, "B U D"], turn: Turn, ring: KeysValues, reading: Reading
+    ) -> Float[Tensor, "B U D"]:
+        """The self-attention of tokens behind those in ``ring``, which takes them in."""
+        return x_BUD + self.self_attention.read(self.norm_self(x_BUD), turn, ring, reading)
 
     def attend_to_thoughts(
-        self, x_BTD: Float[Tensor, "B T D"], z_BKD: Float[Tensor, "B K thought"]
+        self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: KeysValues | None
     ) -> Float[Tensor, "B T D"]:
-        """The cross-attention to this layer's thoughts; absent when K = 0."""
-        if self.cross_attention is None or self.norm_cross is None:
+        """The cross-attention to this layer's thoughts; absent without them."""
+        if self.cross_attention is None or self.norm_cross is None or thoughts is None:
             return x_BTD
-        return x_BTD + self.cross_attention(self.norm_cross(x_BTD), z_BKD)
+        return x_BTD + self.cross_attention(self.norm_cross(x_BTD), turn, thoughts)
 
     def transform(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The feed-forward."""
@@ -113,19 +123,78 @@ class Decoder(nn.Module):
                 f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
                 f"cut the text, or train with a larger `length`."
             )
-        return self._layers()[0].attend_to_tokens(self.embedding(inputs_BT))
+        return self._layers()[0].attend_to_tokens(self.embedding(inputs_BT), self._turn(inputs_BT.shape[1]))
 
     def forward(
         self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"]
     ) -> Float[Tensor, "... B T D"]:
         """Hidden states before the vocabulary projection, for every particle of z."""
         lead = z_BLKD.shape[:-4]
-        z_LBKD = z_BLKD.flatten(0, len(lead)).unbind(1) if lead else z_BLKD.unbind(1)
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
-        for index, (block, z_BKD) in enumerate(zip(self._layers(), z_LBKD, strict=True)):
-            x_BTD = x_BTD if index == 0 else block.attend_to_tokens(x_BTD)
-            x_BTD = block.transform(block.attend_to_thoughts(x_BTD, z_BKD) if self.listening else x_BTD)
+        thoughts, turn = self.thoughts(z_BLKD.flatten(0, len(lead))), self._turn(stem_BTD.shape[1])
+        for index, (block, heard) in enumerate(zip(self._layers(), thoughts, strict=True)):
+            x_BTD = x_BTD if index == 0 else block.attend_to_tokens(x_BTD, turn)
+            x_BTD = block.transform(block.attend_to_thoughts(x_BTD, turn, heard))
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
+
+    def thoughts(self, z_BLKD: Float[Tensor, "B L K thought"]) -> list[KeysValues | None]:
+        """Every layer's keys and values of its thoughts; None where it hears none."""
+        turn = self._turn(z_BLKD.shape[2])
+        return [
+            block.cross_attention.keys_values(z_BKD, turn) if self.listening and block.cross_attention else None
+            for block, z_BKD in zip(self._layers(), z_BLKD.unbind(1), strict=True)
+        ]
+
+    def begin(self, z_BLKD: Float[Tensor, "B L K thought"]) -> Cache:
+        """The memory of B rows that have thought and not yet read; see `read`."""
+        self_attention = self._layers()[0].self_attention
+        heads, channels = self_attention.kv_heads, self.width // self_attention.heads
+        empty = z_BLKD.new_zeros(len(z_BLKD), heads, self.window, channels, dtype=self._dtype())
+        rings = [KeysValues(empty.clone(), empty.clone()) for _ in self.blocks]
+        read_B = torch.zeros(len(z_BLKD), dtype=torch.long, device=z_BLKD.device)
+        return Cache(self.thoughts(z_BLKD), rings, read_B)
+
+    def read(
+        self, tokens_BT: Int[Tensor, "B T"], cache: Cache, lengths_B: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B D"]:
+        """The hidden state behind the last token of every row, from which the next one is predicted.
+
+        A token costs the same wherever it stands: it sees what ``cache`` remembers, and is remembered there, in place.
+
+        Args:
+            tokens_BT: each row's next tokens, padded on the right.
+            lengths_B: how many of them are a row's own, at least one; T when not given.
+        """
+        if lengths_B is None:
+            lengths_B = torch.full_like(cache.read_B, tokens_BT.shape[1])
+        hidden_BD = self.embedding.weight.new_zeros(len(tokens_BT), self.width)
+        for first, piece_BU in zip(count(0, self.window), tokens_BT.split(self.window, 1)):
+            new_B = (lengths_B - first).clamp(0, piece_BU.shape[1])
+            last_B1D = (new_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, self.width)
+            last_BD = self._read_piece(piece_BU, cache, new_B).gather(1, last_B1D)[:, 0]
+            hidden_BD = last_BD.where(new_B[:, None] > 0, hidden_BD)
+        return hidden_BD
+
+    def _read_piece(
+        self, tokens_BU: Int[Tensor, "B U"], cache: Cache, new_B: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B U D"]:
+        how = reading(cache, new_B, tokens_BU.shape[1])
+        turn = self._turn(how.position_BU[:, None])
+        x_BUD = self.embedding(tokens_BU)
+        for block, ring, heard in zip(self._layers(), cache.rings, cache.thoughts, strict=True):
+            x_BUD = block.attend_to_past(x_BUD, turn, ring, how)
+            x_BUD = block.transform(block.attend_to_thoughts(x_BUD, turn, heard))
+        cache.read_B.add_(new_B)
+        return self.norm(x_BUD)
+
+    def _dtype(self) -> torch.dtype:
+        device = self.embedding.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embedding.weight.dtype
+
+    def _turn(self, positions: int | Tensor) -> Turn:
+        if isinstance(positions, int):
+            positions = torch.arange(positions, device=self.embedding.weight.device)
+        return rotation(positions, self.width // self._layers()[0].self_attention.heads, self._dtype())
 
 
 def _check_heads(width: int, heads: int, kv_heads: int) -> None:

@@ -7,13 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltm_pyro.attention import attend, cross_attention, dense_attention, window_attention, window_mask
-from ltm_pyro.layers import Attention, rotary
+from ltm_pyro.layers import Attention, rotary, rotation
 
 
 def random_qkv(length, seed=0, size=2, heads=2, channels=4):
     generator = torch.Generator().manual_seed(seed)
     shape = (3, size, heads, length, channels)
     return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_().unbind(0)
+
+
+def turn(first=0, length=5, channels=4):
+    return rotation(torch.arange(first, first + length), channels, torch.float64)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,19 +66,19 @@ def test_a_mask_hides_everything_behind_it():
 @given(shift=st.integers(0, 500), seed=st.integers(0, 100))
 def test_rotary_scores_depend_on_distance_only(shift, seed):
     q, k, _ = random_qkv(5, seed)
-    here, there = (rotary(q, first) @ rotary(k, first).mT for first in (0, shift))
+    here, there = (rotary(q, turn(first)) @ rotary(k, turn(first)).mT for first in (0, shift))
     torch.testing.assert_close(here, there, rtol=0, atol=2e-4)  # angles are computed in float32
 
 
 def test_rotary_keeps_lengths_and_the_first_position():
     q, _, _ = random_qkv(5)
-    torch.testing.assert_close(rotary(q).norm(dim=-1), q.norm(dim=-1))
-    torch.testing.assert_close(rotary(q)[:, :, 0], q[:, :, 0])
+    torch.testing.assert_close(rotary(q, turn()).norm(dim=-1), q.norm(dim=-1))
+    torch.testing.assert_close(rotary(q, turn())[:, :, 0], q[:, :, 0])
 
 
 def test_grouped_heads_share_keys_and_values():
     attention = Attention(width=16, heads=4, kv_heads=2, memory_width=6)
-    k, v = attention.keys_values(torch.randn(2, 5, 6))
+    k, v = attention.keys_values(torch.randn(2, 5, 6), turn()).spread(4)
     for x in (k, v):
         assert x.shape == (2, 4, 5, 4)
         assert torch.equal(x[:, 0], x[:, 1])

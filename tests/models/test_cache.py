@@ -1,0 +1,100 @@
+"""What the decoder remembers is enough: reading token by token equals reading everything anew, at a constant cost."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from ltm_pyro.models.decoder import Decoder
+
+
+def make(window=4, heads=2, **changes):
+    torch.manual_seed(0)
+    options = {"vocabulary": 11, "layers": 3, "width": 8, "thoughts": 3, "length": 40}
+    return Decoder(heads=heads, window=window, **options | changes).requires_grad_(False)
+
+
+def anew(decoder, tokens_BT, z_BLKD):
+    return decoder(decoder.stem(tokens_BT), z_BLKD)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    window=st.integers(1, 7),
+    pieces=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    changes=st.sampled_from([{}, {"kv_heads": 1}, {"thoughts": 0}, {"thought_width": 4}]),
+)
+def test_pieces_equal_the_whole(window, pieces, changes):
+    decoder = make(window, **changes)
+    tokens, z = torch.randint(11, (2, sum(pieces))), torch.randn(2, *decoder.thought_shape)
+    whole, cache, end = anew(decoder, tokens, z), decoder.begin(z), 0
+    for piece in tokens.split(pieces, 1):
+        end += piece.shape[1]
+        torch.testing.assert_close(decoder.read(piece, cache), whole[:, end - 1], rtol=0, atol=1e-6)
+    assert cache.read_B.tolist() == [end, end]
+
+
+@settings(max_examples=30, deadline=None)
+@given(window=st.integers(1, 7), lengths=st.lists(st.integers(1, 15), min_size=1, max_size=4), more=st.integers(1, 9))
+def test_rows_read_at_their_own_pace(window, lengths, more):
+    decoder, rows = make(window), len(lengths)
+    prompt, z = torch.randint(11, (rows, max(lengths))), torch.randn(rows, *decoder.thought_shape)
+    cache, following = decoder.begin(z), torch.randint(11, (rows, more))
+    hidden = [decoder.read(prompt, cache, torch.tensor(lengths))]
+    hidden += [decoder.read(token, cache) for token in following.split(1, 1)]
+    for row, length in enumerate(lengths):
+        alone = torch.cat([prompt[row, :length], following[row]])[None]
+        expected = anew(decoder, alone, z[row, None])[0, length - 1 :]
+        torch.testing.assert_close(torch.stack(hidden)[:, row], expected, rtol=0, atol=1e-6)
+
+
+def test_selected_rows_go_on_alone():
+    decoder = make()
+    tokens, z = torch.randint(11, (3, 6)), torch.randn(3, *decoder.thought_shape)
+    cache, index = decoder.begin(z), torch.tensor([2, 0, 2])
+    decoder.read(tokens, cache, torch.tensor([6, 2, 5]))
+    before, chosen, token = cache.read_B.clone(), cache.select(index), torch.tensor([[1], [2], [1]])
+    first, _, again = decoder.read(token, chosen)
+    assert torch.equal(first, again)
+    assert torch.equal(cache.read_B, before)
+    torch.testing.assert_close(decoder.read(token, cache)[2], first)
+
+
+def greedy(decoder, prompt, z, cached, steps=60):
+    tokens, cache, read = prompt, decoder.begin(z), prompt
+    for _ in range(steps):
+        hidden = decoder.read(read, cache) if cached else anew(decoder, tokens, z)[:, -1]
+        read = (hidden @ decoder.embedding.weight.T).argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, read], 1)
+    return tokens
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 30])
+def test_greedy_texts_are_identical_in_single_precision(prompt):
+    decoder = make(window=8, width=32, heads=4, vocabulary=300, length=100).float()
+    decoder.embedding.weight.mul_(0.1)  # or every token would follow itself
+    z, start = torch.randn(4, *decoder.thought_shape, dtype=torch.float32), torch.randint(300, (4, prompt))
+    text = greedy(decoder, start, z, cached=True)
+    assert torch.equal(text, greedy(decoder, start, z, cached=False))
+    assert len(text.unique()) > 50
+
+
+def test_a_token_costs_the_same_wherever_it_stands():
+    decoder = make()
+    cache, costs = decoder.begin(torch.randn(2, *decoder.thought_shape)), []
+    for _ in range(20):
+        with FlopCounterMode(display=False) as counter:
+            decoder.read(torch.ones(2, 1, dtype=torch.long), cache)
+        costs.append(counter.get_total_flops())
+    assert len(set(costs)) == 1
+
+
+def test_half_precision_is_remembered_in_half():
+    decoder = make(window=4, width=32, heads=4).float()
+    tokens, z = torch.randint(11, (2, 9)), torch.randn(2, *decoder.thought_shape, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = decoder.begin(z)
+        hidden = decoder.read(tokens, cache)
+    assert {x.dtype for ring in cache.rings for x in ring} == {torch.bfloat16}
+    torch.testing.assert_close(hidden.float(), anew(decoder, tokens, z)[:, -1], rtol=0.05, atol=0.1)
