@@ -12,6 +12,7 @@ assert "ltm_pyro" not in sys.modules, "ltm_pyro was imported before its shape ch
 warnings.simplefilter("ignore", OldSpelling)  # Pyro's distributions inherit from old spellings of `typing`
 install_import_hook("ltm_pyro", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")  # int is a float
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pyro  # noqa: E402
 import pytest  # noqa: E402
@@ -23,6 +24,8 @@ from ltm_pyro.models.gaussian import GaussianPrior  # noqa: E402
 from ltm_pyro.models.latent_thought import LatentThoughtModel  # noqa: E402
 
 pyro.enable_validation(True)
+hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("house")
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 
 FLAGS = {  # name -> how to read it, how to put it back

@@ -127,7 +127,7 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(recipe, tmp_path, ltm):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     wait_for(lambda: (path / "metrics.csv").exists() and len(rows(path)) > 5, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     step = int(re.search(r"interrupted at step (\d+)", err)[1])
