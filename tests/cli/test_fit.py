@@ -29,7 +29,9 @@ def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
-    assert condition(), process.communicate()[1]
+    if not condition():
+        process.kill()
+        pytest.fail(process.communicate()[1])
 
 
 def contents(folder):
@@ -125,9 +127,12 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(recipe, tmp_path, ltm):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*LTM, "fit", "--config", str(recipe), "--run", str(path), *long]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    wait_for(lambda: (path / "metrics.csv").exists() and len(rows(path)) > 5, process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
+    try:
+        wait_for(lambda: (path / "metrics.csv").exists() and len(rows(path)) > 5, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     step = int(re.search(r"interrupted at step (\d+)", err)[1])
