@@ -1,20 +1,17 @@
-"""Full-covariance Gaussian: the coordinates of a site are correlated; exact where the posterior is Gaussian."""
+"""Gaussians with covariance: between all coordinates of a site, or between those of each thought alone."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from torch.distributions import Distribution, biject_to, transforms
+from torch import Size, Tensor
 
-from ltm_pyro.contracts import SEQUENCES, Batch, Guide, LocalParameters, Model, Start
-from ltm_pyro.sites import prior_moments, prior_sites
+from ltm_pyro.contracts import LocalParameters
+from ltm_pyro.guides.coordinates import Coordinates
 
 
-class FullCovariance(Guide):
+class FullCovariance(Coordinates):
     r"""One Gaussian with full covariance per site and sequence, on the N unconstrained coordinates of the site.
 
     .. math::
@@ -22,39 +19,18 @@ class FullCovariance(Guide):
         L_i = \mathrm{tril}(A_i, -1) + e^{\mathrm{diag} A_i}
 
     Local parameters: ``{site}_loc`` is μ, shape (B, N), and ``{site}_factor`` is A, shape (B, N, N). N² numbers per
-    sequence: for small latent spaces. Sites are independent of each other.
-
-    Args:
-        model: whose latent sites q covers; it is looked at once and not kept.
+    sequence: for small latent spaces. Exact where the posterior is Gaussian.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.sites = {}
-        for name, fn in prior_sites(model, 1).items():
-            bijection = biject_to(fn.support)
-            self.sites[name] = (bijection, bijection.inverse_shape(fn.event_shape))
+    def spread(self, name: str, variance: Tensor) -> LocalParameters:
+        """A diagonal L: the standard deviation."""
+        return {f"{name}_factor": torch.diag_embed(variance.log() / 2)}
 
-    def start(self, sites: Mapping[str, Distribution], start: Start) -> LocalParameters:
-        """μ at the prior's mean plus jitter; L diagonal, the prior's scale times exp(``start.log_var`` / 2)."""
-        local = {}
-        for name in self.sites:
-            mean, variance = (x.flatten(1) for x in prior_moments(sites[name]))
-            local[f"{name}_loc"] = mean + start.jitter * variance.sqrt() * torch.randn_like(mean)
-            local[f"{name}_factor"] = torch.diag_embed((variance.log() + start.log_var) / 2)
-        return local
-
-    def __call__(self, batch: Batch, local: LocalParameters) -> dict[str, Tensor]:
-        """Samples every site from q, reparameterised."""
-        with pyro.plate(SEQUENCES, batch.size, dim=-1):
-            return {name: pyro.sample(name, self.posterior(name, local)) for name in self.sites}
-
-    def posterior(self, name: str, local: LocalParameters) -> Any:
-        """q of one site, batch shape (B,)."""
-        bijection, shape = self.sites[name]
-        normal = dist.MultivariateNormal(local[f"{name}_loc"], scale_tril=scale_tril(local[f"{name}_factor"]))
-        return dist.TransformedDistribution(
-            normal, [transforms.ReshapeTransform(torch.Size([shape.numel()]), shape), bijection]
-        )
+    def density(self, name: str, local: LocalParameters) -> Any:
+        """N(μ, L Lᵀ)."""
+        loc = local[f"{name}_loc"]
+        normal = dist.MultivariateNormal(loc, scale_tril=scale_tril(local[f"{name}_factor"]))
+        return normal.to_event(loc.dim() - 2)
 
     def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
         r"""L Lᵀ ∇_μ, and L Φ(Lᵀ ∇_L) with Φ the lower triangle, its diagonal halved; the diagonal of A is log L's."""
@@ -71,6 +47,20 @@ class FullCovariance(Guide):
         return natural
 
 
-def scale_tril(factor_BNN: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B N N"]:
+class BlockCovariance(FullCovariance):
+    r"""A Gaussian with full covariance within each thought, and none between thoughts.
+
+    .. math:: q(z \mid x_i) = \prod_{l,k} \mathcal{N}(z_{lk}; \mu_{ilk}, L_{ilk} L_{ilk}^\top)
+
+    Local parameters: ``{site}_loc`` is μ, shape (B, *event), and ``{site}_factor`` is A, shape (B, *event, D), with D
+    the last axis of the site. D numbers per coordinate.
+    """
+
+    def layout(self, shape: Size) -> Size:
+        """As the site has them; a single number is a block of one."""
+        return shape or Size([1])
+
+
+def scale_tril(factor_NN: Float[Tensor, "*B N N"]) -> Float[Tensor, "*B N N"]:
     """L: the strict lower triangle of A, and exp of its diagonal."""
-    return factor_BNN.tril(-1) + torch.diag_embed(factor_BNN.diagonal(dim1=-2, dim2=-1).exp())
+    return factor_NN.tril(-1) + torch.diag_embed(factor_NN.diagonal(dim1=-2, dim2=-1).exp())

@@ -6,10 +6,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ltm_pyro.contracts import SEQUENCES, Batch, Guide, LocalParameters, Model, Start
-from ltm_pyro.sites import Sites, prior_moments, prior_sites, unconstrained
+from ltm_pyro.sites import Sites, bijections, prior_moments, prior_sites, unconstrained
 
 
 class MeanField(Guide):
@@ -25,7 +24,10 @@ class MeanField(Guide):
     """
 
     def __init__(self, model: Model) -> None:
-        self.sites = {name: (fn.support, len(fn.event_shape)) for name, fn in prior_sites(model, 1).items()}
+        self.sites = {
+            name: (None if unconstrained(fn) else bijection, len(fn.event_shape))
+            for name, (fn, bijection) in bijections(prior_sites(model, 1)).items()
+        }
 
     def start(self, sites: Sites, start: Start) -> LocalParameters:
         """μ at the prior's mean plus jitter, log σ² at the prior's log-variance plus ``start.log_var``."""
@@ -51,9 +53,8 @@ class MeanField(Guide):
 
     def posterior(self, name: str, local: LocalParameters) -> Any:
         """q of one site, batch shape (B,)."""
-        support, event_dim = self.sites[name]
+        bijection, event_dim = self.sites[name]
         normal = dist.Normal(local[f"{name}_loc"], (local[f"{name}_log_var"] / 2).exp())
-        if unconstrained(support):
+        if bijection is None:
             return normal.to_event(event_dim)
-        event = normal.to_event(len(normal.batch_shape) - 1)
-        return dist.TransformedDistribution(event, biject_to(support))
+        return dist.TransformedDistribution(normal.to_event(len(normal.batch_shape) - 1), bijection)

@@ -20,6 +20,7 @@ from torch.distributions import kl_divergence
 
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model, UsageError
 from ltm_pyro.noise import Antithetic
+from ltm_pyro.precision import full_precision
 
 
 class ElboTerms(NamedTuple):
@@ -60,7 +61,8 @@ def elbo_terms(
     if draws.path:
         posterior = _latent(_replayed(guide, q, batch, {name: x.detach() for name, x in local.items()}, draws))
     kl = _sampled_kl if draws.path else _kl
-    kl_B = _total(kl(node, prior[name]) for name, node in posterior.items())
+    with full_precision(batch.inputs_BT):
+        kl_B = _total(kl(node, prior[name]) for name, node in posterior.items())
     return ElboTerms(log_likelihood_B, kl_B.expand_as(log_likelihood_B))
 
 
@@ -76,7 +78,9 @@ def log_weights(
 ) -> Float[Tensor, "S B"]:
     """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the importance weights of the evidence."""
     q, p = traces(model, guide, batch, local, Draws(particles))
-    return _total(map(_log_prob, _sampled(p).values())) - _total(map(_log_prob, _latent(q).values()))
+    log_joint_SB = _total(map(_log_prob, _sampled(p).values()))
+    with full_precision(batch.inputs_BT):
+        return log_joint_SB - _total(map(_log_prob, _latent(q).values()))
 
 
 def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
@@ -89,7 +93,8 @@ def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Te
 def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> tuple[Trace, Trace]:
     """The guide's trace, and the model's replayed against it; S particles become a plate left of the sequences."""
     with quiet():
-        with Antithetic() if draws.antithetic else nullcontext(), _particles(draws):  # outside, to see the plate
+        mirror = Antithetic() if draws.antithetic else nullcontext()
+        with full_precision(batch.inputs_BT), mirror, _particles(draws):  # mirror outside, to see the plate
             q = prune_subsample_sites(poutine.trace(guide).get_trace(batch, local))
         with _particles(draws):
             p = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=q)).get_trace(batch))
@@ -113,7 +118,7 @@ def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
 
 
 def _replayed(guide: Guide, q: Trace, batch: Batch, local: LocalParameters, draws: Draws) -> Trace:
-    with quiet(), _particles(draws):
+    with quiet(), full_precision(batch.inputs_BT), _particles(draws):
         return prune_subsample_sites(poutine.trace(poutine.replay(guide, trace=q)).get_trace(batch, local))
 
 

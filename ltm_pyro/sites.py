@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 
 from ltm_pyro.contracts import SEQUENCES, Model, UsageError
 
@@ -31,12 +32,33 @@ def prior_sites(model: Model, size: int) -> Sites:
     return sites
 
 
+def bijections(sites: Sites) -> dict[str, tuple[Distribution, Transform]]:
+    """Every site with the map from unconstrained coordinates to its support."""
+    found = {}
+    for name, fn in sites.items():
+        try:
+            found[name] = (fn, biject_to(_support(fn)))
+        except NotImplementedError:
+            raise UsageError(
+                f"No guide reaches the support of prior site '{name}', {fn.support}: sample unconstrained numbers there "
+                f"and transform them inside the prior."
+            ) from None
+    return found
+
+
+def _support(fn: Distribution) -> constraints.Constraint | None:
+    """A distribution's support; a mixture's is that of its components."""
+    support = fn.support
+    return support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support
+
+
 def _in_sequences(node: Any) -> bool:
     return any(frame.name == SEQUENCES for frame in node["cond_indep_stack"])
 
 
-def unconstrained(support: constraints.Constraint | None) -> bool:
-    """Whether the support is all of the reals."""
+def unconstrained(fn: Distribution) -> bool:
+    """Whether the distribution's support is all of the reals."""
+    support = _support(fn)
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support is constraints.real
@@ -44,12 +66,12 @@ def unconstrained(support: constraints.Constraint | None) -> bool:
 
 def prior_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
     """Mean and variance of the prior's unconstrained coordinates; 0 and 1 where it has no closed form for them."""
-    if unconstrained(prior.support):
+    if unconstrained(prior):
         try:
             mean, variance = prior.mean.clone(), prior.variance.clone()
         except NotImplementedError:
             mean = variance = torch.full_like(prior.sample(), torch.nan)
         known = mean.isfinite() & variance.isfinite() & (variance > 0)
         return mean.where(known, torch.zeros_like(mean)), variance.where(known, torch.ones_like(variance))
-    sample = biject_to(prior.support).inv(prior.sample())
+    sample = biject_to(_support(prior)).inv(prior.sample())
     return torch.zeros_like(sample), torch.ones_like(sample)

@@ -1,8 +1,24 @@
 """p: what is random in the world. One generative story per file."""
 
+from ltm_pyro.models.autoregressive import AutoregressivePrior
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.flow import FlowPrior
 from ltm_pyro.models.gaussian import GaussianPrior
+from ltm_pyro.models.hierarchical import HierarchicalPrior
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.models.learned_gaussian import LearnedGaussianPrior
 from ltm_pyro.models.linear_gaussian import LinearGaussianModel, TwoModesModel
+from ltm_pyro.models.mixture import MixturePrior
 
-__all__ = ["Decoder", "GaussianPrior", "LatentThoughtModel", "LinearGaussianModel", "TwoModesModel"]
+__all__ = [
+    "AutoregressivePrior",
+    "Decoder",
+    "FlowPrior",
+    "GaussianPrior",
+    "HierarchicalPrior",
+    "LatentThoughtModel",
+    "LearnedGaussianPrior",
+    "LinearGaussianModel",
+    "MixturePrior",
+    "TwoModesModel",
+]

@@ -8,6 +8,7 @@ from torch import Tensor
 from ltm_pyro.contracts import SEQUENCES, TOKENS, Batch, Prior
 from ltm_pyro.likelihood import TokenCategorical
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.precision import full_precision
 
 
 class LatentThoughtModel(PyroModule):
@@ -29,7 +30,7 @@ class LatentThoughtModel(PyroModule):
 
     def think(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples the thoughts of ``size`` sequences."""
-        with pyro.plate(SEQUENCES, size, dim=-1):
+        with pyro.plate(SEQUENCES, size, dim=-1), full_precision(next(self.decoder.parameters())):
             return self.prior()
 
     def prepare(self, batch: Batch) -> Batch:
@@ -44,7 +45,8 @@ class LatentThoughtModel(PyroModule):
         decoder = self.decoder
         stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
         with pyro.plate(SEQUENCES, batch.size, dim=-1):
-            z_BLKD = self.prior()
+            with full_precision(stem_BTD):
+                z_BLKD = self.prior()
             tokens = TokenCategorical(decoder(stem_BTD, z_BLKD), decoder.embedding.weight, batch.mask_BT)
             pyro.sample(TOKENS, tokens, obs=batch.targets_BT)
         return z_BLKD

@@ -1,0 +1,83 @@
+"""Thoughts that follow each other: a small causal Transformer over them. Shapes: N = L·K thoughts in a row."""
+
+import pyro
+import torch
+from jaxtyping import Float
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ltm_pyro.contracts import ThoughtShape, UsageError, Z
+from ltm_pyro.layers import SelfAttention, SwiGLU
+from ltm_pyro.models.density import ThoughtDensity
+
+
+class Thinker(nn.Module):
+    """Mean and log-scale of every thought given the ones before it: a pre-norm Transformer like the decoder's."""
+
+    def __init__(self, thought_width: int, number: int, layers: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(thought_width, width)
+        self.first = nn.Parameter(0.02 * torch.randn(width))
+        self.position_ND = nn.Parameter(0.02 * torch.randn(max(number, 1), width))
+        self.attention = nn.ModuleList(SelfAttention(width, heads, heads, max(number, 1)) for _ in range(layers))
+        self.feed = nn.ModuleList(SwiGLU(width) for _ in range(layers))
+        self.norm = nn.ModuleList(nn.RMSNorm(width) for _ in range(2 * layers + 1))
+        self.leave = nn.Linear(width, 2 * thought_width)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, before_BnD: Float[Tensor, "B n thought"]) -> tuple[Tensor, Tensor]:
+        """Mean and log-scale of thoughts 1 … n + 1, each (B, n + 1, D), given the first n."""
+        first_B1D = self.first.expand(len(before_BnD), 1, -1)
+        x_BND = torch.cat([first_B1D, self.enter(before_BnD)], dim=1)
+        x_BND = x_BND + self.position_ND[: x_BND.shape[1]]
+        for index, (attention, feed) in enumerate(zip(self.attention, self.feed, strict=True)):
+            x_BND = x_BND + attention(self.norm[2 * index](x_BND))
+            x_BND = x_BND + feed(self.norm[2 * index + 1](x_BND))
+        mean_BND, log_scale_BND = self.leave(self.norm[-1](x_BND)).chunk(2, dim=-1)
+        return mean_BND, log_scale_BND
+
+
+class AutoregressivePrior(PyroModule):
+    r"""Every thought given all thoughts before it, layer by layer.
+
+    .. math:: p(z) = \prod_n \mathcal{N}(z_n;\, m_n(z_{<n}),\, s_n^2(z_{<n})), \quad n = 1 \ldots L K
+
+    m and log s come from a small causal Transformer whose last layer is 0 at first: learning starts from the paper's
+    prior. Density in one pass, sampling in L·K. The learned prior that arXiv 2502.01567 leaves as an open problem.
+
+    Args:
+        shape: (L, K, D) of one sequence's thoughts.
+        layers, width, heads: of the Transformer over thoughts.
+    """
+
+    def __init__(self, shape: ThoughtShape, layers: int = 2, width: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        if min(layers, width, heads) < 1 or width % (2 * heads):
+            raise UsageError(
+                f"AutoregressivePrior needs layers, width and heads of at least 1 and a width that 2 x heads divides, "
+                f"got {layers}, {width} and {heads}."
+            )
+        self.shape = shape
+        self.thinker = Thinker(shape.width, shape.layers * shape.thoughts, layers, width, heads)
+
+    def forward(self) -> Float[Tensor, "... L K D"]:
+        """Samples the site ``z`` inside the surrounding plate."""
+        return pyro.sample(Z, ThoughtDensity(self))
+
+    def log_density(self, z_BLKD: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B"]:
+        """log p(z) in nats."""
+        z_BND = z_BLKD.reshape(-1, self.shape.layers * self.shape.thoughts, self.shape.width)
+        mean_BND, log_scale_BND = self.thinker(z_BND[:, :-1])
+        log_prob_BND = torch.distributions.Normal(mean_BND, log_scale_BND.exp(), validate_args=False).log_prob(z_BND)
+        return log_prob_BND.sum((-2, -1)).view(z_BLKD.shape[:-3])
+
+    def draw(self, sample_shape: torch.Size) -> Float[Tensor, "*S L K D"]:
+        """z ~ p(z), thought after thought."""
+        layers, thoughts, width = self.shape
+        z_BND = self.thinker.first.new_zeros(sample_shape.numel(), 0, width)
+        for _ in range(layers * thoughts):
+            mean_BND, log_scale_BND = self.thinker(z_BND)
+            next_BD = mean_BND[:, -1] + log_scale_BND[:, -1].exp() * torch.randn_like(mean_BND[:, -1])
+            z_BND = torch.cat([z_BND, next_BD[:, None]], dim=1)
+        return z_BND.view(*sample_shape, *self.shape)

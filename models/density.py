@@ -1,0 +1,52 @@
+"""A density over thoughts that a network computes, as a Pyro distribution."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.precision import full_precision
+
+
+@runtime_checkable
+class ThoughtNetwork(Protocol):
+    """What a prior must know of its density: its logarithm at z, and how to draw from it."""
+
+    shape: ThoughtShape
+
+    def log_density(self, z_BLKD: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B"]:
+        """log p(z) in nats."""
+        ...
+
+    def draw(self, sample_shape: torch.Size) -> Float[Tensor, "*S L K D"]:
+        """z ~ p(z)."""
+        ...
+
+
+class ThoughtDensity(TorchDistribution):
+    """p(z) of a `ThoughtNetwork`, the same for every sequence: event shape (L, K, D), batch shape by `expand`."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.independent(constraints.real, 3)
+
+    def __init__(self, network: ThoughtNetwork, batch_shape: Any = ()) -> None:
+        self.network = network
+        super().__init__(torch.Size(batch_shape), torch.Size(network.shape), validate_args=False)
+
+    def log_prob(self, value: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B"]:
+        """log p(z), in full precision also under autocast."""
+        with full_precision(value):
+            return self.network.log_density(value)
+
+    def sample(self, sample_shape: Any = ()) -> Float[Tensor, "*S L K D"]:
+        """z ~ p(z)."""
+        with torch.no_grad():
+            return self.network.draw(torch.Size(sample_shape) + self.batch_shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ThoughtDensity":
+        """The same density for more sequences."""
+        return ThoughtDensity(self.network, batch_shape)

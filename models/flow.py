@@ -1,0 +1,60 @@
+"""A normalising flow over all thoughts of a sequence at once; needs the extra ``flows`` (zuko)."""
+
+from typing import Any, Literal
+
+import pyro
+import torch
+from jaxtyping import Float
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ltm_pyro.contracts import ThoughtShape, UsageError, Z
+from ltm_pyro.extras import extra
+from ltm_pyro.models.density import ThoughtDensity
+
+
+class FlowPrior(PyroModule):
+    r"""A chain of invertible couplings turns a standard normal into the thoughts.
+
+    .. math:: z = f(\epsilon), \quad \epsilon \sim \mathcal{N}(0, I), \qquad
+        \log p(z) = \log \mathcal{N}(f^{-1}(z); 0, I) + \log |\det \partial f^{-1} / \partial z|
+
+    Every coupling moves half of the coordinates by a map that a network computes from the other half: a monotone
+    rational-quadratic spline (Durkan et al. 2019, arXiv 1906.04032), or an affine map (Dinh et al. 2017, arXiv
+    1605.08803). The networks' last layers are 0 at first, so that f is the identity: learning starts from the paper's
+    prior.
+
+    Args:
+        shape: (L, K, D) of one sequence's thoughts.
+        kind: ``spline``, which bends within ±5 only, or ``affine``.
+        transforms: how many couplings.
+        width: hidden units of each coupling's network, which has two such layers.
+    """
+
+    def __init__(
+        self, shape: ThoughtShape, kind: Literal["spline", "affine"] = "spline", transforms: int = 4, width: int = 64
+    ) -> None:
+        super().__init__()
+        flows = extra("zuko", "flows", "FlowPrior").flows
+        if shape.layers * shape.thoughts * shape.width == 0:
+            raise UsageError("FlowPrior needs thoughts to transform, and the decoder has none: use GaussianPrior.")
+        features = shape.layers * shape.thoughts * shape.width
+        options: dict[str, Any] = {"transforms": transforms, "hidden_features": (width, width)}
+        self.shape = shape
+        self.flow = (flows.NSF if kind == "spline" else flows.MAF)(features, **options, passes=min(2, features))
+        for module in self.flow.modules():
+            if isinstance(module, nn.Sequential):
+                nn.init.zeros_(module[-1].weight)
+                nn.init.zeros_(module[-1].bias)
+
+    def forward(self) -> Float[Tensor, "... L K D"]:
+        """Samples the site ``z`` inside the surrounding plate."""
+        return pyro.sample(Z, ThoughtDensity(self))
+
+    def log_density(self, z_BLKD: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B"]:
+        """log p(z) in nats."""
+        return self.flow().log_prob(z_BLKD.flatten(-3))
+
+    def draw(self, sample_shape: torch.Size) -> Float[Tensor, "*S L K D"]:
+        """z ~ p(z)."""
+        return self.flow().sample(sample_shape).unflatten(-1, tuple(self.shape))

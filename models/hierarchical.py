@@ -1,0 +1,56 @@
+"""A topic above the thoughts, then layer by layer: several sample sites. Shapes: U width of the topic."""
+
+from typing import cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ltm_pyro.contracts import ThoughtShape, UsageError
+
+
+class HierarchicalPrior(PyroModule):
+    r"""A topic u, from which the first layer's thoughts follow, and from them the next layer's.
+
+    .. math::
+        p(u) = \mathcal{N}(0, I), \quad
+        p(z_l \mid z_{l-1}, u) = \mathcal{N}(z_l;\, W_l z_{l-1} + V_l u + b_l,\, s_l^2), \quad z_0 = 0
+
+    W acts on each thought alone, V gives every thought of a layer its own part of the topic. V, b and W are 0 at first
+    and s is 1: learning starts from the paper's prior. Sites: ``z_topic``, then ``z_1`` … ``z_L``. Source: ladder
+    models, Sønderby et al. 2016 (arXiv 1602.02282), top down.
+
+    Args:
+        shape: (L, K, D) of one sequence's thoughts.
+        topic: U, numbers in the topic.
+    """
+
+    zero: Tensor
+
+    def __init__(self, shape: ThoughtShape, topic: int = 16) -> None:
+        super().__init__()
+        if topic < 1:
+            raise UsageError(f"The topic needs a width of at least 1, got {topic}.")
+        self.shape, self.topic = shape, topic
+        layers, thoughts, width = shape
+        self.below = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers - 1))
+        self.above = nn.ModuleList(nn.Linear(topic, thoughts * width) for _ in range(layers))
+        self.log_scale_LKD = nn.Parameter(torch.zeros(*shape))
+        self.register_buffer("zero", torch.zeros(()), persistent=False)  # carries dtype and device
+        for weight in (*self.below.parameters(), *self.above.parameters()):
+            nn.init.zeros_(weight)
+
+    def forward(self) -> Float[Tensor, "... L K D"]:
+        """Samples the topic and every layer's thoughts inside the surrounding plate."""
+        u_BU = pyro.sample("z_topic", dist.Normal(self.zero, 1.0).expand([self.topic]).to_event(1))
+        layers: list[Tensor] = []
+        for index, above in enumerate(self.above):
+            mean_BKD = cast(Tensor, above(u_BU)).unflatten(-1, (self.shape.thoughts, self.shape.width))
+            if layers:
+                mean_BKD = mean_BKD + self.below[index - 1](layers[-1])
+            layer = dist.Normal(mean_BKD, self.log_scale_LKD[index].exp()).to_event(2)
+            layers.append(pyro.sample(f"z_{index + 1}", layer))
+        return torch.stack(layers, dim=-3)

@@ -1,0 +1,48 @@
+"""A mixture of normals: sequences come in kinds. Shapes: M components."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from ltm_pyro.contracts import ThoughtShape, UsageError, Z
+
+
+class MixturePrior(PyroModule):
+    r"""M kinds of sequences, each with thoughts of its own kind; which kind a sequence is, is summed out.
+
+    .. math:: p(z) = \sum_m \pi_m \prod_{l,k,d} \mathcal{N}(z_{lkd}; m_{mlkd}, s_{mlkd}^2)
+
+    Parameters: ``logits_M`` is log π, 0 at first; ``mean_MLKD`` is m, drawn from N(0, ``spread``²) at first so that the
+    components differ; ``log_scale_MLKD`` is log s, 0 at first. Source: Tomczak & Welling 2018 (arXiv 1705.07120), the
+    mixture-of-Gaussians prior.
+
+    Args:
+        shape: (L, K, D) of one sequence's thoughts.
+        components: M.
+        spread: of the first means.
+    """
+
+    def __init__(self, shape: ThoughtShape, components: int = 8, spread: float = 0.5) -> None:
+        super().__init__()
+        if components < 1:
+            raise UsageError(f"A mixture needs at least 1 component, got {components}.")
+        self.logits_M = nn.Parameter(torch.zeros(components))
+        self.mean_MLKD = nn.Parameter(spread * torch.randn(components, *shape))
+        self.log_scale_MLKD = nn.Parameter(torch.zeros(components, *shape))
+
+    def forward(self) -> Float[Tensor, "... L K D"]:
+        """Samples the site ``z`` inside the surrounding plate."""
+        return pyro.sample(Z, dist.MixtureSameFamily(dist.Categorical(logits=self.logits_M), self._components()))
+
+    def responsibilities(self, z_BLKD: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B M"]:
+        """p(m | z): how probable each component is for each sequence's thoughts."""
+        joint_BM = self.logits_M + self._components().log_prob(z_BLKD.unsqueeze(-4))
+        return joint_BM.softmax(-1)
+
+    def _components(self) -> Any:
+        return dist.Normal(self.mean_MLKD, self.log_scale_MLKD.exp()).to_event(3)

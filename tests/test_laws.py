@@ -1,0 +1,173 @@
+"""The laws that every prior and every guide obeys, together with every other. Shapes as in the package."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+
+from ltm_pyro import guides, models
+from ltm_pyro.contracts import SEQUENCES, Start, ThoughtShape, make_batch
+from ltm_pyro.elbo import Draws, elbo_terms
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import begin, fit, learn
+from ltm_pyro.models import Decoder, LatentThoughtModel
+from ltm_pyro.posterior import LocalPosterior
+from ltm_pyro.sites import prior_sites
+
+PRIORS = {
+    "GaussianPrior": {},
+    "LearnedGaussianPrior": {},
+    "MixturePrior": {"components": 3},
+    "HierarchicalPrior": {"topic": 2},
+    "AutoregressivePrior": {"layers": 1, "width": 8},
+    "FlowPrior": {"transforms": 2, "width": 8},
+    "FlowPrior affine": {"transforms": 2, "width": 8, "kind": "affine"},
+}
+GUIDES = {"MeanField": {}, "LowRank": {"rank": 2}, "BlockCovariance": {}, "FullCovariance": {}, "FlowGuide": {"bins": 4}}
+CLIMB = LocalInference(steps=30, rate=0.05, particles=2, start=Start(log_var=-3.0, jitter=1.0))
+
+
+def make_prior(name, shape=None):
+    """A prior whose parameters are off their first values, so that nothing holds by being zero."""
+    prior = getattr(models, name.split()[0])(shape or ThoughtShape(2, 2, 4), **PRIORS[name])
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return prior
+
+
+def make_guide(name, model):
+    return getattr(guides, name)(model, **GUIDES[name])
+
+
+@pytest.fixture
+def ground():
+    """Makes a model of a prior and a tiny decoder."""
+
+    def make(name):
+        decoder = Decoder(11, layers=2, width=8, heads=2, thoughts=2, window=4, length=8, thought_width=4)
+        return LatentThoughtModel(make_prior(name), decoder)
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    return make_batch(torch.randint(1, 11, (2, 6)), torch.tensor([6, 5]), start_token=0)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_prior_and_guide_meet(prior, guide, ground, batch):
+    model = ground(prior)
+    guide = make_guide(guide, model)
+    state, info = fit(model, guide, batch, CLIMB)
+    assert info.elbo_NB.isfinite().all()
+    assert info.elbo_NB[-5:].mean() > info.elbo_NB[:5].mean() + 1, "30 fast steps gain nothing"
+
+    with torch.no_grad():
+        for particles, shape in ((None, (2,)), (3, (3, 2))):
+            terms = elbo_terms(model, guide, batch, state.parameters, Draws(particles))
+            assert terms.elbo_B.shape == shape
+            assert terms.elbo_B.isfinite().all()
+    drawn = Predictive(model, guide=LocalPosterior(guide, state), num_samples=3)(batch._replace(targets_BT=None))
+    assert drawn["tokens"].shape == (3, 2, 6)
+    assert {name for name in drawn} >= set(prior_sites(model, 1))
+
+
+@pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_the_slow_step_reaches_every_parameter(prior, slow_gradient, ground, batch):
+    model = ground(prior)
+    inference = LocalInference(steps=1, slow_gradient=slow_gradient, start=CLIMB.start)
+    learn(model, make_guide("MeanField", model), batch, inference).loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not silent
+    assert all(p.grad.abs().sum() > 0 for p in model.prior.parameters())
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_half_precision_stays_in_the_decoder(prior, guide, ground, batch):
+    model = ground(prior).float()
+    torch.set_default_dtype(torch.float32)
+    try:
+        guide = make_guide(guide, model)
+        state = begin(model, guide, batch, LocalInference())
+        terms = []
+        for half in (False, True):
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
+                terms.append(elbo_terms(model, guide, batch, state.parameters))
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert terms[1].kl_B.dtype == torch.float32
+    torch.testing.assert_close(terms[1].kl_B, terms[0].kl_B, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(terms[1].log_likelihood_B, terms[0].log_likelihood_B, rtol=0.05, atol=0.3)
+
+
+def joint(prior, values):
+    """z, and the prior's log-probability with its sites at ``values``, each with a leading axis."""
+    size = len(next(iter(values.values())))
+    replayed = poutine.trace(poutine.condition(prior_in_plate(prior, size), values)).get_trace()
+    replayed.compute_log_prob()
+    total = sum(node["log_prob"] for name, node in replayed.nodes.items() if name in values)
+    return replayed.nodes["_RETURN"]["value"], total
+
+
+def prior_in_plate(prior, size):
+    def think():
+        with torch.no_grad(), pyro.plate(SEQUENCES, size, dim=-1):
+            return prior()
+
+    return think
+
+
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_log_probability_is_normalised_and_matches_the_draws(name, draws=40_000):
+    """E_r[p / r] = 1 for a wide normal r, and the moments under p / r are those of what the prior samples."""
+    prior = make_prior(name, ThoughtShape(2, 1, 1))
+    sampled = poutine.trace(prior_in_plate(prior, draws)).get_trace()
+    sites = {n: x["value"] for n, x in sampled.nodes.items() if x["type"] == "sample" and n != SEQUENCES}
+    wide = torch.distributions.Normal(0.0, 2.5)
+    proposed = {n: wide.sample(x.shape) for n, x in sites.items()}
+    z_SLKD, log_p_S = joint(prior, proposed)
+    weight_S = (log_p_S - sum(wide.log_prob(x).flatten(1).sum(1) for x in proposed.values())).exp()
+    assert abs(weight_S.mean() - 1) < 4 * weight_S.std() / math.sqrt(draws)
+
+    exact_SLKD = sampled.nodes["_RETURN"]["value"]
+    for power in (1, 2):
+        estimate = weight_S @ z_SLKD.flatten(1) ** power / draws
+        spread = (weight_S[:, None] * z_SLKD.flatten(1) ** power).std(0) + exact_SLKD.flatten(1).pow(power).std(0)
+        error = (estimate - exact_SLKD.flatten(1).pow(power).mean(0)).abs()
+        assert (error < 4 * spread / math.sqrt(draws)).all()
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_state_dict_makes_the_same_prior(name):
+    prior, other = make_prior(name), make_prior(name)
+    other.load_state_dict(prior.state_dict())
+    sites = poutine.trace(prior_in_plate(prior, 3)).get_trace()
+    values = {n: x["value"] for n, x in sites.nodes.items() if x["type"] == "sample" and n != SEQUENCES}
+    torch.testing.assert_close(joint(other, values)[1], joint(prior, values)[1])
+
+
+@pytest.mark.parametrize("prior", ["LearnedGaussianPrior", "HierarchicalPrior"])
+@pytest.mark.parametrize("guide", ["MeanField", "LowRank", "BlockCovariance", "FullCovariance"])
+def test_closed_form_kl_is_the_average_of_its_draws(prior, guide, ground, batch, draws=5_000):
+    model = ground(prior)
+    guide = make_guide(guide, model)
+    state, _ = fit(model, guide, batch, CLIMB)
+    local = {name: x + 0.1 * torch.randn_like(x) for name, x in state.parameters.items()}
+    with torch.no_grad():
+        batch = batch.crop(0, 1)  # the KL has no use for tokens
+        exact_SB = elbo_terms(model, guide, batch, local, Draws(draws)).kl_B.expand(draws, 2)
+        sampled_SB = elbo_terms(model, guide, batch, local, Draws(draws, path=True)).kl_B
+    error_B = (sampled_SB.var(0) + exact_SB.var(0)).sqrt() / math.sqrt(draws)
+    assert ((exact_SB.mean(0) - sampled_SB.mean(0)).abs() < 3 * error_B).all()
+    assert (exact_SB.std(0) < 0.9 * sampled_SB.std(0)).all(), "the closed form is not in use"
