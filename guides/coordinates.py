@@ -82,7 +82,9 @@ def kl_of_a_gaussian(q: Any, p: Independent) -> Tensor:
     Elsewhere it is not known, and `NotImplementedError` says so to whoever then takes it from draws.
     """
     normal, event = p.base_dist, q.base_dist
-    if not isinstance(normal, Normal) or not isinstance(_innermost(event), MultivariateNormal | LowRankMultivariateNormal):
+    if not isinstance(normal, Normal) or not isinstance(
+        _innermost(event), MultivariateNormal | LowRankMultivariateNormal
+    ):
         raise NotImplementedError
     (reshape,) = q.transforms
     mean, variance = reshape(event.mean), reshape(event.variance)

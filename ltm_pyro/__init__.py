@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ltm_pyro.posterior import LocalPosterior
     from ltm_pyro.protocols import Evaluation, evaluate
     from ltm_pyro.runs import Run, load_run
+    from ltm_pyro.shared import Shared
     from ltm_pyro.svi import DualRateSVI
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Prior",
     "Run",
     "Sampling",
+    "Shared",
     "Start",
     "ThoughtShape",
     "UsageError",
@@ -55,6 +57,7 @@ _HOMES = {
     "posterior": ("LocalPosterior",),
     "protocols": ("Evaluation", "evaluate"),
     "runs": ("Run", "load_run"),
+    "shared": ("Shared",),
     "svi": ("DualRateSVI",),
 }
 

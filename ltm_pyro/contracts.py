@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -131,6 +131,10 @@ class Model(Protocol):
         """The global parameters: decoder and prior."""
         ...
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All parts, as of every `torch.nn.Module`."""
+        ...
+
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """The global parameters by name."""
         ...
@@ -150,7 +154,14 @@ class Start:
 
 
 class Guide(ABC):
-    """q(z | x): one family, made for a model. It keeps nothing between batches; its parameters come in and go out."""
+    """q(z | x): one family, made for a model. It keeps nothing between batches; its parameters come in and go out.
+
+    A family that learns over the whole corpus, such as an encoder, is a `torch.nn.Module` as well; the slow step trains
+    it, and checkpoints hold it.
+    """
+
+    has_density: ClassVar[bool] = True  # without a density (a point, a sampler's last position) there is no bound
+    climbs: ClassVar[bool] = True  # False where fast steps do not find q, and `settle` alone does
 
     @abstractmethod
     def __init__(self, model: Model) -> None: ...
@@ -162,6 +173,14 @@ class Guide(ABC):
     @abstractmethod
     def __call__(self, batch: Batch, local: LocalParameters) -> Any:
         """Samples every latent site from q inside the plate `SEQUENCES`."""
+
+    def settle(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
+        """q after the last fast step: where it is more than the climb has found. The model is frozen.
+
+        Args:
+            steps, rate: of local inference; not called when ``steps`` is 0, which leaves q at its start.
+        """
+        return local
 
     def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
         """F⁻¹ ∇: the gradients in the geometry of q, F its Fisher information (Amari 1998)."""

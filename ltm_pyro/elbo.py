@@ -90,6 +90,20 @@ def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Te
     return _total(_log_prob(node) for node in _sampled(p).values() if node["is_observed"])
 
 
+def missing_bound(model: Model, guide: Guide) -> str | None:
+    """Why the ELBO of this pair bounds no evidence; None where it does, or where a normaliser has been estimated."""
+    if not guide.has_density:
+        return f"{type(guide).__name__} has no density"
+    if any(x.isnan() for x in normalisers(model)):
+        return "the prior's normaliser is unknown; ask for an estimate with --normaliser SAMPLES"
+    return None
+
+
+def normalisers(model: Model) -> list[Tensor]:
+    """log C of every unnormalised prior of a model, nan where it is not estimated."""
+    return [part.log_normaliser for part in model.modules() if hasattr(part, "log_normaliser")]
+
+
 def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> tuple[Trace, Trace]:
     """The guide's trace, and the model's replayed against it; S particles become a plate left of the sequences."""
     with quiet():

@@ -41,7 +41,8 @@ def fit(
     with torch.no_grad():
         batch = batch if batch.stem_BTD is not None else model.prepare(batch)
     with frozen(model):
-        return _Climb(model, guide, inference, rates, on_step).run(batch, state)
+        state, info = _Climb(model, guide, inference, rates, on_step).run(batch, state)
+    return state._replace(parameters={name: x.detach() for name, x in state.parameters.items()}), info
 
 
 def begin(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
@@ -133,15 +134,22 @@ class _Climb:
 
     def run(self, batch: Batch, state: LocalState | None) -> tuple[LocalState, LocalInfo]:
         """All fast steps of a batch."""
-        inference = self.inference
+        inference, guide = self.inference, self.guide
         state = self._begin(batch, state)
         steps = inference.steps if any(x.numel() for x in state.parameters.values()) else 0
-        if inference.stop is None:
+        state, info = self._climb(batch, state, steps if guide.climbs else 0)
+        if not steps:
+            return state, info
+        found = guide.settle(self.model, batch, state.parameters, steps, inference.rate)
+        return state._replace(parameters=found), info
+
+    def _climb(self, batch: Batch, state: LocalState, steps: int) -> tuple[LocalState, LocalInfo]:
+        if self.inference.stop is None:
             state, record = self._stretch(batch, state, range(steps))
             return state, LocalInfo(*_stack(record, batch), torch.full_like(state.steps_B, steps))
-        return self._run_until_settled(batch, state, inference.stop, steps)
+        return self._climb_until_settled(batch, state, self.inference.stop, steps)
 
-    def _run_until_settled(
+    def _climb_until_settled(
         self, batch: Batch, state: LocalState, stop: Stop, steps: int
     ) -> tuple[LocalState, LocalInfo]:
         if self.average is not None:
@@ -166,6 +174,8 @@ class _Climb:
         if state is None:
             state = begin(self.model, self.guide, batch, self.inference)
         else:
+            climbing = {name: x for name, x in state.parameters.items() if name in state.moments}
+            state = state._replace(parameters=climbing)  # without what `settle` added
             check_state(self.model, self.guide, batch, state)
             if any(set(m) != set(self.optimizer.moments) for m in state.moments.values()):
                 raise UsageError(

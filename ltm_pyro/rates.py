@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+
+from ltm_pyro.contracts import Guide, Model
 
 Points = list[tuple[float, float]]  # (fraction of training, value)
 Rates = Callable[[str], dict[str, Any]]  # parameter name -> optimiser arguments, as pyro.optim takes it
@@ -21,9 +23,17 @@ def parameter_groups(named: Iterable[tuple[str, Tensor]], rates: Rates) -> list[
     return list(groups.values())
 
 
+def slow_parameters(model: Model, guide: Guide) -> list[tuple[str, nn.Parameter]]:
+    """What the slow step learns, by name: the model's parameters, and those of a guide that is a module."""
+    learned = guide.named_parameters(prefix="guide") if isinstance(guide, nn.Module) else ()
+    return [*model.named_parameters(), *learned]
+
+
 def decay(weight_decay: float) -> Rates:
-    """``weight_decay`` for matrices, none for norms: which slow parameters are pulled towards zero."""
-    return lambda name: {"weight_decay": 0.0 if "norm" in name else weight_decay}
+    """``weight_decay`` for the decoder's matrices, none for norms, priors and guides: what is pulled towards zero."""
+    return lambda name: {
+        "weight_decay": 0.0 if "norm" in name or name.startswith(("prior.", "guide.")) else weight_decay
+    }
 
 
 def cosine(step: int, steps: int) -> float:

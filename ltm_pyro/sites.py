@@ -40,8 +40,8 @@ def bijections(sites: Sites) -> dict[str, tuple[Distribution, Transform]]:
             found[name] = (fn, biject_to(_support(fn)))
         except NotImplementedError:
             raise UsageError(
-                f"No guide reaches the support of prior site '{name}', {fn.support}: sample unconstrained numbers there "
-                f"and transform them inside the prior."
+                f"No guide reaches the support of prior site '{name}', {fn.support}: sample unconstrained numbers "
+                f"there and transform them inside the prior."
             ) from None
     return found
 

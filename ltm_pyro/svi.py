@@ -9,7 +9,8 @@ from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.inference import LocalInference, LocalState
 from ltm_pyro.local import fit, learn
-from ltm_pyro.rates import Rates, parameter_groups
+from ltm_pyro.rates import Rates, parameter_groups, slow_parameters
+from ltm_pyro.shared import global_kl
 
 
 class DualRateSVI:
@@ -29,6 +30,7 @@ class DualRateSVI:
             ``lambda name: {"lr": 0.3 if name.startswith("z_") else 4e-4}``.
         inference: the fast loop; its ``rate`` gives way to ``rates``.
         optimizer: makes the slow optimiser from parameter groups.
+        corpus: N, the sequences among which the KL of `Shared` variables is divided; the batch when not given.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class DualRateSVI:
         rates: Rates,
         inference: LocalInference,
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.Adam,
+        corpus: int | None = None,
     ) -> None:
         self.model, self.guide, self.rates, self.inference = model, guide, rates, inference
-        self.optimizer = optimizer(parameter_groups(model.named_parameters(), rates))
+        self.corpus = corpus
+        self.optimizer = optimizer(parameter_groups(slow_parameters(model, guide), rates))
         self.state: LocalState | None = None
 
     def step(self, batch: Batch, state: LocalState | None = None) -> float:
@@ -52,9 +56,10 @@ class DualRateSVI:
         self.optimizer.zero_grad()
         learned = learn(self.model, self.guide, batch, self.inference, state, self.rates)
         self.state = learned.state
-        learned.loss.backward()
+        loss = learned.loss + batch.size / (self.corpus or batch.size) * global_kl(self.model)
+        loss.backward()
         self.optimizer.step()
-        return learned.loss.item()
+        return loss.item()
 
     def evaluate_loss(self, batch: Batch) -> float:
         """−Σ ELBO in nats after a fit, with noise drawn after q is final; nothing is learned."""

@@ -2,6 +2,7 @@
 
 from ltm_pyro.models.autoregressive import AutoregressivePrior
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.energy import EnergyPrior
 from ltm_pyro.models.flow import FlowPrior
 from ltm_pyro.models.gaussian import GaussianPrior
 from ltm_pyro.models.hierarchical import HierarchicalPrior
@@ -9,10 +10,12 @@ from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.learned_gaussian import LearnedGaussianPrior
 from ltm_pyro.models.linear_gaussian import LinearGaussianModel, TwoModesModel
 from ltm_pyro.models.mixture import MixturePrior
+from ltm_pyro.models.sparse import SparsePrior
 
 __all__ = [
     "AutoregressivePrior",
     "Decoder",
+    "EnergyPrior",
     "FlowPrior",
     "GaussianPrior",
     "HierarchicalPrior",
@@ -20,5 +23,6 @@ __all__ = [
     "LearnedGaussianPrior",
     "LinearGaussianModel",
     "MixturePrior",
+    "SparsePrior",
     "TwoModesModel",
 ]

@@ -15,6 +15,8 @@ from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import begin, fit, learn
 from ltm_pyro.models import Decoder, LatentThoughtModel
 from ltm_pyro.posterior import LocalPosterior
+from ltm_pyro.rates import slow_parameters
+from ltm_pyro.shared import global_kl
 from ltm_pyro.sites import prior_sites
 
 PRIORS = {
@@ -24,18 +26,36 @@ PRIORS = {
     "HierarchicalPrior": {"topic": 2},
     "AutoregressivePrior": {"layers": 1, "width": 8},
     "FlowPrior": {"transforms": 2, "width": 8},
+    "SparsePrior": {},
+    "EnergyPrior": {"width": 8, "steps": 2, "contrast": 4},
     "FlowPrior affine": {"transforms": 2, "width": 8, "kind": "affine"},
 }
-GUIDES = {"MeanField": {}, "LowRank": {"rank": 2}, "BlockCovariance": {}, "FullCovariance": {}, "FlowGuide": {"bins": 4}}
+GUIDES = {
+    "MeanField": {},
+    "LowRank": {"rank": 2},
+    "BlockCovariance": {},
+    "FullCovariance": {},
+    "FlowGuide": {"bins": 4},
+    "Point": {},
+    "Laplace": {},
+    "Amortized": {"layers": 1, "width": 8, "heads": 2},
+    "Langevin": {},
+}
+WITHOUT_CLIMB = {"Amortized": "an encoder takes no fast steps", "Langevin": "a sampler wanders"}
+UNNORMALISED = {"EnergyPrior": "its density is known up to a constant, and its draws are short runs"}
+PAIRS = [(prior, "MeanField") for prior in PRIORS] + [("HierarchicalPrior", guide) for guide in GUIDES]
+DRAWS = 10_000
 CLIMB = LocalInference(steps=30, rate=0.05, particles=2, start=Start(log_var=-3.0, jitter=1.0))
 
 
 def make_prior(name, shape=None):
     """A prior whose parameters are off their first values, so that nothing holds by being zero."""
-    prior = getattr(models, name.split()[0])(shape or ThoughtShape(2, 2, 4), **PRIORS[name])
+    prior = getattr(models, name.split()[0])(shape or ThoughtShape(2, 1, 2), **PRIORS[name])
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
+        if name == "SparsePrior":
+            prior.scale.log_scale.fill_(-30.0)  # its scales stand still at their medians
     return prior
 
 
@@ -48,7 +68,7 @@ def ground():
     """Makes a model of a prior and a tiny decoder."""
 
     def make(name):
-        decoder = Decoder(11, layers=2, width=8, heads=2, thoughts=2, window=4, length=8, thought_width=4)
+        decoder = Decoder(11, layers=2, width=8, heads=2, thoughts=1, window=4, length=8, thought_width=2)
         return LatentThoughtModel(make_prior(name), decoder)
 
     return make
@@ -66,7 +86,10 @@ def test_prior_and_guide_meet(prior, guide, ground, batch):
     guide = make_guide(guide, model)
     state, info = fit(model, guide, batch, CLIMB)
     assert info.elbo_NB.isfinite().all()
-    assert info.elbo_NB[-5:].mean() > info.elbo_NB[:5].mean() + 1, "30 fast steps gain nothing"
+    if guide.climbs:
+        assert info.elbo_NB[-5:].mean() > info.elbo_NB[:5].mean() + 0.5, "30 fast steps gain nothing"
+    else:
+        assert type(guide).__name__ in WITHOUT_CLIMB
 
     with torch.no_grad():
         for particles, shape in ((None, (2,)), (3, (3, 2))):
@@ -75,7 +98,7 @@ def test_prior_and_guide_meet(prior, guide, ground, batch):
             assert terms.elbo_B.isfinite().all()
     drawn = Predictive(model, guide=LocalPosterior(guide, state), num_samples=3)(batch._replace(targets_BT=None))
     assert drawn["tokens"].shape == (3, 2, 6)
-    assert {name for name in drawn} >= set(prior_sites(model, 1))
+    assert set(drawn) >= set(prior_sites(model, 1))
 
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
@@ -83,14 +106,29 @@ def test_prior_and_guide_meet(prior, guide, ground, batch):
 def test_the_slow_step_reaches_every_parameter(prior, slow_gradient, ground, batch):
     model = ground(prior)
     inference = LocalInference(steps=1, slow_gradient=slow_gradient, start=CLIMB.start)
-    learn(model, make_guide("MeanField", model), batch, inference).loss.backward()
+    (learn(model, make_guide("MeanField", model), batch, inference).loss + global_kl(model)).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not silent
     assert all(p.grad.abs().sum() > 0 for p in model.prior.parameters())
 
 
-@pytest.mark.parametrize("guide", GUIDES)
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
+def test_the_slow_step_reaches_an_encoder(slow_gradient, ground, batch):
+    model = ground("LearnedGaussianPrior")
+    guide = make_guide("Amortized", model)
+    torch.nn.init.normal_(guide.leave.weight)
+    inference = LocalInference(steps=1, slow_gradient=slow_gradient)
+    learn(model, guide, batch, inference).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for _, p in slow_parameters(model, guide))
+    state, _ = fit(model, guide, batch, inference)
+    assert not any(x.requires_grad for x in state.parameters.values())
+    asked = LocalInference(steps=0)
+    torch.testing.assert_close(
+        fit(model, guide, batch, asked)[0].parameters, begin(model, guide, batch, asked).parameters
+    )
+
+
+@pytest.mark.parametrize(("prior", "guide"), PAIRS)
 def test_half_precision_stays_in_the_decoder(prior, guide, ground, batch):
     model = ground(prior).float()
     torch.set_default_dtype(torch.float32)
@@ -118,6 +156,10 @@ def joint(prior, values):
     return replayed.nodes["_RETURN"]["value"], total
 
 
+def sampled_site(name, node):
+    return node["type"] == "sample" and not node["is_observed"] and name != SEQUENCES
+
+
 def prior_in_plate(prior, size):
     def think():
         with torch.no_grad(), pyro.plate(SEQUENCES, size, dim=-1):
@@ -126,26 +168,26 @@ def prior_in_plate(prior, size):
     return think
 
 
-
-
 @pytest.mark.parametrize("name", PRIORS)
-def test_log_probability_is_normalised_and_matches_the_draws(name, draws=40_000):
+def test_log_probability_is_normalised_and_matches_the_draws(name):
     """E_r[p / r] = 1 for a wide normal r, and the moments under p / r are those of what the prior samples."""
+    if name in UNNORMALISED:
+        pytest.skip(UNNORMALISED[name])
     prior = make_prior(name, ThoughtShape(2, 1, 1))
-    sampled = poutine.trace(prior_in_plate(prior, draws)).get_trace()
-    sites = {n: x["value"] for n, x in sampled.nodes.items() if x["type"] == "sample" and n != SEQUENCES}
+    sampled = poutine.trace(prior_in_plate(prior, DRAWS)).get_trace()
+    sites = {n: x["value"] for n, x in sampled.nodes.items() if sampled_site(n, x)}
     wide = torch.distributions.Normal(0.0, 2.5)
     proposed = {n: wide.sample(x.shape) for n, x in sites.items()}
     z_SLKD, log_p_S = joint(prior, proposed)
     weight_S = (log_p_S - sum(wide.log_prob(x).flatten(1).sum(1) for x in proposed.values())).exp()
-    assert abs(weight_S.mean() - 1) < 4 * weight_S.std() / math.sqrt(draws)
+    assert abs(weight_S.mean() - 1) < 4 * weight_S.std() / math.sqrt(DRAWS)
 
     exact_SLKD = sampled.nodes["_RETURN"]["value"]
     for power in (1, 2):
-        estimate = weight_S @ z_SLKD.flatten(1) ** power / draws
+        estimate = weight_S @ z_SLKD.flatten(1) ** power / DRAWS
         spread = (weight_S[:, None] * z_SLKD.flatten(1) ** power).std(0) + exact_SLKD.flatten(1).pow(power).std(0)
         error = (estimate - exact_SLKD.flatten(1).pow(power).mean(0)).abs()
-        assert (error < 4 * spread / math.sqrt(draws)).all()
+        assert (error < 4 * spread / math.sqrt(DRAWS)).all()
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -153,21 +195,21 @@ def test_a_state_dict_makes_the_same_prior(name):
     prior, other = make_prior(name), make_prior(name)
     other.load_state_dict(prior.state_dict())
     sites = poutine.trace(prior_in_plate(prior, 3)).get_trace()
-    values = {n: x["value"] for n, x in sites.nodes.items() if x["type"] == "sample" and n != SEQUENCES}
+    values = {n: x["value"] for n, x in sites.nodes.items() if sampled_site(n, x)}
     torch.testing.assert_close(joint(other, values)[1], joint(prior, values)[1])
 
 
 @pytest.mark.parametrize("prior", ["LearnedGaussianPrior", "HierarchicalPrior"])
 @pytest.mark.parametrize("guide", ["MeanField", "LowRank", "BlockCovariance", "FullCovariance"])
-def test_closed_form_kl_is_the_average_of_its_draws(prior, guide, ground, batch, draws=5_000):
+def test_closed_form_kl_is_the_average_of_its_draws(prior, guide, ground, batch):
     model = ground(prior)
     guide = make_guide(guide, model)
     state, _ = fit(model, guide, batch, CLIMB)
     local = {name: x + 0.1 * torch.randn_like(x) for name, x in state.parameters.items()}
     with torch.no_grad():
         batch = batch.crop(0, 1)  # the KL has no use for tokens
-        exact_SB = elbo_terms(model, guide, batch, local, Draws(draws)).kl_B.expand(draws, 2)
-        sampled_SB = elbo_terms(model, guide, batch, local, Draws(draws, path=True)).kl_B
-    error_B = (sampled_SB.var(0) + exact_SB.var(0)).sqrt() / math.sqrt(draws)
+        exact_SB = elbo_terms(model, guide, batch, local, Draws(DRAWS)).kl_B.expand(DRAWS, 2)
+        sampled_SB = elbo_terms(model, guide, batch, local, Draws(DRAWS, path=True)).kl_B
+    error_B = (sampled_SB.var(0) + exact_SB.var(0)).sqrt() / math.sqrt(DRAWS)
     assert ((exact_SB.mean(0) - sampled_SB.mean(0)).abs() < 3 * error_B).all()
     assert (exact_SB.std(0) < 0.9 * sampled_SB.std(0)).all(), "the closed form is not in use"

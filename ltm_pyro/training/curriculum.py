@@ -5,29 +5,36 @@ from typing import Any
 
 from ltm_pyro.contracts import Start, UsageError
 from ltm_pyro.inference import LocalInference
-from ltm_pyro.rates import Points, interpolate
+from ltm_pyro.rates import Points, decay, interpolate
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlowRate:
-    """AdamW on the decoder and the prior's parameters (arXiv 2502.01567, algorithm 1, the outer step).
+    """AdamW on what is learned slowly: decoder, prior and encoder (arXiv 2502.01567, algorithm 1, the outer step).
 
     Args:
         rate: η_slow, the peak learning rate.
+        prior_rate: that of the prior's parameters; ``rate`` when not given.
         warmup: fraction of training over which the rate rises from 0.
         floor: where the cosine ends, as a fraction of the peak.
-        weight_decay: on matrices; norms have none.
+        weight_decay: on the decoder's matrices; norms have none.
         betas: Adam's averaging factors.
     """
 
     rate: float = 4e-4
+    prior_rate: float | None = None
     warmup: float = 0.02
     floor: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
 
+    def arguments(self, name: str) -> dict[str, Any]:
+        """The optimiser's arguments for a parameter."""
+        rate = self.prior_rate if self.prior_rate and name.startswith("prior.") else self.rate
+        return {"lr": rate, **decay(self.weight_decay)(name)}
+
     def __post_init__(self) -> None:
-        if not (self.rate > 0 and 0 <= self.warmup < 1 and 0 <= self.floor <= 1):
+        if not (self.rate > 0 and (self.prior_rate or 1) > 0 and 0 <= self.warmup < 1 and 0 <= self.floor <= 1):
             raise UsageError(f"`slow` needs rate > 0, warmup in [0, 1) and floor in [0, 1], got {self}.")
 
 

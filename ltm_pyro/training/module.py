@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, seeded
-from ltm_pyro.elbo import elbo_terms
+from ltm_pyro.elbo import elbo_terms, missing_bound
 from ltm_pyro.flops import ours
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import Learned, begin, fit, learn
-from ltm_pyro.rates import decay, parameter_groups, warmup_cosine
+from ltm_pyro.rates import parameter_groups, slow_parameters, warmup_cosine
+from ltm_pyro.shared import global_kl
 from ltm_pyro.store import LocalStore
 from ltm_pyro.training.curriculum import Curriculum, SlowRate
 
@@ -90,16 +91,18 @@ class LTMModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with the slow schedule, moved by `progress`."""
         slow = self.slow
-        groups = parameter_groups(self.model.named_parameters(), decay(slow.weight_decay))
+        groups = parameter_groups(slow_parameters(self.model, self.guide), slow.arguments)
         optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, foreach=True)
         schedule = LambdaLR(optimizer, lambda _: warmup_cosine(self.progress, slow.warmup, slow.floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def setup(self, stage: str) -> None:
-        """Opens the store of persistent local parameters, before a checkpoint is loaded into it."""
+        """Counts the corpus, and opens the store of persistent local parameters before a checkpoint is loaded."""
+        if stage == "fit":
+            self.sequences = cast(Any, self.trainer).datamodule.sequences
         if self.keep_local and stage == "fit":
             folder = None if self.keep_local == "memory" else Path(self.keep_local)
-            self.store = LocalStore(cast(Any, self.trainer).datamodule.sequences, folder)
+            self.store = LocalStore(self.sequences, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the store holds in memory."""
@@ -122,10 +125,10 @@ class LTMModule(pl.LightningModule):
         if not learned.loss.isfinite():
             self._unsound("ELBO", batch.ids_B[~learned.sound_B])
             return None
-        tokens = batch.mask_BT.sum()
+        tokens, loss = batch.mask_BT.sum(), learned.loss + batch.size / self.sequences * global_kl(self.model)
         self.log_dict(
             {
-                "train/loss": learned.loss.detach() / tokens,
+                "train/loss": loss.detach() / tokens,
                 "train/kl": learned.terms.kl_B.sum() / tokens,
                 "train/fast_rate": inference.rate,
                 "train/slow_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
@@ -133,7 +136,7 @@ class LTMModule(pl.LightningModule):
                 "train/flops": self.flops.clone(),
             }
         )
-        return learned.loss / tokens
+        return loss / tokens
 
     def _learn(self, batch: Batch, inference: LocalInference) -> Learned:
         if self.store is None:
@@ -145,7 +148,7 @@ class LTMModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets no gradient that is not finite reach the weights."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():
             self._unsound("gradient", self._ids_B)
             optimizer.zero_grad()
@@ -166,12 +169,14 @@ class LTMModule(pl.LightningModule):
         self.model.decoder.listening = True
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        """Logs the honest bound: one draw after q is final."""
+        """Logs the honest bound, one draw after q is final; nothing where there is none."""
         if torch.is_inference_mode_enabled():
             raise UsageError("Validation fits q and needs gradients: build the Trainer with `inference_mode=False`.")
         with seeded(self.seed, index):
             state, _ = fit(self.model, self.guide, batch, self.evaluation)
             terms = elbo_terms(self.model, self.guide, batch, state.parameters)
         tokens = int(batch.mask_BT.sum())
-        figures = {"val/bound": -terms.elbo_B.sum() / tokens, "val/kl": terms.kl_B.sum() / tokens}
+        figures = {"val/kl": terms.kl_B.sum() / tokens}
+        if missing_bound(self.model, self.guide) is None:
+            figures["val/bound"] = -terms.elbo_B.sum() / tokens
         self.log_dict(figures, batch_size=tokens, sync_dist=True)

@@ -1,0 +1,42 @@
+"""Automatic relevance: dimensions that no sequence needs switch off, and the effective latent size is inferred."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from jaxtyping import Bool, Float
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from ltm_pyro.contracts import ThoughtShape, UsageError, Z
+from ltm_pyro.shared import Shared
+
+
+class SparsePrior(PyroModule):
+    r"""Normal thoughts whose scales are themselves random, and shared by all sequences.
+
+    .. math::
+        p(g_{lkd}) = \text{HalfCauchy}(\tau), \qquad p(z \mid g) = \prod_{l,k,d} \mathcal{N}(z_{lkd}; 0, g_{lkd}^2)
+
+    Most of a half-Cauchy's mass lies near 0, where unused dimensions fall; its tail is so heavy that used ones pay
+    next to nothing for being far out. The posterior over scales is a log-normal per dimension (`scale`, a `Shared`
+    variable). Sources: relevance determination, MacKay 1994; the horseshoe, Carvalho et al. 2010.
+
+    Args:
+        shape: (L, K, D) of one sequence's thoughts.
+        tau: τ, how small an unused scale is.
+    """
+
+    def __init__(self, shape: ThoughtShape, tau: float = 0.05) -> None:
+        super().__init__()
+        if not tau > 0:
+            raise UsageError(f"SparsePrior needs a tau above 0, got {tau}: 0.05 is a good first try.")
+        self.scale = Shared("z_scale", dist.HalfCauchy, torch.full(tuple(shape), tau), start=torch.ones(*shape))
+
+    def forward(self) -> Float[Tensor, "... L K D"]:
+        """Samples the site ``z`` inside the surrounding plate, given one draw of the scales."""
+        scale_LKD = self.scale()
+        return pyro.sample(Z, dist.Normal(torch.zeros_like(scale_LKD), scale_LKD).to_event(3))
+
+    def active(self, threshold: float = 0.3) -> Bool[Tensor, "L K D"]:
+        """Which dimensions are switched on: those whose median scale is above ``threshold``."""
+        return self.scale.median > threshold
