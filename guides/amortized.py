@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, LocalParameters, Model, Start, UsageError, seeded
 from ltm_pyro.guides.mean_field import MeanField
-from ltm_pyro.layers import SelfAttention, SwiGLU
 from ltm_pyro.precision import full_precision
 from ltm_pyro.sites import prior_sites
+from ltm_pyro.transformer import Transformer
 
 
 class Amortized(MeanField, nn.Module):
@@ -34,15 +34,11 @@ class Amortized(MeanField, nn.Module):
     def __init__(self, model: Model, layers: int = 2, width: int = 128, heads: int = 4, window: int = 128) -> None:
         nn.Module.__init__(self)
         MeanField.__init__(self, model)
-        if width % (2 * heads):
-            raise UsageError(f"Amortized needs a width that 2 x heads divides, got {width} and {heads}.")
         with seeded(0):
             start = self.start(prior_sites(model, 1), Start())
         self.sizes = {name: x[0].numel() for name, x in start.items()}
         self.embedding = nn.Embedding(_vocabulary(model), width)
-        self.attention = nn.ModuleList(SelfAttention(width, heads, heads, window) for _ in range(layers))
-        self.feed = nn.ModuleList(SwiGLU(width) for _ in range(layers))
-        self.norm = nn.ModuleList(nn.RMSNorm(width) for _ in range(2 * layers + 1))
+        self.read = Transformer(layers, width, heads, window)
         self.leave = nn.Linear(width, sum(self.sizes.values()))
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
@@ -54,13 +50,10 @@ class Amortized(MeanField, nn.Module):
 
     def encode(self, batch: Batch) -> Float[Tensor, "B F"]:
         """The moves of all of q's parameters in a row, from the tokens that ``batch.mask_BT`` keeps."""
-        x_BTD = self.embedding(batch.targets_BT)
-        for index, (attention, feed) in enumerate(zip(self.attention, self.feed, strict=True)):
-            x_BTD = x_BTD + attention(self.norm[2 * index](x_BTD))
-            x_BTD = x_BTD + feed(self.norm[2 * index + 1](x_BTD))
-        with full_precision(x_BTD):
+        hidden_BTD = self.read(self.embedding(batch.targets_BT))
+        with full_precision(hidden_BTD):
             kept_BT1 = batch.mask_BT[..., None].to(self.leave.weight.dtype)
-            mean_BD = (self.norm[-1](x_BTD) * kept_BT1).sum(1) / kept_BT1.sum(1).clamp(min=1)
+            mean_BD = (hidden_BTD * kept_BT1).sum(1) / kept_BT1.sum(1).clamp(min=1)
             return self.leave(mean_BD)
 
 

@@ -6,22 +6,19 @@ from jaxtyping import Float
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ltm_pyro.contracts import ThoughtShape, UsageError, Z
-from ltm_pyro.layers import SelfAttention, SwiGLU
+from ltm_pyro.contracts import ThoughtShape, Z
 from ltm_pyro.models.density import ThoughtDensity
+from ltm_pyro.transformer import Transformer
 
 
 class Thinker(nn.Module):
-    """Mean and log-scale of every thought given the ones before it: a pre-norm Transformer like the decoder's."""
+    """Mean and log-scale of every thought given the ones before it."""
 
     def __init__(self, thought_width: int, number: int, layers: int, width: int, heads: int) -> None:
         super().__init__()
         self.enter = nn.Linear(thought_width, width)
         self.first = nn.Parameter(0.02 * torch.randn(width))
-        self.position_ND = nn.Parameter(0.02 * torch.randn(max(number, 1), width))
-        self.attention = nn.ModuleList(SelfAttention(width, heads, heads, max(number, 1)) for _ in range(layers))
-        self.feed = nn.ModuleList(SwiGLU(width) for _ in range(layers))
-        self.norm = nn.ModuleList(nn.RMSNorm(width) for _ in range(2 * layers + 1))
+        self.read = Transformer(layers, width, heads, window=max(number, 1))
         self.leave = nn.Linear(width, 2 * thought_width)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
@@ -29,12 +26,8 @@ class Thinker(nn.Module):
     def forward(self, before_BnD: Float[Tensor, "B n thought"]) -> tuple[Tensor, Tensor]:
         """Mean and log-scale of thoughts 1 … n + 1, each (B, n + 1, D), given the first n."""
         first_B1D = self.first.expand(len(before_BnD), 1, -1)
-        x_BND = torch.cat([first_B1D, self.enter(before_BnD)], dim=1)
-        x_BND = x_BND + self.position_ND[: x_BND.shape[1]]
-        for index, (attention, feed) in enumerate(zip(self.attention, self.feed, strict=True)):
-            x_BND = x_BND + attention(self.norm[2 * index](x_BND))
-            x_BND = x_BND + feed(self.norm[2 * index + 1](x_BND))
-        mean_BND, log_scale_BND = self.leave(self.norm[-1](x_BND)).chunk(2, dim=-1)
+        hidden_BND = self.read(torch.cat([first_B1D, self.enter(before_BnD)], dim=1))
+        mean_BND, log_scale_BND = self.leave(hidden_BND).chunk(2, dim=-1)
         return mean_BND, log_scale_BND
 
 
@@ -53,11 +46,6 @@ class AutoregressivePrior(PyroModule):
 
     def __init__(self, shape: ThoughtShape, layers: int = 2, width: int = 64, heads: int = 2) -> None:
         super().__init__()
-        if min(layers, width, heads) < 1 or width % (2 * heads):
-            raise UsageError(
-                f"AutoregressivePrior needs layers, width and heads of at least 1 and a width that 2 x heads divides, "
-                f"got {layers}, {width} and {heads}."
-            )
         self.shape = shape
         self.thinker = Thinker(shape.width, shape.layers * shape.thoughts, layers, width, heads)
 
