@@ -101,7 +101,8 @@ def missing_bound(model: Model, guide: Guide) -> str | None:
 
 def normalisers(model: Model) -> list[Tensor]:
     """log C of every unnormalised prior of a model, nan where it is not estimated."""
-    return [part.log_normaliser for part in model.modules() if hasattr(part, "log_normaliser")]
+    found = (getattr(part, "log_normaliser", None) for part in model.modules())
+    return [x for x in found if isinstance(x, Tensor)]
 
 
 def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> tuple[Trace, Trace]:

@@ -44,8 +44,8 @@ class FlowPrior(PyroModule):
         self.flow = (flows.NSF if kind == "spline" else flows.MAF)(features, **options, passes=min(2, features))
         for module in self.flow.modules():
             if isinstance(module, nn.Sequential):
-                nn.init.zeros_(module[-1].weight)
-                nn.init.zeros_(module[-1].bias)
+                for parameter in module[-1].parameters():
+                    nn.init.zeros_(parameter)
 
     def forward(self) -> Float[Tensor, "... L K D"]:
         """Samples the site ``z`` inside the surrounding plate."""
