@@ -75,7 +75,7 @@ class Reshaped(dist.TransformedDistribution):
     """A distribution whose event has another shape and nothing else is changed."""
 
 
-@register_kl(Reshaped, Independent)
+@register_kl(Reshaped, Independent)  # type: ignore[untyped-decorator]
 def kl_of_a_gaussian(q: Any, p: Independent) -> Tensor:
     r"""KL of any Gaussian from independent normals: −H(q) − Σ log N(μ; m, s²) + Σ σ² / 2 s², σ² q's marginal variances.
 

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to, constraints
-from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
+from torch.distributions import Distribution, MixtureSameFamily, Transform, biject_to, constraints
 
 from ltm_pyro.contracts import SEQUENCES, Model, UsageError
 
@@ -49,7 +48,7 @@ def bijections(sites: Sites) -> dict[str, tuple[Distribution, Transform]]:
 def _support(fn: Distribution) -> constraints.Constraint | None:
     """A distribution's support; a mixture's is that of its components."""
     support = fn.support
-    return support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support
+    return getattr(support, "base_constraint", support) if isinstance(fn, MixtureSameFamily) else support
 
 
 def _in_sequences(node: Any) -> bool:
