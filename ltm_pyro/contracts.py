@@ -139,6 +139,10 @@ class Model(Protocol):
         """The global parameters by name."""
         ...
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All parts."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:

@@ -75,18 +75,19 @@ def ours(decoder: CountedDecoder, length: int, inference: LocalInference) -> Flo
     """What `ltm_pyro.local.learn` spends per token of a sequence of ``length`` tokens.
 
     A backward pass costs a projection once for its input and once for its weights, an attention product once for each
-    factor. The stem is computed once per batch. Under ``slow_gradient="last"`` a fast step asks for no weights, and the
-    slow step goes over everything; under ``"trajectory"`` every fast step asks for the weights as well, and the slow
-    step is left with the stem alone. Every particle goes through all but the stem; a stopping rule's savings are not
+    factor; where the embedding learns, the logits are computed twice. The stem is computed once per batch. Under
+    ``slow_gradient="last"`` a fast step asks for no weights, and the slow step goes over everything; under
+    ``"trajectory"`` every fast step asks for the weights as well, and the slow step is left with the stem alone. Every
+    particle goes through all but the stem; a stopping rule's savings are not
     counted, since nobody knows them beforehand.
     """
     one = _forward(decoder, length)
     steps = inference.steps if decoder.thought_shape.thoughts else 0
-    draws = inference.particles
+    draws, again = inference.particles, 2.0 * decoder.vocabulary * decoder.width
     if inference.slow_gradient == "trajectory" and steps:
-        return Flops(fast=draws * steps * 3 * (one.total - one.stem), slow=3 * one.stem)
+        return Flops(fast=draws * steps * (3 * (one.total - one.stem) + again), slow=3 * one.stem)
     climb = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
-    slow = 3 * one.stem + draws * (3 * (one.total - one.stem) - one.thoughts)  # which has no use for z's gradient
+    slow = 3 * one.stem + draws * (3 * (one.total - one.stem) + again - one.thoughts)  # no use for z's gradient
     return Flops(fast=draws * steps * climb, slow=slow)
 
 

@@ -9,6 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from ltm_pyro.cross_entropy import token_nats
+
 
 class TokenCategorical(TorchDistribution):
     r"""A sequence of tokens given the decoder's hidden states.
@@ -43,11 +45,8 @@ class TokenCategorical(TorchDistribution):
 
     def log_prob(self, value: Int[Tensor, "... B T"]) -> Float[Tensor, "... B"]:
         """Log-probability of each sequence in nats, padding excluded."""
-        value = value.expand(self.hidden_BTD.shape[:-1])
-        logits = self.logits.flatten(0, -2)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # log-sum-exp never in half precision
-        nats = F.cross_entropy(logits, value.flatten(), reduction="none")
-        return -(nats.view(value.shape) * self.mask_BT).sum(-1)
+        nats_BT = token_nats(self.hidden_BTD, self.embedding_VD, value)
+        return -(nats_BT * self.mask_BT).sum(-1)
 
     def sample(self, sample_shape: Any = ()) -> Int[Tensor, "... B T"]:
         """Every token drawn given the inputs the decoder has read."""

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, UsageError, seeded
 from ltm_pyro.elbo import ElboTerms, average_terms
 from ltm_pyro.fast import OPTIMIZERS
 from ltm_pyro.inference import LocalInference, LocalInfo, LocalState, Stop
+from ltm_pyro.precision import rounded
 from ltm_pyro.rates import Rates
 from ltm_pyro.sites import prior_sites
 from ltm_pyro.trajectory import AverageGradient
@@ -102,11 +103,11 @@ def _cut(batch: Batch) -> Batch:
 
 
 @contextmanager
-def frozen(model: Model) -> Iterator[None]:
+def frozen(model: Model | nn.Module) -> Iterator[None]:
     """No global parameter asks for a gradient inside, so that none is computed and no activation kept for it.
 
     The model is in evaluation mode there: q belongs to the decoder without dropout, and Pyro expects it of frozen
-    parameters.
+    parameters. Matrices are rounded to autocast's precision once.
     """
     training = model.training
     model.train(False)
@@ -114,7 +115,8 @@ def frozen(model: Model) -> Iterator[None]:
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
-        yield
+        with rounded(model):
+            yield
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)

@@ -26,6 +26,7 @@ def counted_per_token(model, batch, inference) -> float:
     guide = MeanField(model)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
+    model.prepare(batch)  # attention is tried out the first time, which is not to be counted
     with counter, sdpa_kernel(SDPBackend.MATH):
         loss, *_ = learn(model, guide, batch, inference)
         loss.backward()

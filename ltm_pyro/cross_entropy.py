@@ -1,0 +1,112 @@
+"""Projection to the vocabulary and cross-entropy in one, tile by tile: the logits of a batch never exist together.
+
+Shapes: N tokens of a batch in a row (particles folded in), D width, V vocabulary, R × U one tile of logits.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.precision import matrix_dtype
+
+TILES = {"cpu": (1024, 2048)}  # tokens and vocabulary entries of a tile: so many float32 stay in a core's cache
+LARGE_TILE = (8192, 8192)  # keeps an accelerator busy with 0.4 GB
+
+
+def token_nats(
+    hidden_BTD: Float[Tensor, "... B T D"], embedding_VD: Float[Tensor, "V D"], value_BT: Int[Tensor, "... B T"]
+) -> Float[Tensor, "... B T"]:
+    r"""Nats of every token under a categorical with logits E h.
+
+    .. math:: -\log p(x_t) = \log \sum_v \exp (E h_t)_v - (E h_t)_{x_t}
+
+    Products are computed as autocast says, sums and exponentials in at least float32. Where only ``hidden_BTD`` asks
+    for a gradient, it is found on the way (4 V D FLOPs per token in all); where E asks too, the backward pass computes
+    the logits once more (8 V D).
+
+    Raises:
+        UsageError: when a second derivative is asked for; `TokenCategorical.logits` has one.
+    """
+    shape = hidden_BTD.shape[:-1]
+    hidden_ND, value_N = hidden_BTD.flatten(0, -2), value_BT.expand(shape).flatten()
+    learning = torch.is_grad_enabled()
+    nats_N = _Nats.apply(hidden_ND, embedding_VD, value_N, matrix_dtype(hidden_ND), learning)
+    return nats_N.view(shape)
+
+
+class _Nats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, dtype: torch.dtype, learning: bool
+    ) -> Tensor:
+        ctx.dtype = dtype
+        hidden, weights = (learning and need for need in ctx.needs_input_grad[:2])
+        climbing = hidden and not weights
+        wide = torch.promote_types(dtype, torch.float32)
+        own_ND = embedding_VD[value_N].to(wide)
+        lse_N, mean_ND = _expect(hidden_ND.to(dtype), embedding_VD, climbing)
+        if climbing:
+            ctx.save_for_backward((mean_ND - own_ND).to(hidden_ND.dtype))
+        elif weights:
+            ctx.save_for_backward(hidden_ND, embedding_VD, value_N, lse_N)
+        return lse_N - (hidden_ND.to(wide) * own_ND).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            raise UsageError("The fused cross-entropy has no second derivative: go through `TokenCategorical.logits`.")
+        with torch.autocast(grad_N.device.type, enabled=False):
+            if len(ctx.saved_tensors) == 1:
+                (climb_ND,) = ctx.saved_tensors
+                return climb_ND * grad_N[:, None].to(climb_ND.dtype), None, None, None, None
+            hidden_ND, embedding_VD, value_N, lse_N = ctx.saved_tensors
+            both = _both_gradients(hidden_ND.to(ctx.dtype), embedding_VD, value_N, lse_N, grad_N)
+            return both[0].to(hidden_ND.dtype), both[1].to(embedding_VD.dtype), None, None, None
+
+
+def _tiles(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
+    tile = TILES.get(rows.device.type, LARGE_TILE)
+    for first in range(0, len(rows), tile[0]):
+        for left in range(0, len(columns), tile[1]):
+            yield slice(first, first + tile[0]), slice(left, left + tile[1])
+
+
+def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Tensor, Tensor]:
+    """log Σ exp (E h)_v, and the mean of E's rows under softmax(E h) if ``climbing``, as flash attention finds them."""
+    dtype = hidden_ND.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    top_N1 = hidden_ND.new_full((len(hidden_ND), 1), -torch.inf, dtype=wide)
+    total_N1, mean_ND = torch.zeros_like(top_N1), torch.zeros_like(hidden_ND, dtype=wide)
+    for rows, columns in _tiles(hidden_ND, embedding_VD):
+        part_UD = embedding_VD[columns].to(dtype)
+        logits_RU = (hidden_ND[rows] @ part_UD.T).to(wide)
+        top_R1 = torch.maximum(top_N1[rows], logits_RU.amax(1, keepdim=True))
+        shrunk_R1 = (top_N1[rows] - top_R1).exp_()
+        weights_RU = logits_RU.sub_(top_R1).exp_()
+        top_N1[rows] = top_R1
+        total_N1[rows] = torch.addcmul(weights_RU.sum(1, keepdim=True), total_N1[rows], shrunk_R1)
+        if climbing:
+            mean_ND[rows] = torch.addcmul((weights_RU.to(dtype) @ part_UD).to(wide), mean_ND[rows], shrunk_R1)
+    return (top_N1 + total_N1.log())[:, 0], mean_ND.div_(total_N1)
+
+
+def _both_gradients(
+    hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, lse_N: Tensor, grad_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of the hidden states and of E, from (softmax(E h) − one-hot) · ``grad_N``; sums in the type of ``lse_N``."""
+    dtype, wide = hidden_ND.dtype, lse_N.dtype
+    to_hidden_ND, to_embedding_VD = (torch.zeros_like(x, dtype=wide) for x in (hidden_ND, embedding_VD))
+    for rows, columns in _tiles(hidden_ND, embedding_VD):
+        part_UD = embedding_VD[columns].to(dtype)
+        p_RU = (hidden_ND[rows] @ part_UD.T).to(wide).sub_(lse_N[rows, None]).exp_()
+        place_R1 = value_N[rows, None] - columns.start
+        here_R1 = (place_R1 >= 0) & (place_R1 < len(part_UD))
+        p_RU.scatter_add_(1, place_R1.clamp(0, len(part_UD) - 1), -here_R1.to(wide))
+        to_logits_RU = p_RU.mul_(grad_N[rows, None]).to(dtype)
+        to_hidden_ND[rows] += to_logits_RU @ part_UD
+        to_embedding_VD[columns] += to_logits_RU.T @ hidden_ND[rows]
+    return to_hidden_ND, to_embedding_VD
