@@ -4,12 +4,16 @@ Shapes: B sequences (particles folded in), H heads, G key and value heads, T tok
 C channels of a head.
 """
 
-from typing import NamedTuple
+import logging
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from ltm_pyro.contracts import UsageError
 
 
 class KeysValues(NamedTuple):
@@ -44,7 +48,7 @@ def dense_attention(
     return F.scaled_dot_product_attention(q_BHTC, k_BHTC, v_BHTC, attn_mask=mask_TT)
 
 
-def window_attention(
+def block_attention(
     q_BHTC: Float[Tensor, "B H T C"], k_BHTC: Float[Tensor, "B H T C"], v_BHTC: Float[Tensor, "B H T C"], window: int
 ) -> Float[Tensor, "B H T C"]:
     """What `dense_attention` computes, in 2·T·W work: blocks of W queries look at their own and the previous block."""
@@ -64,6 +68,101 @@ def window_attention(
 def _with_previous_block(x_BHbWC: Tensor) -> Tensor:
     previous = F.pad(x_BHbWC, (0, 0, 0, 0, 1, 0))[:, :, :-1]
     return torch.cat([previous, x_BHbWC], dim=3)
+
+
+def xformers_attention(
+    q_BHTC: Float[Tensor, "B H T C"], k_BHTC: Float[Tensor, "B H T C"], v_BHTC: Float[Tensor, "B H T C"], window: int
+) -> Float[Tensor, "B H T C"]:
+    """What `dense_attention` computes, by xformers' memory-efficient kernels (CUDA, half precision)."""
+    from xformers.ops import fmha, memory_efficient_attention
+
+    bias = fmha.attn_bias.LowerTriangularFromBottomRightLocalAttentionMask(window)
+    q, k, v = (x.transpose(1, 2) for x in (q_BHTC, k_BHTC, v_BHTC))  # its layout is (B, T, H, C)
+    return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
+
+
+def flex_attention(
+    q_BHTC: Float[Tensor, "B H T C"], k_BHTC: Float[Tensor, "B H T C"], v_BHTC: Float[Tensor, "B H T C"], window: int
+) -> Float[Tensor, "B H T C"]:
+    """What `dense_attention` computes, by a kernel that torch compiles for the window (CUDA)."""
+    return _flex()(q_BHTC, k_BHTC, v_BHTC, block_mask=_flex_mask(q_BHTC.shape[2], window, str(q_BHTC.device)))
+
+
+@cache
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=16)
+def _flex_mask(length: int, window: int, device: str) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j < window)
+
+    return create_block_mask(sees, None, None, length, length, device=device)
+
+
+BACKENDS = {  # the fastest first
+    "xformers": xformers_attention,
+    "flex": flex_attention,
+    "sdpa": block_attention,  # torch's scaled dot products, block by block
+    "dense": dense_attention,
+}
+
+
+def window_attention(
+    q_BHTC: Float[Tensor, "B H T C"],
+    k_BHTC: Float[Tensor, "B H T C"],
+    v_BHTC: Float[Tensor, "B H T C"],
+    window: int,
+    attention: str = "auto",
+) -> Float[Tensor, "B H T C"]:
+    """softmax(q kᵀ / √C) v over the last ``window`` tokens, self included, by one of the `BACKENDS`."""
+    chosen = backend(attention, q_BHTC.device.type, q_BHTC.dtype, q_BHTC.shape[-1], window)
+    return BACKENDS[chosen](q_BHTC, k_BHTC, v_BHTC, window)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def backend(attention: str, device: str, dtype: torch.dtype, channels: int, window: int) -> str:
+    """The backend that computes ``attention``; ``auto`` takes the first that goes forward and backward here, right.
+
+    `UsageError` where a backend that was asked for by name cannot run.
+    """
+    if attention != "auto":
+        if problem := _problem(attention, device, dtype, channels, window):
+            raise UsageError(
+                f"Attention '{attention}' cannot run on {device} in {dtype} with {channels} channels a head and a "
+                f"window of {window} ({problem}): set `attention` to auto."
+            )
+        return attention
+    candidates = ("sdpa",) if device == "cpu" else tuple(BACKENDS)
+    chosen = next((x for x in candidates if not _problem(x, device, dtype, channels, window)), "dense")
+    logging.getLogger(__name__).info("attention on %s in %s with a window of %d: %s", device, dtype, window, chosen)
+    return chosen
+
+
+def _problem(name: str, device: str, dtype: torch.dtype, channels: int, window: int) -> str:
+    """Why a backend cannot be used: what it raises, or how far it is from dense attention; empty where it can."""
+    if name not in BACKENDS:
+        return f"there is none of this name, only {', '.join(BACKENDS)}"
+    length = min(2 * window, 512)
+    with torch.random.fork_rng(), torch.enable_grad(), torch.autocast(device, enabled=False):
+        qkv = [torch.randn(1, 2, length, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        try:
+            theirs, truth = (_out_and_gradients(BACKENDS[x], qkv, window) for x in (name, "dense"))
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    far = max(((a - b).norm() / b.norm()).item() for a, b in zip(theirs, truth, strict=True))
+    return "" if far < max(0.05, window * torch.finfo(dtype).eps) else f"it is {far:.0%} away from dense attention"
+
+
+def _out_and_gradients(attention: Any, qkv: list[Tensor], window: int) -> list[Tensor]:
+    out = attention(*qkv, window)
+    return [x.detach().float() for x in (out, *torch.autograd.grad(out.float().square().sum(), qkv))]
 
 
 def cross_attention(

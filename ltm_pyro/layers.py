@@ -57,16 +57,16 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Causal attention of tokens to the last ``window`` tokens, themselves included."""
+    """Causal attention of tokens to the last ``window`` tokens, themselves included; see `attention.BACKENDS`."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, window: int) -> None:
+    def __init__(self, width: int, heads: int, kv_heads: int, window: int, attention: str = "auto") -> None:
         super().__init__(width, heads, kv_heads, width)
-        self.window = window
+        self.window, self.attention = window, attention
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
         k, v = self.keys_values(x_BTD, turn).spread(self.heads)
-        return self.merge(window_attention(self.queries(x_BTD, turn), k, v, self.window))
+        return self.merge(window_attention(self.queries(x_BTD, turn), k, v, self.window, self.attention))
 
     def read(
         self, x_BUD: Float[Tensor, "B U D"], turn: Turn, ring: KeysValues, reading: Reading

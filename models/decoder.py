@@ -4,29 +4,41 @@ Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, S partic
 """
 
 from itertools import count
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ltm_pyro.attention import KeysValues
 from ltm_pyro.cache import Cache, Reading, reading
 from ltm_pyro.contracts import ThoughtShape, UsageError
 from ltm_pyro.layers import CrossAttention, SelfAttention, SwiGLU, Turn, rotation
+from ltm_pyro.precision import matrix_dtype
 
 
 class Block(nn.Module):
     """One layer: x += SelfAttention(x), x += CrossAttention(x, z), x += SwiGLU(x), each behind an RMSNorm."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, window: int, thought_width: int | None) -> None:
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, window: int, thought_width: int | None, attention: str
+    ) -> None:
         super().__init__()
-        self.norm_self, self.self_attention = nn.RMSNorm(width), SelfAttention(width, heads, kv_heads, window)
+        self.norm_self = nn.RMSNorm(width)
+        self.self_attention = SelfAttention(width, heads, kv_heads, window, attention)
         self.norm_cross = self.cross_attention = None
         if thought_width is not None:
             self.norm_cross = nn.RMSNorm(width)
             self.cross_attention = CrossAttention(width, heads, kv_heads, thought_width)
         self.norm_forward, self.feed_forward = nn.RMSNorm(width), SwiGLU(width)
+
+    def forward(
+        self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: KeysValues | None, attended: bool
+    ) -> Float[Tensor, "B T D"]:
+        """The whole layer; what ``attended`` to the tokens already goes on from there."""
+        x_BTD = x_BTD if attended else self.attend_to_tokens(x_BTD, turn)
+        return self.transform(self.attend_to_thoughts(x_BTD, turn, thoughts))
 
     def attend_to_tokens(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B T D"]:
         """The self-attention."""
@@ -69,7 +81,13 @@ class Decoder(nn.Module):
         kv_heads: key and value heads, a divisor of ``heads`` (grouped attention); ``heads`` when not given.
         quiet_thoughts: the cross-attention's output starts at zero, so that thoughts can be added to a decoder that
             has learned to speak without them: the first bound then equals the autoregressive loss.
+        attention: what computes the self-attention: ``dense``, ``sdpa``, ``xformers`` or ``flex``, of which ``auto``
+            takes the fastest that runs here (see `ltm_pyro.attention`).
+        recompute: keeps the hidden states between layers only and computes the rest again in the backward pass: less
+            memory, a third more work.
     """
+
+    half_precision = True  # its matrix products follow autocast
 
     def __init__(
         self,
@@ -83,6 +101,8 @@ class Decoder(nn.Module):
         thought_width: int | None = None,
         kv_heads: int | None = None,
         quiet_thoughts: bool = False,
+        attention: Literal["auto", "sdpa", "xformers", "flex", "dense"] = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or heads
@@ -91,11 +111,12 @@ class Decoder(nn.Module):
                 raise UsageError(f"The decoder's {name} must be at least 1, got {size}.")
         _check_heads(width, heads, kv_heads)
         self.vocabulary, self.width, self.window, self.length = vocabulary, width, window, length
+        self.recompute = recompute
         self.thought_shape = ThoughtShape(layers, thoughts, thought_width or width)
         self.listening = True  # False leaves the cross-attention out, as the first stage of a warm start does
         memory = self.thought_shape.width if thoughts else None
         self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, memory) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, memory, attention) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         self._initialise(layers, quiet_thoughts)
 
@@ -133,8 +154,10 @@ class Decoder(nn.Module):
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
         thoughts, turn = self.thoughts(z_BLKD.flatten(0, len(lead))), self._turn(stem_BTD.shape[1])
         for index, (block, heard) in enumerate(zip(self._layers(), thoughts, strict=True)):
-            x_BTD = x_BTD if index == 0 else block.attend_to_tokens(x_BTD, turn)
-            x_BTD = block.transform(block.attend_to_thoughts(x_BTD, turn, heard))
+            if self.recompute and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, turn, heard, index == 0, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, turn, heard, index == 0)
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
 
     def thoughts(self, z_BLKD: Float[Tensor, "B L K thought"]) -> list[KeysValues | None]:
@@ -149,7 +172,7 @@ class Decoder(nn.Module):
         """The memory of B rows that have thought and not yet read; see `read`."""
         self_attention = self._layers()[0].self_attention
         heads, channels = self_attention.kv_heads, self.width // self_attention.heads
-        empty = z_BLKD.new_zeros(len(z_BLKD), heads, self.window, channels, dtype=self._dtype())
+        empty = z_BLKD.new_zeros(len(z_BLKD), heads, self.window, channels, dtype=matrix_dtype(self.embedding.weight))
         rings = [KeysValues(empty.clone(), empty.clone()) for _ in self.blocks]
         read_B = torch.zeros(len(z_BLKD), dtype=torch.long, device=z_BLKD.device)
         return Cache(self.thoughts(z_BLKD), rings, read_B)
@@ -187,14 +210,12 @@ class Decoder(nn.Module):
         cache.read_B.add_(new_B)
         return self.norm(x_BUD)
 
-    def _dtype(self) -> torch.dtype:
-        device = self.embedding.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embedding.weight.dtype
-
     def _turn(self, positions: int | Tensor) -> Turn:
         if isinstance(positions, int):
             positions = torch.arange(positions, device=self.embedding.weight.device)
-        return rotation(positions, self.width // self._layers()[0].self_attention.heads, self._dtype())
+        return rotation(
+            positions, self.width // self._layers()[0].self_attention.heads, matrix_dtype(self.embedding.weight)
+        )
 
 
 def _check_heads(width: int, heads: int, kv_heads: int) -> None:

@@ -6,7 +6,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltm_pyro.attention import attend, cross_attention, dense_attention, window_attention, window_mask
+from ltm_pyro.attention import (
+    BACKENDS,
+    attend,
+    backend,
+    block_attention,
+    cross_attention,
+    dense_attention,
+    window_attention,
+    window_mask,
+)
+from ltm_pyro.contracts import UsageError
 from ltm_pyro.layers import Attention, rotary, rotation
 
 
@@ -24,7 +34,7 @@ def turn(first=0, length=5, channels=4):
 @given(length=st.integers(1, 40), window=st.integers(1, 45), seed=st.integers(0, 100))
 def test_blocks_equal_the_band(length, window, seed):
     q, k, v = random_qkv(length, seed)
-    torch.testing.assert_close(window_attention(q, k, v, window), dense_attention(q, k, v, window), rtol=0, atol=1e-12)
+    torch.testing.assert_close(block_attention(q, k, v, window), dense_attention(q, k, v, window), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("length", "window"), [(7, 3), (8, 4), (5, 9)])
@@ -33,7 +43,7 @@ def test_gradients_are_equal_too(length, window):
     weight = torch.randn_like(q)
     ours, theirs = (
         torch.autograd.grad((attention(q, k, v, window) * weight).sum(), (q, k, v))
-        for attention in (window_attention, dense_attention)
+        for attention in (block_attention, dense_attention)
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -44,7 +54,7 @@ def test_the_window_counts_the_token_itself():
     assert mask_TT.sum(-1).tolist() == [1, 2, 3, 3, 3, 3]
     assert mask_TT[4].tolist() == [False, False, True, True, True, False]
     q, k, v = random_qkv(6)
-    torch.testing.assert_close(window_attention(q, k, v, 1), v)
+    torch.testing.assert_close(block_attention(q, k, v, 1), v)
 
 
 def test_the_last_queries_of_a_longer_past():
@@ -84,3 +94,38 @@ def test_grouped_heads_share_keys_and_values():
         assert torch.equal(x[:, 0], x[:, 1])
         assert torch.equal(x[:, 2], x[:, 3])
         assert not torch.equal(x[:, 1], x[:, 2])
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", ["dense", "sdpa"])
+def test_every_precision_is_near_the_truth(name, dtype, limit):
+    q, k, v = random_qkv(29, channels=8)
+    truth = dense_attention(q, k, v, 5)
+    halves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    ours = window_attention(*halves, 5, name)
+    expected, found = torch.autograd.grad(truth.sum(), (q, k, v)), torch.autograd.grad(ours.sum(), halves)
+    for a, b in zip((ours, *found[1:]), (truth, *expected[1:]), strict=True):  # the sum's gradient for q is small
+        assert ((a.double() - b).norm() / b.norm()).item() < limit
+
+
+def test_auto_goes_block_by_block_on_a_cpu_and_says_so(caplog):
+    backend.cache_clear()
+    with caplog.at_level("INFO"):
+        assert {backend("auto", "cpu", torch.float32, 8, 4) for _ in range(3)} == {"sdpa"}
+    assert [record.message for record in caplog.records] == [
+        "attention on cpu in torch.float32 with a window of 4: sdpa"
+    ]
+
+
+@pytest.mark.parametrize(("name", "why"), [("xformers", "Error"), ("nonsense", "none of this name")])
+def test_what_cannot_run_says_why(name, why):
+    with pytest.raises(UsageError, match=rf"'{name}' cannot run on cpu .*{why}.*set `attention` to auto"):
+        backend(name, "cpu", torch.float32, 8, 4)
+
+
+def test_a_wrong_backend_is_found_out(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "sdpa", lambda q, k, v, window: dense_attention(q, k, v, window + 1))
+    backend.cache_clear()
+    with pytest.raises(UsageError, match="away from dense attention"):
+        backend("sdpa", "cpu", torch.float32, 8, 4)
+    backend.cache_clear()

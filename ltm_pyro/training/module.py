@@ -40,6 +40,7 @@ class LTMModule(pl.LightningModule):
             by default q starts anew with every batch, as in the paper.
         on_nonfinite: what a sequence without a finite ELBO does to training: ``stop`` it, or ``skip`` the batch.
         vocabulary: V; the data's when not given.
+        compile: lets torch compile the decoder: a minute at the start, a fifth to a half faster afterwards.
         seed: of the noise, together with epoch, batch and rank.
     """
 
@@ -59,12 +60,15 @@ class LTMModule(pl.LightningModule):
         keep_local: str | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         vocabulary: int | None = None,
+        compile: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if vocabulary is None:
             raise UsageError("The model has no vocabulary: set `model.vocabulary`, or give packed data.")
         network = decoder(vocabulary)
+        if compile:
+            network.compile()
         self.model: Any = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
         self.guide = guide(self.model)
         self.inference, self.evaluation, self.slow, self.seed = inference, evaluation, slow, seed
@@ -92,7 +96,7 @@ class LTMModule(pl.LightningModule):
         """AdamW with the slow schedule, moved by `progress`."""
         slow = self.slow
         groups = parameter_groups(slow_parameters(self.model, self.guide), slow.arguments)
-        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, foreach=True)
+        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, fused=True)
         schedule = LambdaLR(optimizer, lambda _: warmup_cosine(self.progress, slow.warmup, slow.floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

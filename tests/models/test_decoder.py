@@ -9,7 +9,7 @@ from ltm_pyro.contracts import TOKENS, UsageError, Z
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import begin
+from ltm_pyro.local import begin, learn
 from ltm_pyro.models import GaussianPrior, LatentThoughtModel
 from ltm_pyro.posterior import LocalPosterior
 
@@ -113,6 +113,33 @@ def test_quiet_thoughts_say_nothing_at_first(tiny_decoder):
     assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, other))
     decoder.listening = False
     assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, other))
+
+
+def test_what_is_computed_again_is_the_same(tiny_decoder):
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        decoder = tiny_decoder(recompute=recompute)
+        hidden(decoder, torch.randint(11, (2, 9)), thoughts(decoder, 2)).pow(2).sum().backward()
+        gradients.append([p.grad for p in decoder.parameters()])
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_decoder_says_the_same(tiny_model, tiny_batch):
+    losses, batch, model = [], tiny_batch(), tiny_model().float()
+    for compiled in (False, True):
+        if compiled:
+            model.decoder.compile()
+        torch.manual_seed(0)
+        loss = learn(model, MeanField(model), batch, LocalInference(steps=2, slow_gradient="last")).loss
+        model.zero_grad()
+        loss.backward()
+        losses.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, plain in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("changes", "words"), [({"heads": 3}, "multiple"), ({"kv_heads": 3}, "divisor")])
