@@ -8,7 +8,7 @@ PYTHON_FILES := ltm_pyro models guides studies tests $(wildcard benchmarks examp
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint types bench clean
+.PHONY: help install quickstart test test-slow test-gpu lint types bench clean
 
 help:  ## List the verbs.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: $(STAMP)  ## Run the tests that take seconds.
 
 test-slow: $(STAMP)  ## Run the tests that take minutes.
 	$(RUN) pytest -m slow
+
+test-gpu: $(STAMP)  ## Run the tests that need a CUDA device.
+	$(RUN) pytest -m gpu
 
 lint: $(STAMP)  ## Check style and formatting.
 	$(RUN) ruff check $(PYTHON_FILES)

@@ -10,6 +10,7 @@ COMMANDS = {  # name -> module and the line of help
     "evaluate": ("ltm_pyro.cli.evaluate", "score held-out text: bounds, perplexity, bits per byte"),
     "generate": ("ltm_pyro.cli.generate", "write text, freely or behind a prompt"),
     "check-inference": ("ltm_pyro.cli.check_inference", "every guide against known posteriors and evidences"),
+    "bench": ("ltm_pyro.cli.bench", "speed and memory beside the published structure, on this machine"),
     "flops": ("ltm_pyro.cli.flops", "what a recipe costs per token"),
 }
 

@@ -1,0 +1,21 @@
+"""`ltm bench`: training steps, attention and generation on this machine, as one JSON file beside this one.
+
+    python benchmarks/bench_steps.py
+
+Writes benchmarks/results/<date>-bench-<cpu|cuda>.json. Leave the machine alone meanwhile.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ltm_pyro.studies.bench.suites import SUITES, bench
+
+if __name__ == "__main__":
+    report = bench(SUITES, compiled=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = Path(__file__).parent / "results" / f"{report['machine']['date']}-bench-{device}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report | {"command": "python benchmarks/bench_steps.py"}, indent=1) + "\n")
+    print(path)

@@ -1,0 +1,43 @@
+"""`ltm bench`: what a training step, attention and generation cost here, beside the published structure."""
+
+import argparse
+import json
+from importlib import import_module
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ltm_pyro.contracts import UsageError
+
+STUDY = "ltm_pyro.studies.bench.suites"  # by dotted path: the command line imports no model and no guide
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm bench`."""
+    about = "steps, attention, generation, sweeps; the first three when none is named"
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=about)
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed, in turn")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="of torch; all cores when not given")
+    parser.add_argument("--compile", action="store_true", help="adds ours under torch.compile")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; returns 0."""
+    study = import_module(STUDY)
+    chosen = args.suites or ["steps", "attention", "generation"]
+    if unknown := [name for name in chosen if name not in study.SUITES]:
+        raise UsageError(f"There is no suite '{unknown[0]}': choose from {', '.join(study.SUITES)}.")
+    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
+        raise UsageError(f"Rounds and threads must be at least 1, got {args.rounds} and {args.threads}.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report: dict[str, Any] = {}
+    with Console(stderr=True).status("measuring; leave the machine alone meanwhile …"):
+        report = study.bench(chosen, args.rounds, args.compile)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        Console().print_json(data=report, indent=2)
+    return 0

@@ -1,0 +1,93 @@
+"""How it is measured: rounds in turn, medians and quartiles, the peak of a process of its own."""
+
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+Key = TypeVar("Key")
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def in_turn(runs: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
+    """Seconds of every call, one of each in every round, after one that does not count."""
+    for run in runs.values():
+        run()
+    times: dict[Key, list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            times[key].append(seconds(run))
+    return times
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, first and third quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def peak_bytes(work: Callable[..., None], *arguments: Any) -> int:
+    """By how much ``work`` raises the memory of a fresh process: weights, optimiser states and activations."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_grown, work, torch.get_num_threads(), arguments).result()
+
+
+def _grown(work: Callable[..., None], threads: int, arguments: tuple[Any, ...]) -> int:
+    torch.set_num_threads(threads)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _resident("VmRSS")
+    work(*arguments)
+    return _resident("VmHWM") - before
+
+
+def _resident(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def matrix_rate(precision: str, device: str = "cpu", size: int = 2048) -> float:
+    """FLOP/s of the product of two square matrices, the best of ten: what this machine can do."""
+    size = size if device == "cpu" else 4 * size
+    a, b = (torch.randn(size, size, dtype=getattr(torch, precision), device=device) for _ in range(2))
+
+    def run() -> None:
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * size**3 / min(in_turn({0: run}, 10)[0])
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": name,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,213 @@
+"""What `ltm bench` runs: training steps side by side, attention against length, generation with and without cache."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ltm_pyro.attention import BACKENDS, backend
+from ltm_pyro.models import Decoder
+from ltm_pyro.studies.bench.clock import in_turn, machine, matrix_rate, peak_bytes, seconds, spread
+from ltm_pyro.studies.bench.methods import Attention, Kind, Method, Precision, make
+from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, SETTINGS, SWEEP_BASE, SWEEPS, Setting
+
+KINDS: tuple[Kind, ...] = ("ours", "handwritten", "naive")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+ATTENTIONS: tuple[Attention, ...] = ("sdpa", "xformers", "flex")
+NOT_RUN = "not run: no CUDA device"
+Report = dict[str, Any]
+
+
+def bench(suites: Iterable[str], rounds: int = 5, compiled: bool = False) -> Report:
+    """The report of some of the `SUITES`, behind a description of the machine."""
+    return {"machine": machine()} | {name: SUITES[name](rounds, compiled) for name in suites}
+
+
+def steps(rounds: int, compiled: bool) -> Report:
+    """Training steps of every setting; on CUDA the published sizes as well."""
+    methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
+    methods += [Method("ours", "bfloat16", compiled=True)] * compiled
+    report: Report = {name: compare(setting, methods, rounds) for name, setting in SETTINGS.items()}
+    for name, setting in CUDA_SETTINGS.items():
+        report[f"{name} on CUDA"] = _on_cuda(setting, rounds) if torch.cuda.is_available() else NOT_RUN
+    return report
+
+
+def compare(setting: Setting, methods: list[Method], rounds: int, device: str = "cpu") -> Report:
+    """Seconds, tokens per second, FLOPs and memory of every method, and how ours stand to the others."""
+    runs = {method: make(method, setting, device) for method in methods}
+    times = in_turn(runs, rounds)
+    rates = {precision: matrix_rate(precision, device) for precision in PRECISIONS}
+    rows = {}
+    for method, values in times.items():
+        flops, middle = _flops(runs[method]), spread(values)["median"]
+        rows[str(method)] = {
+            "seconds": spread(values),
+            "tokens_per_second": setting.tokens / middle,
+            "ms_per_fast_step": 1000 * middle / (setting.steps + 1),
+            "flops_per_token": flops / setting.tokens,
+            "of_matrix_rate": flops / middle / rates[method.precision],
+            "peak_bytes": _peak(method, setting, device),
+        }
+    return {"setting": setting._asdict(), "matrix_rate": rates, "methods": rows, "ratios": _ratios(rows)}
+
+
+def _flops(run: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _peak(method: Method, setting: Setting, device: str) -> int:
+    if device == "cpu":
+        return peak_bytes(_one_step, method, setting)
+    torch.cuda.reset_peak_memory_stats()
+    _one_step(method, setting, device)
+    return torch.cuda.max_memory_allocated()
+
+
+def _one_step(method: Method, setting: Setting, device: str = "cpu") -> None:
+    make(method, setting, device)()
+
+
+def _ratios(rows: Report) -> Report:
+    """Ours against the others, each at its own best precision."""
+
+    def best(kind: str) -> Report:
+        return min((row for name, row in rows.items() if name.startswith(kind)), key=_median)
+
+    ours, naive = best("ours"), best("naive")
+    ratios: Report = {"throughput_over_naive": _median(naive) / _median(ours), "memory_of_naive": _memory(ours, naive)}
+    eager = {name: row for name, row in rows.items() if name.startswith("handwritten")}
+    if eager:
+        costs = {name: _median(rows[name.replace("handwritten", "ours")]) / _median(row) for name, row in eager.items()}
+        ratios["pyro_costs"] = {name.split()[1]: ratio - 1 for name, ratio in costs.items()}
+    return ratios
+
+
+def _median(row: Report) -> float:
+    return row["seconds"]["median"]
+
+
+def _memory(ours: Report, naive: Report) -> float:
+    return ours["peak_bytes"] / naive["peak_bytes"]
+
+
+def _on_cuda(setting: Setting, rounds: int) -> Report:
+    usable = [x for x in ATTENTIONS if _usable(x, setting)]
+    methods = [Method("ours", "bfloat16", compiled, x) for compiled, x in product((False, True), usable)]
+    methods += [Method("naive", "bfloat16", compiled) for compiled in (False, True)]
+    while True:
+        try:
+            return compare(setting, methods, rounds, "cuda")
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            setting = setting._replace(batch=setting.batch // 2)
+
+
+def _usable(attention: str, setting: Setting) -> bool:
+    try:
+        backend(attention, "cuda", torch.bfloat16, setting.width // setting.heads, setting.window)
+    except ValueError:
+        return False
+    return True
+
+
+def attention(rounds: int, compiled: bool) -> Report:
+    """Time of the windowed attention, forward and backward, at fixed W: t ∝ T^exponent, fitted; dense beside it."""
+    device, window, lengths = "cuda" if torch.cuda.is_available() else "cpu", 64, (256, 512, 1024, 2048, 4096)
+    chosen = backend("auto", device, torch.float32, 32, window)
+    runs = {
+        (name, length): partial(_attend, name, length, window, device)
+        for name in (chosen, "dense")
+        for length in lengths
+    }
+    times = in_turn(runs, rounds)
+    report: Report = {}
+    for name in (chosen, "dense"):
+        medians = {length: spread(times[name, length])["median"] for length in lengths}
+        report[name] = {"seconds": medians, "exponent": exponent(medians)}
+    return {"window": window, "device": device, "backends": report}
+
+
+def _attend(name: str, length: int, window: int, device: str) -> None:
+    q, k, v = (torch.randn(4, 4, length, 32, device=device, requires_grad=True) for _ in range(3))
+    torch.autograd.grad(BACKENDS[name](q, k, v, window).sum(), (q, k, v))
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def exponent(values: dict[int, float]) -> float:
+    """The slope of log value over log size, by least squares."""
+    x, y = ([math.log(v) for v in side] for side in (values.keys(), values.values()))
+    centre = sum(x) / len(x)
+    return sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x)
+
+
+def generation(rounds: int, compiled: bool) -> Report:
+    """512 greedy tokens at T = 1,024, one text and eight at a time, with the cache and without."""
+    torch.manual_seed(0)
+    decoder = Decoder(vocabulary=8192, layers=3, width=256, heads=4, thoughts=8, window=64, length=1024)
+    with torch.no_grad():
+        decoder.embedding.weight.mul_(0.3)  # or every token would follow itself
+        return {f"{size} at a time": _generation(decoder, size, rounds) for size in (1, 8)}
+
+
+def _generation(decoder: Decoder, size: int, rounds: int, tokens: int = 512) -> Report:
+    """How the time of the 500th token stands to the 50th's: medians over 20 neighbours and all rounds."""
+    z_BLKD = torch.randn(size, *decoder.thought_shape)
+    _write(decoder, z_BLKD, 16, cached=True)
+    runs = [_write(decoder, z_BLKD, tokens, cached=True) for _ in range(rounds)]
+    anew, slow = _write(decoder, z_BLKD, tokens, cached=False)
+    fast = statistics.median(sum(times) for _, times in runs)
+    early, late = (statistics.median(t for _, times in runs for t in times[n - 10 : n + 10]) for n in (50, 500))
+    return {
+        "tokens_per_second": {"cached": size * tokens / fast, "uncached": size * tokens / sum(slow)},
+        "speed_up": sum(slow) / fast,
+        "500th_over_50th": late / early,
+        "identical": torch.equal(runs[0][0], anew),
+    }
+
+
+def _write(decoder: Decoder, z_BLKD: Tensor, tokens: int, cached: bool) -> tuple[Tensor, list[float]]:
+    """The greedy texts behind token 0, and every token's seconds."""
+    text, cache, times = [torch.zeros(len(z_BLKD), 1, dtype=torch.long)], decoder.begin(z_BLKD), []
+
+    def one() -> None:
+        if cached:
+            hidden_BD = decoder.read(text[-1], cache)
+        else:
+            hidden_BD = decoder(decoder.stem(torch.cat(text, 1)), z_BLKD)[:, -1]
+        text.append((hidden_BD @ decoder.embedding.weight.T).argmax(-1, keepdim=True))
+
+    for _ in range(tokens):
+        times.append(seconds(one))
+    return torch.cat(text, 1), times
+
+
+def sweeps(rounds: int, compiled: bool) -> Report:
+    """Seconds per training step of ours and the published structure as one size grows, the others at their base."""
+    methods = [Method("ours", "bfloat16", compiled), Method("naive", "bfloat16")]
+    return {
+        name: {size: _medians(SWEEP_BASE._replace(**{name: size}), methods, rounds) for size in sizes}
+        for name, sizes in SWEEPS.items()
+    }
+
+
+def _medians(setting: Setting, methods: list[Method], rounds: int) -> dict[str, float]:
+    times = in_turn({str(method): make(method, setting) for method in methods}, rounds)
+    return {name: spread(values)["median"] for name, values in times.items()}
+
+
+SUITES: dict[str, Callable[[int, bool], Report]] = {
+    "steps": steps,
+    "attention": attention,
+    "generation": generation,
+    "sweeps": sweeps,
+}

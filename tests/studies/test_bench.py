@@ -1,0 +1,90 @@
+"""The benchmark compares like with like, and says what it could not run."""
+
+import json
+
+import pytest
+import torch
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.studies.bench import suites
+from ltm_pyro.studies.bench.clock import in_turn, spread
+from ltm_pyro.studies.bench.methods import Method, make
+from ltm_pyro.studies.bench.naive import NaiveLTM
+from ltm_pyro.studies.bench.settings import Setting
+
+SETTING = Setting(width=16, layers=2, heads=2, vocabulary=50, length=12, window=4, thoughts=3, steps=2, batch=2)
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    """The benchmark measures what people train in."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+def test_the_published_structure_is_the_same_model():
+    naive = NaiveLTM(50, 2, 16, 2, 4, 12)
+    ours = Decoder(50, 2, 16, 2, thoughts=3, window=4, length=12)
+    assert sum(p.numel() for p in naive.parameters()) == sum(p.numel() for p in ours.parameters())
+    inputs, targets, z = torch.randint(50, (2, 12)), torch.randint(50, (2, 12)), torch.randn(2, 2, 3, 16)
+    x = naive.embedding(inputs).detach().requires_grad_()
+    naive.embedding.forward = lambda _: x
+    seen = torch.autograd.grad(naive(inputs, targets, z)[0], x)[0][0].abs().sum(-1) > 0
+    assert seen.all()
+    changed = inputs.clone()
+    changed[:, -1] = (inputs[:, -1] + 1) % 50
+    torch.testing.assert_close(naive(changed, targets, z), naive(inputs, targets, z))
+
+
+@pytest.mark.parametrize("kind", ["ours", "handwritten", "naive"])
+def test_every_method_takes_steps(kind):
+    run = make(Method(kind, "float32"), SETTING)
+    run()
+    run()
+
+
+def test_pyro_changes_no_number(monkeypatch):
+    """Ours and the bare loop spend the same matrix products."""
+    ours, bare = (suites._flops(make(Method(kind, "float32"), SETTING)) for kind in ("ours", "handwritten"))
+    assert ours == pytest.approx(bare, rel=1e-3)
+    assert suites._flops(make(Method("naive", "float32"), SETTING)) > 1.2 * ours
+
+
+def test_rows_and_ratios(monkeypatch):
+    monkeypatch.setattr(suites, "_peak", lambda method, *_: 100 if method.kind == "ours" else 400)
+    monkeypatch.setattr(suites, "matrix_rate", lambda *_: 1e12)
+    report = suites.compare(SETTING, [Method(k, "float32") for k in ("ours", "handwritten", "naive")], rounds=1)
+    assert report["ratios"]["memory_of_naive"] == 0.25
+    assert set(report["ratios"]["pyro_costs"]) == {"float32"}
+    row = report["methods"]["ours float32"]
+    assert row["tokens_per_second"] == pytest.approx(SETTING.tokens / row["seconds"]["median"])
+    json.dumps(report)
+
+
+def test_without_cuda_it_says_so(monkeypatch):
+    monkeypatch.setattr(suites, "compare", lambda *_: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = suites.steps(1, False)
+    assert report["ltm-small on CUDA"] == report["ltm-large on CUDA"] == "not run: no CUDA device"
+
+
+def test_exponent_and_spread():
+    assert suites.exponent({n: 3.0 * n**1.5 for n in (1, 2, 8)}) == pytest.approx(1.5)
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    calls = []
+    in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
+    assert "".join(calls) == "ababab"
+
+
+def test_an_unknown_suite():
+    from ltm_pyro.cli.arguments import Parser
+    from ltm_pyro.cli.bench import add_arguments, run
+
+    parser = Parser(prog="ltm bench")
+    add_arguments(parser)
+    with pytest.raises(UsageError, match="no suite 'speed': choose from steps"):
+        run(parser.parse_args(["speed"]))
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        run(parser.parse_args(["--rounds", "0"]))

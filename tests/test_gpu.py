@@ -1,0 +1,74 @@
+"""What only a CUDA device can show: when the host waits, what is allocated, which kernels are right."""
+
+import pytest
+import torch
+
+from ltm_pyro.attention import BACKENDS, backend, dense_attention
+from ltm_pyro.contracts import make_batch
+from ltm_pyro.cross_entropy import token_nats
+from ltm_pyro.guides.mean_field import MeanField
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import fit, learn
+from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.gaussian import GaussianPrior
+from ltm_pyro.models.latent_thought import LatentThoughtModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+B, T, V = 4, 128, 20_000
+
+
+@pytest.fixture
+def case():
+    decoder = Decoder(V, layers=2, width=128, heads=2, thoughts=4, window=32, length=T)
+    model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder).float().cuda()
+    tokens = torch.randint(1, V, (B, T), device="cuda")
+    return model, MeanField(model), make_batch(tokens, torch.full((B,), T, device="cuda"), start_token=0)
+
+
+def test_a_fit_waits_for_the_device_once(case):
+    model, guide, batch = case
+    with torch.autocast("cuda", torch.bfloat16):
+        fit(model, guide, batch, LocalInference(steps=4))  # whatever is tried or compiled the first time
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            _, info = fit(model, guide, batch, LocalInference(steps=4))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert info.elbo_NB.isfinite().all()  # the one place where the host waits
+
+
+def test_no_logits_of_a_batch_are_allocated(case):
+    model, guide, batch = case
+    torch.cuda.memory._record_memory_history(max_entries=200_000)
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            learn(model, guide, batch, LocalInference(steps=2, slow_gradient="last")).loss.backward()
+        events = [e for trace in torch.cuda.memory._snapshot()["device_traces"] for e in trace]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    assert max(e["size"] for e in events if e["action"] == "alloc") < B * T * V * 4
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_backends_are_near_the_truth(name, dtype, limit):
+    try:
+        backend(name, "cuda", dtype, 64, 32)
+    except ValueError as error:
+        pytest.skip(str(error))
+    q, k, v = torch.randn(3, 2, 4, 100, 64, dtype=torch.float64, device="cuda").requires_grad_().unbind(0)
+    halves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    ours, truth = BACKENDS[name](*halves, 32), dense_attention(q, k, v, 32)
+    weight = torch.randn_like(truth)
+    found = torch.autograd.grad((ours * weight.to(dtype)).sum(), halves)
+    expected = torch.autograd.grad((truth * weight).sum(), (q, k, v))
+    for a, b in zip((ours, *found), (truth, *expected), strict=True):
+        assert ((a.double() - b).norm() / b.norm()).item() < limit
+
+
+def test_cross_entropy_in_half_precision():
+    hidden, embedding = torch.randn(B, T, 128, device="cuda"), torch.randn(V, 128, device="cuda") / 11
+    value = torch.randint(V, (B, T), device="cuda")
+    truth = torch.nn.functional.cross_entropy((hidden @ embedding.T).flatten(0, 1).double(), value.flatten())
+    with torch.autocast("cuda", torch.bfloat16):
+        assert abs(token_nats(hidden, embedding, value).mean().item() - truth.item()) < 0.01
