@@ -139,10 +139,6 @@ class Model(Protocol):
         """The global parameters by name."""
         ...
 
-    def modules(self) -> Iterator[torch.nn.Module]:
-        """All parts."""
-        ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
