@@ -58,7 +58,7 @@ def test_mean_field_finds_the_best_factorised_gaussian(known):
     model, batch = known
     inference = LocalInference(steps=400, rate=0.2, optimizer="natural", particles=512, noise="antithetic")
     state, _ = fit(model, MeanField(model), batch, inference)
-    best = model.mean_field(batch)
+    best = model.factorised(batch)
     torch.testing.assert_close(state.parameters["z_loc"].flatten(1), best.mean_BN, atol=1e-3, rtol=0)
     variance = state.parameters["z_log_var"].exp().flatten(1)
     torch.testing.assert_close(variance, best.covariance_BNN.diagonal(dim1=-2, dim2=-1), atol=0, rtol=0.03)
@@ -161,7 +161,7 @@ def test_settled_sequences_rest_and_keep_their_q(known):
     for sequence, steps in enumerate(info.steps_B.tolist()):
         assert info.elbo_NB[:steps, sequence].isfinite().all()
         assert info.elbo_NB[steps:, sequence].isnan().all()
-    best = model.mean_field(batch)
+    best = model.factorised(batch)
     torch.testing.assert_close(state.parameters["z_loc"].flatten(1), best.mean_BN, atol=0.3, rtol=0)
 
 
