@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,8 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(recipe, tmp_path, ltm):
     long = ("--trainer.max_steps", "-1", "--trainer.max_time", "00:00:10:00", "--trainer.limit_val_batches", "0")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*LTM, "fit", "--config", str(recipe), "--run", str(path), *long]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeded)
     try:
         wait_for(lambda: (path / "metrics.csv").exists() and len(rows(path)) > 5, process)
         process.send_signal(signal.SIGINT)
