@@ -47,6 +47,39 @@ def sgd(x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: floa
     return x - lr * gradient, {}
 
 
+class Groups:
+    """Parameters with equal optimiser arguments side by side in one tensor (B, P), so that one update moves them all.
+
+    Args:
+        like: parameters by name, each with leading axis B.
+        arguments: of the optimiser, by name.
+    """
+
+    def __init__(self, like: dict[str, Tensor], arguments: Callable[[str], dict[str, Any]]) -> None:
+        self.shapes = {name: x.shape[1:] for name, x in like.items()}
+        self.arguments: dict[str, dict[str, Any]] = {}
+        self.names: dict[str, list[str]] = {}
+        for name in like:
+            group = repr(sorted(arguments(name).items()))
+            self.arguments[group] = arguments(name)
+            self.names.setdefault(group, []).append(name)
+
+    def join(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By group what is given by name."""
+        return {
+            group: torch.cat([parts[name].reshape(len(parts[name]), -1) for name in names], dim=1)
+            for group, names in self.names.items()
+        }
+
+    def split(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By name what is given by group; views."""
+        parts = {}
+        for group, names in self.names.items():
+            columns = whole[group].split([self.shapes[name].numel() for name in names], dim=1)
+            parts |= {name: x.view(len(x), *self.shapes[name]) for name, x in zip(names, columns, strict=True)}
+        return {name: parts[name] for name in self.shapes}
+
+
 class Optimizer(NamedTuple):
     """An update, and the names of the moments it keeps of every parameter."""
 

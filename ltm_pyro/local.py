@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, UsageError, seeded
 from ltm_pyro.elbo import ElboTerms, average_terms
-from ltm_pyro.fast import OPTIMIZERS
+from ltm_pyro.fast import OPTIMIZERS, Groups
 from ltm_pyro.inference import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.precision import rounded
 from ltm_pyro.rates import Rates
@@ -190,39 +190,49 @@ class _Climb:
 
     def _stretch(self, batch: Batch, state: LocalState, steps: range) -> tuple[LocalState, list[ElboTerms]]:
         """Some consecutive steps of some sequences, without waiting for the device."""
-        record = []
+        record, groups = [], Groups(state.parameters, self.rates)
+        joined = _regrouped(state, groups.join)
         for step in steps:
-            terms, gradients = self._gradients(batch, state)
+            terms, gradients = self._gradients(batch, joined, groups)
             if self.on_step:
-                self.on_step(step, state.parameters, terms)
-            state = self._update(state, gradients, self.inference.factor(step))
+                self.on_step(step, groups.split(joined.parameters), terms)
+            joined = self._update(joined, gradients, groups, self.inference.factor(step))
             record.append(terms)
-        return state, record
+        return _regrouped(joined, lambda whole: {n: x.contiguous() for n, x in groups.split(whole).items()}), record
 
-    def _gradients(self, batch: Batch, state: LocalState) -> tuple[ElboTerms, LocalParameters]:
-        local = {name: x.detach().requires_grad_() for name, x in state.parameters.items()}
+    def _gradients(self, batch: Batch, state: LocalState, groups: Groups) -> tuple[ElboTerms, LocalParameters]:
+        local = {group: x.detach().requires_grad_() for group, x in state.parameters.items()}
         others = self.average.tensors if self.average else []
         with torch.enable_grad(), nullcontext() if state.noise is None else seeded(state.noise):
-            terms = average_terms(self.model, self.guide, batch, local, self.inference.draws)
+            terms = average_terms(self.model, self.guide, batch, groups.split(local), self.inference.draws)
             wanted = [*local.values(), *others]
             gradients = torch.autograd.grad(self.inference.loss(terms), wanted, allow_unused=True)
         if self.average:
             self.average.add(gradients[len(local) :])
         found = zip(local.items(), gradients, strict=False)
         return ElboTerms(*(x.detach() for x in terms)), {
-            name: torch.zeros_like(x) if gradient is None else gradient for (name, x), gradient in found
+            group: torch.zeros_like(x) if gradient is None else gradient for (group, x), gradient in found
         }
 
-    def _update(self, state: LocalState, gradients: LocalParameters, factor: float) -> LocalState:
+    def _update(self, state: LocalState, gradients: LocalParameters, groups: Groups, factor: float) -> LocalState:
         update, steps_B = self.optimizer.update, state.steps_B + 1
         if self.inference.optimizer == "natural":
-            gradients = self.guide.natural(state.parameters, gradients)
+            gradients = groups.join(self.guide.natural(groups.split(state.parameters), groups.split(gradients)))
         parameters, moments = {}, {}
-        for name, x in state.parameters.items():
-            arguments = {**self.rates(name)}
+        for group, x in state.parameters.items():
+            arguments = {**groups.arguments[group]}
             arguments["lr"] *= factor
-            parameters[name], moments[name] = update(x, gradients[name], state.moments[name], steps_B, **arguments)
+            parameters[group], moments[group] = update(x, gradients[group], state.moments[group], steps_B, **arguments)
         return LocalState(parameters, moments, steps_B, state.noise)
+
+
+def _regrouped(state: LocalState, regroup: Callable[[LocalParameters], LocalParameters]) -> LocalState:
+    """The state with its parameters and moments joined or split."""
+    kinds = {kind for moments in state.moments.values() for kind in moments}
+    by_kind = {kind: regroup({name: m[kind] for name, m in state.moments.items()}) for kind in sorted(kinds)}
+    parameters = regroup(state.parameters)
+    moments = {name: {kind: by_kind[kind][name] for kind in by_kind} for name in parameters}
+    return state._replace(parameters=parameters, moments=moments)
 
 
 def _stack(record: list[ElboTerms], batch: Batch) -> tuple[Tensor, Tensor]:

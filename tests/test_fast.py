@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ltm_pyro.fast import OPTIMIZERS
+from ltm_pyro.fast import OPTIMIZERS, Groups
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,13 @@ def test_sequences_count_their_steps_alone():
     torch.testing.assert_close(
         moved[1].abs(), torch.full((4,), 0.1 * 0.1 / (1 - 0.9**50) / (0.001 / (1 - 0.999**50)) ** 0.5)
     )
+
+
+def test_equal_arguments_share_a_tensor():
+    like = {"a": torch.randn(3, 2, 2), "b": torch.randn(3), "c": torch.randn(3, 5)}
+    groups = Groups(like, lambda name: {"lr": 0.1 if name == "b" else 0.2})
+    joined = groups.join(like)
+    assert sorted(x.shape for x in joined.values()) == [(3, 1), (3, 9)]
+    back = groups.split(joined)
+    assert list(back) == list(like)
+    assert all(torch.equal(back[name], x) for name, x in like.items())

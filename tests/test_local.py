@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ltm_pyro.contracts import Start, ThoughtShape, UsageError
+from ltm_pyro.fast import OPTIMIZERS
 from ltm_pyro.guides import FullCovariance, MeanField
 from ltm_pyro.guides.full_covariance import scale_tril
 from ltm_pyro.inference import LocalInference, LocalState, Stop
@@ -202,3 +203,13 @@ def test_one_bad_sequence_is_reported_and_the_others_finish(known):
     state, info = fit(model, MeanField(model), batch, FEW)
     assert info.finite_B.tolist() == [True, False, True, True]
     assert state.parameters["z_loc"][[0, 2, 3]].isfinite().all()
+
+
+def test_one_update_moves_all_local_parameters(tiny_model, tiny_batch, monkeypatch):
+    model, calls = tiny_model(), []
+    adam = OPTIMIZERS["adam"]
+    counted = adam._replace(update=lambda *a, **k: calls.append(a[0].shape) or adam.update(*a, **k))
+    monkeypatch.setitem(OPTIMIZERS, "adam", counted)
+    state, _ = fit(model, MeanField(model), tiny_batch(), LocalInference(steps=3))
+    assert calls == [(3, 2 * 2 * 3 * 8)] * 3  # means and log-variances side by side
+    assert all(x.is_contiguous() for x in state.parameters.values())

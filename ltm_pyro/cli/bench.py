@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "steps, attention, generation, sweeps; the first three when none is named"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=about)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed, in turn")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help="of the training steps: tiny, wide, ltm-small")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="of torch; all cores when not given")
     parser.add_argument("--compile", action="store_true", help="adds ours under torch.compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -29,13 +30,16 @@ def run(args: argparse.Namespace) -> int:
     chosen = args.suites or ["steps", "attention", "generation"]
     if unknown := [name for name in chosen if name not in study.SUITES]:
         raise UsageError(f"There is no suite '{unknown[0]}': choose from {', '.join(study.SUITES)}.")
+    settings = args.settings or list(study.SETTINGS)
+    if unknown := [name for name in settings if name not in study.SETTINGS]:
+        raise UsageError(f"There is no setting '{unknown[0]}': choose from {', '.join(study.SETTINGS)}.")
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise UsageError(f"Rounds and threads must be at least 1, got {args.rounds} and {args.threads}.")
     if args.threads:
         torch.set_num_threads(args.threads)
     report: dict[str, Any] = {}
     with Console(stderr=True).status("measuring; leave the machine alone meanwhile …"):
-        report = study.bench(chosen, args.rounds, args.compile)
+        report = study.bench(chosen, args.rounds, args.compile, settings)
     if args.json:
         print(json.dumps(report))
     else:

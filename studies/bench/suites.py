@@ -24,16 +24,19 @@ NOT_RUN = "not run: no CUDA device"
 Report = dict[str, Any]
 
 
-def bench(suites: Iterable[str], rounds: int = 5, compiled: bool = False) -> Report:
-    """The report of some of the `SUITES`, behind a description of the machine."""
-    return {"machine": machine()} | {name: SUITES[name](rounds, compiled) for name in suites}
+def bench(suites: Iterable[str], rounds: int = 5, compiled: bool = False, settings: Iterable[str] = SETTINGS) -> Report:
+    """The report of some of the `SUITES`, behind a description of the machine; training steps of some ``settings``."""
+    found = {name: SUITES[name](rounds, compiled) for name in suites if name != "steps"}
+    if "steps" in suites:
+        found["steps"] = steps(rounds, compiled, settings)
+    return {"machine": machine()} | found
 
 
-def steps(rounds: int, compiled: bool) -> Report:
+def steps(rounds: int, compiled: bool, settings: Iterable[str] = SETTINGS) -> Report:
     """Training steps of every setting; on CUDA the published sizes as well."""
     methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
     methods += [Method("ours", "bfloat16", compiled=True)] * compiled
-    report: Report = {name: compare(setting, methods, rounds) for name, setting in SETTINGS.items()}
+    report: Report = {name: compare(SETTINGS[name], methods, rounds) for name in settings}
     for name, setting in CUDA_SETTINGS.items():
         report[f"{name} on CUDA"] = _on_cuda(setting, rounds) if torch.cuda.is_available() else NOT_RUN
     return report
