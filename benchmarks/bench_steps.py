@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ltm_pyro.studies.bench.suites import SUITES, bench
+from ltm_pyro.studies.bench.suites import SUITES, How, bench
 
 if __name__ == "__main__":
-    report = bench(SUITES, compiled=True)
+    report = bench(SUITES, How(compiled=True))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(__file__).parent / "results" / f"{report['machine']['date']}-bench-{device}.json"
     path.parent.mkdir(exist_ok=True)

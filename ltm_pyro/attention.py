@@ -121,11 +121,15 @@ def window_attention(
     attention: str = "auto",
 ) -> Float[Tensor, "B H T C"]:
     """softmax(q kᵀ / √C) v over the last ``window`` tokens, self included, by one of the `BACKENDS`."""
-    chosen = backend(attention, q_BHTC.device.type, q_BHTC.dtype, q_BHTC.shape[-1], window)
+    chosen = _constant(attention, q_BHTC.device.type, q_BHTC.dtype, q_BHTC.shape[-1], window)
     return BACKENDS[chosen](q_BHTC, k_BHTC, v_BHTC, window)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(attention: str, device: str, dtype: torch.dtype, channels: int, window: int) -> str:
+    return backend(attention, device, dtype, channels, window)
+
+
 @cache
 def backend(attention: str, device: str, dtype: torch.dtype, channels: int, window: int) -> str:
     """The backend that computes ``attention``; ``auto`` takes the first that goes forward and backward here, right.

@@ -3,7 +3,8 @@
 Shapes: N tokens of a batch in a row (particles folded in), D width, V vocabulary, R × U one tile of logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,17 +82,41 @@ def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Te
     wide = torch.promote_types(dtype, torch.float32)
     top_N1 = hidden_ND.new_full((len(hidden_ND), 1), -torch.inf, dtype=wide)
     total_N1, mean_ND = torch.zeros_like(top_N1), torch.zeros_like(hidden_ND, dtype=wide)
+    absorb = kernel(_absorb, hidden_ND.device.type)
     for rows, columns in _tiles(hidden_ND, embedding_VD):
         part_UD = embedding_VD[columns].to(dtype)
-        logits_RU = (hidden_ND[rows] @ part_UD.T).to(wide)
-        top_R1 = torch.maximum(top_N1[rows], logits_RU.amax(1, keepdim=True))
-        shrunk_R1 = (top_N1[rows] - top_R1).exp_()
-        weights_RU = logits_RU.sub_(top_R1).exp_()
-        top_N1[rows] = top_R1
-        total_N1[rows] = torch.addcmul(weights_RU.sum(1, keepdim=True), total_N1[rows], shrunk_R1)
+        logits_RU = hidden_ND[rows] @ part_UD.T
+        found = absorb(logits_RU, top_N1[rows], total_N1[rows], dtype if climbing else wide)
+        top_N1[rows], total_N1[rows], shrunk_R1, weights_RU = found
         if climbing:
-            mean_ND[rows] = torch.addcmul((weights_RU.to(dtype) @ part_UD).to(wide), mean_ND[rows], shrunk_R1)
+            mean_ND[rows] = torch.addcmul((weights_RU @ part_UD).to(wide), mean_ND[rows], shrunk_R1)
     return (top_N1 + total_N1.log())[:, 0], mean_ND.div_(total_N1)
+
+
+def _absorb(
+    logits_RU: Tensor, top_R1: Tensor, total_R1: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A tile more: the largest logit m so far, Σ exp (l − m), the factor on earlier sums, and exp (l − m)."""
+    wide_RU = logits_RU.to(top_R1.dtype)
+    new_R1 = torch.maximum(top_R1, wide_RU.amax(1, keepdim=True))
+    shrunk_R1 = (top_R1 - new_R1).exp()
+    weights_RU = wide_RU.sub_(new_R1).exp_()
+    total_R1 = torch.addcmul(weights_RU.sum(1, keepdim=True), total_R1, shrunk_R1)
+    return new_R1, total_R1, shrunk_R1, weights_RU.to(dtype)
+
+
+def _slopes(logits_RU: Tensor, lse_R1: Tensor, place_R1: Tensor, grad_R1: Tensor) -> Tensor:
+    """(softmax − one-hot) · grad, the one at ``place_R1`` where that lies inside the tile."""
+    p_RU = logits_RU.to(lse_R1.dtype).sub_(lse_R1).exp_()
+    here_R1 = (place_R1 >= 0) & (place_R1 < p_RU.shape[1])
+    p_RU.scatter_add_(1, place_R1.clamp(0, p_RU.shape[1] - 1), -here_R1.to(p_RU.dtype))
+    return p_RU.mul_(grad_R1).to(logits_RU.dtype)
+
+
+@cache
+def kernel(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The function compiled into one kernel; on a CPU, where a tile stays in cache, as it is."""
+    return function if device == "cpu" else torch.compile(function, dynamic=True)
 
 
 def _both_gradients(
@@ -100,13 +125,11 @@ def _both_gradients(
     """Of the hidden states and of E, from (softmax(E h) − one-hot) · ``grad_N``; sums in the type of ``lse_N``."""
     dtype, wide = hidden_ND.dtype, lse_N.dtype
     to_hidden_ND, to_embedding_VD = (torch.zeros_like(x, dtype=wide) for x in (hidden_ND, embedding_VD))
+    slopes = kernel(_slopes, hidden_ND.device.type)
     for rows, columns in _tiles(hidden_ND, embedding_VD):
         part_UD = embedding_VD[columns].to(dtype)
-        p_RU = (hidden_ND[rows] @ part_UD.T).to(wide).sub_(lse_N[rows, None]).exp_()
-        place_R1 = value_N[rows, None] - columns.start
-        here_R1 = (place_R1 >= 0) & (place_R1 < len(part_UD))
-        p_RU.scatter_add_(1, place_R1.clamp(0, len(part_UD) - 1), -here_R1.to(wide))
-        to_logits_RU = p_RU.mul_(grad_N[rows, None]).to(dtype)
+        logits_RU, place_R1 = hidden_ND[rows] @ part_UD.T, value_N[rows, None] - columns.start
+        to_logits_RU = slopes(logits_RU, lse_N[rows, None], place_R1, grad_N[rows, None])
         to_hidden_ND[rows] += to_logits_RU @ part_UD
         to_embedding_VD[columns] += to_logits_RU.T @ hidden_ND[rows]
     return to_hidden_ND, to_embedding_VD

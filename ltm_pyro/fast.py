@@ -73,7 +73,7 @@ class Groups:
 
     def split(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """By name what is given by group; views."""
-        parts = {}
+        parts: dict[str, Tensor] = {}
         for group, names in self.names.items():
             columns = whole[group].split([self.shapes[name].numel() for name in names], dim=1)
             parts |= {name: x.view(len(x), *self.shapes[name]) for name, x in zip(names, columns, strict=True)}

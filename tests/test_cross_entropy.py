@@ -1,5 +1,6 @@
 """The fused cross-entropy against torch's on all logits at once, in value, gradient and memory."""
 
+import pyro
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltm_pyro import cross_entropy
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.cross_entropy import token_nats
+from ltm_pyro.cross_entropy import kernel, token_nats
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
@@ -120,3 +121,19 @@ def test_nothing_is_found_that_nobody_asks_for(tiny_model, tiny_batch, monkeypat
     with torch.no_grad():
         elbo_terms(model, guide, batch, begin(model, guide, batch, LocalInference()).parameters)
     assert asked == [True, True, False, False]  # two fast steps, the slow step, a score
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_tiles_say_the_same(dtype):
+    """What an accelerator runs, by the same compiler on a CPU."""
+    logits, top, total = torch.randn(8, 12).to(dtype), torch.randn(8, 1).float(), torch.rand(8, 1).float()
+    place, slope = torch.randint(-5, 20, (8, 1)), torch.randn(8, 1).float()
+    for function, arguments in (
+        (cross_entropy._absorb, (top, total, dtype)),
+        (cross_entropy._slopes, (top, place, slope)),
+    ):
+        ours = kernel(function, "not a cpu")(logits.clone(), *arguments)
+        torch.testing.assert_close(ours, function(logits.clone(), *arguments), rtol=1e-2, atol=1e-3)
+    pyro.enable_validation(True)  # which torch's compiler turns off

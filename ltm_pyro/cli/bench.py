@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed, in turn")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="of the training steps: tiny, wide, ltm-small")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="of torch; all cores when not given")
+    about = "wall, or cpu: processor time, for a machine with other work (then with --threads 1)"
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=about)
     parser.add_argument("--compile", action="store_true", help="adds ours under torch.compile")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     report: dict[str, Any] = {}
     with Console(stderr=True).status("measuring; leave the machine alone meanwhile …"):
-        report = study.bench(chosen, args.rounds, args.compile, settings)
+        report = study.bench(chosen, study.How(args.rounds, args.clock, args.compile), settings)
     if args.json:
         print(json.dumps(report))
     else:

@@ -1,6 +1,7 @@
 """How it is measured: rounds in turn, medians and quartiles, the peak of a process of its own."""
 
 import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -8,28 +9,40 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
 Key = TypeVar("Key")
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class How(NamedTuple):
+    """How often each call is timed, on which clock, and whether torch's compiler takes part."""
+
+    rounds: int = 5
+    clock: Literal["wall", "cpu"] = "wall"
+    compiled: bool = False
+
+
+def seconds(run: Callable[[], Any], how: How) -> float:
+    """Time of one call."""
+    now = CLOCKS[how.clock]
+    start = now()
     run()
-    return time.perf_counter() - start
+    return now() - start
 
 
-def in_turn(runs: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
+def in_turn(runs: Mapping[Key, Callable[[], Any]], how: How) -> dict[Key, list[float]]:
     """Seconds of every call, one of each in every round, after one that does not count."""
     for run in runs.values():
         run()
     times: dict[Key, list[float]] = {key: [] for key in runs}
-    for _ in range(rounds):
+    for _ in range(how.rounds):
         for key, run in runs.items():
-            times[key].append(seconds(run))
+            times[key].append(seconds(run, how))
     return times
 
 
@@ -58,7 +71,7 @@ def _resident(what: str) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def matrix_rate(precision: str, device: str = "cpu", size: int = 2048) -> float:
+def matrix_rate(precision: str, how: How, device: str = "cpu", size: int = 2048) -> float:
     """FLOP/s of the product of two square matrices, the best of ten: what this machine can do."""
     size = size if device == "cpu" else 4 * size
     a, b = (torch.randn(size, size, dtype=getattr(torch, precision), device=device) for _ in range(2))
@@ -68,7 +81,7 @@ def matrix_rate(precision: str, device: str = "cpu", size: int = 2048) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return 2 * size**3 / min(in_turn({0: run}, 10)[0])
+    return 2 * size**3 / min(in_turn({0: run}, how._replace(rounds=10))[0])
 
 
 def machine() -> dict[str, Any]:
@@ -81,6 +94,7 @@ def machine() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": name,
         "python": platform.python_version(),
+        "load": os.getloadavg()[0],  # 1 per busy core; more than the benchmark's own threads means company
         "date": time.strftime("%Y-%m-%d"),
     }
 

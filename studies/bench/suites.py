@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ltm_pyro.attention import BACKENDS, backend
 from ltm_pyro.models import Decoder
-from ltm_pyro.studies.bench.clock import in_turn, machine, matrix_rate, peak_bytes, seconds, spread
+from ltm_pyro.studies.bench.clock import How, in_turn, machine, matrix_rate, peak_bytes, seconds, spread
 from ltm_pyro.studies.bench.methods import Attention, Kind, Method, Precision, make
 from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, SETTINGS, SWEEP_BASE, SWEEPS, Setting
 
@@ -24,29 +24,29 @@ NOT_RUN = "not run: no CUDA device"
 Report = dict[str, Any]
 
 
-def bench(suites: Iterable[str], rounds: int = 5, compiled: bool = False, settings: Iterable[str] = SETTINGS) -> Report:
+def bench(suites: Iterable[str], how: How, settings: Iterable[str] = SETTINGS) -> Report:
     """The report of some of the `SUITES`, behind a description of the machine; training steps of some ``settings``."""
-    found = {name: SUITES[name](rounds, compiled) for name in suites if name != "steps"}
-    if "steps" in suites:
-        found["steps"] = steps(rounds, compiled, settings)
-    return {"machine": machine()} | found
-
-
-def steps(rounds: int, compiled: bool, settings: Iterable[str] = SETTINGS) -> Report:
-    """Training steps of every setting; on CUDA the published sizes as well."""
-    methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
-    methods += [Method("ours", "bfloat16", compiled=True)] * compiled
-    report: Report = {name: compare(SETTINGS[name], methods, rounds) for name in settings}
-    for name, setting in CUDA_SETTINGS.items():
-        report[f"{name} on CUDA"] = _on_cuda(setting, rounds) if torch.cuda.is_available() else NOT_RUN
+    report: Report = {"machine": machine(), "how": how._asdict()}
+    for name in suites:
+        report[name] = steps(how, settings) if name == "steps" else SUITES[name](how)
     return report
 
 
-def compare(setting: Setting, methods: list[Method], rounds: int, device: str = "cpu") -> Report:
+def steps(how: How, settings: Iterable[str] = SETTINGS) -> Report:
+    """Training steps of every setting; on CUDA the published sizes as well."""
+    methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
+    methods += [Method("ours", "bfloat16", compiled=True)] * how.compiled
+    report: Report = {name: compare(SETTINGS[name], methods, how) for name in settings}
+    for name, setting in CUDA_SETTINGS.items():
+        report[f"{name} on CUDA"] = _on_cuda(setting, how) if torch.cuda.is_available() else NOT_RUN
+    return report
+
+
+def compare(setting: Setting, methods: list[Method], how: How, device: str = "cpu") -> Report:
     """Seconds, tokens per second, FLOPs and memory of every method, and how ours stand to the others."""
     runs = {method: make(method, setting, device) for method in methods}
-    times = in_turn(runs, rounds)
-    rates = {precision: matrix_rate(precision, device) for precision in PRECISIONS}
+    times = in_turn(runs, how)
+    rates = {precision: matrix_rate(precision, how, device) for precision in PRECISIONS}
     rows = {}
     for method, values in times.items():
         flops, middle = _flops(runs[method]), spread(values)["median"]
@@ -70,9 +70,10 @@ def _flops(run: Callable[[], Any]) -> float:
 def _peak(method: Method, setting: Setting, device: str) -> int:
     if device == "cpu":
         return peak_bytes(_one_step, method, setting)
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     _one_step(method, setting, device)
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _one_step(method: Method, setting: Setting, device: str = "cpu") -> None:
@@ -80,35 +81,35 @@ def _one_step(method: Method, setting: Setting, device: str = "cpu") -> None:
 
 
 def _ratios(rows: Report) -> Report:
-    """Ours against the others, each at its own best precision."""
+    """Ours against the published structure, each at its own best precision, and against ours without Pyro."""
+    eager = {name: row for name, row in rows.items() if not name.endswith("compiled")}
+    ours, naive, fastest = _best(eager, "ours"), _best(rows, "naive"), _best(rows, "ours")
+    bare = {name.split()[1]: row for name, row in eager.items() if name.startswith("handwritten")}
+    return {
+        "throughput_over_naive": _median(naive) / _median(ours),
+        "compiled_over_naive": _median(naive) / _median(fastest),
+        "memory_of_naive": ours["peak_bytes"] / naive["peak_bytes"],
+        "pyro_costs": {
+            precision: _median(rows[f"ours {precision}"]) / _median(row) - 1 for precision, row in bare.items()
+        },
+    }
 
-    def best(kind: str) -> Report:
-        return min((row for name, row in rows.items() if name.startswith(kind)), key=_median)
 
-    ours, naive = best("ours"), best("naive")
-    ratios: Report = {"throughput_over_naive": _median(naive) / _median(ours), "memory_of_naive": _memory(ours, naive)}
-    eager = {name: row for name, row in rows.items() if name.startswith("handwritten")}
-    if eager:
-        costs = {name: _median(rows[name.replace("handwritten", "ours")]) / _median(row) for name, row in eager.items()}
-        ratios["pyro_costs"] = {name.split()[1]: ratio - 1 for name, ratio in costs.items()}
-    return ratios
+def _best(rows: Report, kind: str) -> Report:
+    return min((row for name, row in rows.items() if name.startswith(kind)), key=_median)
 
 
 def _median(row: Report) -> float:
     return row["seconds"]["median"]
 
 
-def _memory(ours: Report, naive: Report) -> float:
-    return ours["peak_bytes"] / naive["peak_bytes"]
-
-
-def _on_cuda(setting: Setting, rounds: int) -> Report:
+def _on_cuda(setting: Setting, how: How) -> Report:
     usable = [x for x in ATTENTIONS if _usable(x, setting)]
     methods = [Method("ours", "bfloat16", compiled, x) for compiled, x in product((False, True), usable)]
     methods += [Method("naive", "bfloat16", compiled) for compiled in (False, True)]
     while True:
         try:
-            return compare(setting, methods, rounds, "cuda")
+            return compare(setting, methods, how, "cuda")
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             setting = setting._replace(batch=setting.batch // 2)
@@ -122,7 +123,7 @@ def _usable(attention: str, setting: Setting) -> bool:
     return True
 
 
-def attention(rounds: int, compiled: bool) -> Report:
+def attention(how: How) -> Report:
     """Time of the windowed attention, forward and backward, at fixed W: t ∝ T^exponent, fitted; dense beside it."""
     device, window, lengths = "cuda" if torch.cuda.is_available() else "cpu", 64, (256, 512, 1024, 2048, 4096)
     chosen = backend("auto", device, torch.float32, 32, window)
@@ -131,7 +132,7 @@ def attention(rounds: int, compiled: bool) -> Report:
         for name in (chosen, "dense")
         for length in lengths
     }
-    times = in_turn(runs, rounds)
+    times = in_turn(runs, how)
     report: Report = {}
     for name in (chosen, "dense"):
         medians = {length: spread(times[name, length])["median"] for length in lengths}
@@ -153,21 +154,21 @@ def exponent(values: dict[int, float]) -> float:
     return sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x)
 
 
-def generation(rounds: int, compiled: bool) -> Report:
+def generation(how: How) -> Report:
     """512 greedy tokens at T = 1,024, one text and eight at a time, with the cache and without."""
     torch.manual_seed(0)
     decoder = Decoder(vocabulary=8192, layers=3, width=256, heads=4, thoughts=8, window=64, length=1024)
     with torch.no_grad():
         decoder.embedding.weight.mul_(0.3)  # or every token would follow itself
-        return {f"{size} at a time": _generation(decoder, size, rounds) for size in (1, 8)}
+        return {f"{size} at a time": _generation(decoder, size, how) for size in (1, 8)}
 
 
-def _generation(decoder: Decoder, size: int, rounds: int, tokens: int = 512) -> Report:
+def _generation(decoder: Decoder, size: int, how: How, tokens: int = 512) -> Report:
     """How the time of the 500th token stands to the 50th's: medians over 20 neighbours and all rounds."""
     z_BLKD = torch.randn(size, *decoder.thought_shape)
-    _write(decoder, z_BLKD, 16, cached=True)
-    runs = [_write(decoder, z_BLKD, tokens, cached=True) for _ in range(rounds)]
-    anew, slow = _write(decoder, z_BLKD, tokens, cached=False)
+    _write(decoder, z_BLKD, 16, how, cached=True)
+    runs = [_write(decoder, z_BLKD, tokens, how, cached=True) for _ in range(how.rounds)]
+    anew, slow = _write(decoder, z_BLKD, tokens, how, cached=False)
     fast = statistics.median(sum(times) for _, times in runs)
     early, late = (statistics.median(t for _, times in runs for t in times[n - 10 : n + 10]) for n in (50, 500))
     return {
@@ -178,7 +179,7 @@ def _generation(decoder: Decoder, size: int, rounds: int, tokens: int = 512) -> 
     }
 
 
-def _write(decoder: Decoder, z_BLKD: Tensor, tokens: int, cached: bool) -> tuple[Tensor, list[float]]:
+def _write(decoder: Decoder, z_BLKD: Tensor, tokens: int, how: How, cached: bool) -> tuple[Tensor, list[float]]:
     """The greedy texts behind token 0, and every token's seconds."""
     text, cache, times = [torch.zeros(len(z_BLKD), 1, dtype=torch.long)], decoder.begin(z_BLKD), []
 
@@ -190,25 +191,25 @@ def _write(decoder: Decoder, z_BLKD: Tensor, tokens: int, cached: bool) -> tuple
         text.append((hidden_BD @ decoder.embedding.weight.T).argmax(-1, keepdim=True))
 
     for _ in range(tokens):
-        times.append(seconds(one))
+        times.append(seconds(one, how))
     return torch.cat(text, 1), times
 
 
-def sweeps(rounds: int, compiled: bool) -> Report:
+def sweeps(how: How) -> Report:
     """Seconds per training step of ours and the published structure as one size grows, the others at their base."""
-    methods = [Method("ours", "bfloat16", compiled), Method("naive", "bfloat16")]
+    methods = [Method("ours", "bfloat16", how.compiled), Method("naive", "bfloat16")]
     return {
-        name: {size: _medians(SWEEP_BASE._replace(**{name: size}), methods, rounds) for size in sizes}
+        name: {size: _medians(SWEEP_BASE._replace(**{name: size}), methods, how) for size in sizes}
         for name, sizes in SWEEPS.items()
     }
 
 
-def _medians(setting: Setting, methods: list[Method], rounds: int) -> dict[str, float]:
-    times = in_turn({str(method): make(method, setting) for method in methods}, rounds)
+def _medians(setting: Setting, methods: list[Method], how: How) -> dict[str, float]:
+    times = in_turn({str(method): make(method, setting) for method in methods}, how)
     return {name: spread(values)["median"] for name, values in times.items()}
 
 
-SUITES: dict[str, Callable[[int, bool], Report]] = {
+SUITES: dict[str, Callable[[How], Report]] = {
     "steps": steps,
     "attention": attention,
     "generation": generation,

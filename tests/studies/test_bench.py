@@ -8,7 +8,7 @@ import torch
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.studies.bench import suites
-from ltm_pyro.studies.bench.clock import in_turn, spread
+from ltm_pyro.studies.bench.clock import How, in_turn, spread
 from ltm_pyro.studies.bench.methods import Method, make
 from ltm_pyro.studies.bench.naive import NaiveLTM
 from ltm_pyro.studies.bench.settings import Setting
@@ -55,7 +55,7 @@ def test_pyro_changes_no_number(monkeypatch):
 def test_rows_and_ratios(monkeypatch):
     monkeypatch.setattr(suites, "_peak", lambda method, *_: 100 if method.kind == "ours" else 400)
     monkeypatch.setattr(suites, "matrix_rate", lambda *_: 1e12)
-    report = suites.compare(SETTING, [Method(k, "float32") for k in ("ours", "handwritten", "naive")], rounds=1)
+    report = suites.compare(SETTING, [Method(k, "float32") for k in ("ours", "handwritten", "naive")], How(rounds=1))
     assert report["ratios"]["memory_of_naive"] == 0.25
     assert set(report["ratios"]["pyro_costs"]) == {"float32"}
     row = report["methods"]["ours float32"]
@@ -66,7 +66,7 @@ def test_rows_and_ratios(monkeypatch):
 def test_without_cuda_it_says_so(monkeypatch):
     monkeypatch.setattr(suites, "compare", lambda *_: {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    report = suites.steps(1, False)
+    report = suites.steps(How())
     assert report["ltm-small on CUDA"] == report["ltm-large on CUDA"] == "not run: no CUDA device"
 
 
@@ -74,7 +74,7 @@ def test_exponent_and_spread():
     assert suites.exponent({n: 3.0 * n**1.5 for n in (1, 2, 8)}) == pytest.approx(1.5)
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
     calls = []
-    in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 2)
+    in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, How(rounds=2))
     assert "".join(calls) == "ababab"
 
 
