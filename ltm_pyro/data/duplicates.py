@@ -37,7 +37,7 @@ def repeats(signatures_NB: UInt[np.ndarray, "N B"]) -> Bool[np.ndarray, " N"]:
 def _shingles(text: str) -> UInt[np.ndarray, " m"]:
     words = " ".join(text.casefold().split())
     data = np.frombuffer(f" {words}{' ' * _WIDTH}".encode(), np.uint8)
-    starts_m = np.flatnonzero(data[: 2 + max(len(data) - 2 * _WIDTH, 0)] == ord(" ")) + 1
+    starts_m = np.flatnonzero(data[:-_WIDTH] == ord(" ")) + 1
     parts_m3 = np.lib.stride_tricks.sliding_window_view(data, _WIDTH)[starts_m].view(np.uint64)
     return np.unique(_mix(_mix(_mix(parts_m3[:, 0]) + parts_m3[:, 1]) + parts_m3[:, 2]))
 

@@ -93,6 +93,9 @@ class Checkpoints(Callback):
         half = self._updating and not isinstance(exception, UsageError)
         if self._step and not half and trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt):
             module.flops.copy_(self._flops)
+            progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+            for count in (progress.total, progress.current):  # the step that failed has not begun
+                count.ready = count.started = count.processed
             self._save(trainer)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:

@@ -96,22 +96,21 @@ class PackedData(pl.LightningDataModule):
         """How far the training data have been read, as of the last finished batch."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
         epoch, step = divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))
-        return {"epoch": epoch, "step": step, **self._reading()}
+        return {"epoch": epoch, "step": step, **self._reading(self._ranks[1])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the next batch; `UsageError` where the data or the global batch are others than they were."""
-        for name, now in self._reading().items():
-            if state[name] != now:
-                raise UsageError(
-                    f"The checkpoint was trained with {name.replace('_', ' ')} {state[name]}, but now it is {now}: "
-                    f"resume with the same data and ranks x batch_size, or begin a new run."
-                )
+        """Goes on with the next batch."""
+        self.check(state, self._ranks[1])
         self._position = state["epoch"], state["step"]
 
-    def _reading(self) -> dict[str, int]:
-        skipped = len(self._skipped)
-        return {
-            "sequences": self.sequences,
-            "skipped_shards": skipped,
-            "global_batch": self.batch_size * self._ranks[1],
-        }
+    def check(self, state: dict[str, Any], ranks: int) -> None:
+        """Refuses to go on with other data, or another global batch, than a checkpoint was trained with."""
+        for name, now in self._reading(ranks).items():
+            if state.get(name) != now:
+                raise UsageError(
+                    f"The checkpoint was trained with {name.replace('_', ' ')} {state.get(name)}, but now it is {now}: "
+                    f"resume with the same data and ranks x batch_size, or begin a new run."
+                )
+
+    def _reading(self, ranks: int) -> dict[str, int]:
+        return {"sequences": self.sequences, "global_batch": self.batch_size * ranks}

@@ -64,6 +64,7 @@ def train(config: Namespace) -> Path:
     callbacks = [Progress(), Checkpoints(run / CHECKPOINT, recipe, text, saving)]
     module, data, trainer = build(config, callbacks=callbacks, logger=[log])
     if resumed:
+        data.check(content.get("PackedData", {}), trainer.world_size)
         load_weights(module, content["state_dict"], resumed)
     elif config.warm_start:
         add_thoughts(module, content["state_dict"], config.warm_start)

@@ -79,7 +79,9 @@ def test_last_is_the_runs_own_checkpoint_if_there_is_one(recipe, ltm, refused, t
     code, _, err = ltm(*again, "--trainer.max_steps", 5)
     assert code == 0, err
     assert [int(row[0]) for row in curve(tmp_path / "run")[1:] if row[1]] == list(range(5))
+    before = (tmp_path / "run" / "config.yaml").read_text()
     assert "global batch 8, but now it is 4" in refused(*again, "--trainer.max_steps", 7, "--data.batch_size", 4)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkeypatch):

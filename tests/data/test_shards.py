@@ -7,7 +7,10 @@ import pickle
 import re
 import shutil
 import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import numpy as np
@@ -155,6 +158,26 @@ def test_a_pack_is_read_from_an_address_and_kept_beside(packed, tmp_path):
     refused("memory://bucket/pack", "cannot read memory://bucket/pack/train-000000.tar")
     refused("memory://bucket/no", "cannot read memory://bucket/no/manifest.json")
     refused("gopher://bucket/pack", "cannot read gopher://bucket/pack/manifest.json: Protocol not known")
+
+
+def test_a_pack_is_read_over_http(packed):
+    handler = partial(SilentHandler, directory=str(packed.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        place = f"http://127.0.0.1:{server.server_port}/{packed.name}"
+        try:
+            rows = [row.tokens_T.tolist() for row in PackedDataset.open(place)]
+            refused(f"{place}/no", f"cannot read {place}/no/manifest.json")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert rows == [row.tokens_T.tolist() for row in PackedDataset.open(packed)]
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 def test_pickled_arrays_are_not_loaded(copy):
