@@ -214,7 +214,7 @@ class LTMModule(pl.LightningModule):
             state, _ = fit(self.model, self.guide, batch, self.evaluation)
             terms = elbo_terms(self.model, self.guide, batch, state.parameters)
         tokens = int(batch.mask_BT.sum())
-        figures = {"val/kl": terms.kl_B.sum() / tokens, "step": float(self.global_step - 1)}
+        figures: dict[str, Any] = {"val/kl": terms.kl_B.sum() / tokens, "step": float(self.global_step - 1)}
         if missing_bound(self.model, self.guide) is None:
             figures["val/bound"] = -terms.elbo_B.sum() / tokens
         self.log_dict(figures, batch_size=tokens, sync_dist=True)
