@@ -24,8 +24,9 @@ def noise(shape, dtype, device):
     """The draw of one fast step: of every sequence its own."""
     global calls
     calls += 1
-    draws = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(1000 * calls + i)) for i in ids]
-    bad = torch.tensor([str(i) in poisoned and module.global_step == 3 for i in ids])
+    mine = ids if len(ids) == shape[0] else range(shape[0])  # or the model is only looked at
+    draws = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(1000 * calls + i)) for i in mine]
+    bad = torch.tensor([str(i) in poisoned and bool(ids) and module.global_step == 3 for i in mine])
     return torch.stack(draws).where(~bad.view(-1, *[1] * (len(shape) - 1)), torch.nan)
 
 
