@@ -34,7 +34,7 @@ def main() -> None:
             out = Path(folder, f"{seq_len}")
             pack([Path(folder, "a.txt")], out, tokenizer="bpe:1024", seq_len=seq_len)
             for workers in (0, 1, 2):
-                speed = reading_speed(out, 4096 // seq_len * 4, workers)
+                speed = reading_speed(out, workers, 4096 // seq_len * 4)
                 print(f"| {seq_len} | {workers or 'in training'} | {speed / 1e6:.1f} |", flush=True)
 
 

@@ -40,6 +40,12 @@ def test_show_counts_documents_by_length_and_decodes_sequences(packed, ltm):
     assert "sequence " in out
 
 
+def test_the_reader_is_timed(packed, ltm):
+    code, out, _ = ltm("bench", "--data", packed, "--clock", "cpu")
+    assert (code, list(json.loads(out)["tokens_per_second"])) == (0, ["0"])
+    assert json.loads(out)["tokens_per_second"]["0"] > 0
+
+
 def test_bad_packs_are_refused(packed, copy, refused, tmp_path):
     assert "not a packed corpus" in refused("data", "verify", tmp_path)
     assert "no split 'test'" in refused("data", "show", packed, "--split", "test")
