@@ -133,8 +133,8 @@ def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
         (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
             beside(file).write_text(text, "utf-8")
-        for old in () if keep else (CHECKPOINT, METRICS):
-            (path / old).unlink(missing_ok=True)
+        for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
+            old.unlink(missing_ok=True)
         for file in texts:
             beside(file).replace(file)
     except OSError as error:

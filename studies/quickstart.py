@@ -103,8 +103,7 @@ def unigram(packed: Path) -> float:
 
 
 def _tokens(dataset: PackedDataset) -> np.ndarray:
-    kept = np.arange(dataset.tokens_NT.shape[1]) < dataset.lengths_N[:, None]
-    return dataset.tokens_NT[kept]
+    return np.concatenate([row.tokens_T[: row.length] for row in dataset])
 
 
 def summarise(packed: Path, thinking: Trained, twin: Trained) -> dict[str, Any]:

@@ -12,15 +12,20 @@ from ltm_pyro.cli.arguments import at_least
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import pack
 
+INPUTS = ".txt, .jsonl (also .gz and .zst) or .parquet file, a folder of them, or hf:NAME[:CONFIG]"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm data pack` to ``parser``."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt or .jsonl file, or a folder of them")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUTS)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--tokenizer", default="bpe:4096", metavar="bpe:SIZE|PATH", help="train one, or load one")
     parser.add_argument("--seq-len", type=at_least(1), default=128, metavar="N", help="tokens a sequence")
     parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of documents held out")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="which documents are held out")
+    parser.add_argument(
+        "--drop-duplicates", choices=("exact", "near"), help="leave out documents that repeat an earlier one"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing pack")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -38,17 +43,18 @@ def run(args: argparse.Namespace) -> int:
             seq_len=args.seq_len,
             val_fraction=args.val_fraction,
             seed=args.seed,
+            drop_duplicates=args.drop_duplicates,
             force=args.force,
             progress=lambda tokens: bar.advance(task, tokens),
         )
     if args.json:
-        print(json.dumps(_summary(manifest, args.out)))
+        print(json.dumps(summary(manifest, args.out)))
     else:
-        Console().print(_table(manifest, args.out))
+        Console().print(counts(manifest, args.out))
     return 0
 
 
-def _summary(manifest: Manifest, out: str) -> dict[str, Any]:
+def summary(manifest: Manifest, out: str) -> dict[str, Any]:
     """The manifest with the shards counted instead of listed."""
     summary = {"out": out} | manifest.to_dict()
     for split in summary["splits"].values():
@@ -56,12 +62,14 @@ def _summary(manifest: Manifest, out: str) -> dict[str, Any]:
     return summary
 
 
-def _table(manifest: Manifest, out: str) -> Table:
+def counts(manifest: Manifest, out: str) -> Table:
+    """The manifest's counts, a line for each split."""
     title = f"{out}: sequences of {manifest.seq_len} tokens, vocabulary {manifest.vocabulary:,}"
+    title += f", {manifest.dropped:,} duplicates left out" if manifest.dropped else ""
     columns = ("documents", "sequences", "tokens", "bytes", "shards")
     table = Table("split", title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="right")
-    for name, split in _summary(manifest, out)["splits"].items():
+    for name, split in summary(manifest, out)["splits"].items():
         table.add_row(name, *(f"{split[column]:,}" for column in columns))
     return table

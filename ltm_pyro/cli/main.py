@@ -5,7 +5,9 @@ import warnings
 from importlib import import_module
 
 COMMANDS = {  # name -> module and the line of help
-    "data pack": ("ltm_pyro.cli.data", "text or JSONL files -> token shards"),
+    "data pack": ("ltm_pyro.cli.data", "text, JSONL, Parquet or a data set -> token shards"),
+    "data verify": ("ltm_pyro.cli.data_verify", "is every shard of a pack what its manifest says?"),
+    "data show": ("ltm_pyro.cli.data_show", "what is in a pack: counts, lengths, decoded samples"),
     "fit": ("ltm_pyro.cli.fit", "train as a recipe says"),
     "evaluate": ("ltm_pyro.cli.evaluate", "score held-out text: bounds, perplexity, bits per byte"),
     "generate": ("ltm_pyro.cli.generate", "write text, freely or behind a prompt"),

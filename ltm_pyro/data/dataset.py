@@ -1,69 +1,116 @@
-"""A split in memory: rows of tokens by index, and batches of them."""
+"""A split by index: rows of tokens, shards read when they are needed, and batches."""
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from ltm_pyro.contracts import Batch, UsageError, make_batch
 from ltm_pyro.data.documents import Document, read_documents
-from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Split, is_pack, read_manifest
-from ltm_pyro.data.rows import Row, pack_rows
-from ltm_pyro.data.shards import read_rows
+from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, is_pack, read_manifest
+from ltm_pyro.data.order import MIXED
+from ltm_pyro.data.places import read
+from ltm_pyro.data.rows import Row, Rows, pack_rows
+from ltm_pyro.data.shards import read_shard
 from ltm_pyro.data.tokenizer import end_of_text, load_tokenizer, tokenizer_hash, vocabulary_size
 
 
 class PackedDataset(Dataset[Row]):
-    """N rows of T tokens in one array ``tokens_NT`` (uint16 or uint32), with the tokenizer and manifest they go with.
+    """N rows of T tokens (uint16 or uint32) by index, with the tokenizer and manifest they go with.
 
-    ``dataset[i]`` is a `Row`; a `torch.utils.data.DataLoader` takes ``collate_fn=dataset.collate``.
+    ``dataset[i]`` is a `Row`; a `torch.utils.data.DataLoader` takes ``collate_fn=dataset.collate``. A shard is read and
+    checked when a row of it is asked for, and only the shards used last are held in memory.
+
+    Args:
+        place: the pack's folder or address.
+        manifest: of the pack.
+        tokenizer: of the pack.
+        split: which side of it.
+        cache: a folder for copies of shards that are read from an address.
     """
 
-    def __init__(self, rows: Iterable[Row], manifest: Manifest, tokenizer: Tokenizer) -> None:
-        _, tokens, lengths, sizes, documents = zip(*rows, strict=True)
-        self.tokens_NT: UInt[np.ndarray, "N T"] = np.stack(tokens)
-        self.lengths_N: Int[np.ndarray, " N"] = np.array(lengths)
-        self.bytes_N: Int[np.ndarray, " N"] = np.array(sizes)
-        self.documents: tuple[tuple[str, ...], ...] = documents
-        self.manifest = manifest
-        self.tokenizer = tokenizer
+    def __init__(
+        self, place: str | Path, manifest: Manifest, tokenizer: Tokenizer, split: str, cache: Path | None = None
+    ) -> None:
+        self.place, self.manifest, self.tokenizer, self.split = place, manifest, tokenizer, split
+        self._cache, self._start_token = cache, end_of_text(tokenizer)
+        self.shards: tuple[Shard, ...] = manifest.split(split, place).shards
+        self._ends = [*accumulate(shard.sequences for shard in self.shards)]
+        self._held: OrderedDict[int, Rows] = OrderedDict()  # by shard, the last used last
 
     @classmethod
-    def open(cls, directory: str | Path, split: str = "train") -> "PackedDataset":
-        """One split of the pack ``directory``; raises `UsageError` if it is no pack, damaged or has no such split."""
-        manifest = read_manifest(directory)
-        tokenizer = load_tokenizer(Path(directory) / TOKENIZER)
-        if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
-            raise UsageError(f"{directory}/{TOKENIZER} is not the tokenizer of its manifest; pack the text again.")
-        return cls(read_rows(directory, split), manifest, tokenizer)
+    def open(cls, place: str | Path, split: str = "train", cache: Path | None = None) -> "PackedDataset":
+        """One split of the pack at ``place``; raises `UsageError` if it is no pack or has no such split."""
+        return cls(place, *open_pack(place), split, cache)
 
     def __len__(self) -> int:
-        return len(self.tokens_NT)
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
         """Row ``index``, counted from 0."""
-        length, size = int(self.lengths_N[index]), int(self.bytes_N[index])
-        return Row(index, self.tokens_NT[index], length, size, self.documents[index])
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        rows = self._held.get(number)
+        if rows is None:
+            rows = self._held[number] = self.read(number)
+            while len(self._held) > MIXED + 1:
+                self._held.popitem(last=False)
+        self._held.move_to_end(number)
+        return rows.row(index)
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows, in order."""
+        return map(self.__getitem__, range(len(self)))
+
+    def read(self, number: int) -> Rows:
+        """All rows of one shard."""
+        return read_shard(self.place, self.shards[number], self._cache)
+
+    def ranges(self) -> list[range]:
+        """The ids of each shard's rows."""
+        return [range(end - shard.sequences, end) for end, shard in zip(self._ends, self.shards, strict=True)]
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """The batch of B ``rows``, behind `END_OF_TEXT` as start token."""
         ids, tokens, lengths, sizes, _ = zip(*rows, strict=True)
         tokens_BT = torch.from_numpy(np.stack(tokens).astype(np.int64))
-        start = end_of_text(self.tokenizer)
-        return make_batch(tokens_BT, torch.tensor(lengths), start, torch.tensor(ids), torch.tensor(sizes))
+        return make_batch(tokens_BT, torch.tensor(lengths), self._start_token, torch.tensor(ids), torch.tensor(sizes))
+
+
+class Batches(Dataset[Batch]):
+    """A dataset by lists of ids, as an `Order` gives them."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, ids: list[int]) -> Batch:
+        """The batch of these rows."""
+        return self._dataset.collate([self._dataset[i] for i in ids])
+
+
+def open_pack(place: str | Path) -> tuple[Manifest, Tokenizer]:
+    """Manifest and tokenizer of a pack; `UsageError` where they do not belong together."""
+    manifest = read_manifest(place)
+    tokenizer = load_tokenizer(f"{place}/{TOKENIZER}", read(place, TOKENIZER))
+    if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+        raise UsageError(f"{place}/{TOKENIZER} is not the tokenizer of its manifest; pack the text again.")
+    return manifest, tokenizer
 
 
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> PackedDataset:
     """Documents ``texts`` packed in memory, row for row as `pack` would; the ids are ``"text:0"``, ``"text:1"``…"""
-    return _pack_documents([Document(f"text:{i}", text) for i, text in enumerate(texts)], tokenizer, seq_len)
+    return _pack_documents([Document(f"text:{i}", text, "text") for i, text in enumerate(texts)], tokenizer, seq_len)
 
 
 def load_text_or_pack(path: str | Path, tokenizer: Tokenizer, seq_len: int) -> PackedDataset:
-    """The validation split of a pack, or a text or JSONL file or folder packed on the fly with ``tokenizer``.
+    """The validation split of a pack, or text in files or a folder packed on the fly with ``tokenizer``.
 
     A pack's tokenizer must be ``tokenizer`` and its sequences no longer than ``seq_len``, else `UsageError`.
     """
@@ -85,22 +132,30 @@ def load_text_or_pack(path: str | Path, tokenizer: Tokenizer, seq_len: int) -> P
     return PackedDataset.open(path, "val")
 
 
+class _InMemory(PackedDataset):
+    """Rows that were never written."""
+
+    def __init__(self, rows: Rows, manifest: Manifest, tokenizer: Tokenizer) -> None:
+        self._rows = rows
+        super().__init__("", manifest, tokenizer, "val")
+
+    def read(self, number: int) -> Rows:
+        return self._rows
+
+
 def _pack_documents(documents: list[Document], tokenizer: Tokenizer, seq_len: int) -> PackedDataset:
-    rows = [*pack_rows(documents, tokenizer, seq_len)]
-    if not rows:
+    parts = [*pack_rows(documents, tokenizer, seq_len)]
+    if not parts:
         raise UsageError("no text was given to pack; give at least one document.")
-    split = Split(
-        documents=len(documents),
-        sequences=len(rows),
-        tokens=sum(row.length for row in rows),
-        bytes=sum(row.bytes for row in rows),
-        shards=(),
-    )
+    rows = Rows.join(parts)
+    tokens, size = int(rows.lengths_N.sum()), int(rows.bytes_N.sum())
+    shard = Shard(file="", sha256="", size=0, sequences=len(rows), tokens=tokens, bytes=size)
     manifest = Manifest(
         format=FORMAT,
         tokenizer_hash=tokenizer_hash(tokenizer),
         vocabulary=vocabulary_size(tokenizer),
         seq_len=seq_len,
-        splits={"val": split},
+        dropped=0,
+        splits={"val": Split.of(len(documents), (shard,))},
     )
-    return PackedDataset(rows, manifest, tokenizer)
+    return _InMemory(rows, manifest, tokenizer)

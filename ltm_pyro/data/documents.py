@@ -1,107 +1,68 @@
-"""Text in: documents from `.txt` and `.jsonl` files and folders of them, read one file or one line at a time."""
+"""Text in: documents from files, folders of them and Hugging Face data sets, one piece of a file at a time."""
 
-import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.data.formats import EXTENSIONS, Text, read_hub, read_texts
 
-EXTENSIONS = (".jsonl", ".txt")
-_BREAK = re.compile(r"\r?\n(?:\r?\n){2,}")  # a line's end and two or more empty lines
+HUB = "hf:"
 
 
 class Document(NamedTuple):
-    """One text of the corpus; ``id`` is ``"file:index"``, the index counted from 0 within the file."""
+    """One text of the corpus.
+
+    ``id`` is ``"file:index"``, the index counted from 0 within the file; ``source`` is what the data say under
+    ``"source"``, else the file's name.
+    """
 
     id: str
     text: str
+    source: str
 
 
-def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
-    """Every document of the files and folders ``paths``, in order; a folder is searched recursively, sorted by name.
+def read_documents(inputs: Iterable[str | Path]) -> Iterator[Document]:
+    """Every document of ``inputs``, in order; a folder is searched recursively, sorted by name.
 
-    A `.txt` file is split into documents at runs of two or more empty lines. A `.jsonl` file has one object a line with
-    the text under ``"text"``; other keys are ignored. Documents of nothing but white space are dropped. A folder's
-    hidden files and files of other kinds are passed over. Raises `UsageError` for input that cannot be read as such.
+    An input is a file (`EXTENSIONS`), a folder of them, or ``hf:NAME[:CONFIG]``. A `.txt` file is split into documents
+    at runs of two or more empty lines, and at a line's end where one would be longer than 4 million characters.
+    `.jsonl` has one object a line, with the text under ``"text"`` and perhaps a label under ``"source"``; the columns
+    of Parquet and of data sets are named likewise. Other keys are ignored, and documents of nothing but white space
+    dropped. A folder's hidden files and files of other kinds are passed over. Raises `UsageError` for input that cannot
+    be read as such.
     """
-    for path in map(Path, paths):
-        for file, name in _files(path):
-            texts = (text for text in _READERS[file.suffix](file) if text.strip())
+    for given in inputs:
+        for origin, name, texts in _origins(given):
             index = -1
-            for index, text in enumerate(texts):
-                yield Document(f"{name}:{index}", text)
+            for index, (text, source) in enumerate(found for found in texts if found[0].strip()):
+                yield Document(f"{name}:{index}", text, source or name)
             if index < 0:
-                raise UsageError(f"{file} holds no documents; remove it from the input or give it some text.")
+                raise UsageError(f"{origin} holds no documents; remove it from the input or give it some text.")
 
 
-def _files(path: Path) -> Iterator[tuple[Path, str]]:
-    """The readable files at ``path``, each with its name in document ids (relative to the folder that was given)."""
+def input_files(given: str | Path) -> list[tuple[Path, str]]:
+    """The files behind one input, each with its name in document ids; none behind a data set."""
+    path = Path(given)
+    if str(given).startswith(HUB):
+        return []
     if not path.exists():
-        raise UsageError(f"{path} does not exist; give a .txt or .jsonl file or a folder of them.")
+        raise UsageError(f"{path} does not exist; give a .txt, .jsonl or .parquet file or a folder of them.")
     if not path.is_dir():
-        if path.suffix not in EXTENSIONS:
+        if not path.name.endswith(EXTENSIONS):
             raise UsageError(f"{path} has the unknown extension {path.suffix!r}; convert it to .txt or .jsonl.")
-        yield path, path.name
-        return
-    found = [file for file in sorted(path.rglob("*")) if file.suffix in EXTENSIONS and file.is_file()]
+        return [(path, path.name)]
+    found = [file for file in sorted(path.rglob("*")) if file.name.endswith(EXTENSIONS) and file.is_file()]
     visible = [(file, file.relative_to(path)) for file in found]
     visible = [(file, name) for file, name in visible if not any(part.startswith(".") for part in name.parts)]
     if not visible:
-        raise UsageError(f"folder {path} holds no .txt or .jsonl files; give a folder that does.")
-    yield from ((file, name.as_posix()) for file, name in visible)
+        raise UsageError(f"folder {path} holds no .txt, .jsonl or .parquet files; give a folder that does.")
+    return [(file, name.as_posix()) for file, name in visible]
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    """The raw lines of ``file``."""
-    try:
-        with file.open("rb") as stream:
-            yield from stream
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}; check the path and its permissions.") from error
-
-
-def _decode(raw: bytes, file: Path, offset: int = 0) -> str:
-    """``raw``, which starts ``offset`` bytes into ``file``, as text; a byte order mark at the start is dropped."""
-    nul = raw.find(b"\0")
-    if nul >= 0:
-        raise UsageError(f"{file} looks binary (NUL byte at offset {offset + nul}); give text encoded as UTF-8.")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise UsageError(
-            f"{file} is not UTF-8 (byte 0x{raw[error.start]:02x} at offset {at}); re-encode it."
-        ) from error
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _read_txt(file: Path) -> Iterator[str]:
-    yield from _BREAK.split(_decode(b"".join(_lines(file)), file))
-
-
-def _read_jsonl(file: Path) -> Iterator[str]:
-    offset = 0
-    for number, raw in enumerate(_lines(file), start=1):
-        line = _decode(raw, file, offset)
-        offset += len(raw)
-        if line.strip():
-            yield _text_of(line, f"{file} line {number}")
-
-
-def _text_of(line: str, where: str) -> str:
-    """The value under ``"text"`` of one JSON object."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not valid JSON ({error}); write one JSON object on each line.") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UsageError(f'{where} has no string under the key "text"; name the text of each document "text".')
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UsageError(f"{where} holds half of a surrogate pair, which is not a character; repair its \\u escapes.")
-    return text
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl}
+def _origins(given: str | Path) -> Iterator[tuple[str, str, Iterator[Text]]]:
+    """Every file or data set behind an input: where it is, its name in document ids, and its texts."""
+    if str(given).startswith(HUB):
+        name = str(given).removeprefix(HUB)
+        yield str(given), name, read_hub(name)
+    yield from ((str(file), name, read_texts(file)) for file, name in input_files(given))

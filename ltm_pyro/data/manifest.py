@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.data.places import is_address, read
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file: its SHA-256, and how many sequences, tokens and UTF-8 bytes of text it holds."""
+    """One tar file: its SHA-256 and size in bytes; how many sequences, tokens and UTF-8 bytes of text it holds."""
 
     file: str
     sha256: str
+    size: int
     sequences: int
     tokens: int
     bytes: int
@@ -33,25 +35,43 @@ class Split:
     bytes: int
     shards: tuple[Shard, ...]
 
+    @classmethod
+    def of(cls, documents: int, shards: tuple[Shard, ...]) -> "Split":
+        """The split of ``shards``, everything but ``documents`` summed over them."""
+        sums = {name: sum(getattr(shard, name) for shard in shards) for name in ("sequences", "tokens", "bytes")}
+        return cls(documents=documents, shards=shards, **sums)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A pack: ``seq_len`` tokens a sequence, over a vocabulary of V tokens, by split (``"train"``, ``"val"``)."""
+    """A pack: ``seq_len`` tokens a sequence, over a vocabulary of V tokens, by split (``"train"``, ``"val"``).
+
+    ``dropped`` counts the documents that repeat others and were left out.
+    """
 
     format: int
     tokenizer_hash: str
     vocabulary: int
     seq_len: int
+    dropped: int
     splits: dict[str, Split]
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
         return asdict(self)
 
+    def split(self, name: str, place: str | Path) -> Split:
+        """One split of the pack at ``place``; `UsageError` where it has no such split."""
+        if name not in self.splits:
+            raise UsageError(
+                f"pack {place} has no split {name!r} but {sorted(self.splits)}; pack the text again with one."
+            )
+        return self.splits[name]
 
-def is_pack(directory: str | Path) -> bool:
-    """Whether ``directory`` has a manifest, and so is a pack."""
-    return (Path(directory) / MANIFEST).is_file()
+
+def is_pack(place: str | Path) -> bool:
+    """Whether ``place`` has a manifest, and so is a pack; an address is always taken for one."""
+    return is_address(place) or (Path(place) / MANIFEST).is_file()
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
@@ -59,20 +79,27 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", "utf-8")
 
 
-def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of the pack ``directory``; raises `UsageError` if there is none or it cannot be understood."""
-    path = Path(directory) / MANIFEST
-    if not path.is_file():
-        raise UsageError(f"{directory} is not a packed corpus (no {MANIFEST}); make one with `ltm data pack`.")
+def read_manifest(place: str | Path) -> Manifest:
+    """The manifest of the pack at ``place``; raises `UsageError` if there is none or it cannot be understood."""
+    path = f"{place}/{MANIFEST}"
+    if not is_pack(place) and not str(place).startswith("pipe:"):
+        raise UsageError(f"{place} is not a packed corpus (no {MANIFEST}); make one with `ltm data pack`.")
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        raw = json.loads(read(place, MANIFEST))
+        _check_format(raw["format"], path)
         splits = {name: _split(split) for name, split in raw.pop("splits").items()}
-        manifest = Manifest(**raw, splits=splits)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return Manifest(**raw, splits=splits)
+    except UsageError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UsageError(f"{path} cannot be read as a manifest ({error!r}); pack the text again.") from error
-    if manifest.format != FORMAT:
-        raise UsageError(f"{path} has format {manifest.format}, and this version reads {FORMAT}; pack the text again.")
-    return manifest
+
+
+def _check_format(found: int, path: str) -> None:
+    if found > FORMAT:
+        raise UsageError(f"{path} has format {found}, newer than the {FORMAT} of this version: update ltm_pyro.")
+    if found < FORMAT:
+        raise UsageError(f"{path} has format {found}, and this version reads {FORMAT}; pack the text again.")
 
 
 def _split(raw: dict[str, Any]) -> Split:

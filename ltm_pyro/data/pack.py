@@ -4,19 +4,25 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from tokenizers import Tokenizer
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.data.documents import Document, read_documents
+from ltm_pyro.data.documents import Document, input_files, read_documents
+from ltm_pyro.data.duplicates import repeats, signature
 from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, write_manifest
-from ltm_pyro.data.rows import check_seq_len, pack_rows, text_pieces
-from ltm_pyro.data.shards import write_shards
-from ltm_pyro.data.staging import staged
+from ltm_pyro.data.rows import Cutter, Rows, check_seq_len, encode, text_pieces
+from ltm_pyro.data.shards import write_shard
+from ltm_pyro.data.staging import Staging, staged
 from ltm_pyro.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
 
 SHARD_ROWS = 4096
+SAMPLE = 2**27  # bytes of text that a tokenizer learns from: its vocabulary gains nothing from more
+Told = Callable[[int], None]
+_SIDES = {"train": 1, "val": 2}  # 0 is left out
 
 
 def pack(
@@ -27,77 +33,109 @@ def pack(
     seq_len: int = 128,
     val_fraction: float = 0.02,
     seed: int = 0,
+    drop_duplicates: Literal["exact", "near"] | None = None,
     force: bool = False,
     shard_rows: int = SHARD_ROWS,
-    progress: Callable[[int], None] | None = None,
+    progress: Told | None = None,
 ) -> Manifest:
     """Packs the documents of ``inputs`` (`read_documents`) into ``out`` and returns its manifest.
 
     A document is held out for validation when a hash of ``seed`` and its text falls below ``val_fraction``, so equal
-    texts fall on the same side; of two different documents or more, at least one is on each side. ``tokenizer`` is
-    ``"bpe:SIZE"``, trained on the training documents alone, or the path of a `tokenizer.json`. Each side is its
-    documents, each followed by `END_OF_TEXT`, cut into rows of ``seq_len`` tokens. ``progress`` is called with the
-    tokens of each shard written. Raises `UsageError`, and then leaves nothing behind; an existing pack is replaced
-    only under ``force``, once the new one is complete.
+    texts fall on the same side; of two different documents or more, at least one is on each side. Under
+    ``drop_duplicates`` only the first of several ``exact`` or ``near`` duplicates stays (`signature`), so that none
+    straddles the sides. ``tokenizer`` is ``"bpe:SIZE"``, trained on a sample of the training documents, or the path of
+    a `tokenizer.json`. Each side is its documents, each followed by `END_OF_TEXT`, cut into rows of ``seq_len`` tokens.
+
+    Memory does not grow with the text but for a few bytes a document. ``progress`` is called with the tokens of each
+    shard. Interrupted or killed, the same call goes on after the last whole shard and gives the same files. Raises
+    `UsageError`, and then leaves nothing behind; an existing pack is replaced only under ``force``, once the new one is
+    complete.
     """
-    spec = parse_tokenizer(tokenizer)
+    inputs, spec = [*inputs], parse_tokenizer(tokenizer)
     check_seq_len(seq_len)
-    with staged(out, force) as folder:
-        corpus = _divide([*inputs], val_fraction, seed)
-        bpe = train_tokenizer(corpus.training_text(), spec) if isinstance(spec, int) else load_tokenizer(spec)
-        splits = {}
-        for split, documents in corpus.counts.items():
-            rows = pack_rows(corpus.documents(split), bpe, seq_len)
-            splits[split] = _total(documents, _told(write_shards(rows, folder, split, shard_rows), progress))
+    settings = {
+        "format": FORMAT,
+        "inputs": [_fingerprint(given) for given in inputs],
+        "tokenizer": spec if isinstance(spec, int) else tokenizer_hash(load_tokenizer(spec)),
+        **{"seq_len": seq_len, "val_fraction": val_fraction, "seed": seed, "shard_rows": shard_rows},
+        "drop_duplicates": drop_duplicates,
+    }
+    with staged(out, force, settings) as staging:
+        corpus = _survey(inputs, val_fraction, seed, drop_duplicates)
+        bpe = _tokenizer(staging.folder / TOKENIZER, spec, corpus)
+        splits = _Writer(corpus, bpe, staging, seq_len, shard_rows, progress).write()
         _check_length(splits["train"], seq_len)
         manifest = Manifest(
             format=FORMAT,
             tokenizer_hash=tokenizer_hash(bpe),
             vocabulary=vocabulary_size(bpe),
             seq_len=seq_len,
+            dropped=int((corpus.sides_N == 0).sum()),
             splits=splits,
         )
-        (folder / TOKENIZER).write_text(bpe.to_str(pretty=True), "utf-8")
-        write_manifest(manifest, folder)
+        write_manifest(manifest, staging.folder)
     return manifest
+
+
+def _fingerprint(given: str | Path) -> list[Any]:
+    """By what an input is known again: every file's path, size and time of change."""
+    stats = [(str(file.resolve()), file.stat()) for file, _ in input_files(given)]
+    return [str(given), *([path, stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Corpus:
-    """The documents of ``paths``, read again on every pass; those whose share lies below ``threshold`` are held out."""
+    """The documents of ``inputs``, read again on every pass, and what is to become of each.
 
-    paths: list[str | Path]
-    seed: int
-    threshold: float
-    counts: dict[str, int]
+    ``sides_N`` says where a document goes, ``sampled_N`` whether the tokenizer may learn from it.
+    """
 
-    def documents(self, split: str) -> Iterator[Document]:
-        held_out = split == "val"
-        for document in read_documents(self.paths):
-            if (_share(document.text, self.seed) < self.threshold) == held_out:
-                yield document
+    inputs: list[str | Path]
+    sides_N: UInt8[np.ndarray, " N"]
+    sampled_N: np.ndarray
+
+    def count(self, split: str) -> int:
+        return int((self.sides_N == _SIDES[split]).sum())
+
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        number = -1
+        for number, document in enumerate(read_documents(self.inputs)):
+            if number == len(self.sides_N):
+                break
+            yield number, document
+        if number != len(self.sides_N) - 1:
+            raise UsageError("the input has changed while it was packed; pack it again once it is complete.")
 
     def training_text(self) -> Iterator[str]:
-        for document in self.documents("train"):
-            yield from text_pieces(document.text)
+        for number, document in self.documents():
+            if self.sampled_N[number]:
+                yield from text_pieces(document.text)
 
 
-def _divide(paths: list[str | Path], val_fraction: float, seed: int) -> _Corpus:
+def _survey(
+    inputs: list[str | Path], val_fraction: float, seed: int, drop_duplicates: Literal["exact", "near"] | None
+) -> _Corpus:
     if not 0 <= val_fraction < 1:
         raise UsageError(f"val_fraction {val_fraction} leaves nothing to train on; give a number from 0 to below 1.")
-    shares_N = np.fromiter((_share(document.text, seed) for document in read_documents(paths)), np.float64)
-    if not len(shares_N):
-        raise UsageError("no input was given; name a .txt or .jsonl file or a folder of them.")
-    threshold = _threshold(shares_N, val_fraction)
-    held_out = int((shares_N < threshold).sum())
-    counts = {"train": len(shares_N) - held_out} | ({"val": held_out} if held_out else {})
-    return _Corpus(paths=paths, seed=seed, threshold=threshold, counts=counts)
-
-
-def _share(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but the text and the seed."""
-    digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    digests, sizes, marks = bytearray(), bytearray(), bytearray()
+    for document in read_documents(inputs):
+        digest = hashlib.sha256(f"{seed}\n{document.text}".encode()).digest()[:8]
+        digests += digest
+        sizes += len(document.text).to_bytes(4, "little")
+        if drop_duplicates:
+            marks += digest if drop_duplicates == "exact" else signature(document.text).tobytes()
+    if not digests:
+        raise UsageError("no input was given; name a .txt, .jsonl or .parquet file or a folder of them.")
+    digests_N = np.frombuffer(bytes(digests), ">u8").astype(np.uint64)
+    marks_NB = np.frombuffer(bytes(marks), np.uint64).reshape(len(digests_N), -1)
+    kept_N = ~repeats(marks_NB)
+    shares_N = (digests_N >> np.uint64(16)) / 2**48
+    held_out_N = shares_N < _threshold(shares_N[kept_N], val_fraction)
+    sides_N = np.where(kept_N, np.where(held_out_N, _SIDES["val"], _SIDES["train"]), 0).astype(np.uint8)
+    sizes_N = np.where(sides_N == _SIDES["train"], np.frombuffer(bytes(sizes), np.uint32), 0)
+    chance = SAMPLE / max(int(sizes_N.sum(dtype=np.int64)), 1)
+    sampled_N = (sizes_N > 0) & ((digests_N & np.uint64(2**16 - 1)) < chance * 2**16)
+    return _Corpus(inputs=inputs, sides_N=sides_N, sampled_N=sampled_N)
 
 
 def _threshold(shares_N: Float[np.ndarray, " N"], val_fraction: float) -> float:
@@ -112,23 +150,63 @@ def _threshold(shares_N: Float[np.ndarray, " N"], val_fraction: float) -> float:
     return min(max(val_fraction, float(np.nextafter(lowest, 1))), highest)
 
 
-def _told(shards: Iterable[Shard], progress: Callable[[int], None] | None) -> Iterator[Shard]:
-    """``shards``, with ``progress`` told of each one's tokens."""
-    for shard in shards:
-        if progress:
-            progress(shard.tokens)
-        yield shard
+def _tokenizer(path: Path, spec: int | Path, corpus: _Corpus) -> Tokenizer:
+    """The pack's tokenizer, trained or loaded, unless an interrupted pack has left it at ``path``."""
+    if path.exists():
+        return load_tokenizer(path)
+    tokenizer = train_tokenizer(corpus.training_text(), spec) if isinstance(spec, int) else load_tokenizer(spec)
+    new = path.with_suffix(".new")
+    new.write_text(tokenizer.to_str(pretty=True), "utf-8")
+    new.replace(path)
+    return tokenizer
 
 
-def _total(documents: int, shards: Iterable[Shard]) -> Split:
-    shards = tuple(shards)
-    return Split(
-        documents=documents,
-        sequences=sum(shard.sequences for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        bytes=sum(shard.bytes for shard in shards),
-        shards=shards,
-    )
+class _Writer:
+    """Both sides' shards in one pass over the text, each after those that are written already."""
+
+    def __init__(
+        self, corpus: _Corpus, tokenizer: Tokenizer, staging: Staging, seq_len: int, shard_rows: int, told: Told | None
+    ) -> None:
+        self._corpus, self._tokenizer, self._staging, self._told = corpus, tokenizer, staging, told
+        self._shards: dict[str, list[Shard]] = {split: [] for split in _SIDES}
+        positions = dict.fromkeys(_SIDES, (0, 0))
+        for entry in staging.entries:
+            self._finished(entry["split"], Shard(**entry["shard"]))
+            positions[entry["split"]] = tuple(entry["position"])
+        rows = {split: sum(shard.sequences for shard in shards) for split, shards in self._shards.items()}
+        self._cutters = {s: Cutter(tokenizer, seq_len, shard_rows, positions[s], rows[s]) for s in _SIDES}
+
+    def write(self) -> dict[str, Split]:
+        """Writes what is missing; the split "val" is there only if it has documents."""
+        sides = {side: split for split, side in _SIDES.items()}
+        for piece in encode(self._unwritten(), self._tokenizer):
+            split = sides[int(self._corpus.sides_N[piece.number])]
+            self._add(split, self._cutters[split].add(piece))
+        for split, cutter in self._cutters.items():
+            self._add(split, cutter.finish())
+        counts = {split: self._corpus.count(split) for split in _SIDES}
+        return {split: Split.of(n, tuple(self._shards[split])) for split, n in counts.items() if n}
+
+    def _unwritten(self) -> Iterator[tuple[int, Document]]:
+        first = np.zeros(1 + len(_SIDES), int)  # by side
+        for split, side in _SIDES.items():
+            first[side] = self._cutters[split].position[0]
+        for number, document in self._corpus.documents():
+            side = self._corpus.sides_N[number]
+            if side and number >= first[side]:
+                yield number, document
+
+    def _add(self, split: str, parts: Iterator[Rows]) -> None:
+        for rows in parts:
+            path = self._staging.folder / f"{split}-{len(self._shards[split]):06d}.tar"
+            shard = write_shard(rows, path)
+            self._staging.add({"split": split, "shard": shard.__dict__, "position": self._cutters[split].position})
+            self._finished(split, shard)
+
+    def _finished(self, split: str, shard: Shard) -> None:
+        self._shards[split].append(shard)
+        if self._told:
+            self._told(shard.tokens)
 
 
 def _check_length(train: Split, seq_len: int) -> None:

@@ -1,7 +1,13 @@
-"""Documents to rows: every document followed by `END_OF_TEXT`, all of them cut into rows of T tokens, nothing lost."""
+"""Documents to rows: every document followed by `END_OF_TEXT`, all of them cut into rows of T tokens, nothing lost.
+
+Shapes: N rows, T tokens, V vocabulary.
+"""
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -13,34 +19,119 @@ from ltm_pyro.data.documents import Document
 from ltm_pyro.data.tokenizer import end_of_text, token_bytes, token_dtype
 
 _PIECE = 2**16  # characters; the library needs over 100 bytes of memory for each while it encodes
-_BATCH = 2**20  # characters encoded in parallel
+_BATCH = 2**19  # characters encoded in parallel
+_AHEAD = 2  # batches encoded while earlier ones are cut
 _SPACE = re.compile(r"(?<=\S) (?=\S)")
+
+
+Named = tuple[str, str]  # a document's id and source
 
 
 class Row(NamedTuple):
     """T tokens of a split: the first ``length`` are text, the rest `END_OF_TEXT` as padding (in the last row only).
 
-    ``id`` counts the split's rows from 0, ``bytes`` the UTF-8 bytes behind the tokens, and ``documents`` names, in
-    order, the documents that the row has tokens of.
+    ``id`` counts the split's rows from 0, ``bytes`` the UTF-8 bytes behind the tokens; ``documents`` are, in order,
+    id and source of those that the row has tokens of.
     """
 
     id: int
     tokens_T: UInt[np.ndarray, " T"]
     length: int
     bytes: int
-    documents: tuple[str, ...]
+    documents: tuple[Named, ...]
 
 
-class _Piece(NamedTuple):
-    document: str
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """N `Row`\\ s with consecutive ids from ``first``."""
+
+    first: int
+    tokens_NT: UInt[np.ndarray, "N T"]
+    lengths_N: Int[np.ndarray, " N"]
+    bytes_N: Int[np.ndarray, " N"]
+    documents: list[list[Named]]
+
+    def __len__(self) -> int:
+        return len(self.tokens_NT)
+
+    def row(self, id: int) -> Row:
+        """The row of this id."""
+        i = id - self.first
+        length, size = int(self.lengths_N[i]), int(self.bytes_N[i])
+        return Row(id, self.tokens_NT[i], length, size, tuple(self.documents[i]))
+
+    def blocks(self, size: int) -> Iterator["Rows"]:
+        """The same rows, ``size`` at a time."""
+        for i in range(0, len(self), size):
+            cut = {field.name: getattr(self, field.name)[i : i + size] for field in fields(self)[1:]}
+            yield Rows(first=self.first + i, **cut)
+
+    @classmethod
+    def join(cls, parts: list["Rows"]) -> "Rows":
+        """Rows that follow one another, as one."""
+        arrays = {n: np.concatenate([getattr(p, n) for p in parts]) for n in ("tokens_NT", "lengths_N", "bytes_N")}
+        return cls(first=parts[0].first, documents=[x for p in parts for x in p.documents], **arrays)
+
+
+class Encoded(NamedTuple):
+    """A piece of document ``number`` as tokens; the document's last piece has `END_OF_TEXT` behind."""
+
+    number: int
+    document: Document
+    tokens: UInt[np.ndarray, " n"]
+
+
+def encode(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """The numbered documents' pieces, in order; batches are encoded on every core while earlier ones are used."""
+    end, dtype = end_of_text(tokenizer), token_dtype(tokenizer)
+    waiting: deque = deque()
+
+    def finish() -> Iterator[Encoded]:
+        batch, encoding = waiting.popleft()
+        for (number, document, _, last), found in zip(batch, encoding.result(), strict=True):
+            yield Encoded(number, document, np.array(found.ids + [end] * last, dtype))
+
+    with ThreadPoolExecutor(1) as pool:  # the library lets go of the interpreter, and uses every core by itself
+        for batch in _batches(documents):
+            texts = [text for _, _, text, _ in batch]
+            waiting.append((batch, pool.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)))
+            if len(waiting) > _AHEAD:
+                yield from finish()
+        while waiting:
+            yield from finish()
+
+
+class _Text(NamedTuple):
+    """A piece of document ``number`` before it is encoded."""
+
+    number: int
+    document: Document
     text: str
     last: bool
 
 
-def pack_rows(documents: Iterable[Document], tokenizer: Tokenizer, seq_len: int) -> Iterator[Row]:
-    """The documents' rows of ``seq_len`` tokens, in bounded memory."""
-    check_seq_len(seq_len)
-    return _cut(_encode(documents, tokenizer), seq_len, end_of_text(tokenizer), token_bytes(tokenizer))
+def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[_Text]]:
+    batch: list[_Text] = []
+    size = 0
+    for number, document in documents:
+        *init, last = text_pieces(document.text)
+        named = document._replace(text="")  # which is not held longer than it takes to encode it
+        for text in (*init, last):
+            batch.append(_Text(number, named, text, text is last))
+            size += len(text)
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def pack_rows(documents: Iterable[Document], tokenizer: Tokenizer, seq_len: int) -> Iterator[Rows]:
+    """The documents' rows of ``seq_len`` tokens, some at a time."""
+    cutter = Cutter(tokenizer, seq_len, rows=4096)
+    for piece in encode(enumerate(documents), tokenizer):
+        yield from cutter.add(piece)
+    yield from cutter.finish()
 
 
 def check_seq_len(seq_len: int) -> None:
@@ -58,48 +149,68 @@ def text_pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    """Pieces of the documents, in order, as (document id, tokens); a document's last piece has `END_OF_TEXT` behind."""
-    end, dtype = end_of_text(tokenizer), token_dtype(tokenizer)
-    for batch in _batches(documents):
-        encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
-            yield piece.document, np.array(encoding.ids + [end] * piece.last, dtype)
+class Cutter:
+    """Pieces in, `Rows` out, ``rows`` of them at a time: in bounded memory, and from any point on.
 
+    ``position`` is (document, offset): where the tokens begin that no row has yet.
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
-    size = 0
-    for piece in _pieces(documents):
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    Args:
+        position: where an earlier cutter came to; tokens before it are left out.
+        first: the id of the next row.
+    """
 
+    def __init__(
+        self, tokenizer: Tokenizer, seq_len: int, rows: int, position: tuple[int, int] = (0, 0), first: int = 0
+    ) -> None:
+        check_seq_len(seq_len)
+        self.position, self.first = position, first
+        self._rows, self._seq_len = rows, seq_len
+        self._end, self._bytes_V = end_of_text(tokenizer), token_bytes(tokenizer)
+        self._pieces: list[Encoded] = []
+        self._size = 0  # tokens in them
+        self._at = (-1, 0)  # the last piece's document, and how many of its tokens have come
 
-def _pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
-    for document in documents:
-        *init, last = text_pieces(document.text)
-        yield from (_Piece(document.id, text, last=False) for text in init)
-        yield _Piece(document.id, last, last=True)
+    def add(self, piece: Encoded) -> Iterator[Rows]:
+        """Takes one piece; yields rows as often as enough are full."""
+        number, _, tokens = piece
+        begun = self._at[1] if number == self._at[0] else 0
+        self._at = (number, begun + len(tokens))
+        if number == self.position[0]:
+            piece = piece._replace(tokens=tokens[max(self.position[1] - begun, 0) :])
+        if len(piece.tokens):
+            self._pieces.append(piece)
+            self._size += len(piece.tokens)
+        while self._size >= self._rows * self._seq_len:
+            yield self._cut(self._rows)
 
+    def finish(self) -> Iterator[Rows]:
+        """What is left, its last row padded with `END_OF_TEXT`."""
+        if self._size:
+            yield self._cut(-(-self._size // self._seq_len))
 
-def _cut(
-    pieces: Iterable[tuple[str, np.ndarray]], seq_len: int, end: int, bytes_V: Int[np.ndarray, " V"]
-) -> Iterator[Row]:
-    """Rows of exactly ``seq_len`` tokens; what remains at the end is padded with ``end``."""
-    number, pending = 0, np.empty(0, np.uint16)
-    names: list[str] = []
-    for name, tokens in pieces:
-        pending = np.concatenate([pending, tokens]) if len(pending) else tokens
-        names += [name] * (names[-1:] != [name])
-        while len(pending) >= seq_len:
-            head, pending = pending[:seq_len], pending[seq_len:]
-            yield Row(number, head, seq_len, int(bytes_V[head].sum()), tuple(names))
-            number, names = number + 1, [name] * bool(len(pending))
-    if length := len(pending):
-        padded = np.pad(pending, (0, seq_len - length), constant_values=end)
-        yield Row(number, padded, length, int(bytes_V[pending].sum()), tuple(names))
+    def _cut(self, rows: int) -> Rows:
+        flat = np.concatenate([piece.tokens for piece in self._pieces])
+        flat, rest = np.split(flat, [rows * self._seq_len])
+        starts_N = self._seq_len * np.arange(rows)
+        lengths_N = np.minimum(len(flat) - starts_N, self._seq_len)
+        bytes_N = np.add.reduceat(self._bytes_V[flat], starts_N)
+        padding = (0, rows * self._seq_len - len(flat))
+        tokens_NT = np.pad(flat, padding, constant_values=self._end).reshape(rows, self._seq_len)
+        documents = self._documents(starts_N, starts_N + lengths_N - 1)
+        cut = Rows(first=self.first, tokens_NT=tokens_NT, lengths_N=lengths_N, bytes_N=bytes_N, documents=documents)
+        self._keep(rest)
+        self.first += rows
+        return cut
+
+    def _documents(self, first_N: Int[np.ndarray, " N"], last_N: Int[np.ndarray, " N"]) -> list[list[Named]]:
+        """Every row's documents, each once, from its first and last token."""
+        ends = np.cumsum([len(piece.tokens) for piece in self._pieces])
+        named = [(piece.document.id, piece.document.source) for piece in self._pieces]
+        spans = np.searchsorted(ends, np.stack([first_N, last_N]), "right").T.tolist()
+        return [list(dict.fromkeys(named[first : last + 1])) for first, last in spans]
+
+    def _keep(self, rest: UInt[np.ndarray, " n"]) -> None:
+        """Goes on with the tokens that are left; all are of the last piece, since rows are cut as soon as full."""
+        self._pieces = [self._pieces[-1]._replace(tokens=rest)] if len(rest) else []
+        self._size = len(rest)
+        self.position = (self._at[0], self._at[1] - len(rest))

@@ -7,8 +7,7 @@ openers and decoders, which run commands and unpickle, are never called.
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,86 +16,107 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.data.manifest import Shard, read_manifest
-from ltm_pyro.data.rows import Row
+from ltm_pyro.data.manifest import Manifest, Shard
+from ltm_pyro.data.places import read
+from ltm_pyro.data.rows import Rows
 
+BLOCK = 64  # rows of one sample: a member costs a kilobyte and 50 µs, too much for a row of 256 bytes
 _TOKENS, _META = "tokens.npy", "meta.json"
 
 
-def write_shards(rows: Iterable[Row], directory: Path, split: str, shard_rows: int) -> Iterator[Shard]:
-    """Writes ``rows`` into tar files of ``shard_rows`` rows, ``{split}-000000.tar`` onwards, each described when done.
+def write_shard(rows: Rows, path: Path) -> Shard:
+    """Writes ``rows`` into a tar file, `BLOCK` rows a sample; it appears whole or not at all.
 
-    The same rows give the same files byte for byte.
+    The same rows give the same file byte for byte.
     """
-    rows = iter(rows)
-    for number, first in enumerate(rows):
-        yield _write_shard(chain([first], islice(rows, shard_rows - 1)), directory / f"{split}-{number:06d}.tar")
-
-
-def read_rows(directory: str | Path, split: str) -> Iterator[Row]:
-    """Every row of one split of the pack ``directory``, in order; raises `UsageError` where it is damaged."""
-    if str(directory).startswith("pipe:") or "://" in str(directory):
-        raise UsageError(f"{directory} is not a folder; copy the pack to this machine and give its path.")
-    splits = read_manifest(directory).splits
-    if split not in splits:
-        raise UsageError(f"pack {directory} has no split {split!r} but {sorted(splits)}; pack the text again with one.")
-    return chain.from_iterable(read_shard(directory, shard) for shard in splits[split].shards)
-
-
-def read_shard(directory: str | Path, shard: Shard) -> Iterator[Row]:
-    """The rows of one shard; its SHA-256 is checked before the first and its counts after the last (`UsageError`)."""
-    if Path(shard.file).name != shard.file or ":" in shard.file:
-        raise UsageError(f"pack {directory} names the shard {shard.file!r}, which is not a file in it; pack again.")
-    path = Path(directory) / shard.file
-    sequences = tokens = 0
-    with _open(path) as stream:
-        _check(path, "SHA-256", hashlib.file_digest(stream, "sha256").hexdigest(), shard.sha256)
-        stream.seek(0)
-        for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
-            row = _decode(sample, path)
-            sequences, tokens = sequences + 1, tokens + row.length
-            yield row
-    _check(path, "sequences", sequences, shard.sequences)
-    _check(path, "tokens", tokens, shard.tokens)
-
-
-def _write_shard(rows: Iterable[Row], path: Path) -> Shard:
-    sequences = tokens = size = 0
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for row in rows:
-            tar.write(_encode(row))
-            sequences, tokens, size = sequences + 1, tokens + row.length, size + row.bytes
-    with path.open("rb") as stream:
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        for block in rows.blocks(BLOCK):
+            tar.write(_encode(block))
+    with new.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Shard(file=path.name, sha256=digest, sequences=sequences, tokens=tokens, bytes=size)
+    size = new.stat().st_size
+    new.replace(path)
+    return Shard(
+        file=path.name,
+        sha256=digest,
+        size=size,
+        sequences=len(rows),
+        tokens=int(rows.lengths_N.sum()),
+        bytes=int(rows.bytes_N.sum()),
+    )
 
 
-def _encode(row: Row) -> dict[str, Any]:
+def read_shard(place: str | Path, shard: Shard, cache: Path | None = None) -> Rows:
+    """The rows of one shard, of which every byte and count has been checked; `UsageError` names what is damaged.
+
+    Args:
+        cache: keeps a copy of what is read here, under its SHA-256.
+    """
+    path, content = f"{place}/{shard.file}", _content(place, shard, cache)
+    _check(path, "size in bytes", len(content), shard.size)
+    _check(path, "SHA-256", hashlib.sha256(content).hexdigest(), shard.sha256)
+    samples = group_by_keys(tar_file_expander([{"url": path, "stream": io.BytesIO(content)}]))
+    rows = Rows.join([_decode(sample, path) for sample in samples])
+    _check(path, "sequences", len(rows), shard.sequences)
+    _check(path, "tokens", int(rows.lengths_N.sum()), shard.tokens)
+    return rows
+
+
+def damage(place: str | Path, manifest: Manifest) -> Iterator[tuple[str, Shard, str | None]]:
+    """Split, shard, and what is wrong with it (None where nothing is), for every shard of a pack."""
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            try:
+                read_shard(place, shard)
+                yield name, shard, None
+            except UsageError as error:
+                yield name, shard, str(error)
+
+
+def _content(place: str | Path, shard: Shard, cache: Path | None) -> bytes:
+    if Path(shard.file).name != shard.file or ":" in shard.file:
+        raise UsageError(f"pack {place} names the shard {shard.file!r}, which is not a file in it; pack again.")
+    if cache is None:
+        return read(place, shard.file)
+    kept = cache / shard.sha256
+    if not kept.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(f".{id(shard)}.new")  # other processes may fetch the same
+        new.write_bytes(read(place, shard.file))
+        new.replace(kept)
+    return kept.read_bytes()
+
+
+def _encode(block: Rows) -> dict[str, Any]:
     """The members of one sample, by extension."""
     npy = io.BytesIO()
-    np.lib.format.write_array(npy, row.tokens_T, allow_pickle=False)
-    meta = {"id": row.id, "length": row.length, "bytes": row.bytes, "documents": row.documents}
-    return {"__key__": f"{row.id:09d}", _TOKENS: npy.getvalue(), _META: json.dumps(meta).encode()}
+    np.lib.format.write_array(npy, block.tokens_NT, allow_pickle=False)
+    meta = {
+        "first": block.first,
+        "lengths": block.lengths_N.tolist(),
+        "bytes": block.bytes_N.tolist(),
+        "documents": block.documents,
+    }
+    return {"__key__": f"{block.first:09d}", _TOKENS: npy.getvalue(), _META: json.dumps(meta).encode()}
 
 
-def _decode(sample: dict[str, Any], path: Path) -> Row:
+def _decode(sample: dict[str, Any], path: str) -> Rows:
     try:
-        tokens_T = np.lib.format.read_array(io.BytesIO(sample[_TOKENS]), allow_pickle=False)
+        tokens_NT = np.lib.format.read_array(io.BytesIO(sample[_TOKENS]), allow_pickle=False)
         meta = json.loads(sample[_META])
-        return Row(meta["id"], tokens_T, meta["length"], meta["bytes"], tuple(meta["documents"]))
+        lengths_N, bytes_N = np.array(meta["lengths"]), np.array(meta["bytes"])
+        documents = [[(name, source) for name, source in row] for row in meta["documents"]]
+        if not len(tokens_NT) == len(lengths_N) == len(bytes_N) == len(documents):
+            raise ValueError("its fields have different lengths")
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"shard {path} has a sample that is not a row ({error!r}); pack the text again.") from error
+        raise UsageError(f"shard {path} has a sample that is not rows ({error!r}); pack the text again.") from error
+    return Rows(first=meta["first"], tokens_NT=tokens_NT, lengths_N=lengths_N, bytes_N=bytes_N, documents=documents)
 
 
-def _open(path: Path) -> io.BufferedReader:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UsageError(f"cannot read shard {path}: {error.strerror}; restore it or pack the text again.") from error
-
-
-def _check(path: Path, what: str, found: str | int, expected: str | int) -> None:
+def _check(path: str, what: str, found: str | int, expected: str | int) -> None:
     if found != expected:
         raise UsageError(
-            f"shard {path} is damaged: its {what} is {found}, the manifest says {expected}; pack the text again."
+            f"shard {path} is damaged: its {what} is {found}, the manifest says {expected}; restore it or pack the "
+            f"text again."
         )

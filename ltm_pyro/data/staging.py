@@ -1,41 +1,118 @@
-"""All or nothing: a pack is written beside its destination and moved there when it is complete."""
+"""All or nothing: a pack is written beside its destination and moved there when it is complete.
 
+What is written survives an interruption: the same command goes on from the last whole shard.
+"""
+
+import fcntl
+import hashlib
+import json
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.manifest import MANIFEST, TOKENIZER
 
-_PACKED = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val)-\d+\.tar")
+_PACKED = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val)-\d+\.tar|journal\.jsonl")
+_JOURNAL = "journal.jsonl"  # the settings on the first line, then one line for every shard
+
+
+class Staging:
+    """The folder that a pack is written into, and ``entries``: what has been said of its finished shards."""
+
+    def __init__(self, folder: Path, journal: TextIO, settings: dict[str, Any]) -> None:
+        self.folder, self._journal = folder, journal
+        lines = _whole_lines(journal)
+        known = lines[:1] == [settings] and all(_is_there(folder, entry["shard"]) for entry in lines[1:])
+        self.entries = lines[1:] if known else []
+        if not known:
+            _empty(folder)
+            lines = [settings]
+        journal.seek(0)
+        journal.truncate()
+        for line in lines:  # again, without a last one that was cut off
+            self._write(line)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Says of a shard that it is finished."""
+        self._write(entry)
+        self.entries.append(entry)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
 
 
 @contextmanager
-def staged(out: str | Path, force: bool) -> Iterator[Path]:
-    """An empty folder to write into, which becomes ``out`` if the block succeeds and vanishes if it fails.
+def staged(out: str | Path, force: bool, settings: dict[str, Any]) -> Iterator[Staging]:
+    """A folder to write into, which becomes ``out`` if the block succeeds.
 
-    Raises `UsageError` if ``out`` cannot be written, or exists: an empty folder is taken, a pack is replaced under
-    ``force``, anything else is never touched.
+    If the input is refused it vanishes. If anything else happens once a shard is finished it stays, and the next pack
+    to ``out`` with the same ``settings`` goes on from there. Raises `UsageError` if ``out`` cannot be written, or
+    exists: an empty folder is taken, a pack is replaced under ``force``, anything else is never touched.
     """
-    out = Path(out).resolve()
-    staging = None
+    out, staging = Path(out).resolve(), None
     try:
         _check_free(out, force)
-        # in the nearest existing folder above: on the same file system, so that the move is one rename
-        home = next(parent for parent in out.parents if parent.exists())
-        staging = home / f".{out.name}.{secrets.token_hex(4)}.partial"
-        staging.mkdir()
-        yield staging
-        _check_free(out, force)
-        _move(staging, out)
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror}; make room there or choose another --out.") from error
-    finally:
-        if staging:
-            shutil.rmtree(staging, ignore_errors=True)
+        with _journal(_folder(out), out) as journal:
+            staging = Staging(_folder(out), journal, settings)
+            yield staging
+            _check_free(out, force)
+            _move(staging.folder, out)
+            (out / _JOURNAL).unlink()
+    except BaseException as error:
+        done = len(staging.entries) if staging and not isinstance(error, UsageError) else 0
+        if staging and not done:
+            shutil.rmtree(staging.folder, ignore_errors=True)
+        goes_on = f" {done} shards are finished: the same command goes on from there." if done else ""
+        if isinstance(error, OSError):
+            raise UsageError(
+                f"cannot write {out}: {error.strerror}; make room there or choose another --out.{goes_on}"
+            ) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted.{goes_on}") from None
+        raise
+
+
+def _folder(out: Path) -> Path:
+    """In the nearest existing folder above ``out``: on the same file system, so that the move is one rename."""
+    home = next(parent for parent in out.parents if parent.exists())
+    return home / f".{out.name}.{hashlib.sha256(str(out).encode()).hexdigest()[:8]}.partial"
+
+
+@contextmanager
+def _journal(folder: Path, out: Path) -> Iterator[TextIO]:
+    """The journal, held by this process alone until it ends, however it ends."""
+    folder.mkdir(exist_ok=True)
+    with (folder / _JOURNAL).open("a+", encoding="utf-8") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is packing to {out} right now; wait for it or choose another --out."
+            ) from None
+        yield journal
+
+
+def _whole_lines(journal: TextIO) -> list[Any]:
+    """What the journal says; a last line that was cut off does not count."""
+    journal.seek(0)
+    lines = journal.read().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _is_there(folder: Path, shard: dict[str, Any]) -> bool:
+    path = folder / shard["file"]
+    return path.is_file() and path.stat().st_size == shard["size"]
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != _JOURNAL:
+            path.unlink()
 
 
 def _check_free(out: Path, force: bool) -> None:

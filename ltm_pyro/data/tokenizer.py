@@ -37,13 +37,16 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return _as_plain_text(tokenizer)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer saved at ``path``; raises `UsageError` unless it is byte-level and has `END_OF_TEXT`."""
-    path = Path(path)
-    if not path.is_file():
+def load_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
+    """The tokenizer saved at ``path``; raises `UsageError` unless it is byte-level and has `END_OF_TEXT`.
+
+    Args:
+        content: of that file, where it has been read already.
+    """
+    if content is None and not Path(path).is_file():
         raise UsageError(f"tokenizer {path} is not a file; give bpe:SIZE or the path of a tokenizer.json.")
     try:
-        tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
+        tokenizer = Tokenizer.from_str((content or Path(path).read_bytes()).decode())
     except Exception as error:  # the library raises plain Exception
         raise UsageError(f"{path} is not a Hugging Face tokenizer.json ({error}); give one or bpe:SIZE.") from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:

@@ -1,11 +1,14 @@
 """What changes while a model is trained: the slow rate, and the way q is found."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ltm_pyro.contracts import Start, UsageError
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.rates import Points, decay, interpolate
+
+Cost = Callable[[LocalInference], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class Curriculum:
         log_var: the start's log-variance, relative to the prior's (narrow to prior: −5 to 0).
         kl_weight: of the KL in the objective.
         particles: draws of z per fast step, rounded.
+        flops_per_token: T_fast by budget: as many fast steps, one at least, as these FLOPs per trained token pay for.
     """
 
     steps: Points | None = None
@@ -55,14 +59,23 @@ class Curriculum:
     log_var: Points | None = None
     kl_weight: Points | None = None
     particles: Points | None = None
+    flops_per_token: Points | None = None
 
-    def at(self, progress: float, inference: LocalInference) -> LocalInference:
-        """Local inference at a fraction of training."""
+    def __post_init__(self) -> None:
+        if self.steps and self.flops_per_token:
+            raise UsageError("`curriculum` has both steps and flops_per_token, which each decide T_fast: give one.")
+
+    def at(self, progress: float, inference: LocalInference, cost: Cost) -> LocalInference:
+        """Local inference at a fraction of training; ``cost`` is what it takes, in FLOPs per token."""
         values: dict[str, Any] = {
             name: interpolate(points, progress) for name, points in asdict(self).items() if points
         }
+        budget = values.pop("flops_per_token", None)
         if "log_var" in values:
             values["start"] = replace(inference.start, log_var=values.pop("log_var"))
         values.update({name: round(values[name]) for name in ("steps", "particles") if name in values})
         now = replace(inference, **values)
+        if budget is not None:
+            one, two = (cost(replace(now, steps=steps)) for steps in (1, 2))
+            now = replace(now, steps=max(1, 1 + int((budget - one) // (two - one)) if two > one else 1))
         return now if now.steps else replace(now, start=Start())  # nothing is inferred, so q stays at the prior

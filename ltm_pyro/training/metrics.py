@@ -10,21 +10,36 @@ from pytorch_lightning.utilities import rank_zero_only
 
 COLUMNS = (
     *("step", "seconds", "train/loss", "train/kl", "train/fast_rate", "train/slow_rate", "train/tokens_per_second"),
-    *("val/bound", "val/kl", "train/flops", "train/fast_steps"),
+    *("val/bound", "val/kl", "train/flops", "train/fast_steps", "train/flops_per_second"),
 )
 
 
 class MetricsFile(Logger):
-    """``metrics.csv`` of a run: one row per logged step, appended to when a run is resumed; its seconds go on too."""
+    """``metrics.csv`` of a run: one row per logged step.
+
+    A run that is ``resumed`` at a step goes on there: later rows are dropped, for they come again; its seconds go on.
+    """
 
     name = version = ""
 
-    def __init__(self, path: Path, resumed: bool = False) -> None:
+    def __init__(self, path: Path, resumed: int | None = None) -> None:
         super().__init__()
-        self._path, self._began = path, time.monotonic()
-        if resumed and path.exists():
-            with path.open(newline="") as file:
-                self._began -= max((float(row["seconds"]) for row in csv.DictReader(file)), default=0.0)
+        self._path, self._began, self._resumed = path, time.monotonic(), resumed
+
+    @rank_zero_only
+    def take_up(self) -> None:
+        """Takes up the file of the run that is resumed."""
+        if self._resumed is None or not self._path.exists():
+            return
+        with self._path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) < self._resumed]
+        self._began -= max((float(row["seconds"]) for row in rows), default=0.0)
+        new = self._path.with_name(self._path.name + ".new")
+        with new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        new.replace(self._path)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

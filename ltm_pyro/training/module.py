@@ -1,7 +1,9 @@
 """The Lightning module: the fast loop inside `training_step`, the slow step Lightning's. No mathematics here."""
 
+import json
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,6 +23,8 @@ from ltm_pyro.rates import parameter_groups, slow_parameters, warmup_cosine
 from ltm_pyro.shared import global_kl
 from ltm_pyro.store import LocalStore
 from ltm_pyro.training.curriculum import Curriculum, SlowRate
+
+NONFINITE = "nonfinite.jsonl"  # in the run: the steps and sequences that had no finite ELBO or gradient
 
 
 class LTMModule(pl.LightningModule):
@@ -75,6 +79,7 @@ class LTMModule(pl.LightningModule):
         self.curriculum, self.max_flops, self.on_nonfinite = curriculum, max_flops, on_nonfinite
         self.keep_local = keep_local
         self.store: LocalStore | None = None
+        self._time_used = 0.0  # as the ranks have agreed on
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # spent so far; travels in checkpoints
 
     @property
@@ -82,15 +87,19 @@ class LTMModule(pl.LightningModule):
         """The fraction of training that is done, by steps, epochs, time or FLOPs, whichever is furthest."""
         trainer: Any = self.trainer
         done = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else [0.0]
-        for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):
-            elapsed, left = timer.time_elapsed(), timer.time_remaining()
-            done += [] if left is None else [elapsed / (elapsed + left)]
+        done.append(self._time_used if trainer.world_size > 1 else self._clock())
         if (trainer.max_epochs or 0) > 0:
             batches = trainer.max_epochs * trainer.num_training_batches
             done.append(trainer.global_step * trainer.accumulate_grad_batches / batches)
         if self.max_flops:
             done.append(self.flops.item() / self.max_flops)
         return min(max(done), 1.0)
+
+    def _clock(self) -> float:
+        """The fraction of ``max_time`` that this rank has used."""
+        timers = [c for c in cast(Any, self.trainer).callbacks if isinstance(c, Timer)]
+        times = [(timer.time_elapsed(), timer.time_remaining()) for timer in timers]
+        return max((used / (used + left) for used, left in times if left is not None), default=0.0)
 
     def configure_optimizers(self) -> Any:
         """AdamW with the slow schedule, moved by `progress`."""
@@ -120,27 +129,49 @@ class LTMModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
-        inference = self.curriculum.at(self.progress, self.inference)
-        self.model.decoder.listening = inference.steps > 0
-        self.flops += batch.inputs_BT.numel() * ours(self.model.decoder, batch.inputs_BT.shape[1], inference).total
+        tokens, slots = self._agree(batch)
+        decoder, strategy = self.model.decoder, self.trainer.strategy
+
+        def cost(inference: LocalInference) -> float:
+            decoder.listening = inference.steps > 0
+            return ours(decoder, batch.inputs_BT.shape[1], inference).total
+
+        inference = self.curriculum.at(self.progress, self.inference, cost)
+        self.flops += slots * cost(inference)
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             learned = self._learn(batch, inference)
         self._ids_B = batch.ids_B
-        if not learned.loss.isfinite():
+        if strategy.reduce_boolean_decision(not learned.loss.isfinite(), all=False):
             self._unsound("ELBO", batch.ids_B[~learned.sound_B])
             return None
-        tokens, loss = batch.mask_BT.sum(), learned.loss + batch.size / self.sequences * global_kl(self.model)
+        loss = learned.loss + batch.size / self.sequences * global_kl(self.model)
+        share = (tokens / self.trainer.world_size).to(loss.dtype)
+        loss, kl = loss / share, learned.terms.kl_B.sum() / share  # their means over ranks are per token of all
+        everywhere = strategy.reduce(torch.stack([loss.detach(), kl]), reduce_op="mean")
         self.log_dict(
             {
-                "train/loss": loss.detach() / tokens,
-                "train/kl": learned.terms.kl_B.sum() / tokens,
+                "train/loss": everywhere[0],
+                "train/kl": everywhere[1],
                 "train/fast_rate": inference.rate,
                 "train/slow_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
                 "train/fast_steps": float(inference.steps),
                 "train/flops": self.flops.clone(),
+                "step": float(self.global_step),
             }
         )
-        return loss / tokens
+        return loss
+
+    def _agree(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens and places for tokens in this step, of all ranks; they also agree here on how much time is used.
+
+        Ranks that disagreed on rates, fast steps or the end would part for ever.
+        """
+        own = [batch.mask_BT.sum(), batch.mask_BT.new_tensor(batch.mask_BT.numel(), dtype=torch.long)]
+        clock = batch.mask_BT.new_tensor(self._clock(), dtype=torch.double)
+        total = self.trainer.strategy.reduce(torch.stack([*(x.double() for x in own), clock]), reduce_op="sum")
+        if self.trainer.world_size > 1:
+            self._time_used = total[2].item() / self.trainer.world_size
+        return total[0], total[1]
 
     def _learn(self, batch: Batch, inference: LocalInference) -> Learned:
         if self.store is None:
@@ -153,12 +184,15 @@ class LTMModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets no gradient that is not finite reach the weights."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():
+        if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():  # on all ranks alike
             self._unsound("gradient", self._ids_B)
             optimizer.zero_grad()
 
     def _unsound(self, what: str, ids_b: Tensor) -> None:
-        problem = f"No finite {what} at step {self.global_step} for the sequences {ids_b.tolist()}"
+        ids = ids_b.tolist()
+        problem = f"No finite {what} at step {self.global_step} for the sequences {ids}"
+        with suppress(OSError), (Path(self.trainer.default_root_dir) / NONFINITE).open("a") as file:
+            file.write(json.dumps({"step": self.global_step, "what": what, "ids": ids}) + "\n")
         if self.on_nonfinite == "stop":
             raise UsageError(f"{problem}: lower the rates, remove them, or set model.on_nonfinite to skip.")
         warnings.warn(f"{problem}: the batch is skipped.", stacklevel=2)
@@ -176,11 +210,11 @@ class LTMModule(pl.LightningModule):
         """Logs the honest bound, one draw after q is final; nothing where there is none."""
         if torch.is_inference_mode_enabled():
             raise UsageError("Validation fits q and needs gradients: build the Trainer with `inference_mode=False`.")
-        with seeded(self.seed, index):
+        with seeded(self.seed, index, self.global_rank):
             state, _ = fit(self.model, self.guide, batch, self.evaluation)
             terms = elbo_terms(self.model, self.guide, batch, state.parameters)
         tokens = int(batch.mask_BT.sum())
-        figures = {"val/kl": terms.kl_B.sum() / tokens}
+        figures: dict[str, Any] = {"val/kl": terms.kl_B.sum() / tokens, "step": float(self.global_step - 1)}
         if missing_bound(self.model, self.guide) is None:
             figures["val/bound"] = -terms.elbo_B.sum() / tokens
         self.log_dict(figures, batch_size=tokens, sync_dist=True)

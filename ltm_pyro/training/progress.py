@@ -1,10 +1,13 @@
 """What a person sees while a model trains."""
 
+import resource
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,6 +16,15 @@ from rich.progress import Progress as RichProgress
 from ltm_pyro.contracts import Batch
 
 SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
+
+FORESEEN = 10  # steps after which the time is told
+
+
+def _memory() -> float:
+    """GiB at the peak, of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Progress(Callback):
@@ -24,25 +36,41 @@ class Progress(Callback):
         console = Console(stderr=True)
         self._bar = RichProgress(*columns, *texts, console=console, disable=not console.is_terminal)
         self._clock, self._tenths = 0.0, 0
+        self._steps, self._began, self._before = 0, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Shows the bar."""
         self._task = self._bar.add_task("training", total=1.0, figures="")
-        self._bar.start()
+        if trainer.is_global_zero:
+            self._bar.start()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, index: int) -> None:
         """Starts the clock of one step."""
-        self._clock = time.perf_counter()
+        self._clock, self._flops = time.perf_counter(), module.flops.clone()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, index: int) -> None:
-        """Logs tokens per second and refreshes the line."""
-        speed = batch.inputs_BT.numel() / (time.perf_counter() - self._clock)
-        module.log("train/tokens_per_second", speed)
+        """Logs tokens and floating-point operations per second, of all ranks, and refreshes the line."""
+        seconds = time.perf_counter() - self._clock
+        speed = trainer.world_size * batch.inputs_BT.numel() / seconds
+        achieved = (module.flops - self._flops) / seconds
+        module.log_dict({"train/tokens_per_second": speed, "train/flops_per_second": achieved})
+        if not trainer.is_global_zero:
+            return
+        self._foresee(module)
         if index % trainer.log_every_n_steps:
             return
         figures = trainer.callback_metrics
         text = "  ".join(f"{name} {figures[k]:.3f}" for k, name in SHOWN.items() if k in figures)
         self._show(module.progress, f"{speed:,.0f} tokens/s  {text}")
+
+    def _foresee(self, module: Any) -> None:
+        """Says after ten steps, the first of which warms up, how long all of them will take."""
+        self._steps += 1
+        if self._steps == 1:
+            self._began, self._before = time.perf_counter(), module.progress
+        if self._steps == FORESEEN and (gained := module.progress - self._before) > 0:
+            left = (1 - module.progress) * (time.perf_counter() - self._began) / gained
+            self._bar.console.print(f"at this pace {timedelta(seconds=round(left))} to go, {_memory():.2f} GiB in use")
 
     def _show(self, progress: float, figures: str) -> None:
         self._bar.update(self._task, completed=progress, figures=figures)

@@ -10,6 +10,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException  # 
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
+from ltm_pyro.training.checkpoints import Saving
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.module import LTMModule
 
@@ -25,7 +26,13 @@ DEFAULTS = {  # by dotted path: this room imports no model and no guide
 }
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "32", "64", "bf16")
 OURS = {  # settings of Lightning's trainer that `build` decides
-    *("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "inference_mode"),
+    *(
+        "use_distributed_sampler",
+        "enable_progress_bar",
+        "enable_model_summary",
+        "enable_checkpointing",
+        "inference_mode",
+    ),
     *("num_sanity_val_steps", "default_root_dir"),
 }
 
@@ -40,7 +47,9 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="a recipe (YAML)")
     parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
     parser.add_argument("--force", action="store_true", help="replace an existing run directory")
-    parser.add_argument("--ckpt_path", type=str | None, default=None, help="resume from this checkpoint")
+    resume = "resume from this checkpoint; `last` is the run's own, if there is one already"
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help=resume)
+    parser.add_argument("--checkpoints", type=Saving, default=Saving(), help="how often the training is saved")
     parser.add_argument("--warm_start", type=str | None, default=None, help="begin from a run without thoughts (K = 0)")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and noise")
     parser.add_class_arguments(LTMModule, "model", skip={"seed"})
@@ -119,11 +128,22 @@ def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.
     pl.seed_everything(config.seed_everything, verbose=False)
     objects = _instantiate(config)
     settings = {**objects.trainer.as_dict(), **trainer}
-    settings["callbacks"] = [*(objects.trainer.callbacks or []), *trainer.get("callbacks", [])]
-    return objects.model, objects.data, _trainer(settings)
+    for name in ("callbacks", "logger"):
+        settings[name] = [*_listed(objects.trainer[name]), *trainer.get(name, [])]
+    return objects.model, objects.data, _trainer(settings, config.run)
 
 
-def _trainer(settings: dict[str, Any]) -> pl.Trainer:
+def _listed(value: Any) -> list[Any]:
+    return [] if value in (None, True, False) else value if isinstance(value, list) else [value]
+
+
+def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
+    strategy = settings["strategy"] if isinstance(settings["strategy"], str) else type(settings["strategy"]).__name__
+    if not strategy.lower().startswith(("auto", "ddp", "single")):
+        raise UsageError(
+            f"`trainer.strategy` is {strategy}, but fast steps go backward inside the forward pass, which "
+            f"sharded parameters do not survive: choose ddp, and where a model does not fit lower data.batch_size."
+        )
     if settings["val_check_interval"] == 0:
         raise UsageError("`trainer.val_check_interval` is 0: set `trainer.limit_val_batches` to 0 for no validation.")
     if str(settings["precision"] or "32-true") not in PRECISIONS:
@@ -136,7 +156,9 @@ def _trainer(settings: dict[str, Any]) -> pl.Trainer:
             **settings,
             enable_progress_bar=False,
             enable_model_summary=False,
-            enable_checkpointing=False,  # `LastCheckpoint` does it
+            enable_checkpointing=False,  # `Checkpoints` does it
+            use_distributed_sampler=False,  # `Order` shares sequences out
+            default_root_dir=run,
             inference_mode=False,  # validation fits q, which needs gradients
             num_sanity_val_steps=0,
         )

@@ -46,7 +46,7 @@ def here(tmp_path, monkeypatch):
         (["latin.txt"], ("latin.txt", "0xe9", "UTF-8")),
         (["notes.md"], ("notes.md", ".md", ".txt or .jsonl")),
         (["broken.jsonl"], ("broken.jsonl line 1", "JSON")),
-        (["folder"], ("folder", "no .txt or .jsonl")),
+        (["folder"], ("folder", "no .txt, .jsonl or .parquet")),
         (["short.txt", "--tokenizer", "bpe:257"], ("6 tokens", "128", "seq_len")),
         (["short.txt", "--tokenizer", "bpe:12"], ("bpe:12", "bpe:257")),
         (["short.txt", "--tokenizer", "nowhere.json"], ("nowhere.json", "bpe:SIZE")),

@@ -21,5 +21,7 @@ def corpus(tmp_path_factory):
 def packed(corpus, tmp_path_factory):
     """A pack of the corpus, several shards a split; not to be changed."""
     out = tmp_path_factory.mktemp("packs") / "pack"
-    pack([corpus], out, tokenizer="bpe:300", seq_len=16, val_fraction=0.2, shard_rows=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ltm_pyro.data.shards.BLOCK", 8)  # several samples a shard
+        pack([corpus], out, tokenizer="bpe:300", seq_len=16, val_fraction=0.2, shard_rows=20)
     return out

@@ -11,17 +11,24 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import PackedDataset, load_text_or_pack, pack_texts
 from ltm_pyro.data.documents import read_documents
 from ltm_pyro.data.pack import pack
-from ltm_pyro.data.shards import read_rows
 from ltm_pyro.data.tokenizer import end_of_text, train_tokenizer
 
 
-def test_a_split_in_memory_is_the_split_on_disk(packed):
+def tokens(dataset):
+    return np.stack([row.tokens_T for row in dataset])
+
+
+def test_rows_come_by_index_from_shards_that_are_held_only_for_a_while(packed, monkeypatch):
+    monkeypatch.setattr("ltm_pyro.data.dataset.MIXED", 1)
     dataset = PackedDataset.open(packed, "train")
-    assert len(dataset) == dataset.manifest.splits["train"].sequences
-    assert dataset.tokens_NT.dtype == np.uint16
-    for row, stored in zip((dataset[i] for i in range(len(dataset))), read_rows(packed, "train"), strict=True):
-        np.testing.assert_array_equal(row.tokens_T, stored.tokens_T)
-        assert row._replace(tokens_T=None) == stored._replace(tokens_T=None)
+    assert len(dataset.shards) > 2
+    assert len(dataset) == dataset.manifest.splits["train"].sequences == len(list(dataset))
+    for i in (0, len(dataset) - 1, 20, 19, 40):
+        row = dataset[i]
+        assert (row.id, row.tokens_T.dtype) == (i, np.uint16)
+        assert len(dataset._held) <= 2
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
 
 
 def test_batches_score_every_token_once(packed):
@@ -43,17 +50,18 @@ def test_text_on_the_fly_is_cut_as_on_disk(corpus, packed, tmp_path):
     stored = PackedDataset.open(tmp_path / "all")
     texts = [document.text for document in read_documents([corpus])]
     for dataset in (pack_texts(texts, stored.tokenizer, 16), load_text_or_pack(corpus, stored.tokenizer, 16)):
-        np.testing.assert_array_equal(dataset.tokens_NT, stored.tokens_NT)
-        np.testing.assert_array_equal(dataset.bytes_N, stored.bytes_N)
+        np.testing.assert_array_equal(tokens(dataset), tokens(stored))
+        assert [row.bytes for row in dataset] == [row.bytes for row in stored]
         split, expected = dataset.manifest.splits["val"], stored.manifest.splits["train"]
         assert (split.documents, split.tokens, split.bytes) == (expected.documents, expected.tokens, expected.bytes)
-    assert load_text_or_pack(corpus, stored.tokenizer, 16).documents == stored.documents
+    again = load_text_or_pack(corpus, stored.tokenizer, 16)
+    assert [row.documents for row in again] == [row.documents for row in stored]
 
 
 def test_a_pack_gives_its_validation_split(packed):
     tokenizer = PackedDataset.open(packed).tokenizer
     dataset = load_text_or_pack(packed, tokenizer, 64)
-    np.testing.assert_array_equal(dataset.tokens_NT, PackedDataset.open(packed, "val").tokens_NT)
+    np.testing.assert_array_equal(tokens(dataset), tokens(PackedDataset.open(packed, "val")))
 
 
 def test_a_pack_of_another_vocabulary_or_length_is_refused(packed):

@@ -10,23 +10,23 @@ def test_txt_splits_at_two_or_more_empty_lines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufefffirst\n\nstill first\n\n\nsecond\r\n\r\n\r\n\r\nthird\n".encode())
     assert list(read_documents([path])) == [
-        ("a.txt:0", "first\n\nstill first"),
-        ("a.txt:1", "second"),
-        ("a.txt:2", "third\n"),
+        ("a.txt:0", "first\n\nstill first", "a.txt"),
+        ("a.txt:1", "second", "a.txt"),
+        ("a.txt:2", "third\n", "a.txt"),
     ]
 
 
 def test_jsonl_ignores_other_keys_blank_lines_and_blank_texts(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one", "x": 1}\n\n{"text": " "}\n{"text": "tw\\u00f6"}', "utf-8")
-    assert list(read_documents([str(path)])) == [("a.jsonl:0", "one"), ("a.jsonl:1", "twö")]
+    path.write_text('{"text": "one", "x": 1}\n\n{"text": " "}\n{"text": "tw\\u00f6", "source": "web"}', "utf-8")
+    assert list(read_documents([str(path)])) == [("a.jsonl:0", "one", "a.jsonl"), ("a.jsonl:1", "twö", "web")]
 
 
 def test_folder_is_read_recursively_in_order_without_hidden_and_other_files(tmp_path):
     for name in ("b.txt", "a/c.txt", ".hidden.txt", ".git/x.txt", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert list(read_documents([tmp_path])) == [("a/c.txt:0", "a/c.txt"), ("b.txt:0", "b.txt")]
+    assert list(read_documents([tmp_path])) == [("a/c.txt:0", "a/c.txt", "a/c.txt"), ("b.txt:0", "b.txt", "b.txt")]
 
 
 BAD = [
@@ -56,7 +56,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, name, content, message)
 def test_missing_input_and_empty_folder_are_refused(tmp_path):
     with pytest.raises(UsageError, match=re.escape(f"{tmp_path / 'no'} does not exist; give a .txt")):
         list(read_documents([tmp_path / "no"]))
-    with pytest.raises(UsageError, match=re.escape(f"folder {tmp_path} holds no .txt or .jsonl files")):
+    with pytest.raises(UsageError, match=re.escape(f"folder {tmp_path} holds no .txt, .jsonl or .parquet files")):
         list(read_documents([tmp_path]))
 
 

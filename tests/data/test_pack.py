@@ -10,15 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.data.dataset import PackedDataset
 from ltm_pyro.data.documents import Document, read_documents
 from ltm_pyro.data.manifest import read_manifest
 from ltm_pyro.data.pack import pack
-from ltm_pyro.data.rows import pack_rows
-from ltm_pyro.data.shards import read_rows
+from ltm_pyro.data.rows import Rows, pack_rows
 from ltm_pyro.data.tokenizer import end_of_text, load_tokenizer, train_tokenizer
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat"], 270)
 END = end_of_text(TOKENIZER)
+
+
+def cut(texts, seq_len):
+    """Rows of documents "t:0", "t:1"…"""
+    documents = [Document(f"t:{i}", text, "t") for i, text in enumerate(texts)]
+    parts = Rows.join([*pack_rows(documents, TOKENIZER, seq_len)])
+    return [parts.row(i) for i in range(len(parts))]
 
 
 def texts_of(rows, tokenizer):
@@ -31,7 +38,7 @@ def texts_of(rows, tokenizer):
 
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=5), st.integers(1, 20))
 def test_rows_lose_nothing(texts, seq_len):
-    rows = list(pack_rows([Document(f"t:{i}", text) for i, text in enumerate(texts)], TOKENIZER, seq_len))
+    rows = cut(texts, seq_len)
     assert texts_of(rows, TOKENIZER) == texts
     assert [row.id for row in rows] == list(range(len(rows)))
     assert all(row.length == seq_len for row in rows[:-1])
@@ -40,25 +47,27 @@ def test_rows_lose_nothing(texts, seq_len):
 
 
 def test_rows_name_their_documents():
-    rows = list(pack_rows([Document("a:0", "xy"), Document("a:1", "z"), Document("b:0", "xyxyx")], TOKENIZER, 4))
-    assert [row.documents for row in rows] == [("a:0", "a:1"), ("a:1", "b:0"), ("b:0",)]
+    rows = cut(["xy", "z", "xyxyx"], 4)
+    names = [tuple(name for name, _ in row.documents) for row in rows]
+    assert names == [("t:0", "t:1"), ("t:1", "t:2"), ("t:2",)]
+    assert {source for row in rows for _, source in row.documents} == {"t"}
     assert [(row.length, row.bytes) for row in rows] == [(4, 3), (4, 3), (3, 2)]
 
 
 def test_pack_comes_back_as_the_documents(corpus, packed):
     tokenizer, manifest = load_tokenizer(packed / "tokenizer.json"), read_manifest(packed)
-    back = {split: texts_of(list(read_rows(packed, split)), tokenizer) for split in ("train", "val")}
+    back = {split: texts_of(list(PackedDataset.open(packed, split)), tokenizer) for split in ("train", "val")}
     texts = [document.text for document in read_documents([corpus])]
     assert sorted(back["train"] + back["val"]) == sorted(texts)
     assert back["train"] == [text for text in texts if text in back["train"]]
     for name, split in manifest.splits.items():
-        rows = list(read_rows(packed, name))
+        rows = list(PackedDataset.open(packed, name))
         assert split.documents == len(back[name])
         assert split.sequences == len(rows) == sum(shard.sequences for shard in split.shards)
         assert split.tokens == sum(row.length for row in rows) == sum(shard.tokens for shard in split.shards)
         assert split.bytes == sum(len(text.encode()) for text in back[name]) == sum(row.bytes for row in rows)
     assert len(manifest.splits["train"].shards) > 1
-    assert {row.tokens_T.dtype for row in read_rows(packed, "val")} == {np.dtype(np.uint16)}
+    assert {row.tokens_T.dtype for row in PackedDataset.open(packed, "val")} == {np.dtype(np.uint16)}
 
 
 def test_equal_texts_fall_on_one_side(tmp_path):
@@ -66,7 +75,9 @@ def test_equal_texts_fall_on_one_side(tmp_path):
     path.write_text("".join(json.dumps({"text": f"text number {i % 7}"}) + "\n" for i in range(70)))
     pack([path], tmp_path / "out", tokenizer="bpe:260", seq_len=8, val_fraction=0.4)
     tokenizer = load_tokenizer(tmp_path / "out/tokenizer.json")
-    train, val = (set(texts_of(list(read_rows(tmp_path / "out", side)), tokenizer)) for side in ("train", "val"))
+    train, val = (
+        set(texts_of(list(PackedDataset.open(tmp_path / "out", side)), tokenizer)) for side in ("train", "val")
+    )
     assert not train & val
     assert len(train) + len(val) == 7
 
@@ -91,7 +102,7 @@ def test_tokenizer_is_trained_on_training_text_alone(tmp_path):
     path.write_text("abababababab\n\n\ncdcdcdcdcdcd")
     pack([path], tmp_path / "out", tokenizer="bpe:270", seq_len=2, val_fraction=0.5)
     tokenizer = load_tokenizer(tmp_path / "out/tokenizer.json")
-    (held_out,) = texts_of(list(read_rows(tmp_path / "out", "val")), tokenizer)
+    (held_out,) = texts_of(list(PackedDataset.open(tmp_path / "out", "val")), tokenizer)
     assert len(tokenizer.encode(held_out).ids) == 12
 
 
@@ -99,12 +110,15 @@ def test_the_seed_moves_documents_and_a_saved_tokenizer_is_kept(corpus, packed, 
     saved = str(packed / "tokenizer.json")
     manifest = pack([corpus], tmp_path / "out", tokenizer=saved, seq_len=16, val_fraction=0.2, seed=1)
     assert manifest.tokenizer_hash == read_manifest(packed).tokenizer_hash
-    names = [{n for row in read_rows(folder, "val") for n in row.documents} for folder in (packed, tmp_path / "out")]
+    names = [
+        {n for row in PackedDataset.open(folder, "val") for n in row.documents} for folder in (packed, tmp_path / "out")
+    ]
     assert names[0] != names[1]
 
 
 def test_another_process_writes_the_same_bytes(corpus, packed, tmp_path):
-    code = "import sys; from ltm_pyro.data.pack import pack; pack([sys.argv[1]], sys.argv[2], tokenizer='bpe:300', "
+    code = "import sys; import ltm_pyro.data.shards as shards; shards.BLOCK = 8; "
+    code += "from ltm_pyro.data.pack import pack; pack([sys.argv[1]], sys.argv[2], tokenizer='bpe:300', "
     code += "seq_len=16, val_fraction=0.2, shard_rows=20)"
     subprocess.run([sys.executable, "-c", code, str(corpus), str(tmp_path / "out")], check=True)
     assert digests(tmp_path / "out") == digests(packed)
@@ -127,7 +141,7 @@ REFUSED = [
     ({"seq_len": 100_000}, r"tokens, fewer than one sequence of 100000; add text or lower seq_len."),
     ({"tokenizer": "bpe:x"}, "tokenizer 'bpe:x' has no whole number"),
     ({"tokenizer": "no.json"}, "tokenizer no.json is not a file"),
-    ({"inputs": []}, "no input was given; name a .txt or .jsonl file or a folder of them."),
+    ({"inputs": []}, "no input was given; name a .txt, .jsonl or .parquet file or a folder of them."),
     ({"inputs": ["no.txt"]}, "no.txt does not exist"),
 ]
 

@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
@@ -6,13 +7,21 @@ import pickle
 import re
 import shutil
 import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 
+import fsspec
 import numpy as np
 import pytest
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.data.dataset import PackedDataset
 from ltm_pyro.data.manifest import read_manifest, write_manifest
-from ltm_pyro.data.shards import read_rows, read_shard
+from ltm_pyro.data.shards import damage, read_shard
+from ltm_pyro.training.datamodule import PackedData
+from ltm_pyro.training.fitting import said
 
 
 @pytest.fixture
@@ -22,7 +31,7 @@ def copy(packed, tmp_path):
 
 def refused(folder, message, split="train"):
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
-        list(read_rows(folder, split))
+        list(PackedDataset.open(folder, split))
     assert "\n" not in str(caught.value)
 
 
@@ -32,18 +41,90 @@ def rewrite(folder, change):
     (folder / "manifest.json").write_text(json.dumps(raw))
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-1024], lambda b: b[:700] + bytes([b[700] ^ 1]) + b[701:], lambda b: b""]
-)
-def test_a_damaged_shard_is_named(copy, damage):
-    shard = copy / "train-000001.tar"
-    shard.write_bytes(damage(shard.read_bytes()))
-    refused(copy, f"shard {shard} is damaged: its SHA-256 is")
+def members(path):
+    """Where the headers of a tar file are."""
+    with tarfile.open(path) as tar:
+        return [info.offset for info in tar]
 
 
-def test_a_missing_shard_is_named(copy):
-    (copy / "val-000000.tar").unlink()
-    refused(copy, f"cannot read shard {copy}/val-000000.tar: No such file or directory; restore it", "val")
+def cut(path, where):
+    path.write_bytes(path.read_bytes()[:where])
+
+
+def flip(path, where):
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path):
+    other = path.with_name("train-000001.tar")
+    path.rename(path.with_suffix(".x"))
+    other.rename(path)
+    path.with_suffix(".x").rename(other)
+
+
+def cut_gzip(path):
+    packed = gzip.compress(path.read_bytes())
+    path.write_bytes(packed[: len(packed) // 2])
+
+
+DAMAGE = {
+    "cut inside a member": lambda path: cut(path, members(path)[1] - 600),
+    "cut at a member's border": lambda path: cut(path, members(path)[1]),
+    "cut at a sample's border": lambda path: cut(path, members(path)[2]),
+    "a later header damaged": lambda path: flip(path, members(path)[2] + 150),
+    "a byte flipped in data": lambda path: flip(path, members(path)[0] + 512 + 200),
+    "empty": lambda path: cut(path, 0),
+    "missing": Path.unlink,
+    "swapped": swap,
+    "a cut .tar.gz": cut_gzip,
+    "a corrupt gzip stream": lambda path: path.write_bytes(b"\x1f\x8b" + path.read_bytes()[2:]),
+}
+
+
+@pytest.fixture
+def loader():
+    """Makes the batches that training reads."""
+
+    def make(folder, **settings):
+        data = PackedData(str(folder), batch_size=8, **settings)
+        data.setup("fit")
+        return data.train_dataloader()
+
+    return make
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_by_verification_and_by_training(copy, loader, kind):
+    path = copy / "train-000000.tar"
+    DAMAGE[kind](path)
+    found = {shard.file: problem for _, shard, problem in damage(copy, read_manifest(copy)) if problem}
+    assert path.name in found
+    assert set(found) <= {path.name, "train-000001.tar"}
+    with pytest.raises(UsageError, match=r"train-00000\d\.tar") as caught:
+        list(loader(copy))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value) in found.values()
+
+
+def test_damage_found_by_a_worker_is_one_sentence(copy, loader):
+    flip(copy / "train-000000.tar", 900)
+    with pytest.raises(UsageError) as caught:
+        list(loader(copy, workers=1))
+    assert re.fullmatch(r"shard \S+ is damaged: its SHA-256 .* again\.", said(caught.value))
+
+
+def test_damaged_shards_are_skipped_and_counted_on_demand(copy, loader):
+    (copy / "train-000001.tar").unlink()
+    whole = read_manifest(copy).splits["train"]
+    with pytest.warns(UserWarning, match=r"1 of \d+ shards skipped, 20 of \d+ sequences: cannot read .*000001"):
+        ids = [i for batch in loader(copy, on_damage="skip") for i in batch.ids_B.tolist()]
+    assert sorted(ids) == [*range(20), *range(40, whole.sequences)]
+    for path in copy.glob("train-*.tar"):
+        path.unlink()
+    with pytest.raises(UsageError, match="all shards of"):
+        loader(copy, on_damage="skip")
 
 
 @pytest.mark.parametrize("count", ["sequences", "tokens"])
@@ -60,9 +141,43 @@ def test_shards_outside_the_pack_are_refused(copy, name):
     refused(copy, f"names the shard {name!r}, which is not a file in it")
 
 
-@pytest.mark.parametrize("directory", ["pipe:cat x", "https://example.com/pack"])
-def test_addresses_are_refused(directory):
-    refused(directory, f"{directory} is not a folder; copy the pack to this machine")
+def test_addresses_that_run_something_are_refused():
+    for place in ("pipe:cat x", "reference::file://x"):
+        refused(place, f"{place} is neither a folder nor a plain address; give a path or https://")
+
+
+def test_a_pack_is_read_from_an_address_and_kept_beside(packed, tmp_path):
+    fs = fsspec.filesystem("memory")
+    fs.put(str(packed), "/bucket/pack", recursive=True)
+    local = [row.tokens_T.tolist() for row in PackedDataset.open(packed)]
+    remote = PackedDataset.open("memory://bucket/pack", cache=tmp_path / "cache")
+    assert [row.tokens_T.tolist() for row in remote] == local
+    fs.rm("/bucket/pack/train-000000.tar")
+    again = PackedDataset.open("memory://bucket/pack", cache=tmp_path / "cache")
+    assert again[0].tokens_T.tolist() == local[0]
+    refused("memory://bucket/pack", "cannot read memory://bucket/pack/train-000000.tar")
+    refused("memory://bucket/no", "cannot read memory://bucket/no/manifest.json")
+    refused("gopher://bucket/pack", "cannot read gopher://bucket/pack/manifest.json: Protocol not known")
+
+
+def test_a_pack_is_read_over_http(packed):
+    handler = partial(SilentHandler, directory=str(packed.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        place = f"http://127.0.0.1:{server.server_port}/{packed.name}"
+        try:
+            rows = [row.tokens_T.tolist() for row in PackedDataset.open(place)]
+            refused(f"{place}/no", f"cannot read {place}/no/manifest.json")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert rows == [row.tokens_T.tolist() for row in PackedDataset.open(packed)]
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 def test_pickled_arrays_are_not_loaded(copy):
@@ -93,9 +208,10 @@ def refuse_sample(folder, members):
             info = tarfile.TarInfo(f"000000000.{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    rewrite(folder, lambda raw: raw["splits"]["val"]["shards"][0].update(sha256=digest))
-    refused(folder, f"shard {path} has a sample that is not a row", "val")
+    content = path.read_bytes()
+    signed = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    rewrite(folder, lambda raw: raw["splits"]["val"]["shards"][0].update(signed))
+    refused(folder, f"shard {path} has a sample that is not rows", "val")
 
 
 def test_unknown_splits_and_folders_are_refused(packed, tmp_path):
@@ -106,8 +222,10 @@ def test_unknown_splits_and_folders_are_refused(packed, tmp_path):
 def test_manifests_that_cannot_be_understood_are_refused(copy):
     manifest = read_manifest(copy)
     write_manifest(dataclasses.replace(manifest, format=99), copy)
-    refused(copy, "manifest.json has format 99, and this version reads 1; pack the text again.")
-    (copy / "manifest.json").write_text('{"format": 1}')
+    refused(copy, "manifest.json has format 99, newer than the 2 of this version: update ltm_pyro.")
+    write_manifest(dataclasses.replace(manifest, format=1), copy)
+    refused(copy, "manifest.json has format 1, and this version reads 2; pack the text again.")
+    (copy / "manifest.json").write_text('{"format": 2}')
     refused(copy, "manifest.json cannot be read as a manifest")
     (copy / "manifest.json").write_text("[]")
     refused(copy, "manifest.json cannot be read as a manifest")

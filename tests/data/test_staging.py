@@ -106,12 +106,15 @@ def test_an_old_pack_comes_back_if_the_move_fails(corpus, tmp_path, monkeypatch)
     with pytest.raises(UsageError, match="Input/output error"):
         small(corpus, out, force=True)
     assert contents(out) == before
+    monkeypatch.undo()
+    small(corpus, out, force=True)
+    assert contents(out) == before
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_folder_made_meanwhile_is_not_overwritten(tmp_path):
     out = tmp_path / "out"
-    writing = staged(out, force=False)
+    writing = staged(out, force=False, settings={})
     writing.__enter__()
     out.mkdir()
     (out / "mine.txt").write_text("x")

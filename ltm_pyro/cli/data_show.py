@@ -1,0 +1,49 @@
+"""`ltm data show DIR`: what is in a packed corpus."""
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.data import counts, summary
+from ltm_pyro.data.describe import Description, describe
+from ltm_pyro.data.manifest import read_manifest
+
+_BAR = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm data show` to ``parser``."""
+    parser.add_argument("pack", metavar="DIR", help="a packed corpus, folder or address")
+    parser.add_argument("--split", default="train", metavar="NAME", help="train or val")
+    parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="sequences to decode")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="which sequences")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints counts, lengths of documents and decoded sequences; returns 0."""
+    manifest = read_manifest(args.pack)
+    found = describe(args.pack, args.split, args.samples, args.seed)
+    if args.json:
+        print(json.dumps(summary(manifest, args.pack) | {"split": args.split, **found._asdict()}, ensure_ascii=False))
+        return 0
+    console = Console()
+    console.print(counts(manifest, args.pack))
+    console.print(_histogram(found))
+    for sample in found.samples:
+        title = f"sequence {sample['id']}: {', '.join(sample['documents'])}"
+        console.print(Panel(Text(sample["text"]), title=title, title_align="left"))
+    return 0
+
+
+def _histogram(found: Description) -> Table:
+    table = Table("tokens", "documents", "", title="lengths of documents", title_justify="left")
+    most = max(found.lengths.values())
+    for span, count in found.lengths.items():
+        table.add_row(span, f"{count:,}", "█" * -(-_BAR * count // most))
+    return table

@@ -1,0 +1,43 @@
+"""`ltm data verify DIR`: whether every shard is what the manifest says."""
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.progress import track
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.data.dataset import open_pack
+from ltm_pyro.data.shards import damage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm data verify` to ``parser``."""
+    parser.add_argument("pack", metavar="DIR", help="a packed corpus, folder or address")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads every shard whole; returns 0 if all are sound. Raises `UsageError` after naming those that are not."""
+    manifest, _ = open_pack(args.pack)
+    shards = sum(len(split.shards) for split in manifest.splits.values())
+    console = Console(stderr=True)
+    found = track(
+        damage(args.pack, manifest),
+        "verifying",
+        shards,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    damaged = {shard.file: problem for _, shard, problem in found if problem}
+    if args.json:
+        print(json.dumps({"pack": args.pack, "shards": shards, "damaged": damaged}))
+    else:
+        for problem in damaged.values():
+            print(problem)
+    if damaged:
+        raise UsageError(f"{len(damaged)} of {shards} shards of {args.pack} are damaged: {', '.join(damaged)}.")
+    if not args.json:
+        print(f"{args.pack}: all {shards} shards are sound.")
+    return 0

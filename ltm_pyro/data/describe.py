@@ -1,0 +1,50 @@
+"""What is in one split of a pack: how long its documents are, and how its sequences read."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ltm_pyro.data.dataset import PackedDataset
+from ltm_pyro.data.tokenizer import end_of_text
+
+
+class Description(NamedTuple):
+    """Documents by their length, ``"64-127"`` tokens and so on, sequences by source, and some sequences decoded."""
+
+    lengths: dict[str, int]
+    sources: dict[str, int]
+    samples: list[dict[str, Any]]
+
+
+def describe(place: str | Path, split: str, samples: int, seed: int) -> Description:
+    """Reads one split once; a sequence counts for the source of every document it has tokens of."""
+    dataset = PackedDataset.open(place, split)
+    end, before = end_of_text(dataset.tokenizer), -1
+    lengths: Counter[int] = Counter()
+    sources: Counter[str] = Counter()
+    for number, shard in enumerate(dataset.shards):
+        rows = dataset.read(number)
+        tokens = rows.tokens_NT.reshape(-1)[: shard.tokens]  # only the last row of a split is padded
+        ends = np.flatnonzero(tokens == end)
+        lengths.update(np.diff(ends, prepend=before).tolist())
+        before = before if not len(ends) else int(ends[-1])
+        before -= len(tokens)
+        sources.update(source for row in rows.documents for source in {source for _, source in row})
+    chosen = np.random.default_rng(seed).choice(len(dataset), min(samples, len(dataset)), replace=False)
+    return Description(_by_powers(lengths), dict(sources.most_common()), [_sample(dataset, int(i)) for i in chosen])
+
+
+def _by_powers(lengths: Counter[int]) -> dict[str, int]:
+    """Counts between powers of two."""
+    spans: Counter[int] = Counter()
+    for length, count in lengths.items():
+        spans[length.bit_length()] += count
+    return {f"{2 ** (k - 1)}-{2**k - 1}": spans[k] for k in range(min(spans), max(spans) + 1)}
+
+
+def _sample(dataset: PackedDataset, index: int) -> dict[str, Any]:
+    row = dataset[index]
+    text = dataset.tokenizer.decode(row.tokens_T[: row.length].tolist(), skip_special_tokens=False)
+    return {"id": row.id, "documents": [name for name, _ in row.documents], "text": text}

@@ -1,0 +1,141 @@
+"""Training that was cut off goes on to the last digit: the same batches, noise and rates."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+
+import pytest
+import torch
+
+from ltm_pyro.runs import load_run
+from ltm_pyro.training import module
+
+LTM = (sys.executable, "-P", "-m", "ltm_pyro.cli")
+STEPS = 14
+KINDS = [*product(("last", "trajectory"), (0, 2))]  # slow gradient, workers
+
+
+def options(slow_gradient, workers, **changes):
+    """Several epochs of seven steps, checkpoints and validations at no common step."""
+    given = {
+        "model.inference.slow_gradient": slow_gradient,
+        "data.workers": workers,
+        "data.batch_size": 60,
+        "trainer.max_steps": STEPS,
+        "trainer.val_check_interval": 5,
+        "checkpoints.every": 3,
+        "checkpoints.keep": 9,
+        **changes,
+    }
+    return [word for key, value in given.items() for word in (f"--{key}", value)]
+
+
+def curve(run):
+    """Everything in ``metrics.csv`` that is no time."""
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    timed = [i for i, name in enumerate(rows[0]) if "second" in name]
+    return [[cell for i, cell in enumerate(row) if i not in timed] for row in rows]
+
+
+def weights(run):
+    return load_run(run).model.state_dict()
+
+
+def same(first, second):
+    return all(torch.equal(first[name], x) for name, x in second.items())
+
+
+@pytest.mark.parametrize(
+    ("slow_gradient", "workers", "steps"),
+    [("last", 2, (9,)), ("trajectory", 0, (6,)), pytest.param("last", 0, (3, 6, 9, 12), marks=pytest.mark.slow)],
+)
+def test_every_checkpoint_leads_to_the_same_end(recipe, ltm, tmp_path, slow_gradient, workers, steps):
+    run = tmp_path / "run"
+    assert ltm("fit", "--config", recipe, "--run", run, *options(slow_gradient, workers))[0] == 0
+    whole, final = curve(run), weights(run)
+    older = sorted((run / "checkpoints").glob("step-*.ckpt"))
+    assert [path.name for path in older] == [f"step-{step:09d}.ckpt" for step in (3, 6, 9, 12)]
+    for path in (path for path in older[::-1] if int(path.stem[5:]) in steps):
+        code, _, err = ltm("fit", "--config", run / "config.yaml", "--ckpt_path", path)
+        assert code == 0, err
+        assert curve(run) == whole, path.name
+        assert same(final, weights(run))
+
+
+def test_only_the_newest_checkpoints_stay(recipe, ltm, tmp_path):
+    run = tmp_path / "run"
+    few = options("trajectory", 0, **{"checkpoints.keep": 2, "checkpoints.every": 1, "trainer.max_steps": 4})
+    assert ltm("fit", "--config", recipe, "--run", run, *few)[0] == 0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last.ckpt", "step-000000003.ckpt"]
+
+
+def test_last_is_the_runs_own_checkpoint_if_there_is_one(recipe, ltm, refused, tmp_path):
+    again = ("fit", "--config", recipe, "--run", tmp_path / "run", "--ckpt_path", "last")
+    assert ltm(*again)[0] == 0
+    code, _, err = ltm(*again, "--trainer.max_steps", 5)
+    assert code == 0, err
+    assert [int(row[0]) for row in curve(tmp_path / "run")[1:] if row[1]] == list(range(5))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    assert "global batch 8, but now it is 4" in refused(*again, "--trainer.max_steps", 7, "--data.batch_size", 4)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkeypatch):
+    run, few = tmp_path / "run", options("last", 0, **{"trainer.max_steps": 6})
+    assert ltm("fit", "--config", recipe, "--run", tmp_path / "whole", *few)[0] == 0
+    original, calls = module.learn, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError("no room")
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "learn", fail)
+    with pytest.raises(MemoryError):
+        ltm("fit", "--config", recipe, "--run", run, *few)
+    monkeypatch.undo()
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    code, _, err = ltm("fit", "--config", run / "config.yaml", "--ckpt_path", "last")
+    assert code == 0, err
+    assert curve(run) == curve(tmp_path / "whole")
+
+
+def killed(command, run, after, number):
+    """Starts a training and sends it a signal once ``metrics.csv`` has so many lines; its exit code."""
+    process = subprocess.Popen([str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    file = run / "metrics.csv"
+    while process.poll() is None and not (file.exists() and file.read_text().count("\n") > after):
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.wait(timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(10))
+def test_sigkill_at_any_step_leaves_the_same_curve(recipe, ltm, tmp_path, trial):
+    slow_gradient, workers = KINDS[trial % len(KINDS)]
+    common = ("fit", "--config", recipe, *options(slow_gradient, workers, **{"trainer.max_steps": 40}))
+    assert ltm(*common, "--run", tmp_path / "whole")[0] == 0
+    run = tmp_path / "run"
+    again = (*common, "--run", run, "--ckpt_path", "last")
+    after = random.Random(trial).randrange(4, 36)
+    assert killed([*LTM, *again], run, after, signal.SIGKILL) == -signal.SIGKILL
+    code, _, err = ltm(*again)
+    assert code == 0, err
+    assert curve(run) == curve(tmp_path / "whole")
+    assert same(weights(tmp_path / "whole"), weights(run))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_and_goes_on_exactly(recipe, ltm, tmp_path):
+    common = ("fit", "--config", recipe, *options("last", 2, **{"trainer.max_steps": 60, "checkpoints.every": 1000}))
+    assert ltm(*common, "--run", tmp_path / "whole")[0] == 0
+    again = (*common, "--run", tmp_path / "run", "--ckpt_path", "last")
+    assert killed([*LTM, *again], tmp_path / "run", 8, signal.SIGTERM) == 130
+    assert ltm(*again)[0] == 0
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
