@@ -11,6 +11,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ltm_pyro.check import check_model
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import load_tokenizer, read_manifest
 from ltm_pyro.data.tokenizer import tokenizer_hash
@@ -61,6 +62,7 @@ def train(config: Namespace) -> Path:
         load_weights(module, _weights(resumed, tokenizer), resumed)
     elif config.warm_start:
         add_thoughts(module, _weights(config.warm_start, tokenizer), config.warm_start)
+    check_model(module.model, module.guide, next(iter(data.train_dataloader())))
     shown = plan(module, config)
     write_run(run, recipe, text, keep)
     Console(stderr=True).print(shown)
