@@ -84,8 +84,8 @@ def _check_thoughts(trace: Any, prior: Any, expected: tuple[int, ...]) -> None:
     if found != expected:
         lead = "S, B" if len(expected) == 5 else "B"
         raise UsageError(
-            f"{type(prior).__name__} returns {found} ({_line(prior, 'return')}) where ({lead}, L, K, D) = {expected} is "
-            f"needed: let only the last three axes be fixed."
+            f"{type(prior).__name__} returns {found} ({_line(prior, 'return')}) where ({lead}, L, K, D) = {expected} "
+            f"is needed: let only the last three axes be fixed."
         )
 
 
