@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ltm_pyro.contracts import Batch, LocalParameters, Model, Start, UsageError, seeded
 from ltm_pyro.guides.mean_field import MeanField
 from ltm_pyro.precision import full_precision
-from ltm_pyro.sites import prior_sites
+from ltm_pyro.sites import Sites, prior_sites
 from ltm_pyro.transformer import Transformer
 
 
@@ -19,7 +19,7 @@ class Amortized(MeanField, nn.Module):
     .. math:: q_\phi(z \mid x_i) = \mathcal{N}(z; \mu_\phi(x_i), \mathrm{diag}\, \sigma_\phi^2(x_i))
 
     The network is a Transformer of the decoder's kind that reads the scored tokens and averages what it makes of each.
-    Its last layer is 0 at first: q begins at the start. There are no fast steps, but ``steps: 0`` still means no
+    Its last layer is 0 at first: q begins at the prior. There are no fast steps, but ``steps: 0`` still means no
     inference. Local parameters are `MeanField`'s. Sources: Kingma & Welling 2014 (arXiv 1312.6114); arXiv 2502.01567
     compares with it.
 
@@ -35,16 +35,20 @@ class Amortized(MeanField, nn.Module):
         nn.Module.__init__(self)
         MeanField.__init__(self, model)
         with seeded(0):
-            start = self.start(prior_sites(model, 1), Start())
-        self.sizes = {name: x[0].numel() for name, x in start.items()}
+            local = self.start(prior_sites(model, 1), Start())
+        self.sizes = {name: x[0].numel() for name, x in local.items()}
         self.embedding = nn.Embedding(_vocabulary(model), width)
         self.read = Transformer(layers, width, heads, window)
         self.leave = nn.Linear(width, sum(self.sizes.values()))
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
+    def start(self, sites: Sites, start: Start) -> LocalParameters:
+        """The prior's moments, whatever ``start`` says: what the network adds must mean the same everywhere."""
+        return super().start(sites, Start())
+
     def settle(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
-        """The start, moved by what the network says."""
+        """The prior's moments, moved by what the network says."""
         parts = zip(self.sizes, self.encode(batch).split(list(self.sizes.values()), dim=-1), strict=True)
         return {name: local[name] + part.reshape(local[name].shape) for name, part in parts}
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Subset
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.contracts import UsageError, seeded
 from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.protocols import DEFAULT, Evaluation, evaluate
@@ -25,6 +26,7 @@ def evaluate_run(
     limit: int | None = None,
     seed: int = 0,
     block: int = 16,
+    normaliser: int | None = None,
 ) -> Evaluation:
     """A run's evaluation on packed data, or on text packed on the fly with its tokenizer.
 
@@ -36,7 +38,10 @@ def evaluate_run(
         limit: only the first so many sequences.
         seed: of all noise.
         block: tokens of one block of ``causal``.
+        normaliser: draws with which an unnormalised prior's constant is estimated; figures that use it are no bounds.
     """
+    if normaliser:
+        _estimate(run.model, normaliser)
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
     dataset = _held_out(run) if data is None else load_text_or_pack(data, run.tokenizer, run.length)
     chosen = Subset(dataset, range(len(dataset))[:limit])
@@ -44,6 +49,17 @@ def evaluate_run(
     console = Console(stderr=True)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
     return evaluate(run.model, run.guide, shown, inference, protocols, samples, seed, block)
+
+
+def _estimate(model: Any, samples: int) -> None:
+    parts = [part for part in model.modules() if hasattr(part, "estimate_normaliser")]
+    if not parts:
+        raise UsageError("This run's prior is normalised: there is nothing to estimate, leave --normaliser out.")
+    with seeded(0):
+        for part in parts:
+            value, error = part.estimate_normaliser(samples)
+            text = f"log normaliser of {type(part).__name__}: {value:.4f} ± {error:.4f} nats per sequence, estimated"
+            Console(stderr=True).print(text)
 
 
 def _held_out(run: Run) -> PackedDataset:

@@ -6,7 +6,7 @@ Shapes: B sequences, S posterior samples.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ltm_pyro.contracts import Batch, Guide, Model, Start, UsageError, seeded
-from ltm_pyro.elbo import Draws, elbo_terms, log_weights, prior_log_likelihood
+from ltm_pyro.elbo import Draws, elbo_terms, log_weights, missing_bound, normalisers, prior_log_likelihood
 from ltm_pyro.inference import LocalInference, LocalState
 from ltm_pyro.local import fit
 
@@ -113,6 +113,7 @@ PROTOCOLS = {
     "reused_noise": Protocol(reused_noise, False, "the published code's figure: one draw for fit and score, no bound"),
     "causal": Protocol(causal, False, "predictive: q sees only what came before"),
 }
+NEED_DENSITY, NEED_NONE = ("bound", "iwae", "reused_noise"), ("prior", "causal")  # of q, and of p without its constant
 DEFAULT = ("bound", "iwae", "prior", "reused_noise")  # causal costs a fit per block
 
 
@@ -134,6 +135,7 @@ class Evaluation:
     """What was scored, and every protocol's score.
 
     ``excluded`` are the ids of sequences that a protocol found no finite figure for; they count nowhere.
+    ``unavailable`` says of a protocol why this model and guide have no such figure.
     """
 
     tokens: int
@@ -141,6 +143,7 @@ class Evaluation:
     bytes: int
     excluded: tuple[int, ...]
     protocols: dict[str, Score]
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, ready for JSON: what is undefined (a standard error of one sequence) is None."""
@@ -200,6 +203,8 @@ def evaluate(
         block: tokens of one block of ``causal``.
     """
     check_protocols(protocols, samples)
+    unavailable = _unavailable(model, guide, protocols)
+    protocols = [name for name in protocols if name not in unavailable]
     charged: dict[str, list[Totals]] = {name: [] for name in protocols}
     counts: list[tuple[Tensor, ...]] = []
     for index, batch in enumerate(batches):
@@ -209,7 +214,18 @@ def evaluate(
         counts.append((batch.tokens_B, batch.bytes_B, batch.ids_B))
     totals = {name: Totals(*_joined(found)) for name, found in charged.items()}
     tokens_B, bytes_B, ids_B = _joined(counts)
-    return _summary(totals, tokens_B, bytes_B, ids_B, samples)
+    summary = _summary(totals, tokens_B, bytes_B, ids_B, samples)
+    if normalisers(model):  # an estimate at best, so that nothing is known to bound anything
+        summary.protocols.update({n: replace(score, is_bound=False) for n, score in summary.protocols.items()})
+    return replace(summary, unavailable=unavailable)
+
+
+def _unavailable(model: Model, guide: Guide, protocols: Sequence[str]) -> dict[str, str]:
+    reason = missing_bound(model, guide)
+    found = {name: reason for name in protocols if reason and name in NEED_DENSITY}
+    if found and len(found) == len(protocols):
+        raise UsageError(f"No figure for {', '.join(found)}: {reason}; ask for {', '.join(NEED_NONE)}.")
+    return found
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Distribution, MixtureSameFamily, Transform, biject_to, constraints
+from torch.distributions import Distribution, Independent, MixtureSameFamily, Transform, biject_to, constraints
 
 from ltm_pyro.contracts import SEQUENCES, Model, UsageError
 
@@ -47,8 +47,9 @@ def bijections(sites: Sites) -> dict[str, tuple[Distribution, Transform]]:
 
 def _support(fn: Distribution) -> constraints.Constraint | None:
     """A distribution's support; a mixture's is that of its components."""
-    support = fn.support
-    return getattr(support, "base_constraint", support) if isinstance(fn, MixtureSameFamily) else support
+    if isinstance(fn, Independent):
+        return constraints.independent(_support(fn.base_dist), fn.reinterpreted_batch_ndims)
+    return getattr(fn.support, "base_constraint", fn.support) if isinstance(fn, MixtureSameFamily) else fn.support
 
 
 def _in_sequences(node: Any) -> bool:

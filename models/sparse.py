@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ltm_pyro.contracts import ThoughtShape, UsageError, Z
+from ltm_pyro.contracts import ThoughtShape, UsageError
 from ltm_pyro.shared import Shared
 
 
@@ -15,11 +15,13 @@ class SparsePrior(PyroModule):
     r"""Normal thoughts whose scales are themselves random, and shared by all sequences.
 
     .. math::
-        p(g_{lkd}) = \text{HalfCauchy}(\tau), \qquad p(z \mid g) = \prod_{l,k,d} \mathcal{N}(z_{lkd}; 0, g_{lkd}^2)
+        z_{lkd} = g_{lkd}\, u_{lkd}, \qquad p(g_{lkd}) = \text{HalfCauchy}(\tau), \qquad
+        p(u_{lkd}) = \mathcal{N}(0, 1)
 
     Most of a half-Cauchy's mass lies near 0, where unused dimensions fall; its tail is so heavy that used ones pay
     next to nothing for being far out. The posterior over scales is a log-normal per dimension (`scale`, a `Shared`
-    variable). Sources: relevance determination, MacKay 1994; the horseshoe, Carvalho et al. 2010.
+    variable); the site is ``z_unit``, u, so that beliefs about an unused number and about its scale do not fight.
+    Sources: relevance determination, MacKay 1994; the horseshoe, Carvalho et al. 2010.
 
     Args:
         shape: (L, K, D) of one sequence's thoughts.
@@ -33,9 +35,10 @@ class SparsePrior(PyroModule):
         self.scale = Shared("z_scale", dist.HalfCauchy, torch.full(tuple(shape), tau), start=torch.ones(*shape))
 
     def forward(self) -> Float[Tensor, "... L K D"]:
-        """Samples the site ``z`` inside the surrounding plate, given one draw of the scales."""
+        """Samples the site ``z_unit`` inside the surrounding plate, and stretches it by one draw of the scales."""
         scale_LKD = self.scale()
-        return pyro.sample(Z, dist.Normal(torch.zeros_like(scale_LKD), scale_LKD).to_event(3))
+        unit = dist.Normal(torch.zeros_like(scale_LKD), torch.ones_like(scale_LKD))
+        return scale_LKD * pyro.sample("z_unit", unit.to_event(3))
 
     def active(self, threshold: float = 0.3) -> Bool[Tensor, "L K D"]:
         """Which dimensions are switched on: those whose median scale is above ``threshold``."""

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; the recipe's by default"
     )
     parser.add_argument("--block", type=at_least(1), default=16, metavar="N", help="tokens of a block of `causal`")
+    parser.add_argument(
+        "--normaliser", type=at_least(2), metavar="N", help="draws to estimate an unnormalised prior's constant with"
+    )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N sequences")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     trained = load_run(args.run)
     evaluation = evaluate_run(
-        trained, args.data, protocols, args.samples, args.fast_steps, args.limit, args.seed, args.block
+        trained, args.data, protocols, args.samples, args.fast_steps, args.limit, args.seed, args.block, args.normaliser
     )
     if args.json:
         print(json.dumps(evaluation.as_dict()))
@@ -55,4 +58,5 @@ def _table(evaluation: Evaluation, title: str) -> Table:
     for name, s in e.protocols.items():
         figures = (s.nats_per_token, s.stderr_nats_per_token, s.perplexity, s.bits_per_byte, s.kl_nats_per_token)
         table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no")
+    table.caption = " ".join(f"{name}: unavailable, for {reason}." for name, reason in e.unavailable.items()) or None
     return table

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 COMMANDS = {  # name -> module and the line of help
     "data pack": ("ltm_pyro.cli.data", "text, JSONL, Parquet or a data set -> token shards"),
@@ -11,6 +12,9 @@ COMMANDS = {  # name -> module and the line of help
     "fit": ("ltm_pyro.cli.fit", "train as a recipe says"),
     "evaluate": ("ltm_pyro.cli.evaluate", "score held-out text: bounds, perplexity, bits per byte"),
     "generate": ("ltm_pyro.cli.generate", "write text, freely or behind a prompt"),
+    "compare": ("ltm_pyro.cli.compare", "priors and guides trained for the same time, side by side"),
+    "show": ("ltm_pyro.cli.show", "sites, shapes and plate diagram of a run or a recipe"),
+    "new": ("ltm_pyro.cli.new", "a commented prior or guide to start from, with a test"),
     "check-inference": ("ltm_pyro.cli.check_inference", "every guide against known posteriors and evidences"),
     "bench": ("ltm_pyro.cli.bench", "speed and memory beside the published structure, on this machine"),
     "flops": ("ltm_pyro.cli.flops", "what a recipe costs per token"),
@@ -20,6 +24,8 @@ COMMANDS = {  # name -> module and the line of help
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 2 the user can mend it, 130 interrupted."""
     name, rest = _split(sys.argv[1:] if arguments is None else arguments)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last, for a user's own modules
     from ltm_pyro.contracts import UsageError  # brings torch, for which `ltm --help` need not wait
 
     warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")

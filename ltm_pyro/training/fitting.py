@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from ltm_pyro.check import check_model
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.data.tokenizer import tokenizer_hash
@@ -68,6 +69,7 @@ def train(config: Namespace) -> Path:
         load_weights(module, content["state_dict"], resumed)
     elif config.warm_start:
         add_thoughts(module, content["state_dict"], config.warm_start)
+    check_model(module.model, module.guide)
     if first:
         shown = plan(module, config, trainer.world_size)
         write_run(run, recipe, text, keep)

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Timer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ltm_pyro.check import check_prior
 from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, seeded
 from ltm_pyro.elbo import elbo_terms, missing_bound
 from ltm_pyro.flops import ours
@@ -74,6 +75,7 @@ class LTMModule(pl.LightningModule):
         if compile:
             network.compile()
         self.model: Any = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
+        check_prior(self.model)
         self.guide = guide(self.model)
         self.inference, self.evaluation, self.slow, self.seed = inference, evaluation, slow, seed
         self.curriculum, self.max_flops, self.on_nonfinite = curriculum, max_flops, on_nonfinite

@@ -5,9 +5,11 @@ import re
 from typing import Any
 
 import pytorch_lightning as pl
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
+from yaml import YAMLError
 
+from ltm_pyro import lookup
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
 from ltm_pyro.training.checkpoints import Saving
@@ -43,7 +45,8 @@ def recipe_parser() -> ArgumentParser:
     about = (
         "Train a Latent-Thought Language Model. Every key of a recipe is an option, and an option overrides the recipe."
     )
-    parser = ArgumentParser(prog="ltm fit", usage=usage, description=about, exit_on_error=False)
+    set_loader("recipe", lookup.load, exceptions=(YAMLError,))
+    parser = ArgumentParser(prog="ltm fit", usage=usage, description=about, exit_on_error=False, parser_mode="recipe")
     parser.add_argument("--config", action="config", help="a recipe (YAML)")
     parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
     parser.add_argument("--force", action="store_true", help="replace an existing run directory")
@@ -62,7 +65,7 @@ def recipe_parser() -> ArgumentParser:
 def read_recipe(arguments: list[str]) -> Namespace:
     """The options as one configuration; `UsageError` names the key that is wrong."""
     try:
-        return recipe_parser().parse_args(arguments)
+        return recipe_parser().parse_args([lookup.resolve_argument(word) for word in arguments])
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
     except (UnicodeDecodeError, OSError) as error:
@@ -176,9 +179,12 @@ def dump_recipe(config: Namespace) -> str:
     """The configuration as YAML, every default written out."""
     config = config.clone()
     config.ckpt_path, config.force, config.config = None, False, None
-    return recipe_parser().dump(config, skip_unset=False)
+    return lookup.name_files(recipe_parser().dump(config, skip_unset=False, format="yaml"))
 
 
 def parse_recipe(text: str) -> Namespace:
-    """The configuration that `dump_recipe` wrote."""
-    return recipe_parser().parse_string(text)
+    """The configuration that `dump_recipe` wrote; `UsageError` names a module or a file that is no longer there."""
+    try:
+        return recipe_parser().parse_string(text)
+    except ArgumentError as error:
+        raise UsageError(complaint(str(error))) from None

@@ -1,0 +1,27 @@
+"""A prior of your own, in a file of your own: most numbers of a thought are nearly zero.
+
+    ltm fit --config studies/recipes/quickstart.yaml --model.prior examples/my_prior.py:SpikeAndSlab \
+        --model.prior.rate 0.1
+"""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+
+from ltm_pyro import ThoughtShape
+
+
+class SpikeAndSlab(PyroModule):
+    r"""Each number is a slab's, N(0, 1), with probability ``rate``, and else a spike's, N(0, ``spike``²)."""
+
+    def __init__(self, shape: ThoughtShape, rate: float = 0.1, spike: float = 0.05) -> None:
+        super().__init__()
+        self.logit = torch.nn.Parameter(torch.logit(torch.full(tuple(shape), rate)))  # learned, as rates of their own
+        self.register_buffer("scales", torch.tensor([1.0, spike]))
+
+    def forward(self) -> torch.Tensor:
+        """Samples z inside the plate of sequences; which of the two a number is, is summed out."""
+        which = dist.Categorical(logits=torch.stack([self.logit, torch.zeros_like(self.logit)], dim=-1))
+        each = dist.Normal(0.0, self.scales.expand(*self.logit.shape, 2))
+        return pyro.sample("z", dist.MixtureSameFamily(which, each).to_event(3))

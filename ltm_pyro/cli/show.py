@@ -1,0 +1,84 @@
+"""`ltm show RUN_OR_CONFIG`: a model's sites and shapes, its guide's local parameters, and the plate diagram."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ltm_pyro.contracts import Batch, UsageError
+
+SEQUENCES, TOKENS = 2, 8  # of the batch that is shown
+VOCABULARY = 256  # where a recipe has none yet
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm show`."""
+    parser.add_argument("source", metavar="RUN_OR_CONFIG", help="run directory, checkpoint, or recipe (YAML)")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="where the plate diagram goes; NAME.svg by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints shapes and writes the diagram; returns 0."""
+    import torch  # here, so that --help need not wait
+    from pyro import poutine
+
+    from ltm_pyro.contracts import make_batch
+    from ltm_pyro.diagram import plate_diagram
+    from ltm_pyro.elbo import quiet
+    from ltm_pyro.inference import LocalInference
+    from ltm_pyro.local import begin
+
+    model, guide = _parts(args.source)
+    tokens_BT = torch.ones(SEQUENCES, min(TOKENS, model.decoder.length), dtype=torch.long)
+    batch = make_batch(tokens_BT, torch.full((SEQUENCES,), tokens_BT.shape[1]), start_token=0)
+    with torch.no_grad(), quiet():
+        trace = poutine.trace(model).get_trace(batch)
+        local = begin(model, guide, batch, LocalInference()).parameters
+    svg = args.svg or Path(Path(args.source).stem + ".svg")
+    _write(svg, plate_diagram(model, batch))
+    if args.json:
+        print(json.dumps(_summary(trace, local, batch) | {"svg": str(svg)}))
+        return 0
+    print(
+        trace.format_shapes(
+            title=f"p: {type(model.prior).__name__} ({SEQUENCES} sequences of {tokens_BT.shape[1]} tokens)"
+        )
+    )
+    print(f"q: {type(guide).__name__}, local parameters")
+    print("\n".join(f"  {name}  {' '.join(map(str, x.shape))}" for name, x in local.items()))
+    print(f"Plate diagram: {svg}")
+    return 0
+
+
+def _parts(source: str) -> tuple[Any, Any]:
+    from ltm_pyro.runs import load_run
+    from ltm_pyro.training.recipe import build_module, read_recipe
+
+    if not source.endswith((".yaml", ".yml")):
+        trained = load_run(source)
+        return trained.model, trained.guide
+    config = read_recipe(["--config", source])
+    config.model.vocabulary = config.model.vocabulary or VOCABULARY
+    module = build_module(config)
+    return module.model, module.guide
+
+
+def _summary(trace: Any, local: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    sites = {n: x for n, x in trace.nodes.items() if x["type"] == "sample" and hasattr(x["value"], "shape")}
+    return {
+        "sequences": batch.size,
+        "sites": {
+            n: {"shape": list(x["value"].shape), "observed": x["is_observed"]}
+            for n, x in sites.items()
+            if n != "sequences"
+        },
+        "local": {name: list(x.shape) for name, x in local.items()},
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise UsageError(f"Cannot write {path}: {error.strerror}; choose another --svg.") from None

@@ -1,0 +1,115 @@
+"""Priors and guides in a user's own files: trained, stored, found again, written anew, shown and compared."""
+
+import json
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "my_prior.py"
+QUICK = ("--trainer.max_steps", 1, "--trainer.limit_val_batches", 0)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """No module of a user's stays behind, and no folder on the path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in ("my_prior", "flat", "broken", "spike_and_slab2"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A user's folder outside the repository, with the example's prior in it."""
+    shutil.copy(EXAMPLE, tmp_path / "my_prior.py")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["my_prior.SpikeAndSlab", "my_prior.py:SpikeAndSlab"])
+def test_a_prior_outside_the_repository_works_everywhere(name, elsewhere, recipe, ltm, refused):
+    options = ("--model.prior", name, "--model.prior.rate", 0.2)
+    code, _, err = ltm("fit", "--config", recipe, "--run", "run", *QUICK, *options)
+    assert code == 0, err
+    text = Path("run/config.yaml").read_text()
+    assert f"class_path: {elsewhere / 'my_prior.py'}:SpikeAndSlab" in text
+    assert "rate: 0.2" in text
+    for command in (("evaluate", "run", "--samples", 2, "--limit", 2), ("generate", "run", "--max-new-tokens", 2)):
+        code, out, err = ltm(*command, "--json")
+        assert code == 0, err
+        assert json.loads(out)
+    assert ltm("fit", "--config", "run/config.yaml", "--ckpt_path", "run", "--trainer.max_steps", 2)[0] == 0
+
+    del sys.modules["my_prior"]
+    (elsewhere / "my_prior.py").rename(elsewhere / "gone.py")
+    message = refused("evaluate", "run")
+    assert f"The file {elsewhere / 'my_prior.py'} is missing" in message
+
+
+def test_a_module_that_has_gone_is_named(recipe, refused, tmp_path):
+    message = refused("fit", "--config", recipe, "--run", tmp_path / "run", "--model.prior", "gone.Prior")
+    assert "gone" in message
+
+
+def test_a_faulty_prior_is_refused_before_anything_is_written(elsewhere, recipe, refused):
+    Path("flat.py").write_text(EXAMPLE.read_text().replace(".to_event(3))", ".to_event(3)).flatten(-2)"))
+    message = refused("fit", "--config", recipe, "--run", "run", "--model.prior", "flat.py:SpikeAndSlab")
+    assert f"SpikeAndSlab returns (5, 2, 32) ({elsewhere / 'flat.py'}:" in message
+    assert not Path("run").exists()
+    Path("broken.py").write_text("import nothing_like_it")
+    assert "broken.py cannot be imported (ModuleNotFoundError" in refused(
+        "fit", "--config", recipe, "--run", "run", "--model.prior", "broken.py:Prior"
+    )
+
+
+@pytest.mark.parametrize("kind", ["prior", "guide"])
+def test_what_is_written_anew_passes_its_test(kind, tmp_path, ltm, refused, recipe):
+    code, out, err = ltm("new", kind, "SpikeAndSlab2", "--out", tmp_path / "mine")
+    assert code == 0, err
+    file, test = tmp_path / "mine" / "spike_and_slab2.py", tmp_path / "mine" / "test_spike_and_slab2.py"
+    assert str(test) in out
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=file.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "exists already" in refused("new", kind, "SpikeAndSlab2", "--out", tmp_path / "mine")
+    assert "no name for a class" in refused("new", kind, "2 x", "--out", tmp_path)
+    place = (f"--model.{kind}", f"{file}:SpikeAndSlab2", f"--model.{kind}.scale", 0.5)
+    assert ltm("fit", "--config", recipe, "--run", tmp_path / "run", *QUICK, *place)[0] == 0
+
+
+def test_show_prints_sites_and_draws_the_plates(run, recipe, ltm, refused, tmp_path):
+    code, out, _ = ltm("show", run, "--svg", tmp_path / "run.svg")
+    assert code == 0
+    assert "z dist" in out
+    assert "z_log_var  2 2 2 16" in out
+    texts = [x.text for x in ET.parse(tmp_path / "run.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert {"z", "tokens", "sequences"} <= set(texts)
+    code, out, _ = ltm("show", recipe, "--svg", tmp_path / "recipe.svg", "--json")
+    assert json.loads(out)["sites"]["z"] == {"shape": [2, 2, 2, 16], "observed": False}
+    assert "There is no run" in refused("show", tmp_path / "nowhere")
+    assert "choose another --svg" in refused("show", run, "--svg", tmp_path / "no" / "where.svg")
+
+
+def test_compare_puts_pairs_side_by_side_and_goes_on_where_it_was(recipe, ltm, refused, tmp_path):
+    words = ("compare", "--config", recipe, "--priors", "GaussianPrior", "--guides", "MeanField,Point")
+    more = ("--minutes", 0.02, "--samples", 2, "--limit", 4, "--out", tmp_path / "out", "--json")
+    code, out, err = ltm(*words, *more)
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert list(rows) == ["autoregressive", "GaussianPrior-MeanField", "GaussianPrior-Point"]
+    thinking = rows["GaussianPrior-MeanField"]
+    assert thinking["thinking_gain"] == pytest.approx(thinking["without_thinking"] - thinking["bound"])
+    assert thinking["k_hat"] is not None
+    assert rows["GaussianPrior-Point"]["no_bound"] == "Point has no density"
+
+    (tmp_path / "out" / "GaussianPrior-MeanField" / "result.json").unlink()  # as after a kill: the rest is kept
+    code, out, err = ltm(*words, *more)
+    assert code == 0, err
+    assert {row["name"]: row for row in json.loads(out)["rows"]}["GaussianPrior-Point"] == rows["GaussianPrior-Point"]
+    assert "choose another --out" in refused(*words, *more[2:], "--minutes", 1)
+    assert "There is no recipe nowhere.yaml" in refused("compare", "--config", "nowhere.yaml")
+    assert "--minutes is 0" in refused("compare", "--config", recipe, "--minutes", 0)

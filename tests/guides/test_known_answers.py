@@ -1,0 +1,96 @@
+"""Guides where the posterior is known: what they should find, what they must not claim."""
+
+import pytest
+import torch
+
+from ltm_pyro.contracts import Start, ThoughtShape, UsageError
+from ltm_pyro.elbo import Draws, elbo_terms
+from ltm_pyro.guides import FlowGuide, Langevin, Laplace, LowRank, MeanField, Point
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import fit
+from ltm_pyro.models import EnergyPrior, LinearGaussianModel, TwoModesModel
+from ltm_pyro.protocols import evaluate
+
+
+@pytest.fixture
+def known():
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3))
+    return model, model.draw(4)
+
+
+def honest(model, guide, batch, state, draws=2000):
+    with torch.no_grad():
+        return elbo_terms(model, guide, batch, state.parameters, Draws(draws)).elbo_B.mean(0)
+
+
+def test_laplace_is_exact_where_the_posterior_is_gaussian(known):
+    model, batch = known
+    guide = Laplace(model)
+    state, _ = fit(model, guide, batch, LocalInference(steps=200, rate=0.1))
+    mean_BN, covariance_BNN = model.posterior(batch)
+    factor = state.parameters["z_factor"]
+    torch.testing.assert_close(state.parameters["z_loc"], mean_BN, atol=1e-3, rtol=0)
+    torch.testing.assert_close(factor @ factor.mT, covariance_BNN, atol=1e-6, rtol=1e-4)
+    again, _ = fit(model, guide, batch, LocalInference(steps=1, rate=1e-6), state)  # goes on from the settled state
+    torch.testing.assert_close(again.parameters["z_factor"], factor, atol=1e-4, rtol=1e-3)
+
+
+def test_low_rank_finds_what_mean_field_cannot():
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3), noise=0.2)
+    batch = model.draw(4)
+    evidence_B, gaps = model.log_evidence(batch), []
+    for guide in (LowRank(model, rank=2), MeanField(model)):
+        inference = LocalInference(steps=200, rate=0.1, particles=8, noise="antithetic", kl="path")
+        state, _ = fit(model, guide, batch, inference)
+        gaps.append((evidence_B - honest(model, guide, batch, state)).mean())
+    assert -0.05 < gaps[0] < 0.5 * gaps[1]
+
+
+def test_a_flow_holds_both_modes_where_a_gaussian_holds_one():
+    model = TwoModesModel(ThoughtShape(1, 1, 1), length=4)
+    batch = model.draw(6)
+    gaps = {}
+    for guide in (MeanField(model), FlowGuide(model)):
+        inference = LocalInference(steps=300, rate=0.05, particles=32, start=Start(jitter=0.1))
+        state, _ = fit(model, guide, batch, inference)
+        gaps[type(guide)] = (model.log_evidence(batch) - honest(model, guide, batch, state)).mean()
+    assert gaps[FlowGuide] > -0.05
+    assert gaps[FlowGuide] < 0.5 * gaps[MeanField]
+
+
+def test_langevin_wanders_over_the_posterior():
+    model = LinearGaussianModel(ThoughtShape(1, 1, 2))
+    one = model.draw(1)
+    many = one.select(torch.zeros(2000, dtype=torch.long))
+    state, _ = fit(model, Langevin(model), many, LocalInference(steps=120, rate=0.02))
+    mean_BN, covariance_BNN = model.posterior(one)
+    torch.testing.assert_close(state.parameters["z_loc"].mean(0), mean_BN[0], atol=0.08, rtol=0)
+    torch.testing.assert_close(state.parameters["z_loc"].T.cov(), covariance_BNN[0], atol=0.08, rtol=0.15)
+
+
+@pytest.mark.parametrize("family", [Point, Langevin])
+def test_no_density_no_bound(family, known):
+    model, batch = known
+    inference = LocalInference(steps=4, rate=0.05)
+    evaluation = evaluate(model, family(model), [batch], inference, samples=2)
+    assert set(evaluation.protocols) == {"prior"}
+    assert set(evaluation.unavailable) == {"bound", "iwae", "reused_noise"}
+    with pytest.raises(UsageError, match=f"No figure for bound: {family.__name__} has no density"):
+        evaluate(model, family(model), [batch], inference, ["bound"])
+
+
+def test_an_energy_has_a_bound_only_with_its_normaliser(tiny_model, tiny_batch):
+    model = tiny_model()
+    model.prior = EnergyPrior(model.decoder.thought_shape, width=8, steps=2)
+    torch.nn.init.normal_(model.prior.tilt[-1].weight, std=0.3)
+    before = evaluate(model, MeanField(model), [tiny_batch()], LocalInference(steps=1), ["bound", "prior"], samples=2)
+    assert "--normaliser" in before.unavailable["bound"]
+    assert not before.protocols["prior"].is_bound
+
+    value, error = model.prior.estimate_normaliser(20_000)
+    z_SLKD = torch.randn(20_000, *model.decoder.thought_shape)
+    density_S = model.prior.log_density(z_SLKD) - torch.distributions.Normal(0, 1).log_prob(z_SLKD).flatten(1).sum(1)
+    assert abs(density_S.detach().exp().mean() - 1) < 6 * error
+    after = evaluate(model, MeanField(model), [tiny_batch()], LocalInference(steps=1), ["bound"], samples=2)
+    assert not after.protocols["bound"].is_bound
+    assert value == pytest.approx(model.prior.log_normaliser.item())
