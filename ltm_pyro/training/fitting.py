@@ -2,6 +2,7 @@
 
 import errno
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by the user; the message says where it was saved and how to go on."""
 
 
-def train(config: Namespace) -> Path:
-    """Trains as a recipe says and returns the run directory.
+def train(config: Namespace, onlookers: Sequence[Any] = ()) -> Path:
+    """Trains as a recipe says and returns the run directory; ``onlookers`` are further Lightning callbacks.
 
     Raises `UsageError` before anything is written, `Interrupted` after Ctrl-C once the checkpoint is safe.
     """
@@ -55,7 +56,7 @@ def train(config: Namespace) -> Path:
     check_run(run, config.force, keep)
     tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
     recipe, text = dump_recipe(config), tokenizer.to_str()
-    callbacks = [Progress(), LastCheckpoint(run / CHECKPOINT, recipe, text)]
+    callbacks = [Progress(), *onlookers, LastCheckpoint(run / CHECKPOINT, recipe, text)]
     module, data, trainer = build(config, callbacks=callbacks, logger=MetricsFile(run / METRICS, keep))
     if resumed:
         load_weights(module, _weights(resumed, tokenizer), resumed)

@@ -1,0 +1,66 @@
+"""What a person sees of a running study: every trial's progress, and how the search goes."""
+
+import math
+import sys
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ltm_pyro.studies.search.plan import Plan
+from ltm_pyro.studies.search.trials import REASON
+
+
+class Watch:
+    """One bar for the study and one per running trial on a terminal; elsewhere one line per finished trial."""
+
+    def __init__(self, name: str, total: int, done: int) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self._bar = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        )
+        self._study = self._bar.add_task(name, total=total, completed=done)
+        self._slots: dict[int, Any] = {}
+
+    def __enter__(self) -> "Watch":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def begin(self, slot: int, name: str, parameters: dict[str, Any]) -> None:
+        """A trial starts."""
+        text = ", ".join(
+            f"{k.rsplit('.', 1)[-1]} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in parameters.items()
+        )
+        self._slots[slot] = self._bar.add_task(f"  {name} {text}"[:70], total=1.0)
+
+    def tick(self, slot: int, progress: float) -> None:
+        """It has come so far."""
+        self._bar.update(self._slots[slot], completed=progress)
+
+    def end(self, slot: int, trials: list[FrozenTrial], number: int, plan: Plan, total: int) -> None:
+        """It is over."""
+        self._bar.remove_task(self._slots.pop(slot))
+        finished = [t for t in trials if t.state.is_finished()]
+        trial = next(t for t in trials if t.number == number)
+        role = trial.user_attrs.get("role", "")
+        if not role:
+            self._bar.update(self._study, completed=len(finished))
+        line = f"{role or 'trial'} {number}: {_outcome(trial, plan)}"
+        if not role:
+            best = min((t.values[0] for t in finished if t.state == TrialState.COMPLETE), default=math.nan)
+            line += f"  ({len(finished)} of {total}, lowest {plan.minimise[0]} {best:.4f})"
+        if self._bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(line, highlight=False)
+
+
+def _outcome(trial: FrozenTrial, plan: Plan) -> str:
+    if trial.state == TrialState.COMPLETE:
+        return ", ".join(f"{name} {value:.4g}" for name, value in zip(plan.minimise, trial.values, strict=True))
+    return str(trial.user_attrs.get(REASON, trial.state.name))
