@@ -15,6 +15,7 @@ COMMANDS = {  # name -> module and the line of help
     "study run": ("ltm_pyro.cli.study", "search settings at equal training budgets, on any number of machines"),
     "study list": ("ltm_pyro.cli.study", "the studies in a storage"),
     "study show": ("ltm_pyro.cli.study", "a study's trials, failed and pruned ones with the reason"),
+    "study report": ("ltm_pyro.cli.study", "a study as a page: pictures, trials and the recommended setting"),
     "study best": ("ltm_pyro.cli.study", "write the recommended setting as a recipe for `ltm fit`"),
 }
 

@@ -1,4 +1,4 @@
-"""`ltm study run|list|show|best`: which setting is best at a fixed budget?"""
+"""`ltm study run|list|show|report|best`: which setting is best at a fixed budget?"""
 
 import argparse
 import json
@@ -162,5 +162,32 @@ def _best(args: argparse.Namespace) -> int:
     return 0
 
 
-_ARGUMENTS = {"run": _run_arguments, "list": lambda parser: None, "show": _named, "best": _best_arguments}
-_COMMANDS = {"run": _run, "list": _list, "show": _show, "best": _best}
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _named(parser)
+    parser.add_argument("--out", metavar="DIR", help="folder to write; S-report by default")
+    parser.add_argument("--force", action="store_true", help="also into a folder that is not empty")
+
+
+def _report(args: argparse.Namespace) -> int:
+    written = import_module(f"{SEARCH}.report").write_report(
+        args.storage, args.study_name, args.out and Path(args.out), args.force
+    )
+    if args.json:
+        print(json.dumps(written))
+    else:
+        print(
+            "\n".join(
+                [*written["findings"], f"Written: {written['report']} and {len(written['files']) - 1} more files."]
+            )
+        )
+    return 0
+
+
+_ARGUMENTS = {
+    "run": _run_arguments,
+    "list": lambda parser: None,
+    "show": _named,
+    "report": _report_arguments,
+    "best": _best_arguments,
+}
+_COMMANDS = {"run": _run, "list": _list, "show": _show, "report": _report, "best": _best}

@@ -9,7 +9,7 @@ from ltm_pyro.training.module import LTMModule
 
 
 class Milestones(Callback):
-    """Calls ``tick(progress)`` after every step, and ``report(index, score(module))`` past every fraction of the budget.
+    """Calls ``tick(progress)`` after every step, ``report(index, score(module))`` past every fraction of the budget.
 
     The budget is whatever ends the training (steps, time or FLOPs), so that unequally dear steps stay comparable.
 

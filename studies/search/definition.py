@@ -17,6 +17,8 @@ from ltm_pyro.studies.search.files import recipe_file
 from ltm_pyro.studies.search.objective import Objective, Values, train_and_score
 
 SHIPPED = ("rate_ratio", "latent_dims", "inference_steps", "prior_family", "scaling")
+Row = dict[str, Any]  # of one trial: number, role, state, seed, parameters, figures, reason
+Analysis = Callable[[list[Row]], tuple[dict[str, bytes], list[str]]]  # title to PNG, and findings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Definition:
         points: the points to try, where they are chosen beforehand (a grid); none are sampled then.
         first: a point to try first, for example the recipe's own.
         recipe: the base recipe's file, where the user gives none.
-        chart: draws further figures for the report, from the completed trials' rows.
+        analyse: what the report adds: pictures and sentences, from the trials' rows.
     """
 
     source: str
@@ -43,7 +45,7 @@ class Definition:
     points: tuple[Values, ...]
     first: Values | None
     recipe: str
-    chart: Callable[..., Any] | None
+    analyse: Analysis | None
 
     @property
     def described(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def load_definition(source: str) -> Definition:
         points=tuple(getattr(module, "points", ())),
         first=getattr(module, "first", None),
         recipe=getattr(module, "recipe", recipe_file("quickstart.yaml")),
-        chart=getattr(module, "chart", None),
+        analyse=getattr(module, "analyse", None),
     )
 
 

@@ -70,7 +70,7 @@ def configure(recipe: str, options: Mapping[str, Any]) -> Namespace:
 
 
 def options_of(budget: Budget, settings: Values, run: Path, seed: int) -> Values:
-    """Everything a trial changes in the base recipe: its point, its only end, its place; no validation while it trains."""
+    """Everything a trial changes in the base recipe: its point, its only end, its place; it never validates."""
     quiet = {"trainer.limit_val_batches": 0, "run": str(run), "seed_everything": seed}
     return {**budget.options, **settings, **quiet}
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
@@ -52,7 +52,7 @@ class Plan:
         return asdict(self) | {"minimise": list(self.minimise)}
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Self:
+    def from_dict(cls, stored: dict[str, Any]) -> "Plan":
         """The plan that `as_dict` made."""
         return cls(**stored | {"minimise": tuple(stored["minimise"])})
 

@@ -61,15 +61,16 @@ def _work(task: Task, say: Connection) -> None:
     with (run / "trial.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        last_word: tuple[str, Any]
         try:
-            say.send(("done", _judged(task, say)))
+            last_word = "done", _judged(task, say)
         except BaseException as error:
             traceback.print_exc()
-            say.send(("failed", reason(error)))
-        finally:
-            sys.stderr.flush()
-            with suppress(FileNotFoundError):
-                shutil.rmtree(run / "checkpoints")  # a study of large models would fill the disk
+            last_word = "failed", reason(error)
+        sys.stderr.flush()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(run / "checkpoints")  # a study of large models would fill the disk
+        say.send(last_word)
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from ltm_pyro.studies.search import trials
@@ -19,7 +21,7 @@ from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.process import Task, ended, start
 from ltm_pyro.studies.search.watch import Watch
 
-POLL = 0.5  # seconds
+POLL = 1.0  # seconds
 BASELINE = {"model.decoder.init_args.thoughts": 0}  # the autoregressive twin: same trunk, same budget
 
 
@@ -73,14 +75,15 @@ class Worker:
         try:
             while self._hire() or self.jobs or self._others():
                 self._listen()
-                self._beat()
         finally:
             for job in self.jobs:
-                self._stop(job)
-                trials.give_back(job.study, job.trial)
+                _stop(job)
+                with suppress(UpdateFinishedTrialError):
+                    trials.give_back(job.study, job.trial)
 
     def _hire(self) -> bool:
         """Starts trials while there is room; whether one was started."""
+        self._beat()  # first, since claiming declares silent trials dead
         before = len(self.jobs)
         while len(self.jobs) < self.workplace.workers and (claimed := self._claim()):
             self.jobs.append(self._start(*claimed))
@@ -90,7 +93,7 @@ class Worker:
         if trial := trials.claim(self.study, self.total, self.plan.seed):
             return self.study, trial
         open_ = [t for t in trials.live(self.study)[: self.total] if not t.state.is_finished()]
-        if open_ or trials.best(self.study, self.plan) is None:
+        if open_ or trials.best(self.study) is None:
             return None
         trial = trials.claim(self.checks, len(trials.live(self.checks)), self.plan.seed)
         return (self.checks, trial) if trial else None
@@ -98,7 +101,7 @@ class Worker:
     def _others(self) -> bool:
         """Whether trials run elsewhere, which may come back to us if their worker dies."""
         searching = trials.live(self.study)[: self.total]
-        checking = trials.live(self.checks) if trials.best(self.study, self.plan) else []
+        checking = trials.live(self.checks) if trials.best(self.study) else []
         return any(not t.state.is_finished() for t in (*searching, *checking))
 
     def _start(self, study: optuna.Study, trial: optuna.Trial) -> Job:
@@ -133,7 +136,7 @@ class Worker:
         if study is self.study:
             parameters = {name: trials.suggest(trial, name, d) for name, d in self.definition.space.items()}
             return self.definition.settings(parameters), parameters, trials.seen_before(study, trial)
-        chosen: Any = trials.best(self.study, self.plan)
+        chosen: Any = trials.best(self.study)
         settings, role = self.definition.settings(chosen.params), trial.user_attrs["role"]
         trial.set_user_attr("of", chosen.number)
         if role == "baseline":
@@ -149,8 +152,8 @@ class Worker:
         for job in ready.values():
             if any(self._heard(job, message) for message in _messages(job)):
                 self.jobs.remove(job)
-                self._stop(job)
-                self.watch.end(job.slot, trials.live(job.study), job.trial.number, self.plan, self.total)
+                _stop(job)
+                self.watch.end(job.slot, job.study, job.trial.number)
 
     def _heard(self, job: Job, message: tuple[Any, ...]) -> bool:
         """Acts on one message; whether the trial is over."""
@@ -160,10 +163,10 @@ class Worker:
                 return False
             case ("report", rung, bound):
                 return self._hopeless(job, rung, bound)
-            case ("done", figures):
-                trials.finish(job.study, job.trial, figures, self.plan)
-            case ("failed", reason):
-                trials.fail(job.study, job.trial, reason)
+            case ("done" | "failed", result):
+                with suppress(UpdateFinishedTrialError):  # we were silent for too long, and it runs elsewhere now
+                    record = trials.finish if isinstance(result, dict) else trials.fail
+                    record(job.study, job.trial, result)
         return True
 
     def _hopeless(self, job: Job, rung: int, bound: float) -> bool:
@@ -177,18 +180,16 @@ class Worker:
         return True
 
     def _beat(self) -> None:
-        """Signs of life, so that nobody takes a trial that is still running."""
         for job in self.jobs:
             if time.monotonic() - job.heard > trials.HEARTBEAT / 2:
-                job.study._storage.record_heartbeat(job.trial._trial_id)
+                trials.beat(job.study, job.trial)
                 job.heard = time.monotonic()
 
-    def _stop(self, job: Job) -> None:
-        if job.process.is_alive():
-            job.process.join(5)
-            job.process.kill()
-        job.process.join()
-        job.connection.close()
+
+def _stop(job: Job) -> None:
+    job.process.kill()
+    job.process.join()
+    job.connection.close()
 
 
 def _messages(job: Job) -> Iterator[tuple[Any, ...]]:

@@ -71,6 +71,7 @@ def run_study(
         storage = trials.open_storage(url)
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
+        study.set_user_attr(trials.SOURCE, definition.source)
         workplace.out.mkdir(parents=True, exist_ok=True)
         (workplace.out / BASE).write_text(plan.recipe, "utf-8")
         trials.fill(study, trials.points(definition, total))
@@ -89,15 +90,15 @@ def summaries(url: str) -> list[dict[str, Any]]:
 
 
 def _summary(storage: RDBStorage, name: str) -> dict[str, Any]:
-    study, plan = trials.load_study(storage, name)
+    study = trials.load_study(storage, name)
     states = [t.state for t in trials.live(study)]
-    chosen = trials.best(study, plan)
+    chosen = trials.best(study)
     return {
         "study": name,
         "trials": len(states),
         **{s.name.lower(): states.count(s) for s in (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)},
         "best": chosen.values[0] if chosen else None,
-        "budget": plan.budget,
+        "budget": trials.plan_of(study).budget,
     }
 
 
@@ -105,10 +106,11 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
     """A study's plan, its trials, the checks behind them, and what it recommends."""
     with trials.reachable(url):
         storage = trials.existing_storage(url)
-        study, plan = trials.load_study(storage, only_name(storage, name))
-        checks, _ = trials.load_study(storage, study.study_name + trials.CHECKS)
+        study = trials.load_study(storage, only_name(storage, name))
+        plan = trials.plan_of(study)
+        checks = trials.load_study(storage, study.study_name + trials.CHECKS)
         rows = [_row(trial) for trial in (*trials.live(study), *trials.live(checks))]
-        chosen = trials.best(study, plan)
+        chosen = trials.best(study)
     return {
         "study": study.study_name,
         **plan.as_dict(),
@@ -165,8 +167,9 @@ def write_best(url: str, name: str | None, file: Path | None, number: int | None
     """Writes the recommended (or the numbered) trial as a recipe that ``ltm fit`` runs; returns its row."""
     with trials.reachable(url):
         storage = trials.existing_storage(url)
-        study, plan = trials.load_study(storage, only_name(storage, name))
-        chosen = trials.best(study, plan) if number is None else _numbered(study, number)
+        study = trials.load_study(storage, only_name(storage, name))
+        plan = trials.plan_of(study)
+        chosen = trials.best(study) if number is None else _numbered(study, number)
     name = study.study_name
     if chosen is None:
         raise UsageError(

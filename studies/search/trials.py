@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -27,7 +27,8 @@ from ltm_pyro.studies.search.definition import Definition
 from ltm_pyro.studies.search.objective import RUNGS, Values
 from ltm_pyro.studies.search.plan import Plan
 
-PLAN, REASON, FIGURES, SETTINGS, CHECKS = "plan", "reason", "figures", "settings", ":checks"
+PLAN, SOURCE, REASON, FIGURES, SETTINGS = "plan", "source", "reason", "figures", "settings"  # attributes
+CHECKS = ":checks"  # ends the name of a study's companion
 HEARTBEAT, GRACE = 10, 40  # seconds between signs of life, and without one until a worker counts as dead
 RETRIES = 3
 STARTUP = 5  # trials drawn at random before the sampler looks back
@@ -43,7 +44,7 @@ def reachable(url: str) -> Iterator[None]:
         except (NoSuchModuleError, ArgumentError, ImportError) as error:
             raise UsageError(
                 f"The storage {url} cannot be used ({_first_line(error)}): give sqlite:///FILE, or "
-                f"postgresql://USER@HOST/DATABASE with ltm-pyro[studies] installed."
+                f"postgresql+psycopg://USER@HOST/DATABASE with ltm-pyro[studies] installed."
             ) from None
         except SQLAlchemyError as error:
             raise UsageError(
@@ -55,15 +56,15 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
-def open_storage(url: str, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> RDBStorage:
+def open_storage(url: str) -> RDBStorage:
     """The storage behind a URL, made when it is a new SQLite file in an existing folder."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with reachable(url):
         return RDBStorage(
             url,
             engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True},
-            heartbeat_interval=heartbeat,
-            grace_period=grace,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
         )
 
@@ -101,11 +102,15 @@ def _short(value: Any) -> str:
     return text if len(text := str(value)) < 60 else f"{text[:57]}…"
 
 
-def load_study(storage: RDBStorage, name: str) -> tuple[optuna.Study, Plan]:
-    """An existing study and its plan."""
+def plan_of(study: optuna.Study) -> Plan:
+    """The plan that every trial of a study shares."""
+    return Plan.from_dict(study.user_attrs[PLAN])
+
+
+def load_study(storage: RDBStorage, name: str) -> optuna.Study:
+    """An existing study."""
     try:
-        study = optuna.load_study(study_name=name, storage=storage)
-        return study, Plan.from_dict(study.user_attrs[PLAN])
+        return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         there = ", ".join(study_names(storage)) or "none"
         raise UsageError(f"There is no study '{name}' in {storage.url}: it holds {there}.") from None
@@ -154,16 +159,20 @@ def claim(study: optuna.Study, total: int, seed: int) -> optuna.Trial | None:
     """
     fail_stale_trials(study)
     for waiting in (t for t in live(study)[:total] if t.state == TrialState.WAITING):
-        identity = waiting._trial_id
-        study._storage.record_heartbeat(identity)  # before the claim, so that no claimed trial is ever without one
+        beat(study, waiting)  # before the claim, so that no claimed trial is ever without one
         try:
-            if study._storage.set_trial_state_values(identity, TrialState.RUNNING):
+            if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
                 mixed = np.random.SeedSequence((seed, waiting.number)).generate_state(1)[0]
                 study.sampler = TPESampler(seed=int(mixed), n_startup_trials=STARTUP)
-                return optuna.Trial(study, identity)
+                return optuna.Trial(study, waiting._trial_id)
         except UpdateFinishedTrialError:
             continue
     return None
+
+
+def beat(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
+    """A sign of life, so that nobody takes a trial that is still running."""
+    cast(RDBStorage, study._storage).record_heartbeat(trial._trial_id)
 
 
 def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
@@ -183,16 +192,16 @@ def seen_before(study: optuna.Study, trial: optuna.Trial) -> int:
     return sum(t.params == trial.params for t in live(study) if t.number < trial.number)
 
 
-def finish(study: optuna.Study, trial: optuna.Trial, figures: dict[str, float], plan: Plan) -> None:
+def finish(study: optuna.Study, trial: optuna.Trial, figures: dict[str, float]) -> None:
     """Records a trial's figures, and its place relative to every limit."""
+    plan = plan_of(study)
     objectives = [figures.get(name, math.nan) for name in plan.minimise]
     if not all(map(math.isfinite, objectives)):
         told = ", ".join(f"{name} is {value}" for name, value in zip(plan.minimise, objectives, strict=True))
         return fail(study, trial, f"no finite objective: {told}")
     trial.set_user_attr(FIGURES, {k: v if math.isfinite(v) else None for k, v in figures.items()})
-    for name, limit in plan.at_most.items():
-        value = figures.get(name, math.inf)
-        trial.set_constraint(name, math.inf if math.isnan(value) else value - limit)
+    for name, value in excess(dict(figures), plan).items():
+        trial.set_constraint(name, value)
     study.tell(trial, objectives)
     return None
 
@@ -212,18 +221,22 @@ def give_back(study: optuna.Study, trial: optuna.Trial) -> None:
     RetryHeartbeatStaleTrialCallback()(study, frozen)
 
 
-def feasible(trial: FrozenTrial, plan: Plan) -> bool:
-    """Whether a completed trial keeps every limit."""
-    figures = trial.user_attrs[FIGURES]
-    return all(
-        (figures.get(name) or 0.0 if name in figures else math.inf) <= most for name, most in plan.at_most.items()
-    )
+def excess(figures: dict[str, float | None], plan: Plan) -> dict[str, float]:
+    """By how much each limited figure is above its limit; infinite where it was not recorded or is not finite."""
+    found = {name: figures.get(name) for name in plan.at_most}
+    return {name: math.inf if x is None or math.isnan(x) else x - plan.at_most[name] for name, x in found.items()}
 
 
-def best(study: optuna.Study, plan: Plan) -> FrozenTrial | None:
-    """The completed trial that keeps the limits and has the lowest first objective."""
-    done = [t for t in live(study) if t.state == TrialState.COMPLETE and feasible(t, plan)]
-    return min(done, key=lambda t: t.values[0], default=None)
+def feasible(study: optuna.Study) -> list[FrozenTrial]:
+    """The completed trials that keep every limit."""
+    plan = plan_of(study)
+    done = (t for t in live(study) if t.state == TrialState.COMPLETE)
+    return [t for t in done if all(x <= 0 for x in excess(t.user_attrs[FIGURES], plan).values())]
+
+
+def best(study: optuna.Study) -> FrozenTrial | None:
+    """The one of them with the lowest first objective."""
+    return min(feasible(study), key=lambda t: t.values[0], default=None)
 
 
 def make_folder(url: str) -> None:

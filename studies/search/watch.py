@@ -1,15 +1,15 @@
 """What a person sees of a running study: every trial's progress, and how the search goes."""
 
-import math
 import sys
 from typing import Any
 
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ltm_pyro.studies.search.plan import Plan
-from ltm_pyro.studies.search.trials import REASON
+from ltm_pyro.studies.search.trials import REASON, best, live, plan_of
 
 
 class Watch:
@@ -22,6 +22,7 @@ class Watch:
             *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
         )
         self._study = self._bar.add_task(name, total=total, completed=done)
+        self._total = total
         self._slots: dict[int, Any] = {}
 
     def __enter__(self) -> "Watch":
@@ -42,18 +43,18 @@ class Watch:
         """It has come so far."""
         self._bar.update(self._slots[slot], completed=progress)
 
-    def end(self, slot: int, trials: list[FrozenTrial], number: int, plan: Plan, total: int) -> None:
+    def end(self, slot: int, study: optuna.Study, number: int) -> None:
         """It is over."""
         self._bar.remove_task(self._slots.pop(slot))
-        finished = [t for t in trials if t.state.is_finished()]
-        trial = next(t for t in trials if t.number == number)
-        role = trial.user_attrs.get("role", "")
-        if not role:
-            self._bar.update(self._study, completed=len(finished))
+        trial, plan = study.get_trials()[number], plan_of(study)
+        role = trial.user_attrs.get("role")
         line = f"{role or 'trial'} {number}: {_outcome(trial, plan)}"
         if not role:
-            best = min((t.values[0] for t in finished if t.state == TrialState.COMPLETE), default=math.nan)
-            line += f"  ({len(finished)} of {total}, lowest {plan.minimise[0]} {best:.4f})"
+            finished = [t for t in live(study) if t.state.is_finished()]
+            self._bar.update(self._study, completed=len(finished))
+            lowest = best(study)
+            known = f", lowest {plan.minimise[0]} {lowest.values[0]:.4f}" if lowest else ""
+            line += f"  ({len(finished)} of {self._total}{known})"
         if self._bar.disable:
             print(line, file=sys.stderr, flush=True)
         else:
