@@ -13,8 +13,9 @@ from ltm_pyro.runs import load_run
 from ltm_pyro.studies.scaling import WIDTHS, decoder
 from ltm_pyro.studies.search import Setting, score, train_and_score
 from ltm_pyro.studies.search.charts import png
-from ltm_pyro.studies.search.definition import Row, Values
+from ltm_pyro.studies.search.definition import Row
 from ltm_pyro.studies.search.files import recipe_file
+from ltm_pyro.studies.search.objective import Values
 
 TRAINED, TESTED = (0, 1, 2, 4, 8, 16), (0, 4, 16, 32)
 

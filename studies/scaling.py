@@ -12,9 +12,10 @@ import numpy as np
 from optuna.distributions import CategoricalDistribution
 
 from ltm_pyro.studies.search.charts import png
-from ltm_pyro.studies.search.definition import Row, Values
+from ltm_pyro.studies.search.definition import Row
 from ltm_pyro.studies.search.files import recipe_file
 from ltm_pyro.studies.search.fits import PowerLaw, power_law
+from ltm_pyro.studies.search.objective import Values
 
 WIDTHS, FLOPS = (32, 64, 96), (2.5e10, 5e10, 1e11, 2e11, 4e11)
 THINKING = ((0, 0), (4, 2), (4, 8), (1, 8))  # (thoughts per layer K, T_fast)
@@ -55,7 +56,7 @@ def analyse(rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
     points = [row["figures"] | row["parameters"] for row in rows if row["state"] == "complete"]  # flops: the budget
     ways = [way for way in THINKING if any((p["thoughts"], p["steps"]) == way for p in points)]
     frontiers = {way: _frontier([p for p in points if (p["thoughts"], p["steps"]) == way]) for way in ways}
-    laws = {way: power_law(*zip(*f.items(), strict=True)) for way, f in frontiers.items() if len(f) > 2}
+    laws = {way: power_law(list(f), list(f.values())) for way, f in frontiers.items() if len(f) > 2}
     said = [f"{_name(way)}: lowest bound over sizes = {law}." for way, law in laws.items()]
     return {"iso flop curves": _iso_flop(points, ways), "frontier": _draw(frontiers, laws)}, said + _trade(points)
 

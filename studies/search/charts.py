@@ -5,12 +5,13 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.contracts import UsageError
 
@@ -51,19 +52,23 @@ def _drawings(
     from optuna.visualization import matplotlib as plots
 
     if len(objectives) in (2, 3) and trials:
-        yield "pareto front", lambda: plots.plot_pareto_front(study, target_names=list(objectives))
+        yield "pareto front", partial(plots.plot_pareto_front, study, target_names=list(objectives))
     for index, name in enumerate(objectives):
         target: dict[str, Any] = {"target_name": name}
         if len(objectives) > 1:
-            target["target"] = lambda trial, index=index: trial.values[index]
+            target["target"] = partial(_value, index)
         if trials:
-            yield f"history of {name}", lambda target=target: plots.plot_optimization_history(study, **target)
+            yield f"history of {name}", partial(plots.plot_optimization_history, study, **target)
         if varied:
-            yield f"slices of {name}", lambda target=target: plots.plot_slice(study, varied, **target)
+            yield f"slices of {name}", partial(plots.plot_slice, study, varied, **target)
         if len(varied) > 1 and trials > 3:
-            yield f"importance for {name}", lambda target=target: plots.plot_param_importances(study, **target)
-            yield f"contours of {name}", lambda target=target: plots.plot_contour(study, varied, **target)
-            yield f"parallel {name}", lambda target=target: plots.plot_parallel_coordinate(study, varied, **target)
+            yield f"importance for {name}", partial(plots.plot_param_importances, study, **target)
+            yield f"contours of {name}", partial(plots.plot_contour, study, varied, **target)
+            yield f"parallel {name}", partial(plots.plot_parallel_coordinate, study, varied, **target)
+
+
+def _value(index: int, trial: FrozenTrial) -> float:
+    return trial.values[index]
 
 
 def png(figure: Any) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import parse_budget
@@ -59,6 +59,7 @@ class Worker:
     Args:
         study, checks: the search, and its companion for the baseline and the repeats.
         total: N, over all workers and restarts.
+        roles: the checks of the best setting.
     """
 
     study: optuna.Study
@@ -66,6 +67,7 @@ class Worker:
     definition: Definition
     plan: Plan
     total: int
+    roles: list[Values]
     workplace: Workplace
     watch: Watch
     jobs: list[Job] = field(default_factory=list)
@@ -90,19 +92,22 @@ class Worker:
         return len(self.jobs) > before
 
     def _claim(self) -> tuple[optuna.Study, optuna.Trial] | None:
-        if trial := trials.claim(self.study, self.total, self.plan.seed):
+        """A trial of the search, or one of the checks once all of those are finished."""
+        if trial := trials.claim(self.study, lambda: self._counted()[0], self.plan.seed):
             return self.study, trial
-        open_ = [t for t in trials.live(self.study)[: self.total] if not t.state.is_finished()]
-        if open_ or trials.best(self.study) is None:
-            return None
-        trial = trials.claim(self.checks, len(trials.live(self.checks)), self.plan.seed)
+        trial = trials.claim(self.checks, lambda: self._counted()[1], self.plan.seed)
         return (self.checks, trial) if trial else None
 
     def _others(self) -> bool:
         """Whether trials run elsewhere, which may come back to us if their worker dies."""
-        searching = trials.live(self.study)[: self.total]
-        checking = trials.live(self.checks) if trials.best(self.study) else []
-        return any(not t.state.is_finished() for t in (*searching, *checking))
+        return any(not t.state.is_finished() for counted in self._counted() for t in counted)
+
+    def _counted(self) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """The trials of the search that count, and the checks of its best setting, made when it is known."""
+        searched, chosen = trials.live(self.study)[: self.total], trials.best(self.study)
+        if not self.roles or chosen is None or any(not t.state.is_finished() for t in searched):
+            return searched, []
+        return searched, trials.checks_of(self.checks, chosen, self.roles)
 
     def _start(self, study: optuna.Study, trial: optuna.Trial) -> Job:
         settings, parameters, seed = self._point(study, trial)
@@ -136,12 +141,10 @@ class Worker:
         if study is self.study:
             parameters = {name: trials.suggest(trial, name, d) for name, d in self.definition.space.items()}
             return self.definition.settings(parameters), parameters, trials.seen_before(study, trial)
-        chosen: Any = trials.best(self.study)
-        settings, role = self.definition.settings(chosen.params), trial.user_attrs["role"]
-        trial.set_user_attr("of", chosen.number)
-        if role == "baseline":
-            return {**settings, **BASELINE}, {"baseline of": chosen.number}, 0
-        return settings, {"repeat of": chosen.number}, trial.number
+        noted = trial.user_attrs
+        if noted["role"] == "baseline":
+            return {**noted["settings of"], **BASELINE}, {"baseline of": noted["of"]}, 0
+        return noted["settings of"], {"repeat of": noted["of"]}, noted["repeat"]
 
     def _listen(self) -> None:
         """Hears every process that speaks within a moment, and lets go of those that are done."""

@@ -16,7 +16,7 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import Definition, load_definition
-from ltm_pyro.studies.search.objective import configure
+from ltm_pyro.studies.search.objective import Values, configure
 from ltm_pyro.studies.search.plan import Plan, base_recipe, check
 from ltm_pyro.studies.search.runner import Worker, Workplace
 from ltm_pyro.studies.search.watch import Watch
@@ -75,11 +75,11 @@ def run_study(
         workplace.out.mkdir(parents=True, exist_ok=True)
         (workplace.out / BASE).write_text(plan.recipe, "utf-8")
         trials.fill(study, trials.points(definition, total))
-        if not definition.points:
-            trials.fill(checks, [{}] * (1 + repeats), [{"role": "baseline"}] + [{"role": "repeat"}] * repeats)
+        again: list[Values] = [{"role": "repeat", "repeat": 1 + index} for index in range(repeats)]
+        roles = [] if definition.points else [{"role": "baseline"}, *again]
         done = sum(t.state.is_finished() for t in trials.live(study)[:total])
         with Watch(name, total, done) as watch:
-            Worker(study, checks, definition, plan, total, workplace, watch).run()
+            Worker(study, checks, definition, plan, total, roles, workplace, watch).run()
 
 
 def summaries(url: str) -> list[dict[str, Any]]:
@@ -109,8 +109,9 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
         study = trials.load_study(storage, only_name(storage, name))
         plan = trials.plan_of(study)
         checks = trials.load_study(storage, study.study_name + trials.CHECKS)
-        rows = [_row(trial) for trial in (*trials.live(study), *trials.live(checks))]
         chosen = trials.best(study)
+        behind = [t for t in trials.live(checks) if chosen and t.user_attrs["of"] == chosen.number]
+        rows = [_row(trial) for trial in (*trials.live(study), *behind)]
     return {
         "study": study.study_name,
         **plan.as_dict(),

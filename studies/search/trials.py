@@ -7,7 +7,7 @@ baseline and the repeats of the best setting are waiting trials too, in a compan
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -134,15 +134,31 @@ def _place(trial: FrozenTrial) -> int:
     return trial.number if original is None else original
 
 
-def fill(study: optuna.Study, points: Iterable[Values], attributes: Iterable[Values] = ()) -> None:
+def fill(study: optuna.Study, points: Sequence[Values]) -> None:
     """Adds waiting trials until there are as many as ``points``; an empty point is the sampler's to choose.
 
     Two machines that fill at once may add too many. The surplus stays behind the last that counts, and waits.
     """
-    wanted = list(points)
-    roles = list(attributes) or [{}] * len(wanted)
-    for index in range(len(live(study)), len(wanted)):
-        study.enqueue_trial(wanted[index], user_attrs=roles[index])
+    for point in points[len(live(study)) :]:
+        study.enqueue_trial(point)
+
+
+def checks_of(checks: optuna.Study, chosen: FrozenTrial, roles: Sequence[Values]) -> list[FrozenTrial]:
+    """The checks of a trial of the search, one for every role; those that are missing are made.
+
+    Two machines may make one at once: the first counts.
+    """
+
+    def there() -> dict[Any, FrozenTrial]:
+        mine = [t for t in live(checks) if t.user_attrs["of"] == chosen.number]
+        return {(t.user_attrs["role"], t.user_attrs.get("repeat")): t for t in reversed(mine)}
+
+    found = there()
+    missing = [role for role in roles if (role["role"], role.get("repeat")) not in found]
+    for role in missing:
+        about = {"of": chosen.number, "settings of": chosen.user_attrs[SETTINGS]}
+        checks.enqueue_trial({}, user_attrs=role | about)
+    return list((there() if missing else found).values())
 
 
 def points(definition: Definition, trials: int) -> list[Values]:
@@ -151,14 +167,14 @@ def points(definition: Definition, trials: int) -> list[Values]:
     return (chosen + [{}] * trials)[:trials]
 
 
-def claim(study: optuna.Study, total: int, seed: int) -> optuna.Trial | None:
-    """Takes the first waiting trial among the first ``total``, for this worker alone; None when none waits.
+def claim(study: optuna.Study, counted: Callable[[], list[FrozenTrial]], seed: int) -> optuna.Trial | None:
+    """Takes the first waiting trial among those ``counted``, for this worker alone; None when none waits.
 
     The sampler is seeded with the study's seed and the trial's number: what it proposes depends on the trials before,
     not on how often the study was stopped.
     """
     fail_stale_trials(study)
-    for waiting in (t for t in live(study)[:total] if t.state == TrialState.WAITING):
+    for waiting in (t for t in counted() if t.state == TrialState.WAITING):
         beat(study, waiting)  # before the claim, so that no claimed trial is ever without one
         try:
             if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
