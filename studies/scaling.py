@@ -21,6 +21,7 @@ WIDTHS, FLOPS = (32, 64, 96), (2.5e10, 5e10, 1e11, 2e11, 4e11)
 THINKING = ((0, 0), (4, 2), (4, 8), (1, 8))  # (thoughts per layer K, T_fast)
 
 recipe = recipe_file("scaling.yaml")
+checks = False  # the baseline is on the grid
 space = {
     "flops": CategoricalDistribution(FLOPS),
     "width": CategoricalDistribution(WIDTHS),

@@ -33,6 +33,7 @@ class Definition:
         objective: trains and judges one `Setting`; returns named figures.
         points: the points to try, where they are chosen beforehand (a grid); none are sampled then.
         first: a point to try first, for example the recipe's own.
+        checks: whether the best setting is trained again, and a baseline beside it.
         recipe: the base recipe's file, where the user gives none.
         analyse: what the report adds: pictures and sentences, from the trials' rows.
     """
@@ -44,6 +45,7 @@ class Definition:
     objective: Objective
     points: tuple[Values, ...]
     first: Values | None
+    checks: bool
     recipe: str
     analyse: Analysis | None
 
@@ -75,6 +77,7 @@ def load_definition(source: str) -> Definition:
         objective=getattr(module, "objective", train_and_score),
         points=tuple(getattr(module, "points", ())),
         first=getattr(module, "first", None),
+        checks=getattr(module, "checks", True),
         recipe=getattr(module, "recipe", recipe_file("quickstart.yaml")),
         analyse=getattr(module, "analyse", None),
     )

@@ -64,7 +64,7 @@ def run_study(
     Args:
         url, name: of the storage, and of the study in it.
         repeats: how often the best setting is trained again, each time with another seed, beside the autoregressive
-            baseline. A grid brings its own baseline and repeats nothing.
+            baseline.
     """
     trials.make_folder(url)
     with trials.reachable(url):
@@ -76,7 +76,7 @@ def run_study(
         (workplace.out / BASE).write_text(plan.recipe, "utf-8")
         trials.fill(study, trials.points(definition, total))
         again: list[Values] = [{"role": "repeat", "repeat": 1 + index} for index in range(repeats)]
-        roles = [] if definition.points else [{"role": "baseline"}, *again]
+        roles = [{"role": "baseline"}, *again] if definition.checks else []
         done = sum(t.state.is_finished() for t in trials.live(study)[:total])
         with Watch(name, total, done) as watch:
             Worker(study, checks, definition, plan, total, roles, workplace, watch).run()
