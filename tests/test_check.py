@@ -116,7 +116,7 @@ NOT_LEARNED = [(Deaf, "does not reach the parameter 'prior.mean'"), (Endless, "k
 
 
 @pytest.mark.parametrize(("prior", "message"), NOT_LEARNED)
-def test_what_cannot_be_learned_is_named(prior, message, joined, tiny_batch):
+def test_what_cannot_be_learned_is_named(prior, message, joined):
     model = joined(prior)
     check_prior(model)
     with pytest.raises(UsageError, match=message) as found:
@@ -124,7 +124,7 @@ def test_what_cannot_be_learned_is_named(prior, message, joined, tiny_batch):
     assert __file__ in str(found.value)
 
 
-def test_a_sound_prior_passes(joined, tiny_batch):
+def test_a_sound_prior_passes(joined):
     model = joined(Sound)
     check_prior(model)
     check_model(model, MeanField(model))

@@ -23,6 +23,7 @@ DOORS = {  # outsider -> the files that may know it, and how many of them
     "webdataset": ("ltm_pyro/data/*.py", 2),
     "fsspec": ("ltm_pyro/data/*.py", 1),
     "optuna": ("studies/**/*.py", 99),
+    "sqlalchemy": ("studies/search/trials.py", 1),
 }
 FILES = {path: ast.parse(path.read_text()) for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))}
 OUTSIDE = [path for folder in ("tests", "benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -18,6 +18,11 @@ COMMANDS = {  # name -> module and the line of help
     "check-inference": ("ltm_pyro.cli.check_inference", "every guide against known posteriors and evidences"),
     "bench": ("ltm_pyro.cli.bench", "speed and memory beside the published structure, on this machine"),
     "flops": ("ltm_pyro.cli.flops", "what a recipe costs per token"),
+    "study run": ("ltm_pyro.cli.study", "search settings at equal training budgets, on any number of machines"),
+    "study list": ("ltm_pyro.cli.study", "the studies in a storage"),
+    "study show": ("ltm_pyro.cli.study", "a study's trials, failed and pruned ones with the reason"),
+    "study report": ("ltm_pyro.cli.study", "a study as a page: pictures, trials and the recommended setting"),
+    "study best": ("ltm_pyro.cli.study", "write the recommended setting as a recipe for `ltm fit`"),
 }
 
 

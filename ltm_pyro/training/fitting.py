@@ -2,6 +2,7 @@
 
 import errno
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,8 +45,8 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by the user; the message says where it was saved and how to go on."""
 
 
-def train(config: Namespace) -> Path:
-    """Trains as a recipe says and returns the run directory.
+def train(config: Namespace, onlookers: Sequence[Any] = ()) -> Path:
+    """Trains as a recipe says and returns the run directory; ``onlookers`` are further Lightning callbacks.
 
     Of several ranks the first looks at the run directory, writes it and shows the plan. Raises `UsageError` before
     anything is written, `Interrupted` after Ctrl-C or SIGTERM once the checkpoint is safe.
@@ -62,7 +63,7 @@ def train(config: Namespace) -> Path:
     content = _content(resumed or config.warm_start, tokenizer)
     log = MetricsFile(run / METRICS, content["global_step"] if keep else None)
     saving = Saving(**config.checkpoints.as_dict())
-    callbacks = [Progress(), Checkpoints(run / CHECKPOINT, recipe, text, saving)]
+    callbacks = [Progress(), *onlookers, Checkpoints(run / CHECKPOINT, recipe, text, saving)]
     module, data, trainer = build(config, callbacks=callbacks, logger=[log])
     if resumed:
         data.check(content.get("PackedData", {}), trainer.world_size)

@@ -1,0 +1,193 @@
+"""`ltm study run|list|show|report|best`: which setting is best at a fixed budget?"""
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.contracts import UsageError
+
+SEARCH = "ltm_pyro.studies.search"  # by dotted path: the command line imports no study
+STORAGE = "sqlite:///runs/studies.db"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm study …`; the parser's name says which."""
+    command = parser.prog.split()[-1]
+    _ARGUMENTS[command](parser)
+    parser.set_defaults(command=command)
+    parser.add_argument("--storage", default=STORAGE, metavar="URL", help=f"of the trials; {STORAGE} by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what the command says; returns 0. Raises `UsageError`."""
+    return _COMMANDS[args.command](args)
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "study",
+        metavar="NAME|FILE.py",
+        help="rate_ratio, latent_dims, inference_steps, prior_family, scaling, or a file",
+    )
+    add("--base-config", metavar="FILE", help="the recipe that is varied; the study's own by default")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe in all trials")
+    add("--budget", default="4e12flops", metavar="N[flops|s]", help="training of each trial: 2e13flops or 120s")
+    add("--trials", type=at_least(1), metavar="N", help="in all, over workers and restarts; 20, or the grid's")
+    add("--workers", type=at_least(1), default=1, metavar="N", help="trials at a time on this machine")
+    add("--study-name", metavar="S", help="in the storage; the study's by default")
+    add("--minimise", default="bound", metavar="A[,B]", help="figures to minimise; several give a Pareto front")
+    add("--at-most", action="append", default=[], metavar="FIGURE=X", help="a limit, such as peak_memory_mib=4000")
+    add("--prune", action="store_true", help="give hopeless trials up early (Hyperband)")
+    add("--repeats", type=at_least(0), default=2, metavar="N", help="trainings of the best setting with other seeds")
+    add("--memory", type=float, metavar="GIB", help="the most memory one trial may allocate")
+    add("--samples", type=at_least(1), default=8, metavar="S", help="draws per sequence after q is final")
+    add("--limit", type=at_least(2), default=64, metavar="N", help="score only the first N held-out sequences")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of the search and of every training")
+    add("--out", metavar="DIR", help="where the trials' runs go; runs/studies/S by default")
+
+
+def _named(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--study-name", metavar="S", help="the only one there when not given")
+
+
+def _best_arguments(parser: argparse.ArgumentParser) -> None:
+    _named(parser)
+    parser.add_argument("--out", metavar="FILE", help="the recipe to write; S-best.yaml by default")
+    parser.add_argument("--trial", type=at_least(0), metavar="N", help="this one instead of the recommended")
+    parser.add_argument("--force", action="store_true", help="replace the file")
+
+
+def _run(args: argparse.Namespace) -> int:
+    study = import_module(f"{SEARCH}.study")
+    definition, plan = study.prepare(
+        args.study,
+        args.base_config,
+        {key: yaml.safe_load(value) for key, value in _pairs("--set", args.set)},
+        budget=args.budget,
+        minimise=tuple(args.minimise.split(",")),
+        at_most={figure: _number("--at-most", value) for figure, value in _pairs("--at-most", args.at_most)},
+        samples=args.samples,
+        limit=args.limit,
+        pruned=args.prune,
+        seed=args.seed,
+    )
+    name = args.study_name or plan.study
+    workplace = study.Workplace(
+        out=Path(args.out or f"runs/studies/{name}"), workers=args.workers, memory_gib=args.memory
+    )
+    total = args.trials or len(definition.points) or study.TRIALS
+    try:
+        study.run_study(definition, plan, args.storage, name, total, workplace, args.repeats)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped.") from None
+    args.study_name = name
+    return _show(args)
+
+
+def _pairs(option: str, given: list[str]) -> list[list[str]]:
+    for text in given:
+        if "=" not in text:
+            raise UsageError(f"{option} {text!r} is not NAME=VALUE: write the name, an equals sign and the value.")
+    return [text.split("=", 1) for text in given]
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{option} needs a number, got {text!r}: for example peak_memory_mib=4000.") from None
+
+
+def _list(args: argparse.Namespace) -> int:
+    found = import_module(f"{SEARCH}.study").summaries(args.storage)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    table = Table("study", "trials", "complete", "failed", "pruned", "best", "budget", box=box.SIMPLE_HEAD)
+    for row in found:
+        table.add_row(*(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()))
+    Console().print(table)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    found = import_module(f"{SEARCH}.study").describe(args.storage, args.study_name)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    console = Console()
+    console.print(_table(found))
+    console.print(found["recommendation"], soft_wrap=True, highlight=False)
+    return 0
+
+
+def _table(found: dict[str, Any]) -> Table:
+    parameters = list(dict.fromkeys(name for row in found["trials"] for name in row["parameters"]))
+    title = f"{found['study']}: {found['question']} Every trial trains for {found['budget']}."
+    short = [name.rsplit(".", 1)[-1] for name in parameters]
+    columns = ("trial", *short, *found["minimise"], "thinking gain", "")
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for row in found["trials"]:
+        figures = [row["figures"].get(name) for name in (*found["minimise"], "thinking_gain")]
+        given = [row["parameters"].get(name) for name in parameters]
+        label = str(row["number"]) if row["role"] == "trial" else row["role"]
+        table.add_row(label, *map(_cell, given), *map(_cell, figures), row["reason"] or row["state"])
+    return table
+
+
+def _cell(value: Any) -> str:
+    return " " if value is None else f" {value:.4g}" if isinstance(value, float) else f" {value}"
+
+
+def _best(args: argparse.Namespace) -> int:
+    written = import_module(f"{SEARCH}.study").write_best(
+        args.storage, args.study_name, args.out and Path(args.out), args.trial, args.force
+    )
+    if args.json:
+        print(json.dumps(written))
+    else:
+        print(
+            f"Written: {written['recipe']}, from trial {written['number']}. Next: ltm fit --config {written['recipe']}"
+        )
+    return 0
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _named(parser)
+    parser.add_argument("--out", metavar="DIR", help="folder to write; S-report by default")
+    parser.add_argument("--force", action="store_true", help="also into a folder that is not empty")
+
+
+def _report(args: argparse.Namespace) -> int:
+    written = import_module(f"{SEARCH}.report").write_report(
+        args.storage, args.study_name, args.out and Path(args.out), args.force
+    )
+    if args.json:
+        print(json.dumps(written))
+    else:
+        print(
+            "\n".join(
+                [*written["findings"], f"Written: {written['report']} and {len(written['files']) - 1} more files."]
+            )
+        )
+    return 0
+
+
+_ARGUMENTS = {
+    "run": _run_arguments,
+    "list": lambda parser: None,
+    "show": _named,
+    "report": _report_arguments,
+    "best": _best_arguments,
+}
+_COMMANDS = {"run": _run, "list": _list, "show": _show, "report": _report, "best": _best}

@@ -1,0 +1,46 @@
+"""What every trial of a study may spend on training."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ltm_pyro.contracts import UsageError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of training: floating-point operations, fast steps included, or seconds.
+
+    A step with more fast steps costs more, so equal steps would be unfair; equal FLOPs are not, whatever the machine.
+    """
+
+    amount: float
+    unit: str  # flops or s
+
+    def __str__(self) -> str:
+        return f"{self.amount:.4g}{self.unit}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The recipe's keys that make this the training's only end."""
+        days, seconds = divmod(round(self.amount) if self.unit == "s" else 0, 86_400)
+        clock = f"{days:02}:{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return {
+            "model.max_flops": self.amount if self.unit == "flops" else None,
+            "trainer.max_time": clock if self.unit == "s" else None,
+            "trainer.max_steps": -1,
+            "trainer.max_epochs": -1,
+        }
+
+
+def parse_budget(text: str) -> Budget:
+    """``2e13flops`` or ``120s``; whole seconds, since the trainer counts no others."""
+    found = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)(flops|s)", text)
+    try:
+        budget = Budget(float(found[1]), found[2]) if found else None
+    except ValueError:
+        budget = None
+    if budget is None or not 1 <= budget.amount < math.inf:
+        raise UsageError(f"The budget {text!r} is not an amount of training: give FLOPs (2e13flops) or seconds (120s).")
+    return budget

@@ -1,0 +1,104 @@
+"""A study as its file says it: what is searched, how a point becomes recipe settings, and how it is judged."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.studies.search.files import recipe_file
+from ltm_pyro.studies.search.objective import Objective, Values, train_and_score
+
+SHIPPED = ("rate_ratio", "latent_dims", "inference_steps", "prior_family", "scaling")
+Row = dict[str, Any]  # of one trial: number, role, state, seed, parameters, figures, reason
+Analysis = Callable[[list[Row]], tuple[dict[str, bytes], list[str]]]  # title to PNG, and findings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """What a study file defines; only ``space`` has to be there.
+
+    Args:
+        source: the shipped study's name, or the file's path.
+        question: the first line of the file's docstring.
+        space: parameter name to Optuna distribution; a name is a recipe's key unless ``settings`` translates it.
+        settings: a point of the space as recipe settings (dotted key to value).
+        objective: trains and judges one `Setting`; returns named figures.
+        points: the points to try, where they are chosen beforehand (a grid); none are sampled then.
+        first: a point to try first, for example the recipe's own.
+        checks: whether the best setting is trained again, and a baseline beside it.
+        recipe: the base recipe's file, where the user gives none.
+        analyse: what the report adds: pictures and sentences, from the trials' rows.
+    """
+
+    source: str
+    question: str
+    space: Mapping[str, BaseDistribution]
+    settings: Callable[[Values], Values]
+    objective: Objective
+    points: tuple[Values, ...]
+    first: Values | None
+    checks: bool
+    recipe: str
+    analyse: Analysis | None
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The space as plain data, to be compared and stored."""
+        return {name: json.loads(distribution_to_json(d)) for name, d in self.space.items()}
+
+    @property
+    def example(self) -> Values:
+        """A point of the space, to check that a recipe takes it."""
+        return self.points[0] if self.points else self.first or {n: _lowest(d) for n, d in self.space.items()}
+
+
+def load_definition(source: str) -> Definition:
+    """A shipped study by name, or a Python file by path. Raises `UsageError`."""
+    module = _module(source)
+    space = getattr(module, "space", None)
+    if not isinstance(space, Mapping) or not all(isinstance(d, BaseDistribution) for d in space.values()) or not space:
+        raise UsageError(
+            f"The study {source} defines no `space`: give a dictionary from recipe keys to Optuna distributions, "
+            f"such as {{'model.inference.rate': FloatDistribution(0.05, 0.5, log=True)}}."
+        )
+    return Definition(
+        source=str(Path(source).resolve()) if source.endswith(".py") else source,
+        question=(inspect.getdoc(module) or source).splitlines()[0],
+        space=space,
+        settings=getattr(module, "settings", dict),
+        objective=getattr(module, "objective", train_and_score),
+        points=tuple(getattr(module, "points", ())),
+        first=getattr(module, "first", None),
+        checks=getattr(module, "checks", True),
+        recipe=getattr(module, "recipe", recipe_file("quickstart.yaml")),
+        analyse=getattr(module, "analyse", None),
+    )
+
+
+def _module(source: str) -> ModuleType:
+    if source in SHIPPED:
+        return importlib.import_module(f"ltm_pyro.studies.{source}")
+    path = Path(source)
+    if path.suffix != ".py":
+        raise UsageError(f"There is no study '{source}': choose from {', '.join(SHIPPED)}, or give a Python file.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UsageError(f"There is no study file at {path}: give one that defines `space`.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"The study file {path} cannot be run: {type(error).__name__}: {error}; mend it.") from None
+    return module
+
+
+def _lowest(distribution: Any) -> Any:
+    return distribution.choices[0] if isinstance(distribution, CategoricalDistribution) else distribution.low

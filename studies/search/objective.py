@@ -1,0 +1,164 @@
+"""One setting trained and judged: the honest bound on validation, and what it cost.
+
+Shapes: B sequences, S posterior samples.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from ltm_pyro.data import PackedDataset, load_tokenizer
+from ltm_pyro.elbo import log_weights
+from ltm_pyro.evaluation import evaluate_run
+from ltm_pyro.flops import ours
+from ltm_pyro.local import fit
+from ltm_pyro.reliability import pareto_k
+from ltm_pyro.runs import Run, load_run, read_checkpoint
+from ltm_pyro.studies.search.budget import Budget
+from ltm_pyro.training.fitting import train
+from ltm_pyro.training.milestones import Milestones
+from ltm_pyro.training.module import LTMModule
+from ltm_pyro.training.recipe import read_recipe
+
+Values = dict[str, Any]
+Figures = dict[str, float]
+RUNGS = (1 / 9, 1 / 3)  # fractions of the budget after which a trial may be given up; Hyperband's with a factor of 3
+K_HAT_SEQUENCES, K_HAT_DRAWS = 8, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One training to judge.
+
+    Args:
+        recipe: the base recipe's file.
+        options: what is changed in it, dotted key to value; the budget is among them.
+        parameters: the study's own parameters behind the options.
+        run: where the run is written.
+        samples, limit: S draws per sequence after q is final, and how many held-out sequences are scored.
+        k_hat: whether Pareto k-hat is recorded; it costs 256 draws for each of 8 sequences.
+        pruned: whether the bound is reported at `RUNGS`.
+        tick, report: called with the progress, and with a rung and the bound there.
+    """
+
+    recipe: str
+    options: Values
+    parameters: Values
+    run: Path
+    samples: int = 8
+    limit: int = 64
+    k_hat: bool = False
+    pruned: bool = False
+    tick: Callable[[float], None] = field(default=lambda progress: None)
+    report: Callable[[int, float], None] = field(default=lambda rung, bound: None)
+
+
+Objective = Callable[[Setting], Mapping[str, float]]
+
+
+def configure(recipe: str, options: Mapping[str, Any]) -> Namespace:
+    """A recipe with some keys changed; `UsageError` names the key that it does not have."""
+    written = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items()]
+    return read_recipe(["--config", recipe, *written])
+
+
+def options_of(budget: Budget, settings: Values, run: Path, seed: int) -> Values:
+    """Everything a trial changes in the base recipe: its point, its only end, its place; it never validates."""
+    quiet = {"trainer.limit_val_batches": 0, "run": str(run), "seed_everything": seed}
+    return {**budget.options, **settings, **quiet}
+
+
+def train_and_score(setting: Setting) -> Figures:
+    """Trains as the setting says, then scores the honest bound.
+
+    Returns:
+        ``bound`` (nats per token, noise drawn after q is final), ``bound_stderr``, ``prior`` (no inference),
+        ``thinking_gain`` = prior − bound, ``kl``; ``flops``, ``tokens`` and ``flops_per_token`` of training;
+        ``inference_flops_per_token`` of fitting q and scoring once; ``parameters``; ``peak_memory_mib``.
+    """
+    config = configure(setting.recipe, setting.options)
+    config.force = True  # a retried trial writes over what its dead predecessor left
+    onlooker = Milestones(RUNGS if setting.pruned else (), _judge(config, setting), setting.report, setting.tick)
+    path = train(config, [onlooker])
+    run = load_run(path)
+    return {**score(run, setting), **costs(run, path, config)}
+
+
+def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
+    """The bound and what thinking is worth, nats per held-out token; ``fast_steps`` when not the recipe's own."""
+    samples, limit = setting.samples, setting.limit
+    scores = evaluate_run(
+        run, protocols=("bound", "prior"), samples=samples, fast_steps=fast_steps, limit=limit
+    ).protocols
+    bound, prior = scores["bound"], scores["prior"]
+    figures = {
+        "bound": bound.nats_per_token,
+        "bound_stderr": bound.stderr_nats_per_token,
+        "kl": bound.kl_nats_per_token,
+        "prior": prior.nats_per_token,
+        "thinking_gain": prior.nats_per_token - bound.nats_per_token,
+    }
+    return figures | ({"k_hat": k_hat(run)} if setting.k_hat else {})
+
+
+def costs(run: Run, path: Path, config: Namespace) -> Figures:
+    """What training has spent, and what inference costs per held-out token."""
+    checkpoint = read_checkpoint(path)
+    flops = checkpoint["state_dict"]["flops"].item()
+    length = PackedDataset.open(run.data, "val").manifest.seq_len
+    step = config.data.batch_size * length * config.trainer.accumulate_grad_batches
+    tokens = checkpoint["global_step"] * step
+    return {
+        "flops": flops,
+        "tokens": tokens,
+        "flops_per_token": flops / tokens,
+        "inference_flops_per_token": inference_flops(run, length),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "peak_memory_mib": peak_memory(),
+    }
+
+
+def inference_flops(run: Run, length: int) -> float:
+    """FLOPs per token of one fit of q and one forward pass (a third of a slow step)."""
+    spent = ours(run.model.decoder, length, replace(run.inference, slow_gradient="last"))
+    return spent.fast + spent.slow / 3
+
+
+def peak_memory() -> float:
+    """MiB: of the device where there is one (unverified), else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def k_hat(run: Run) -> float:
+    """The median Pareto k-hat of the first held-out sequences: above 0.7, q misses mass that the bound would need."""
+    dataset = PackedDataset.open(run.data, "val")
+    batch = dataset.collate([dataset[i] for i in range(min(K_HAT_SEQUENCES, len(dataset)))])
+    with torch.no_grad():
+        batch = run.model.prepare(batch)
+        state, _ = fit(run.model, run.guide, batch, run.inference)
+        weights = [log_weights(run.model, run.guide, batch, state.parameters, 8) for _ in range(K_HAT_DRAWS // 8)]
+    return pareto_k(torch.cat(weights)).median().item()
+
+
+def _judge(config: Namespace, setting: Setting) -> Callable[[LTMModule], float]:
+    """The bound of a module in training, on the sequences that it will be judged by in the end."""
+
+    def bound(module: LTMModule) -> float:
+        model: Any = module.model
+        model.decoder.listening = True
+        tokenizer = load_tokenizer(Path(config.data.directory) / "tokenizer.json")
+        run = Run(model, module.guide, tokenizer, module.evaluation, config.data.directory, model.decoder.length)
+        scores = evaluate_run(run, protocols=("bound",), samples=setting.samples, limit=setting.limit).protocols
+        return scores["bound"].nats_per_token
+
+    return bound

@@ -1,0 +1,100 @@
+"""What makes a study one study: all of it is stored with the trials, and no trial under another plan joins them."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.data import read_manifest
+from ltm_pyro.flops import ours
+from ltm_pyro.studies.search.budget import parse_budget
+from ltm_pyro.studies.search.definition import Definition
+from ltm_pyro.studies.search.objective import Values, configure, options_of
+from ltm_pyro.training.recipe import build_module, check_budget, dump_recipe, take_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that two trials must share to be compared.
+
+    Args:
+        study, question: the definition's name, and what it asks.
+        space: parameter name to distribution, as plain data.
+        recipe: the base recipe's text, every default written out.
+        budget: what each trial may spend.
+        minimise: the figures that are the objectives; with more than one the result is a Pareto front.
+        at_most: figure to limit; a trial above one is infeasible.
+        samples, limit: how the bound is scored.
+        pruned: whether hopeless trials are given up (Hyperband).
+        seed: of the sampler and of every training.
+    """
+
+    study: str
+    question: str
+    space: dict[str, Any]
+    recipe: str
+    budget: str
+    minimise: tuple[str, ...] = ("bound",)
+    at_most: dict[str, float]
+    samples: int = 8
+    limit: int = 64
+    pruned: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pruned and len(self.minimise) > 1:
+            raise UsageError(
+                f"Pruning needs one objective, got {', '.join(self.minimise)}: drop --prune, or all but one."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as `from_dict` takes it."""
+        return asdict(self) | {"minimise": list(self.minimise)}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Plan":
+        """The plan that `as_dict` made."""
+        return cls(**stored | {"minimise": tuple(stored["minimise"])})
+
+    def difference(self, other: "Plan") -> str | None:
+        """The first thing in which two plans differ."""
+        return next((f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)), None)
+
+
+def base_recipe(recipe: str, changes: Values) -> str:
+    """The text of a base recipe with some keys changed, complete and ready to train."""
+    config = configure(recipe, changes)
+    if not Path(config.data.directory).exists():
+        raise UsageError(
+            f"There is no packed data at {config.data.directory}: name some with --set data.directory=DIR, "
+            f"or make the quickstart's with `make quickstart`."
+        )
+    take_vocabulary(config)
+    config.run = "runs/ltm"
+    return dump_recipe(config)
+
+
+def check(plan: Plan, definition: Definition, recipe: Path) -> None:
+    """Refuses what no trial could run: a setting that the recipe lacks, a budget below one step."""
+    budget = parse_budget(plan.budget)
+    for point in definition.points or (definition.example,):
+        if unknown := point.keys() - definition.space.keys():
+            raise UsageError(
+                f"The study's point {point} names '{min(unknown)}', which its space does not have: add it."
+            )
+        config = configure(str(recipe), options_of(budget, definition.settings(point), recipe.parent, plan.seed))
+        check_budget(config)
+    if budget.unit == "flops":
+        step = _one_step(config)
+        if step > budget.amount:
+            raise UsageError(f"The budget {plan.budget} is less than one step, which costs {step:.3g}flops: raise it.")
+
+
+def _one_step(config: Any) -> float:
+    """FLOPs of the first step."""
+    take_vocabulary(config)
+    module = build_module(config)
+    length = read_manifest(config.data.directory).seq_len
+    first = module.curriculum.at(0.0, module.inference)
+    module.model.decoder.listening = first.steps > 0
+    return config.data.batch_size * length * ours(module.model.decoder, length, first).total

@@ -1,0 +1,118 @@
+"""One trial in a process of its own: it may run out of memory, turn non-finite or crash, and only it ends."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.studies.search.definition import load_definition
+from ltm_pyro.studies.search.objective import Setting
+
+CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks before any tensor or device exists
+CONTEXT.set_forkserver_preload([__name__])
+OFTEN = 0.5  # seconds between two ticks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a trial's process is told: the study, the setting's fields, and what it may use.
+
+    Args:
+        threads: of one trial.
+        device: the CUDA device it sees, None for all (unverified).
+        memory_gib: the most memory it may allocate.
+    """
+
+    study: str
+    setting: dict[str, Any]
+    threads: int
+    device: int | None = None
+    memory_gib: float | None = None
+
+
+def start(task: Task) -> tuple[Any, Connection]:
+    """The running process, and the end of a pipe on which it speaks: ('tick', x), ('report', rung, bound),
+    ('done', figures) or ('failed', reason)."""
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_work, args=(task, theirs))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _work(task: Task, say: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    run = Path(task.setting["run"])
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "trial.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        last_word: tuple[str, Any]
+        try:
+            last_word = "done", _judged(task, say)
+        except BaseException as error:
+            traceback.print_exc()
+            last_word = "failed", reason(error)
+        sys.stderr.flush()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(run / "checkpoints")  # a study of large models would fill the disk
+        say.send(last_word)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _judged(task: Task, say: Connection) -> dict[str, float]:
+    torch.set_num_threads(task.threads)
+    if task.device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(task.device)
+    if task.memory_gib is not None:
+        most = int(task.memory_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    last = 0.0
+
+    def tick(progress: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > OFTEN:
+            last = time.monotonic()
+            say.send(("tick", progress))
+
+    setting = Setting(**task.setting, tick=tick, report=lambda rung, bound: say.send(("report", rung, bound)))
+    figures = load_definition(task.study).objective(setting)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def reason(error: BaseException) -> str:
+    """Why a trial failed, in one line."""
+    text = " ".join(str(error).split()) or "no message"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return f"out of memory: {text[:200]}"
+    name = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+    return f"{name}{text[:300]}"
+
+
+def ended(exitcode: int | None) -> str:
+    """Why a process that said nothing has ended."""
+    if exitcode == -signal.SIGKILL:
+        return "killed (SIGKILL): most often the machine ran out of memory"
+    if exitcode is not None and exitcode < 0:
+        return f"crashed ({signal.Signals(-exitcode).name})"
+    return f"ended without a result (exit code {exitcode})"

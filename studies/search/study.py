@@ -1,0 +1,198 @@
+"""A study from its name to its figures: what `ltm study` calls."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.studies.search import trials
+from ltm_pyro.studies.search.budget import parse_budget
+from ltm_pyro.studies.search.definition import Definition, load_definition
+from ltm_pyro.studies.search.objective import Values, configure
+from ltm_pyro.studies.search.plan import Plan, base_recipe, check
+from ltm_pyro.studies.search.runner import Worker, Workplace
+from ltm_pyro.studies.search.watch import Watch
+from ltm_pyro.training.recipe import dump_recipe
+
+BASE = "base.yaml"
+TRIALS = 20  # where neither the user nor a grid says how many
+
+
+def prepare(source: str, recipe: str | None, changes: dict[str, Any], **planned: Any) -> tuple[Definition, Plan]:
+    """A study's definition and plan, checked before anything is written.
+
+    Args:
+        source: a shipped study's name, or a Python file.
+        recipe, changes: the base recipe (the study's own when not given), and what is changed in it.
+        planned: the further fields of `Plan`.
+    """
+    definition = load_definition(source)
+    text = base_recipe(recipe or definition.recipe, changes)
+    plan = Plan(
+        study=Path(source).stem,
+        question=definition.question,
+        space=definition.described,
+        recipe=text,
+        **planned,
+    )
+    with base_file(plan) as file:
+        check(plan, definition, file)
+    return definition, plan
+
+
+@contextmanager
+def base_file(plan: Plan) -> Iterator[Path]:
+    """The base recipe as a file, for as long as the context lasts."""
+    with TemporaryDirectory() as scratch:
+        (Path(scratch) / BASE).write_text(plan.recipe, "utf-8")
+        yield Path(scratch) / BASE
+
+
+def run_study(
+    definition: Definition, plan: Plan, url: str, name: str, total: int, workplace: Workplace, repeats: int = 2
+) -> None:
+    """Works on a study until it has ``total`` trials, wherever they run; interrupted or killed, the same call goes on.
+
+    Args:
+        url, name: of the storage, and of the study in it.
+        repeats: how often the best setting is trained again, each time with another seed, beside the autoregressive
+            baseline.
+    """
+    trials.make_folder(url)
+    with trials.reachable(url):
+        storage = trials.open_storage(url)
+        study = trials.open_study(storage, name, plan)
+        checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
+        study.set_user_attr(trials.SOURCE, definition.source)
+        workplace.out.mkdir(parents=True, exist_ok=True)
+        (workplace.out / BASE).write_text(plan.recipe, "utf-8")
+        trials.fill(study, trials.points(definition, total))
+        again: list[Values] = [{"role": "repeat", "repeat": 1 + index} for index in range(repeats)]
+        roles = [{"role": "baseline"}, *again] if definition.checks else []
+        done = sum(t.state.is_finished() for t in trials.live(study)[:total])
+        with Watch(name, total, done) as watch:
+            Worker(study, checks, definition, plan, total, roles, workplace, watch).run()
+
+
+def summaries(url: str) -> list[dict[str, Any]]:
+    """One row for every study in a storage."""
+    with trials.reachable(url):
+        storage = trials.existing_storage(url)
+        return [_summary(storage, name) for name in trials.study_names(storage)]
+
+
+def _summary(storage: RDBStorage, name: str) -> dict[str, Any]:
+    study = trials.load_study(storage, name)
+    states = [t.state for t in trials.live(study)]
+    chosen = trials.best(study)
+    return {
+        "study": name,
+        "trials": len(states),
+        **{s.name.lower(): states.count(s) for s in (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)},
+        "best": chosen.values[0] if chosen else None,
+        "budget": trials.plan_of(study).budget,
+    }
+
+
+def describe(url: str, name: str | None) -> dict[str, Any]:
+    """A study's plan, its trials, the checks behind them, and what it recommends."""
+    with trials.reachable(url):
+        storage = trials.existing_storage(url)
+        study = trials.load_study(storage, only_name(storage, name))
+        plan = trials.plan_of(study)
+        checks = trials.load_study(storage, study.study_name + trials.CHECKS)
+        chosen = trials.best(study)
+        behind = [t for t in trials.live(checks) if chosen and t.user_attrs["of"] == chosen.number]
+        rows = [_row(trial) for trial in (*trials.live(study), *behind)]
+    return {
+        "study": study.study_name,
+        **plan.as_dict(),
+        "trials": rows,
+        "best": chosen.number if chosen else None,
+        "recommendation": recommend(rows, _row(chosen) if chosen else None, plan),
+    }
+
+
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    noted = trial.user_attrs
+    lost = "its worker died" if trial.state == TrialState.FAIL else None
+    return {
+        "number": trial.number,
+        "role": noted.get("role", "trial"),
+        "state": trial.state.name.lower(),
+        "seed": noted.get("seed"),
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
+        "parameters": dict(trial.params),
+        "figures": noted.get(trials.FIGURES, {}),
+        "reason": noted.get(trials.REASON, lost),
+    }
+
+
+def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Plan) -> str:
+    """The best setting in words, with its figure over fresh seeds and the autoregressive baseline's beside it.
+
+    The best of N trials flatters itself, for it was chosen by its figure; the repeats' mean does not.
+    """
+    if best is None:
+        return "No trial is complete and within its limits yet: nothing to recommend."
+    name = plan.minimise[0]
+    setting = ", ".join(
+        f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in best["parameters"].items()
+    )
+    text = f"Trial {best['number']} has the lowest {name}, {best['figures'][name]:.4f}: {setting}."
+    again = [r["figures"][name] for r in rows if r["role"] == "repeat" and name in r["figures"]]
+    if again:
+        spread = f" ± {stdev(again):.4f} (standard deviation over {len(again)} seeds)" if len(again) > 1 else ""
+        text += f" Trained again with other seeds: {mean(again):.4f}{spread}."
+    twin = [r["figures"][name] for r in rows if r["role"] == "baseline" and name in r["figures"]]
+    return text + (f" The autoregressive baseline at the same budget: {twin[0]:.4f}." if twin else "")
+
+
+def only_name(storage: RDBStorage, name: str | None) -> str:
+    """The name, or that of the only study there is."""
+    names = trials.study_names(storage)
+    if name is None and len(names) != 1:
+        raise UsageError(f"{storage.url} holds {', '.join(names) or 'no study'}: choose one with --study-name.")
+    return name or names[0]
+
+
+def write_best(url: str, name: str | None, file: Path | None, number: int | None, force: bool) -> dict[str, Any]:
+    """Writes the recommended (or the numbered) trial as a recipe that ``ltm fit`` runs; returns its row."""
+    with trials.reachable(url):
+        storage = trials.existing_storage(url)
+        study = trials.load_study(storage, only_name(storage, name))
+        plan = trials.plan_of(study)
+        chosen = trials.best(study) if number is None else _numbered(study, number)
+    name = study.study_name
+    if chosen is None:
+        raise UsageError(
+            f"No trial of '{name}' is complete and within its limits: run more; `ltm study show` says why."
+        )
+    file = file or Path(f"{name}-best.yaml")
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists: choose another --out, or add --force.")
+    place = {"run": f"runs/{name}-best", "seed_everything": plan.seed}
+    options = parse_budget(plan.budget).options | chosen.user_attrs[trials.SETTINGS] | place
+    with base_file(plan) as base:
+        text = dump_recipe(configure(str(base), options))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    title = f"# Trial {chosen.number} of the study '{name}': {plan.minimise[0]} {chosen.values[0]:.4f}."
+    file.write_text(f"{title}\n{text}", "utf-8")
+    return _row(chosen) | {"recipe": str(file)}
+
+
+def _numbered(study: optuna.Study, number: int) -> FrozenTrial:
+    complete = {t.number: t for t in study.get_trials(states=(TrialState.COMPLETE,))}
+    if number not in complete:
+        raise UsageError(
+            f"Trial {number} of '{study.study_name}' is not complete: `ltm study show` lists those that are."
+        )
+    return complete[number]

@@ -1,0 +1,261 @@
+"""Trials in shared storage: as many as asked for in all, each claimed once, retried when its worker has died.
+
+A study begins as N waiting trials without parameters. A worker claims one (the database lets only one succeed), and
+only then the sampler chooses its parameters. So N is the total whatever the number of workers and restarts. The
+baseline and the repeats of the best setting are waiting trials too, in a companion study, where no sampler sees them.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.pruners import HyperbandPruner, NopPruner
+from optuna.samplers import TPESampler
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.studies.search.definition import Definition
+from ltm_pyro.studies.search.objective import RUNGS, Values
+from ltm_pyro.studies.search.plan import Plan
+
+PLAN, SOURCE, REASON, FIGURES, SETTINGS = "plan", "source", "reason", "figures", "settings"  # attributes
+CHECKS = ":checks"  # ends the name of a study's companion
+HEARTBEAT, GRACE = 10, 40  # seconds between signs of life, and without one until a worker counts as dead
+RETRIES = 3
+STARTUP = 5  # trials drawn at random before the sampler looks back
+
+
+@contextmanager
+def reachable(url: str) -> Iterator[None]:
+    """Turns a storage that fails into one sentence."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        try:
+            yield
+        except (NoSuchModuleError, ArgumentError, ImportError) as error:
+            raise UsageError(
+                f"The storage {url} cannot be used ({_first_line(error)}): give sqlite:///FILE, or "
+                f"postgresql+psycopg://USER@HOST/DATABASE with ltm-pyro[studies] installed."
+            ) from None
+        except SQLAlchemyError as error:
+            raise UsageError(
+                f"The storage {url} does not answer ({_first_line(error)}): check the address and try again."
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def open_storage(url: str) -> RDBStorage:
+    """The storage behind a URL, made when it is a new SQLite file in an existing folder."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with reachable(url):
+        return RDBStorage(
+            url,
+            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True},
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+        )
+
+
+def existing_storage(url: str) -> RDBStorage:
+    """The storage behind a URL, for reading: nothing is made."""
+    file = Path(url.removeprefix("sqlite:///"))
+    if url.startswith("sqlite:///") and not file.is_file():
+        raise UsageError(f"There is no storage at {file}: give the --storage that `ltm study run` had.")
+    return open_storage(url)
+
+
+def open_study(storage: RDBStorage, name: str, plan: Plan) -> optuna.Study:
+    """Creates a study, or takes up the one that has this plan; `UsageError` where the plan is another."""
+    pruner = HyperbandPruner(1, round(1 / RUNGS[0]), 3) if plan.pruned else NopPruner()
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        pruner=pruner,
+        directions=["minimize"] * len(plan.minimise),
+        load_if_exists=True,
+    )
+    stored = study.user_attrs.get(PLAN)
+    if stored is None:
+        study.set_user_attr(PLAN, plan.as_dict())
+    elif differing := plan.difference(Plan.from_dict(stored)):
+        raise UsageError(
+            f"The study '{name}' has another {differing} ({_short(stored[differing])}, not "
+            f"{_short(getattr(plan, differing))}): choose another --study-name."
+        )
+    return study
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) < 60 else f"{text[:57]}…"
+
+
+def plan_of(study: optuna.Study) -> Plan:
+    """The plan that every trial of a study shares."""
+    return Plan.from_dict(study.user_attrs[PLAN])
+
+
+def load_study(storage: RDBStorage, name: str) -> optuna.Study:
+    """An existing study."""
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        there = ", ".join(study_names(storage)) or "none"
+        raise UsageError(f"There is no study '{name}' in {storage.url}: it holds {there}.") from None
+
+
+def study_names(storage: RDBStorage) -> list[str]:
+    """The studies in a storage that `ltm study run` made, without their companions."""
+    studies = optuna.get_all_study_summaries(storage, include_best_trial=False)
+    return [s.study_name for s in studies if PLAN in s.user_attrs and not s.study_name.endswith(CHECKS)]
+
+
+def live(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that count, in order: one that was retried counts where it first stood."""
+    trials = study.get_trials(deepcopy=False)
+    superseded = {number for t in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(t)}
+    return sorted((t for t in trials if t.number not in superseded), key=_place)
+
+
+def _place(trial: FrozenTrial) -> int:
+    original = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
+    return trial.number if original is None else original
+
+
+def fill(study: optuna.Study, points: Sequence[Values]) -> None:
+    """Adds waiting trials until there are as many as ``points``; an empty point is the sampler's to choose.
+
+    Two machines that fill at once may add too many. The surplus stays behind the last that counts, and waits.
+    """
+    for point in points[len(live(study)) :]:
+        study.enqueue_trial(point)
+
+
+def checks_of(checks: optuna.Study, chosen: FrozenTrial, roles: Sequence[Values]) -> list[FrozenTrial]:
+    """The checks of a trial of the search, one for every role; those that are missing are made.
+
+    Two machines may make one at once: the first counts.
+    """
+
+    def there() -> dict[Any, FrozenTrial]:
+        mine = [t for t in live(checks) if t.user_attrs["of"] == chosen.number]
+        return {(t.user_attrs["role"], t.user_attrs.get("repeat")): t for t in reversed(mine)}
+
+    found = there()
+    missing = [role for role in roles if (role["role"], role.get("repeat")) not in found]
+    for role in missing:
+        about = {"of": chosen.number, "settings of": chosen.user_attrs[SETTINGS]}
+        checks.enqueue_trial({}, user_attrs=role | about)
+    return list((there() if missing else found).values())
+
+
+def points(definition: Definition, trials: int) -> list[Values]:
+    """What the first trials are given: the study's grid, or its first point and then whatever the sampler chooses."""
+    chosen = list(definition.points) or [definition.first or {}]
+    return (chosen + [{}] * trials)[:trials]
+
+
+def claim(study: optuna.Study, counted: Callable[[], list[FrozenTrial]], seed: int) -> optuna.Trial | None:
+    """Takes the first waiting trial among those ``counted``, for this worker alone; None when none waits.
+
+    The sampler is seeded with the study's seed and the trial's number: what it proposes depends on the trials before,
+    not on how often the study was stopped.
+    """
+    fail_stale_trials(study)
+    for waiting in (t for t in counted() if t.state == TrialState.WAITING):
+        beat(study, waiting)  # before the claim, so that no claimed trial is ever without one
+        try:
+            if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+                mixed = np.random.SeedSequence((seed, waiting.number)).generate_state(1)[0]
+                study.sampler = TPESampler(seed=int(mixed), n_startup_trials=STARTUP)
+                return optuna.Trial(study, waiting._trial_id)
+        except UpdateFinishedTrialError:
+            continue
+    return None
+
+
+def beat(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
+    """A sign of life, so that nobody takes a trial that is still running."""
+    cast(RDBStorage, study._storage).record_heartbeat(trial._trial_id)
+
+
+def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    """A value for one parameter, from the sampler."""
+    match distribution:
+        case FloatDistribution(low=low, high=high, log=log, step=step):
+            return trial.suggest_float(name, low, high, log=log, step=step)
+        case IntDistribution(low=low, high=high, log=log, step=step):
+            return trial.suggest_int(name, low, high, log=log, step=step)
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(name, choices)
+    raise UsageError(f"The parameter {name} has a distribution that Optuna does not search: {distribution}.")
+
+
+def seen_before(study: optuna.Study, trial: optuna.Trial) -> int:
+    """How many earlier trials have the same parameters: a setting that comes again is trained with another seed."""
+    return sum(t.params == trial.params for t in live(study) if t.number < trial.number)
+
+
+def finish(study: optuna.Study, trial: optuna.Trial, figures: dict[str, float]) -> None:
+    """Records a trial's figures, and its place relative to every limit."""
+    plan = plan_of(study)
+    objectives = [figures.get(name, math.nan) for name in plan.minimise]
+    if not all(map(math.isfinite, objectives)):
+        told = ", ".join(f"{name} is {value}" for name, value in zip(plan.minimise, objectives, strict=True))
+        return fail(study, trial, f"no finite objective: {told}")
+    trial.set_user_attr(FIGURES, {k: v if math.isfinite(v) else None for k, v in figures.items()})
+    for name, value in excess(dict(figures), plan).items():
+        trial.set_constraint(name, value)
+    study.tell(trial, objectives)
+    return None
+
+
+def fail(study: optuna.Study, trial: optuna.Trial, reason: str, state: TrialState = TrialState.FAIL) -> None:
+    """Records a trial as failed, or pruned, and why."""
+    trial.set_user_attr(REASON, reason)
+    study.tell(trial, state=state)
+
+
+def give_back(study: optuna.Study, trial: optuna.Trial) -> None:
+    """Ends a trial that was interrupted; the same parameters wait again."""
+    fail(study, trial, "interrupted; it waits again")
+    frozen = next(t for t in study.get_trials() if t.number == trial.number)
+    kept = {k: v for k, v in frozen.user_attrs.items() if k != REASON}
+    frozen.user_attrs = kept
+    RetryHeartbeatStaleTrialCallback()(study, frozen)
+
+
+def excess(figures: dict[str, float | None], plan: Plan) -> dict[str, float]:
+    """By how much each limited figure is above its limit; infinite where it was not recorded or is not finite."""
+    found = {name: figures.get(name) for name in plan.at_most}
+    return {name: math.inf if x is None or math.isnan(x) else x - plan.at_most[name] for name, x in found.items()}
+
+
+def feasible(study: optuna.Study) -> list[FrozenTrial]:
+    """The completed trials that keep every limit."""
+    plan = plan_of(study)
+    done = (t for t in live(study) if t.state == TrialState.COMPLETE)
+    return [t for t in done if all(x <= 0 for x in excess(t.user_attrs[FIGURES], plan).values())]
+
+
+def best(study: optuna.Study) -> FrozenTrial | None:
+    """The one of them with the lowest first objective."""
+    return min(feasible(study), key=lambda t: t.values[0], default=None)
+
+
+def make_folder(url: str) -> None:
+    """Makes the folder of a SQLite file."""
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,67 @@
+"""What a person sees of a running study: every trial's progress, and how the search goes."""
+
+import sys
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ltm_pyro.studies.search.plan import Plan
+from ltm_pyro.studies.search.trials import REASON, best, live, plan_of
+
+
+class Watch:
+    """One bar for the study and one per running trial on a terminal; elsewhere one line per finished trial."""
+
+    def __init__(self, name: str, total: int, done: int) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self._bar = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        )
+        self._study = self._bar.add_task(name, total=total, completed=done)
+        self._total = total
+        self._slots: dict[int, Any] = {}
+
+    def __enter__(self) -> "Watch":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def begin(self, slot: int, name: str, parameters: dict[str, Any]) -> None:
+        """A trial starts."""
+        text = ", ".join(
+            f"{k.rsplit('.', 1)[-1]} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in parameters.items()
+        )
+        self._slots[slot] = self._bar.add_task(f"  {name} {text}"[:70], total=1.0)
+
+    def tick(self, slot: int, progress: float) -> None:
+        """It has come so far."""
+        self._bar.update(self._slots[slot], completed=progress)
+
+    def end(self, slot: int, study: optuna.Study, number: int) -> None:
+        """It is over."""
+        self._bar.remove_task(self._slots.pop(slot))
+        trial, plan = study.get_trials()[number], plan_of(study)
+        role = trial.user_attrs.get("role")
+        line = f"{role or 'trial'} {number}: {_outcome(trial, plan)}"
+        if not role:
+            finished = [t for t in live(study) if t.state.is_finished()]
+            self._bar.update(self._study, completed=len(finished))
+            lowest = best(study)
+            known = f", lowest {plan.minimise[0]} {lowest.values[0]:.4f}" if lowest else ""
+            line += f"  ({len(finished)} of {self._total}{known})"
+        if self._bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(line, highlight=False)
+
+
+def _outcome(trial: FrozenTrial, plan: Plan) -> str:
+    if trial.state == TrialState.COMPLETE:
+        return ", ".join(f"{name} {value:.4g}" for name, value in zip(plan.minimise, trial.values, strict=True))
+    return str(trial.user_attrs.get(REASON, trial.state.name))

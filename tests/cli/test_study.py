@@ -1,0 +1,111 @@
+"""`ltm study` from a user's side: a search, what it shows, a recipe that runs, and one sentence for what is wrong."""
+
+import json
+
+import pytest
+import yaml
+
+from ltm_pyro.studies.search import trials
+
+SPACE = """
+'''Which fast rate?'''
+from optuna.distributions import FloatDistribution
+space = {"model.inference.rate": FloatDistribution(0.05, 0.5, log=True)}
+"""
+SMALL = ("--budget", "2e8flops", "--limit", 4, "--samples", 2)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def search(tmp_path):
+    """A study's file."""
+    path = tmp_path / "rate.py"
+    path.write_text(SPACE)
+    return path
+
+
+def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_path):
+    base = ("study", "run", search, "--base-config", recipe, *SMALL, "--repeats", 1)
+    code, out, err = ltm(*base, "--trials", 2, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [row["role"] for row in found["trials"]] == ["trial", "trial", "baseline", "repeat"]
+    assert all(row["state"] == "complete" for row in found["trials"])
+    assert "trial 1: bound" in err
+    best = found["trials"][found["best"]]
+    assert found["trials"][2]["figures"]["thinking_gain"] == pytest.approx(0, abs=1e-5)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+    code, out, _ = ltm("study", "list", "--json")
+    assert json.loads(out)[0] | {"best": 0} == {
+        **{"study": "rate", "trials": 2, "complete": 2, "fail": 0, "pruned": 0, "best": 0, "budget": "2e8flops"}
+    }
+    assert "rate" in ltm("study", "list")[1]
+    assert "Which fast rate?" in ltm("study", "show")[1]
+
+    code, out, _ = ltm("study", "best", "--json")
+    written = json.loads(out)
+    assert written["number"] == best["number"]
+    content = yaml.safe_load((tmp_path / written["recipe"]).read_text())
+    assert content["model"]["inference"]["rate"] == best["parameters"]["model.inference.rate"]
+    assert content["model"]["max_flops"] == 2e8
+    assert ltm("study", "best")[0] == 2
+    assert ltm("study", "best", "--force", "--trial", 0)[0] == 0
+    code, _, err = ltm("fit", "--config", "rate-best.yaml", "--trainer.limit_val_batches", 0)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere",), "no study 'nowhere': choose from rate_ratio"),
+        (("missing.py",), "no study file at missing.py"),
+        (("broken.py",), "cannot be run: SyntaxError"),
+        (("empty.py",), "defines no `space`"),
+        (("odd.py",), "model.inference.speed"),
+        (("rate.py", "--set", "model.no=1"), "model.no"),
+        (("rate.py", "--set", "model.no"), "not NAME=VALUE"),
+        (("rate.py", "--set", "data.directory=nowhere"), "no packed data at nowhere"),
+        (("rate.py", "--at-most", "k_hat=low"), "needs a number, got 'low'"),
+        (("rate.py", "--budget", "5"), "not an amount of training"),
+        (("rate.py", "--budget", "10flops"), "less than one step"),
+        (("rate.py", "--trials", "0"), "not a whole number of at least 1"),
+        (("rate.py", "--prune", "--minimise", "bound,flops"), "Pruning needs one objective"),
+        (("rate.py", "--storage", "nonsense"), "cannot be used"),
+        (("rate.py", "--storage", "oracles://there"), "cannot be used"),
+        (("rate.py", "--storage", "postgresql://nobody@127.0.0.1:1/none"), "does not answer"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(refused, recipe, search, tmp_path, arguments, said):
+    (tmp_path / "broken.py").write_text("space = {")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "odd.py").write_text(SPACE.replace("rate", "speed"))
+    before = sorted(tmp_path.rglob("*"))
+    assert said in refused(
+        "study", "run", *arguments, "--base-config", recipe, *SMALL[: 2 * ("--budget" not in arguments)]
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["list", "show", "best"])
+def test_a_storage_that_is_not_there_is_not_made(refused, tmp_path, command):
+    assert "no storage at runs/studies.db" in refused("study", command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_with_another_plan_and_a_name_that_is_not_there(refused, tmp_path, recipe, search):
+    from ltm_pyro.studies.search.plan import Plan
+
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    with trials.reachable(url):
+        plan = Plan(study="rate", question="?", space={}, recipe="", budget="1s", at_most={})
+        trials.open_study(trials.open_storage(url), "rate", plan)
+    run = ("study", "run", search, "--base-config", recipe, "--storage", url, *SMALL)
+    assert "'rate' has another" in refused(*run)
+    assert "choose another --study-name" in refused(*run)
+    assert "no study 'other' in" in refused("study", "show", "--storage", url, "--study-name", "other")
+    assert "No trial of 'rate' is complete" in refused("study", "best", "--storage", url)

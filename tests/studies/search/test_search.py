@@ -1,0 +1,126 @@
+"""The objective, limits, several objectives, pruning, repeats and the baseline."""
+
+import json
+
+import pytest
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.studies.search.budget import parse_budget
+from ltm_pyro.studies.search.definition import SHIPPED, load_definition
+from ltm_pyro.studies.search.objective import Setting, configure, options_of, train_and_score
+
+HALVING = """
+from optuna.distributions import FloatDistribution
+space = {"model.inference.rate": FloatDistribution(0.1, 1.0)}
+def objective(setting):
+    bound = setting.parameters.get("model.inference.rate", 1.0)
+    for rung in range(2):
+        setting.report(rung, bound)
+    import time; time.sleep(0.2)
+    return {"bound": bound}
+"""
+
+
+@pytest.mark.parametrize(("text", "amount", "unit"), [("2e13flops", 2e13, "flops"), ("90061s", 90061, "s")])
+def test_a_budget_is_an_amount_and_a_unit(text, amount, unit):
+    budget = parse_budget(text)
+    assert (budget.amount, budget.unit) == (amount, unit)
+
+
+def test_a_budget_is_the_only_end():
+    seconds, flops = parse_budget("90061s").options, parse_budget("2e13flops").options
+    assert (seconds["trainer.max_time"], seconds["model.max_flops"]) == ("01:01:01:01", None)
+    assert (flops["trainer.max_time"], flops["model.max_flops"]) == (None, 2e13)
+
+
+@pytest.mark.parametrize("text", ["", "12", "-1s", "0s", "0.5s", "1e999flops", "1.2.3s", "2 s", "nans", "fivesec"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(UsageError, match="is not an amount of training"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_studies_ask_and_fit_their_recipe(name):
+    definition = load_definition(name)
+    assert definition.question.endswith("?") or "?" in definition.question
+    for point in (*definition.points, definition.example):
+        assert point.keys() == definition.space.keys()
+        assert all(definition.space[k]._contains(definition.space[k].to_internal_repr(v)) for k, v in point.items())
+    for point in (definition.example, *definition.points[-1:]):
+        configure(definition.recipe, definition.settings(point))
+
+
+def test_a_trial_spends_its_budget_and_reports_a_bound(recipe, tmp_path):
+    said, heard = [], []
+    budget = parse_budget("4e8flops")
+    setting = Setting(
+        recipe=str(recipe),
+        options=options_of(budget, {}, tmp_path / "run", 0),
+        parameters={},
+        run=tmp_path / "run",
+        samples=2,
+        limit=4,
+        k_hat=True,
+        pruned=True,
+        tick=heard.append,
+        report=lambda rung, bound: said.append((rung, bound)),
+    )
+    figures = train_and_score(setting)
+    step = 4 * 16 * figures["flops_per_token"]
+    assert budget.amount <= figures["flops"] < budget.amount + step * 1.001
+    assert figures["tokens"] == 64 * len(heard)
+    assert figures["thinking_gain"] == pytest.approx(figures["prior"] - figures["bound"])
+    assert 3 < figures["bound"] < 8
+    assert figures["inference_flops_per_token"] > 0
+    assert figures["peak_memory_mib"] > 50
+    assert figures["k_hat"] == figures["k_hat"]
+    assert [rung for rung, _ in said] == [0, 1]
+    assert said[-1][1] > figures["bound"] - 0.2
+    assert heard == sorted(heard)
+    assert heard[-1] == 1
+
+
+def test_the_best_is_trained_again_and_beside_a_baseline(run, study_file):
+    found = run(4, study_file(), repeats=2)
+    *searched, baseline, first, second = found["trials"]
+    best = min(searched, key=lambda row: row["figures"]["bound"])
+    assert found["best"] == best["number"]
+    assert (baseline["role"], first["role"], second["role"]) == ("baseline", "repeat", "repeat")
+    assert (baseline["seed"], first["seed"], second["seed"]) == (0, 1, 2)
+    assert f"Trial {best['number']} has the lowest bound" in found["recommendation"]
+    assert "standard deviation over 2 seeds" in found["recommendation"]
+    assert "autoregressive baseline" in found["recommendation"]
+
+
+def test_a_limit_keeps_the_best_within_it(run, study_file):
+    free = run(5, study_file(), "a.db")
+    sizes = [row["figures"]["size"] for row in free["trials"][:5]]
+    limit = sizes[free["best"]] - 1e-6
+    limited = run(5, study_file(), "b.db", at_most={"size": limit})
+    assert min(sizes) <= limit
+    assert limited["trials"][limited["best"]]["figures"]["size"] <= limit
+    nothing = run(2, study_file(), "c.db", at_most={"unheard_of": 1.0})
+    assert nothing["best"] is None
+    assert nothing["recommendation"].startswith("No trial is complete and within its limits")
+
+
+def test_several_objectives_give_a_front(run, study_file):
+    found = run(6, study_file(), minimise=("bound", "inference_flops_per_token"))
+    assert [row["state"] for row in found["trials"]] == ["complete"] * 7
+    assert all(len(found["minimise"]) == 2 for _ in found["trials"])
+    with pytest.raises(UsageError, match="Pruning needs one objective"):
+        run(6, study_file(), minimise=("bound", "size"), pruned=True)
+
+
+def test_hopeless_trials_are_given_up_with_a_reason(run, study_file):
+    found = run(16, study_file(HALVING), pruned=True)
+    pruned = [row for row in found["trials"] if row["state"] == "pruned"]
+    assert 3 <= len(pruned) < 15
+    assert all(row["reason"].startswith("pruned after ") for row in pruned)
+    lowest = min(row["parameters"]["model.inference.rate"] for row in found["trials"] if row["role"] == "trial")
+    assert found["trials"][found["best"]]["parameters"]["model.inference.rate"] == pytest.approx(lowest)
+
+
+def test_what_is_told_is_plain(run, study_file):
+    found = run(2, study_file())
+    assert json.loads(json.dumps(found)) == found

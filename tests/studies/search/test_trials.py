@@ -1,0 +1,150 @@
+"""As many trials as asked for, none twice, none lost; and each fails alone."""
+
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.studies.search import trials
+from ltm_pyro.studies.search.plan import Plan
+
+PLAN = Plan(study="s", question="?", space={}, recipe="", budget="1s", at_most={})
+TROUBLE = """
+'''What can go wrong?'''
+import os, signal, sys
+from optuna.distributions import CategoricalDistribution
+kinds = ["fine", "raises", "nan", "memory", "killed", "exits", "sound"]
+space = {"kind": CategoricalDistribution(kinds)}
+points = [{"kind": kind} for kind in kinds]
+checks = False
+def settings(parameters):
+    return {}
+def objective(setting):
+    match setting.parameters["kind"]:
+        case "raises":
+            raise RuntimeError("something is odd")
+        case "nan":
+            return {"bound": float("nan")}
+        case "memory":
+            return {"bound": float(len(bytearray(2**40)))}
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exits":
+            os._exit(3)
+    return {"bound": 1.0}
+"""
+
+
+def parameters(found):
+    return [row["parameters"] for row in found["trials"] if row["role"] == "trial"]
+
+
+def test_one_seed_proposes_the_same_and_a_pause_changes_nothing(run, study_file):
+    source = study_file()
+    whole = run(8, source, "whole.db")
+    assert parameters(run(5, source, "paused.db")) == parameters(whole)[:5]
+    paused = run(8, source, "paused.db")
+    assert parameters(paused) == parameters(whole)
+    proposed = [tuple(p.values()) for p in parameters(whole)]
+    assert len(set(proposed)) == 8
+    assert [row["state"] for row in paused["trials"]] == ["complete"] * 9  # and the baseline of the best
+    assert parameters(run(8, source, "other.db", seed=1))[1:] != parameters(whole)[1:]
+
+
+def test_a_setting_that_comes_again_is_trained_with_another_seed(run, study_file):
+    text = """
+from optuna.distributions import CategoricalDistribution
+space = {"model.inference.steps": CategoricalDistribution([2, 4])}
+def objective(setting):
+    return {"bound": setting.options["seed_everything"] + setting.parameters.get("model.inference.steps", 0)}
+"""
+    found = run(6, study_file(text))
+    searched = found["trials"][:6]
+    tried = [(row["parameters"]["model.inference.steps"], row["seed"]) for row in searched]
+    assert len(set(tried)) == 6
+    assert all(row["figures"]["bound"] == sum(pair) for row, pair in zip(searched, tried, strict=True))
+
+
+def test_trials_die_alone_and_say_why(run, study_file):
+    found = run(7, study_file(TROUBLE), memory_gib=64, workers=2)
+    said = {row["parameters"]["kind"]: (row["state"], row["reason"] or "") for row in found["trials"]}
+    assert said["fine"] == said["sound"] == ("complete", "")
+    assert said["raises"] == ("fail", "RuntimeError: something is odd")
+    assert said["nan"] == ("fail", "no finite objective: bound is nan")
+    assert said["memory"][0] == "fail"
+    assert said["memory"][1].startswith("out of memory")
+    assert said["killed"][0] == "fail"
+    assert "SIGKILL" in said["killed"][1]
+    assert said["exits"] == ("fail", "ended without a result (exit code 3)")
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path / 'studies.db'}"
+
+
+@pytest.fixture
+def study(url, monkeypatch):
+    """A study with three waiting trials, in a storage that calls a worker dead after a second of silence."""
+    monkeypatch.setattr(trials, "HEARTBEAT", 1)
+    monkeypatch.setattr(trials, "GRACE", 1)
+    with trials.reachable(url):
+        study = trials.open_study(trials.open_storage(url), "s", PLAN)
+        trials.fill(study, [{}] * 3)
+        yield study
+
+
+def claim(study, total=3):
+    return trials.claim(study, lambda: trials.live(study)[:total], seed=0)
+
+
+def suggest(trial):
+    return trials.suggest(trial, "x", optuna.distributions.FloatDistribution(0, 1))
+
+
+def test_a_dead_workers_trial_is_tried_again_in_its_place(study):
+    lost = claim(study)
+    x = suggest(lost)
+    time.sleep(2.1)
+    again = claim(study)
+    assert (again.number, suggest(again)) == (3, x)
+    trials.finish(study, again, {"bound": 1.0})
+    kept = [(t.number, t.state) for t in trials.live(study)]
+    assert kept == [(3, TrialState.COMPLETE), (1, TrialState.WAITING), (2, TrialState.WAITING)]
+    trials.fill(study, [{}] * 3)
+    assert len(study.trials) == 4
+
+
+def test_what_was_interrupted_waits_again_with_its_parameters(study):
+    trial = claim(study)
+    x = suggest(trial)
+    trials.give_back(study, trial)
+    again = claim(study)
+    assert (again.number, suggest(again)) == (3, x)
+    assert trials.REASON not in again.user_attrs
+    assert study.trials[0].user_attrs[trials.REASON] == "interrupted; it waits again"
+
+
+def test_a_surplus_of_two_machines_that_fill_at_once_is_never_claimed(study):
+    study.enqueue_trial({})
+    claimed = [claim(study) for _ in range(4)]
+    assert [t and t.number for t in claimed] == [0, 1, 2, None]
+
+
+def test_a_trial_is_claimed_by_one_of_many(study, url, monkeypatch):
+    monkeypatch.setattr(trials, "GRACE", 120)
+    trials.fill(study, [{}] * 20)
+    workers = [optuna.load_study(study_name="s", storage=trials.open_storage(url)) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        claimed = pool.map(lambda one: [t.number for t in iter(lambda: claim(one, 20), None)], workers)
+    assert sorted(itertools.chain(*claimed)) == list(range(20))
+
+
+def test_another_plan_is_refused(study, url):
+    other = Plan(**PLAN.as_dict() | {"budget": "2s", "minimise": ("bound",)})
+    with pytest.raises(UsageError, match=r"another budget \(1s, not 2s\): choose another --study-name"):
+        trials.open_study(trials.open_storage(url), "s", other)
