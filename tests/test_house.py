@@ -21,6 +21,10 @@ DOORS = {  # outsider -> the files that may know it, and how many of them
     "xformers": ("ltm_pyro/attention.py", 1),
     "pytorch_lightning": ("ltm_pyro/training/*.py", 99),
     "webdataset": ("ltm_pyro/data/*.py", 2),
+    "xarray": ("ltm_pyro/analysis/**/*.py", 99),
+    "arviz": ("ltm_pyro/analysis/arviz.py", 1),
+    "sklearn": ("ltm_pyro/analysis/classifiers.py", 1),
+    "jinja2": ("ltm_pyro/analysis/report.py", 1),
     "optuna": ("studies/**/*.py", 99),
 }
 FILES = {path: ast.parse(path.read_text()) for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))}
