@@ -67,7 +67,7 @@ def generate(
         raise UsageError(f"The prompt has {len(prompt_T)} tokens, but the model's length is {run.length}: shorten it.")
     with seeded(seed), torch.no_grad():
         z_BLKD = _thoughts(run, prompt_T, samples)
-        rows_BT = _write(run, torch.tensor([prompt_T] * samples, dtype=torch.long), z_BLKD, sampling, room)
+        rows_BT = write(run, torch.tensor([prompt_T] * samples, dtype=torch.long), z_BLKD, sampling, room)
     return [_decode(run, row[len(prompt_T) :]) for row in rows_BT.tolist()]
 
 
@@ -84,9 +84,10 @@ def _thoughts(run: Run, prompt_T: list[int], samples: int) -> Float[Tensor, "B L
     return poutine.replay(run.model.think, trace=q)(samples)
 
 
-def _write(
+def write(
     run: Run, tokens_BT: Int[Tensor, "B T"], z_BLKD: Float[Tensor, "B L K D"], sampling: Sampling, room: int
 ) -> Int[Tensor, "B U"]:
+    """Prompts and what is written behind them under given thoughts, at most ``room`` tokens; then the start token."""
     decoder = run.model.decoder
     next_BU = torch.cat([tokens_BT.new_full((len(tokens_BT), 1), run.start_token), tokens_BT], dim=1)
     cache, written = decoder.begin(z_BLKD), [tokens_BT]
