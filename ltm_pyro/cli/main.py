@@ -11,6 +11,7 @@ COMMANDS = {  # name -> module and the line of help
     "generate": ("ltm_pyro.cli.generate", "write text, freely or behind a prompt"),
     "posterior": ("ltm_pyro.cli.posterior", "the thoughts of every text, with their diagnostics, as netCDF"),
     "calibrate": ("ltm_pyro.cli.calibrate", "does q cover the truth on the model's own texts?"),
+    "report": ("ltm_pyro.cli.report", "every diagnostic of a posterior on one page of HTML"),
     "check-inference": ("ltm_pyro.cli.check_inference", "every guide against known posteriors and evidences"),
     "bench": ("ltm_pyro.cli.bench", "speed and memory beside the published structure, on this machine"),
     "flops": ("ltm_pyro.cli.flops", "what a recipe costs per token"),
