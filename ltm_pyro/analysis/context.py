@@ -23,7 +23,7 @@ def shift(
 ) -> xr.Dataset:
     """The posterior given the first ``lengths`` tokens: what it has learned, and how far it still is from the last.
 
-    ``kl_to_prior`` and ``nats`` (of the rest of the text, averaged over draws of that q, per token) by length and sequence;
+    ``kl_to_prior`` and ``nats`` (per token of the rest of the text, averaged over draws) by length and sequence;
     ``distance`` is that of the mean to the mean at the last length. Nats.
     """
     if len(lengths) < 2 or min(lengths) < 1 or max(lengths) > batch.inputs_BT.shape[1]:

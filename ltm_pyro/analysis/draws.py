@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model, UsageError
+from ltm_pyro.cross_entropy import token_nats
 from ltm_pyro.elbo import quiet
 from ltm_pyro.likelihood import TokenCategorical
 from ltm_pyro.protocols import TOKENS_AT_ONCE
@@ -80,10 +80,7 @@ def token_log_likelihood(model: Model, batch: Batch, z_SBLKD: Float[Tensor, "*S 
 
 def _by_token(tokens: Any, value_BT: Tensor) -> Tensor:
     if isinstance(tokens, TokenCategorical):
-        logits = tokens.logits.float()  # log-sum-exp never in half precision
-        value = value_BT.expand(logits.shape[:-1])
-        nats = F.cross_entropy(logits.flatten(0, -2), value.flatten(), reduction="none")
-        return -(nats.view(value.shape) * tokens.mask_BT)
+        return -(token_nats(tokens.hidden_BTD, tokens.embedding_VD, value_BT) * tokens.mask_BT)
     if not hasattr(tokens, "base_dist"):
         raise UsageError(f"{type(tokens).__name__} says nothing of single tokens: the analysis needs p(x_t | x_<t, z).")
     return tokens.base_dist.log_prob(value_BT)
