@@ -121,6 +121,14 @@ class Model(Protocol):
         """Samples z, then observes ``batch.targets_BT`` at the site `TOKENS`."""
         ...
 
+    def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> Any:
+        """p(x | z), the distribution at the site `TOKENS`."""
+        ...
+
+    def observed(self, batch: Batch) -> Any:
+        """x, the value at the site `TOKENS`."""
+        ...
+
     training: bool
 
     def train(self, mode: bool = True) -> Any:

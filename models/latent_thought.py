@@ -1,7 +1,7 @@
 """A Latent-Thought Language Model as a Pyro program: think (the prior), then speak (the decoder)."""
 
 import pyro
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -42,11 +42,17 @@ class LatentThoughtModel(PyroModule):
 
         With ``batch.targets_BT`` set to None the tokens are sampled, each given the inputs before it.
         """
-        decoder = self.decoder
-        stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
         with pyro.plate(SEQUENCES, batch.size, dim=-1):
-            with full_precision(stem_BTD):
+            with full_precision(next(self.decoder.parameters())):
                 z_BLKD = self.prior()
-            tokens = TokenCategorical(decoder(stem_BTD, z_BLKD), decoder.embedding.weight, batch.mask_BT)
-            pyro.sample(TOKENS, tokens, obs=batch.targets_BT)
+            pyro.sample(TOKENS, self.observation(z_BLKD, batch), obs=self.observed(batch))
         return z_BLKD
+
+    def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> TokenCategorical:
+        """p(x | z), padding left out."""
+        stem_BTD = self.decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
+        return TokenCategorical(self.decoder(stem_BTD, z_BLKD), self.decoder.embedding.weight, batch.mask_BT)
+
+    def observed(self, batch: Batch) -> Int[Tensor, "B T"] | None:
+        """x, the tokens."""
+        return batch.targets_BT

@@ -22,6 +22,10 @@ DOORS = {  # outsider -> the files that may know it, and how many of them
     "pytorch_lightning": ("ltm_pyro/training/*.py", 99),
     "webdataset": ("ltm_pyro/data/*.py", 2),
     "fsspec": ("ltm_pyro/data/*.py", 1),
+    "xarray": ("ltm_pyro/analysis/**/*.py", 99),
+    "arviz": ("ltm_pyro/analysis/arviz.py", 1),
+    "sklearn": ("ltm_pyro/analysis/classifiers.py", 1),
+    "jinja2": ("ltm_pyro/analysis/report.py", 1),
     "optuna": ("studies/**/*.py", 99),
     "sqlalchemy": ("studies/search/trials.py", 1),
 }

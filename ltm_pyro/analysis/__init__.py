@@ -1,0 +1,19 @@
+"""Bayesian analysis of latent posteriors: is q right, and what do the thoughts say?
+
+Needs the extra ``analysis``: ``pip install 'ltm-pyro[analysis]'``.
+"""
+
+from importlib.util import find_spec
+
+from ltm_pyro.contracts import UsageError
+
+for package in ("arviz", "h5netcdf", "jinja2", "matplotlib", "sklearn", "xarray"):
+    if find_spec(package) is None:
+        raise UsageError(f"The analysis needs {package}: pip install 'ltm-pyro[analysis]'.")
+
+from ltm_pyro.analysis.infer import Drawing, infer  # noqa: E402
+from ltm_pyro.analysis.posterior import Posterior  # noqa: E402
+from ltm_pyro.analysis.reference import Chains  # noqa: E402
+from ltm_pyro.analysis.texts import Text, read_texts  # noqa: E402
+
+__all__ = ["Chains", "Drawing", "Posterior", "Text", "infer", "read_texts"]

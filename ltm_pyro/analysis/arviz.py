@@ -1,0 +1,50 @@
+"""The door to ArviZ, before 1.0 (`arviz.InferenceData`) and since (`xarray.DataTree`).
+
+Shapes: C chains, S draws, n whatever follows.
+"""
+
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.0 at every import
+    import arviz
+
+SPLIT = int(version("arviz").split(".")[0]) >= 1  # one package before 1.0, three since
+
+
+def inference_data(tree: xr.DataTree) -> Any:
+    """The tree as the installed ArviZ takes it."""
+    if SPLIT:
+        return tree
+    groups = {name: node.to_dataset() for name, node in tree.children.items() if name != "local"}
+    return arviz.InferenceData(attrs=dict(tree.attrs), warn_on_custom_groups=False, **groups)
+
+
+def rhat(x_CSn: np.ndarray) -> np.ndarray:
+    """Rank-normalised split R-hat of every coordinate (Vehtari et al. 2021, arXiv 1903.08008)."""
+    return arviz.rhat(_named(x_CSn))["x"].values
+
+
+def ess(x_CSn: np.ndarray) -> np.ndarray:
+    """Bulk effective sample size of every coordinate (same source)."""
+    return arviz.ess(_named(x_CSn))["x"].values
+
+
+def _named(x_CSn: np.ndarray) -> xr.Dataset:
+    rest = [f"axis_{index}" for index in range(x_CSn.ndim - 2)]
+    return xr.Dataset({"x": (("chain", "draw", *rest), x_CSn)})
+
+
+def psis(log_ratios_nS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed, normalised log-weights of S draws along the last axis, and k-hat (arXiv 1507.02646)."""
+    if not SPLIT:
+        weights, k_hat = arviz.psislw(log_ratios_nS, reff=1.0)
+        return np.asarray(weights), np.asarray(k_hat)
+    from arviz_stats.base import array_stats
+
+    return array_stats.psislw(log_ratios_nS, r_eff=1.0, axis=-1)

@@ -1,0 +1,210 @@
+"""Simulation-based calibration: is q right on average over the texts that the model itself would write?
+
+Shapes: N simulations, S draws, C coordinates of z, R = S + 1 ranks.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from pyro import poutine
+from rich.console import Console
+from rich.progress import track
+from scipy import stats
+from torch import Tensor
+
+from ltm_pyro.analysis.draws import Sites, describe, draw
+from ltm_pyro.analysis.infer import MISSING, written
+from ltm_pyro.analysis.storage import read_tree, stamp, write_tree
+from ltm_pyro.contracts import Batch, Guide, Model, UsageError, make_batch, seeded
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import fit
+from ltm_pyro.runs import Run
+from ltm_pyro.sites import prior_sites
+
+BATCH = 16  # simulations fitted together
+BINS = 10
+PERMUTATIONS = 999
+LOG_LIKELIHOOD = "log p(x | z)"
+
+
+class Simulation(NamedTuple):
+    """What the prior's sites were, each (B, *event), and the texts written from them."""
+
+    sites: Sites
+    batch: Batch
+
+
+Simulate = Callable[[int], Simulation]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    r"""The truth and S draws of q beside it, for N simulations (Talts et al. 2018, arXiv 1804.06788).
+
+    .. math:: z^* \sim p(z), \quad x \sim p(x \mid z^*), \quad z_1 \dots z_S \sim q(z \mid x)
+
+    If q(z | x) = p(z | x), the truth and the draws are exchangeable, and the rank of each coordinate of z* among the
+    draws is uniform. ``values`` holds all of them, the truth first: (N, S + 1, C). The last coordinate is
+    log p(x | z), which sees what single coordinates cannot (Modrák et al. 2023, arXiv 2211.02383).
+    """
+
+    values: Float[np.ndarray, "N R C"]
+    names: tuple[str, ...]
+
+    @cached_property
+    def all_ranks(self) -> Int[np.ndarray, "N R C"]:
+        """Of each of the S + 1 values, how many of the others are smaller; ties at random."""
+        ties = np.random.default_rng(0).random(self.values.shape)
+        return np.lexsort((ties, self.values), axis=1).argsort(1)
+
+    @property
+    def ranks(self) -> Int[np.ndarray, "N C"]:
+        """The truth's ranks, from 0 to S."""
+        return self.all_ranks[:, 0]
+
+    @property
+    def counts(self) -> Int[np.ndarray, "bins C"]:
+        """The rank histogram of every coordinate."""
+        return _histogram(_bins(self.ranks, self.values.shape[1]))
+
+    def p_value(self, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
+        r"""An exact p-value for "q is the posterior", all coordinates together and however they depend.
+
+        The statistic is the sum over coordinates of the chi-squared distance of their rank histograms from uniform.
+        Under the hypothesis any of the S + 1 values could have been the truth, so it is compared with what it is when
+        one of them is chosen at random in every simulation: (1 + #{larger}) / (1 + permutations).
+        """
+        binned, random = _bins(self.all_ranks, self.values.shape[1]), np.random.default_rng(seed)
+        simulations, candidates, _ = binned.shape
+        found = _distance(_histogram(binned[:, 0]))
+        rows = np.arange(simulations)
+        chosen = random.integers(candidates, size=(permutations, simulations))
+        larger = sum(_distance(_histogram(binned[rows, pick])) >= found for pick in chosen)
+        return float((1 + larger) / (1 + permutations))
+
+    def p_values(self) -> dict[str, float]:
+        """A chi-squared p-value for each coordinate alone, by name."""
+        found = stats.chisquare(self.counts, axis=0).pvalue
+        return dict(zip(self.names, np.atleast_1d(found).tolist(), strict=True))
+
+    def coverage(self, levels: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """How often central intervals of these probabilities hold the truth, over all coordinates of z."""
+        position = (self.ranks[:, :-1] + 0.5) / self.values.shape[1]
+        return np.array([(np.abs(position - 0.5) <= level / 2).mean() for level in levels])
+
+    def save(self, path: str | Path) -> None:
+        """Writes values and ranks as netCDF or zarr, in the group ``prior_sbc``."""
+        axes = ("simulation", "candidate", "coordinate")
+        data = {"values": (axes, self.values), "ranks": (axes[::2], self.ranks)}
+        tree = xr.DataTree.from_dict({"prior_sbc": xr.Dataset(data, {"coordinate": list(self.names)})})
+        tree.attrs = stamp("calibration")
+        write_tree(tree, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """What `save` wrote."""
+        found = read_tree(path, "calibration").children["prior_sbc"].to_dataset()
+        return cls(found["values"].values, tuple(map(str, found["coordinate"].values)))
+
+
+def _bins(ranks: Int[np.ndarray, "*any"], candidates: int) -> Int[np.ndarray, "*any"]:
+    return ranks * BINS // candidates
+
+
+def _histogram(binned_NC: Int[np.ndarray, "N C"]) -> Int[np.ndarray, "bins C"]:
+    return np.stack([(binned_NC == index).sum(0) for index in range(BINS)])
+
+
+def _distance(counts: Int[np.ndarray, "bins C"]) -> float:
+    expected = counts.sum(0) / BINS
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def envelope(simulations: int, points: Float[np.ndarray, " n"], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper limits that the ECDF of uniform ranks stays within at all points at once.
+
+    Found by simulation (Säilynoja, Bürkner & Vehtari 2022, arXiv 2103.10522).
+    """
+    random = np.random.default_rng(0)
+    counts = (random.random((1000, simulations, 1)) <= points).sum(1)
+    binomial = stats.binom(simulations, points)
+    worst = np.minimum(2 * binomial.cdf(counts), 2 * binomial.sf(counts - 1)).min(1)
+    tail = np.quantile(worst, 1 - level) / 2
+    return binomial.ppf(tail) / simulations, binomial.ppf(1 - tail) / simulations
+
+
+def calibrate(
+    model: Model,
+    guide: Guide,
+    inference: LocalInference,
+    simulate: Simulate,
+    simulations: int = 100,
+    samples: int = 99,
+    coordinates: int = 128,
+    seed: int = 0,
+) -> Calibration:
+    """Draws z from the prior, lets texts be written from it, infers, and ranks.
+
+    Args:
+        samples: S; S + 1 is best a multiple of ten, the number of bins.
+        coordinates: at most so many coordinates of z are kept, evenly spread; log p(x | z) is one more.
+    """
+    if simulations < 2 * BINS:
+        raise UsageError(f"A rank histogram needs at least {2 * BINS} simulations, got {simulations}.")
+    if (samples + 1) % BINS:
+        raise UsageError(f"Samples + 1 must be a multiple of {BINS}, got {samples}: choose 99, for example.")
+    found = []
+    for index, first in enumerate(_shown(range(0, simulations, BATCH))):
+        with seeded(seed, index), torch.no_grad():
+            simulated = simulate(min(BATCH, simulations - first))
+            found.append(_ranked(model, guide, inference, simulated, samples, coordinates))
+    return Calibration(np.concatenate([x for x, _ in found]), found[0][1])
+
+
+def _shown(firsts: range) -> Iterable[int]:
+    console = Console(stderr=True)
+    return track(firsts, "calibrating", console=console, transient=True, disable=not console.is_terminal)
+
+
+def _ranked(
+    model: Model, guide: Guide, inference: LocalInference, simulated: Simulation, samples: int, coordinates: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    batch = model.prepare(simulated.batch)
+    state, _ = fit(model, guide, batch, inference)
+    drawn = draw(model, guide, batch, state.parameters, samples).described
+    truth = describe(model, batch, {name: x[None] for name, x in simulated.sites.items()})
+    z_RBLKD = torch.cat([truth.z_SBLKD, drawn.z_SBLKD])
+    nats_RB = torch.cat([truth.log_likelihood_SBT, drawn.log_likelihood_SBT]).sum(-1)
+    kept, names = _spread(z_RBLKD, coordinates)
+    values_RBC = torch.cat([kept, nats_RB[..., None]], dim=-1)
+    return values_RBC.transpose(0, 1).double().numpy(), (*names, LOG_LIKELIHOOD)
+
+
+def _spread(z_RBLKD: Tensor, most: int) -> tuple[Tensor, list[str]]:
+    """At most so many coordinates of z, and their names."""
+    shape = z_RBLKD.shape[2:]
+    index = np.unique(np.linspace(0, shape.numel() - 1, min(most, shape.numel())).round().astype(int))
+    names = [f"z[{', '.join(map(str, place))}]" for place in zip(*np.unravel_index(index, shape), strict=True)]
+    return z_RBLKD.flatten(2)[..., index], names
+
+
+def simulate_texts(run: Run) -> Simulate:
+    """Texts of a run's own, each from a draw of the prior, up to their end or the model's length."""
+    if 0 in run.model.decoder.thought_shape:
+        raise UsageError("The run has no thoughts (K = 0), so there is nothing to calibrate: give a run with thoughts.")
+
+    def simulate(size: int) -> Simulation:
+        trace = poutine.trace(run.model.think).get_trace(size)
+        rows_BT = written(run, trace.nodes["_RETURN"]["value"], run.length)
+        lengths_B = (rows_BT != MISSING).sum(1)
+        batch = make_batch(rows_BT.masked_fill(rows_BT == MISSING, run.start_token), lengths_B, run.start_token)
+        return Simulation({name: trace.nodes[name]["value"] for name in prior_sites(run.model, 1)}, batch)
+
+    return simulate

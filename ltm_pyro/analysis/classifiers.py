@@ -1,0 +1,62 @@
+"""The door to scikit-learn: can a classifier tell two sets of draws apart, or read a label off?
+
+Shapes: N examples, D features.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
+from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+FOLDS = 5
+
+
+class Accuracy(NamedTuple):
+    """The share of held-out examples that were told right, and its standard error over examples."""
+
+    mean: float
+    stderr: float
+
+
+def c2st(a_ND: Float[np.ndarray, "n D"], b_ND: Float[np.ndarray, "m D"], seed: int = 0) -> Accuracy:
+    """How well a classifier tells two sets of draws apart: 0.5 if they are of one distribution, 1 if of two.
+
+    The classifier is the best one between two Gaussians, a quadratic discriminant with shrunk covariances, scored on
+    held-out draws (Lopez-Paz & Oquab 2017, arXiv 1610.06545). Draws within a set must be independent.
+    """
+    size = min(len(a_ND), len(b_ND))
+    x_ND = np.concatenate([a_ND[:size], b_ND[:size]])
+    y_N = np.repeat([0, 1], size)
+    model = make_pipeline(StandardScaler(), QuadraticDiscriminantAnalysis(solver="eigen", shrinkage="auto"))
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    return _accuracy(cross_val_predict(model, x_ND, y_N, cv=folds), y_N)
+
+
+def linear_probe(x_ND: Any, y_N: Int[np.ndarray, " N"], groups_N: Int[np.ndarray, " N"]) -> Accuracy:
+    """Held-out accuracy of a logistic regression on standardised features; a group is never on both sides."""
+    model = make_pipeline(
+        StandardScaler(with_mean=isinstance(x_ND, np.ndarray)), LogisticRegression(C=0.1, max_iter=2000)
+    )
+    return _held_out(model, x_ND, y_N, groups_N)
+
+
+def bag_of_tokens(counts_NV: Any, y_N: Int[np.ndarray, " N"], groups_N: Int[np.ndarray, " N"]) -> Accuracy:
+    """Held-out accuracy of a logistic regression on TF-IDF weights of token counts."""
+    model = make_pipeline(TfidfTransformer(sublinear_tf=True), LogisticRegression(C=10, max_iter=2000))
+    return _held_out(model, counts_NV, y_N, groups_N)
+
+
+def _held_out(model: Any, x_ND: Any, y_N: np.ndarray, groups_N: np.ndarray) -> Accuracy:
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    return _accuracy(cross_val_predict(model, x_ND, y_N, groups=groups_N, cv=folds), y_N)
+
+
+def _accuracy(said_N: np.ndarray, y_N: np.ndarray) -> Accuracy:
+    right_N = said_N == y_N
+    return Accuracy(float(right_N.mean()), float(right_N.std() / len(right_N) ** 0.5))

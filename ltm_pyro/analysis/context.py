@@ -1,0 +1,56 @@
+"""How belief moves as a text is read: q fitted to its beginning only, longer and longer.
+
+Shapes: P lengths of context, B sequences.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+
+from ltm_pyro.analysis.draws import draw, token_log_likelihood
+from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.contracts import Batch, Guide, Model, UsageError, seeded
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import fit
+
+DRAWS, FEW = 64, 8  # for the KL, and for the rest of the text
+
+
+def shift(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, lengths: Sequence[int], seed: int = 0
+) -> xr.Dataset:
+    """The posterior given the first ``lengths`` tokens: what it has learned, and how far it still is from the last.
+
+    ``kl_to_prior`` and ``nats`` (per token of the rest of the text, averaged over draws) by length and sequence;
+    ``distance`` is that of the mean to the mean at the last length. Nats.
+    """
+    if len(lengths) < 2 or min(lengths) < 1 or max(lengths) > batch.inputs_BT.shape[1]:
+        raise UsageError(f"Context needs two or more lengths from 1 to {batch.inputs_BT.shape[1]}, got {[*lengths]}.")
+    kl, means, rest = [], [], []
+    with torch.no_grad():
+        batch = model.prepare(batch)
+        for length in lengths:
+            with seeded(seed):
+                read = batch.crop(0, length)  # nothing of q may see what comes later
+                state, _ = fit(model, guide, read, inference)
+                drawn = draw(model, guide, read, state.parameters, DRAWS)
+            z_SBLKD, log_prior_SB, _ = drawn.described
+            means.append(z_SBLKD.mean(0))
+            kl.append((drawn.log_q_SB - log_prior_SB).mean(0))
+            nats_BT = -torch.stack([token_log_likelihood(model, batch, z_BLKD) for z_BLKD in z_SBLKD[:FEW]]).mean(0)
+            rest.append(nats_BT[:, length:].sum(-1))
+    left = [(batch.tokens_B - length).clamp(min=0) for length in lengths]
+    nats = [torch.where(n > 0, total / n.clamp(min=1), torch.nan) for total, n in zip(rest, left, strict=True)]
+    distance = [(mean - means[-1]).flatten(1).norm(dim=1) for mean in means]
+    data = {"kl_to_prior": kl, "nats": nats, "distance": distance}
+    axes = ("context", "sequence")
+    found = {name: (axes, torch.stack(x).numpy()) for name, x in data.items()}
+    return xr.Dataset(found, {"context": np.array(lengths)})
+
+
+def default_lengths(posterior: Posterior) -> list[int]:
+    """An eighth of the longest text, a quarter, a half, three quarters and all of it."""
+    length = posterior.group("observed_data").sizes["token"]
+    return sorted({max(1, round(length * share)) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)})

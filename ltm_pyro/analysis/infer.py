@@ -1,0 +1,273 @@
+"""From texts to a `Posterior`: fit q to each (or run a chain), draw, and write down what the draws say.
+
+Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ltm_pyro.analysis.draws import Described, Sites, draw
+from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
+from ltm_pyro.analysis.reference import Chains, sample
+from ltm_pyro.analysis.storage import stamp
+from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, batch_of, pieces
+from ltm_pyro.contracts import Batch, Guide, Model, UsageError, seeded
+from ltm_pyro.generation import Sampling, write
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import fit
+from ltm_pyro.reliability import pareto_k
+from ltm_pyro.runs import Run
+from ltm_pyro.sites import prior_sites
+
+BATCH = 16  # sequences fitted together
+MISSING = -1  # a token that is not there
+Method = Literal["guide", "nuts", "langevin"]
+Groups = dict[str, xr.Dataset]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a posterior is drawn.
+
+    Args:
+        method: ``guide`` fits q and draws from it; ``nuts`` and ``langevin`` are reference chains, one sequence each.
+        samples: S, draws per sequence (and chain).
+        chains: how the reference chains run.
+        replicas: texts written from draws of z per sequence, for predictive checks.
+    """
+
+    method: Method = "guide"
+    samples: int = 100
+    chains: Chains = field(default_factory=Chains)
+    replicas: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 25:
+            raise UsageError(f"Pareto k-hat and intervals need at least 25 samples, got {self.samples}: draw more.")
+        if self.replicas > self.samples:
+            raise UsageError(f"{self.replicas} replicas need as many samples, got {self.samples}: draw more.")
+
+
+def infer(
+    run: Run,
+    texts: Sequence[str | Text],
+    drawing: Drawing | None = None,
+    steps: int | None = None,
+    guide: Guide | None = None,
+    longer: Longer = "refuse",
+    seed: int = 0,
+) -> Posterior:
+    """The posterior of the thoughts of each text, one sequence per text (or per part of it).
+
+    Args:
+        drawing: method and number of draws.
+        steps: T_fast; what the recipe says under ``evaluation`` when not given.
+        guide: another family than the run's own.
+        longer: what becomes of texts longer than the model (`pieces`).
+        seed: of all noise.
+    """
+    if 0 in run.model.decoder.thought_shape:
+        raise UsageError("The run has no thoughts (K = 0), so there is no posterior: give a run with thoughts.")
+    run = run._replace(guide=guide or run.guide)
+    run = run if steps is None else run._replace(inference=replace(run.inference, steps=steps))
+    drawing, found = drawing or Drawing(), pieces(run, as_texts(texts), longer)
+    length = max(len(piece.tokens) for piece in found)
+    size = BATCH if drawing.method == "guide" else 1
+    chunks = [found[first : first + size] for first in range(0, len(found), size)]
+    groups = []
+    for index, chunk in enumerate(_shown(chunks)):
+        with seeded(seed, index):
+            batch = batch_of(chunk, run.start_token, length)
+            part = infer_batch(run.model, run.guide, batch, run.inference, drawing)
+            for name, data in _texts(run, chunk).items():
+                part[name] = part[name].assign(data)
+            if drawing.replicas:
+                part |= _replicas(run, part["posterior"]["z"], drawing.replicas, length)
+            groups.append(part)
+    attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed}
+    return assemble(groups, drawing.method, attrs)
+
+
+def _shown(chunks: list[list[Piece]]) -> Any:
+    console = Console(stderr=True)
+    return track(chunks, "inferring", console=console, transient=True, disable=not console.is_terminal)
+
+
+def infer_batch(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing | None = None
+) -> Groups:
+    """The groups of one batch's posterior, for any model and guide."""
+    drawing = drawing or Drawing()
+    with torch.no_grad():
+        batch = batch if batch.stem_BTD is not None else model.prepare(batch)
+    groups = _guide(model, guide, batch, inference, drawing) if drawing.method == "guide" else None
+    groups = groups or _chains(model, batch, drawing)
+    tokens_BT = batch.targets_BT.masked_fill(~batch.mask_BT, MISSING)
+    prior, lone = _prior(model, drawing.samples), ("chain", "draw", *THOUGHTS)
+    groups["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), _numpy(tokens_BT))})
+    names = np.array([f"sequence:{index}" for index in batch.ids_B.tolist()], dtype=object)
+    groups["constant_data"] = xr.Dataset({"document": ("sequence", names)})
+    groups["prior"] = xr.Dataset({"z": (lone, _numpy(prior)[None])})
+    return groups
+
+
+def assemble(groups: Sequence[Groups], method: str = "guide", attrs: dict[str, Any] | None = None) -> Posterior:
+    """One posterior of the batches' groups, their sequences in a row."""
+    joined = {
+        name: groups[0][name]
+        if name == "prior"
+        else xr.concat([x[name] for x in groups], "sequence", data_vars="all", join="override")
+        for name in groups[0]
+    }
+    joined = {name: _counted(x) for name, x in joined.items()}
+    tree = xr.DataTree.from_dict(joined)
+    tree.attrs = stamp("posterior") | {"method": method} | (attrs or {})
+    return Posterior(tree)
+
+
+def _counted(data: xr.Dataset) -> xr.Dataset:
+    axes = ("sequence", *SAMPLES, *THOUGHTS, "token")
+    return data.assign_coords({name: np.arange(data.sizes[name]) for name in axes if name in data.sizes})
+
+
+def _guide(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
+    state, _ = fit(model, guide, batch, inference)
+    drawn = draw(model, guide, batch, state.parameters, drawing.samples)
+    sites = {name: x[None] for name, x in drawn.sites.items()}
+    groups = _described(sites, Described._make(x[None] for x in drawn.described), batch)
+    stats, weights_SB = groups["sample_stats"], drawn.described.log_prior_SB - drawn.log_q_SB
+    stats["log_q"] = (("chain", "draw", "sequence"), _numpy(drawn.log_q_SB)[None])
+    log_weights_SB = weights_SB + drawn.described.log_likelihood_SBT.sum(-1)
+    summary = {
+        "elbo": log_weights_SB.mean(0),
+        "iwae": log_weights_SB.logsumexp(0) - np.log(drawing.samples),
+        "kl": -weights_SB.mean(0),
+        "pareto_k": pareto_k(log_weights_SB),
+    }
+    for name, x_B in summary.items():
+        stats[name] = ("sequence", _numpy(x_B))
+    _moments(stats, model, drawn.described.z_SBLKD, drawn.sites, guide, state.parameters)
+    groups["local"] = xr.Dataset(
+        {name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()}
+    )
+    return groups
+
+
+class Moments(NamedTuple):
+    """Mean and variance of every coordinate of the thoughts."""
+
+    mean: Float[Tensor, "*B L K D"]
+    variance: Float[Tensor, "*B L K D"]
+
+
+def _moments(
+    stats: xr.Dataset, model: Model, z_SBLKD: Tensor, sites: Sites, guide: Guide | None = None, local: Any = None
+) -> None:
+    """Mean and scale of z under q, and the KL of its coordinates' Gaussian marginals, summed over each thought."""
+    own = next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
+    in_closed_form = getattr(guide, "posterior", None)
+    q = exact_moments(in_closed_form(own, local)) if own and in_closed_form else None
+    p = exact_moments(prior_sites(model, z_SBLKD.shape[1])[own]) if own else None
+    q = q or Moments(z_SBLKD.mean(0), z_SBLKD.var(0))
+    p = p or Moments(*(x.expand_as(q.mean) for x in _sample_moments(_prior(model, 1000))))
+    kl_BLKD = (p.variance / q.variance).log() + (q.variance + (q.mean - p.mean) ** 2) / p.variance - 1
+    axes = ("sequence", *THOUGHTS)
+    stats["mean"], stats["sd"] = (axes, _numpy(q.mean)), (axes, _numpy(q.variance.sqrt()))
+    stats["kl_by_thought"] = (axes[:-1], _numpy(kl_BLKD.sum(-1) / 2))
+
+
+def exact_moments(distribution: Distribution) -> Moments | None:
+    """Mean and variance where they have a closed form of full shape, else None."""
+    try:
+        return Moments(distribution.mean, distribution.variance)
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _sample_moments(z_SLKD: Tensor) -> Moments:
+    return Moments(z_SLKD.mean(0), z_SLKD.var(0))
+
+
+def _prior(model: Model, samples: int) -> Float[Tensor, "S L K D"]:
+    with torch.no_grad():
+        return model.think(samples)
+
+
+def _chains(model: Model, batch: Batch, drawing: Drawing) -> Groups:
+    """A reference posterior; the batch has one sequence."""
+    found = sample(model, batch, drawing.method, drawing.samples, drawing.chains)
+    groups = _described(found.sites, found.described, batch)
+    stats = groups["sample_stats"]
+    z_CSBLKD = found.described.z_SBLKD
+    flat = z_CSBLKD.flatten(0, 1)
+    _moments(stats, model, flat, {name: x.flatten(0, 1) for name, x in found.sites.items()})
+    for name, x_BLKD in found.diagnostics.items():
+        stats[name] = (("sequence", *THOUGHTS), x_BLKD)
+    return groups
+
+
+def _described(sites: Sites, described: Described, batch: Batch) -> Groups:
+    """Draws with leading axes chain and draw, as datasets."""
+    z, log_prior, by_token = described
+    by_sequence = by_token.sum(-1)
+    shown = {name: x for name, x in sites.items() if x.shape != z.shape or not torch.equal(x, z)}
+    renamed = {f"{name}_site" if name == "z" else name: x for name, x in shown.items()}
+    lead = (*SAMPLES, "sequence")
+    unscored = by_token.masked_fill(~batch.mask_BT, torch.nan)
+    return {
+        "posterior": xr.Dataset(
+            {"z": ((*lead, *THOUGHTS), _numpy(z))} | {n: (_axes(n, x, *lead), _numpy(x)) for n, x in renamed.items()}
+        ),
+        "log_likelihood": xr.Dataset(
+            {"by_token": ((*lead, "token"), _numpy(unscored)), "by_sequence": (lead, _numpy(by_sequence))}
+        ),
+        "sample_stats": xr.Dataset(
+            {"lp": (lead, _numpy(log_prior + by_sequence)), "log_prior": (lead, _numpy(log_prior))}
+        ),
+    }
+
+
+def _axes(name: str, x: Tensor, *lead: str) -> tuple[str, ...]:
+    return (*lead, *(f"{name}_dim_{index}" for index in range(x.dim() - len(lead))))
+
+
+def _texts(run: Run, found: Sequence[Piece]) -> Groups:
+    """What was read, the document it is of, and its labels."""
+    texts = [run.tokenizer.decode([x for x in piece.tokens if x != run.start_token]) for piece in found]
+    names = sorted({name for piece in found for name in piece.text.labels})
+    labels = {name: [piece.text.labels.get(name, "") for piece in found] for name in names}
+    known = {"document": [piece.text.document for piece in found]} | labels
+    return {
+        "observed_data": xr.Dataset({"text": ("sequence", np.array(texts, dtype=object))}),
+        "constant_data": xr.Dataset({name: ("sequence", np.array(x, dtype=object)) for name, x in known.items()}),
+    }
+
+
+def _replicas(run: Run, z: xr.DataArray, replicas: int, length: int) -> Groups:
+    """Texts written from the first draws of z, as rows of tokens."""
+    z_RBLKD = torch.from_numpy(z.values[0, :replicas])
+    rows = [written(run, z_BLKD, length) for z_BLKD in z_RBLKD]
+    tokens = np.stack([_numpy(row) for row in rows])[None]
+    return {"posterior_predictive": xr.Dataset({"tokens": ((*SAMPLES, "sequence", "token"), tokens)})}
+
+
+def written(run: Run, z_BLKD: Float[Tensor, "B L K D"], length: int) -> Int[Tensor, "B T"]:
+    """A text written from each z, at most ``length`` tokens up to the end of text; `MISSING` behind it."""
+    seed = int(torch.randint(2**62, ()))
+    keys = [(seed, index) for index in range(len(z_BLKD))]
+    rows = write(run, [[]] * len(keys), z_BLKD, keys, Sampling(max_new_tokens=length))
+    return torch.tensor([[*row, run.start_token, *[MISSING] * length][:length] for row in rows])
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()

@@ -1,0 +1,122 @@
+"""What the decoder does with the thoughts: taking some away, walking between two texts, and where each token looks.
+
+Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width, H heads.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from ltm_pyro.analysis.draws import token_log_likelihood
+from ltm_pyro.analysis.infer import written
+from ltm_pyro.analysis.information import observed
+from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.contracts import Batch, Model, UsageError, seeded
+from ltm_pyro.protocols import TOKENS_AT_ONCE
+from ltm_pyro.runs import Run
+
+DRAWS = 4
+
+
+def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int = DRAWS) -> xr.Dataset:
+    r"""What a layer's or a thought's information is worth: the nats per sequence that are lost without it.
+
+    .. math:: E_q[\log p(x \mid z)] - E_q[\log p(x \mid z_{\setminus k}, \tilde z_k)], \qquad \tilde z_k \sim p(z_k)
+
+    The thoughts in question are drawn from the prior instead of q. ``by_layer`` and ``by_thought`` are averages over
+    sequences and ``draws`` draws, ``*_stderr`` their standard errors over sequences.
+    """
+    z_SBLKD = torch.from_numpy(posterior.z.values[0, :draws])
+    prior_SLKD = torch.from_numpy(posterior.group("prior")["z"].values[0])
+    other_SBLKD = prior_SLKD[torch.arange(z_SBLKD[..., 0, 0, 0].numel()) % len(prior_SLKD)].view_as(z_SBLKD)
+    batch = observed(posterior, start_token)
+    whole_B = _nats(model, batch, z_SBLKD)
+    _, _, layers, thoughts, _ = z_SBLKD.shape
+    without = torch.zeros(layers, thoughts, dtype=torch.bool)
+    lost = {}
+    for layer in range(layers):
+        for places in (slice(None), *range(thoughts)):
+            chosen = without.clone()
+            chosen[layer, places] = True
+            mixed = torch.where(chosen[..., None], other_SBLKD, z_SBLKD)
+            lost[layer, places if isinstance(places, int) else None] = whole_B - _nats(model, batch, mixed)
+    by_layer = torch.stack([lost[layer, None] for layer in range(layers)])
+    by_thought = torch.stack([torch.stack([lost[layer, k] for k in range(thoughts)]) for layer in range(layers)])
+    return _averages(by_layer, by_thought)
+
+
+def _averages(by_layer_LB: Tensor, by_thought_LKB: Tensor) -> xr.Dataset:
+    axes, root = ("layer", "thought"), by_layer_LB.shape[-1] ** 0.5
+    found = {"by_layer": (axes[:1], by_layer_LB), "by_thought": (axes, by_thought_LKB)}
+    means = {name: (at, x.mean(-1).numpy()) for name, (at, x) in found.items()}
+    errors = {f"{name}_stderr": (at, x.std(-1).numpy() / root) for name, (at, x) in found.items()}
+    return xr.Dataset(means | errors)
+
+
+def _nats(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:
+    """log p(x | z) averaged over draws, sequence by sequence."""
+    size = max(1, TOKENS_AT_ONCE // batch.inputs_BT.shape[1])
+    chunks = torch.arange(batch.size).split(size)
+    return torch.cat(
+        [
+            torch.stack([token_log_likelihood(model, batch.select(i), z[i]).sum(-1) for z in z_SBLKD]).mean(0)
+            for i in chunks
+        ]
+    )
+
+
+class Step(NamedTuple):
+    """A point between two texts: its share of the second, what is written there, and what both texts cost there."""
+
+    share: float
+    text: str
+    nats_first: float
+    nats_second: float
+
+
+def interpolate(run: Run, posterior: Posterior, first: int, second: int, steps: int = 5, seed: int = 0) -> list[Step]:
+    """Texts written on the straight line between the means of two sequences' q, with the same noise at every point."""
+    if steps < 2:
+        raise UsageError(f"A path needs at least 2 steps, got {steps}.")
+    pair = posterior.select([first, second])
+    ends, batch = torch.from_numpy(pair.stats["mean"].values), observed(pair, run.start_token)
+    path = []
+    for share in torch.linspace(0, 1, steps).tolist():
+        z_LKD = torch.lerp(ends[0], ends[1], share)
+        nats = -token_log_likelihood(run.model, batch, torch.stack([z_LKD, z_LKD])).sum(-1)
+        with seeded(seed):
+            row = written(run, z_LKD[None], batch.inputs_BT.shape[1])[0]
+        path.append(Step(share, decoded(run, row), *nats.tolist()))
+    return path
+
+
+def decoded(run: Run, row: Any) -> str:
+    """The text of a row of tokens."""
+    return run.tokenizer.decode([int(x) for x in row if x >= 0 and x != run.start_token])
+
+
+def attention(run: Run, posterior: Posterior, sequence: int) -> xr.DataArray:
+    """How much each token looks at each thought of each layer: softmax weights averaged over heads, at the mean of q.
+
+    Axes: layer, token, thought; each token's weights sum to one.
+    """
+    one = posterior.select([sequence])
+    batch, found = observed(one, run.start_token), []
+
+    def look(module: Any, arguments: tuple[Any, ...]) -> None:
+        x_BTD, turn, thoughts = arguments
+        q_BHTC, (k_BHKC, _) = module.queries(x_BTD, turn), thoughts.spread(module.heads)
+        found.append((q_BHTC @ k_BHKC.mT * q_BHTC.shape[-1] ** -0.5).softmax(-1).mean(1)[0])
+
+    hooks = [block.cross_attention.register_forward_pre_hook(look) for block in run.model.decoder.blocks]
+    try:
+        token_log_likelihood(run.model, batch, torch.from_numpy(one.stats["mean"].values))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    length = int(batch.tokens_B[0])
+    weights = np.stack([x_TK.detach().numpy()[:length] for x_TK in found])
+    return xr.DataArray(weights, dims=("layer", "token", "thought"))

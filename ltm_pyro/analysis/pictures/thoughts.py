@@ -1,0 +1,116 @@
+"""Pictures of what the thoughts say: k-hat, bounds, KL and ablation by thought, neighbours on a plane, attention.
+
+Shapes: N sequences, L layers, K thoughts.
+"""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+from ltm_pyro.analysis.pictures.style import BLUE, CYCLE, GREY, ORANGE, RED, axes_of, plain
+from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.reliability import TRUSTED
+
+
+def draw_pareto_k(posterior: Posterior, ax: Axes | None = None) -> Axes:
+    """k-hat of every sequence in order of size, with the limit of trust."""
+    ax = axes_of(ax)
+    k_N = np.sort(posterior.stats["pareto_k"].values.clip(-0.5, 3))
+    ax.scatter(np.arange(len(k_N)), k_N, s=9, c=[RED if k > TRUSTED else BLUE for k in k_N])
+    ax.axhline(TRUSTED, color=GREY, linestyle="--", linewidth=1)
+    ax.text(0, TRUSTED, f" trusted below {TRUSTED}", va="bottom", fontsize=8, color=GREY)
+    return plain(ax, title="Pareto k-hat", xlabel="sequences, sorted", ylabel="k-hat")
+
+
+def draw_bounds(posterior: Posterior, ax: Axes | None = None) -> Axes:
+    """What the importance-weighted bound has over the ELBO in each sequence: how far q is from the posterior."""
+    ax = axes_of(ax)
+    gap_N = (posterior.stats["iwae"] - posterior.stats["elbo"]).values
+    ax.hist(gap_N, bins=min(30, max(5, len(gap_N) // 5)), color=BLUE)
+    return plain(ax, title="Importance-weighted bound less ELBO", xlabel="nats per sequence", ylabel="sequences")
+
+
+def draw_by_thought(by_thought: xr.DataArray, title: str, unit: str, ax: Axes | None = None) -> Axes:
+    """A number for every thought, as a map of layers and thoughts."""
+    ax = axes_of(ax)
+    values_LK = by_thought.transpose("layer", "thought").values
+    image = ax.imshow(values_LK, cmap="cividis", aspect="auto", vmin=min(0, values_LK.min()))
+    ax.figure.colorbar(image, ax=ax, label=unit)
+    middle = (values_LK.max() + min(0, values_LK.min())) / 2
+    if values_LK.size <= 64:
+        for (layer, thought), value in np.ndenumerate(values_LK):
+            colour = "white" if value < middle else "black"
+            ax.text(thought, layer, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8)
+    layers, thoughts = (range(size) for size in values_LK.shape)
+    return plain(ax, title=title, xlabel="thought", ylabel="layer", xticks=thoughts, yticks=layers)
+
+
+def draw_map(posterior: Posterior, label: str | None = None, ax: Axes | None = None) -> Axes:
+    """The means of q on their two directions of largest variance, coloured by a label."""
+    ax = axes_of(ax)
+    means_ND = posterior.stats["mean"].values.reshape(posterior.size, -1)
+    left, scale, _ = np.linalg.svd(means_ND - means_ND.mean(0), full_matrices=False)
+    plane = left[:, :2] * scale[:2]
+    values = np.array(posterior.labels[label]) if label else np.full(posterior.size, "")
+    for colour, name in zip(CYCLE, sorted({*values}), strict=False):
+        ax.scatter(
+            plane[values == name, 0],
+            plane[values == name, 1],
+            s=10,
+            color=colour,
+            label=name or None,
+            alpha=0.8,
+            linewidth=0,
+        )
+    if label:
+        ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8)
+    share = (scale[:2] ** 2).sum() / (scale**2).sum()
+    return plain(
+        ax, title="Means of q", xlabel=f"two directions with {share:.0%} of their variance", xticks=[], yticks=[]
+    )
+
+
+def draw_attention(weights: xr.DataArray, layer: int, ax: Axes | None = None) -> Axes:
+    """How much each token looks at each thought of a layer."""
+    ax = axes_of(ax, 9, 2.2)
+    image = ax.imshow(weights.isel(layer=layer).transpose("thought", "token"), aspect="auto", cmap="cividis", vmin=0)
+    ax.figure.colorbar(image, ax=ax, label="weight")
+    ticks = range(weights.sizes["thought"])
+    return plain(
+        ax, title=f"Attention to the thoughts of layer {layer}", xlabel="token", ylabel="thought", yticks=ticks
+    )
+
+
+def draw_shift(shift: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """The KL to the prior as the context grows: one line a sequence, and their average."""
+    ax = axes_of(ax)
+    ax.plot(
+        shift["context"], shift["kl_to_prior"].transpose("context", "sequence"), color=BLUE, alpha=0.2, linewidth=0.8
+    )
+    ax.plot(shift["context"], shift["kl_to_prior"].mean("sequence"), color=ORANGE, marker="o", label="average")
+    ax.legend(fontsize=8, frameon=False)
+    return plain(ax, title="Belief as the text is read", xlabel="tokens of context", ylabel="KL to the prior (nats)")
+
+
+def draw_scales(comparison: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """The scale of q over the reference's, all coordinates of each sequence: below 1 q is too narrow."""
+    ax = axes_of(ax)
+    ratios = np.log2(comparison["scale_ratio"].stack(coordinate=("layer", "thought", "dim")).values)
+    ax.boxplot(list(ratios), showfliers=False, medianprops={"color": BLUE})
+    ax.axhline(0, color=GREY, linestyle="--", linewidth=1)
+    ticks: Any = [-1, 0, 1]
+    plain(ax, title="Scale of q over the chains' scale", xlabel="sequence", ylabel="ratio")
+    ax.set_yticks(ticks, ["1/2", "1", "2"])
+    return ax
+
+
+def draw_path(path: list[Any], ax: Axes | None = None) -> Axes:
+    """What each of two texts costs along the line between their thoughts."""
+    ax = axes_of(ax)
+    share = [step.share for step in path]
+    ax.plot(share, [step.nats_first for step in path], color=BLUE, marker="o", label="first text")
+    ax.plot(share, [step.nats_second for step in path], color=ORANGE, marker="o", label="second text")
+    ax.legend(fontsize=8, frameon=False)
+    return plain(ax, title="Between two texts", xlabel="share of the second", ylabel="nats per sequence")

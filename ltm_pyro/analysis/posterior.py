@@ -1,0 +1,119 @@
+"""A posterior as an object of its own: draws, densities and diagnostics of every sequence, on named axes and on disk.
+
+Its groups are ArviZ's. Axes: chain, draw, sequence, layer, thought, dim, token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from ltm_pyro.analysis.storage import read_tree, write_tree
+from ltm_pyro.contracts import LocalParameters, UsageError
+
+THOUGHTS = ("layer", "thought", "dim")
+SAMPLES = ("chain", "draw")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Draws of z given each of N sequences, and everything computed from them.
+
+    ``tree`` has the groups ``posterior`` (``z``, and the prior's other latent sites), ``prior``, ``log_likelihood``
+    (``by_token``, ``by_sequence``; nats), ``sample_stats`` (``lp`` = log p(x, z), ``log_prior``, ``log_q`` of every
+    draw; ``elbo``, ``iwae``, ``kl``, ``pareto_k``, ``mean``, ``sd``, ``kl_by_thought`` of every sequence),
+    ``observed_data`` (tokens and text), ``constant_data`` (document and labels), ``posterior_predictive`` (texts
+    written from draws of z) and ``local``, q's parameters.
+    """
+
+    tree: xr.DataTree
+
+    def __post_init__(self) -> None:
+        finite = self.z.reduce(lambda x, axis: np.isfinite(x).all(axis), [*SAMPLES, *THOUGHTS]).values
+        if not finite.all():
+            names = self.group("constant_data")["document"].values[~finite]
+            raise UsageError(
+                f"The draws of {len(names)} sequences are not finite, first of {names[0]}: the checkpoint is broken "
+                f"or the fast rate too high; lower the rate or leave these texts out."
+            )
+
+    def group(self, name: str) -> xr.Dataset:
+        """One group of the tree."""
+        return self.tree.children[name].to_dataset()
+
+    @property
+    def z(self) -> xr.DataArray:
+        """The draws of the thoughts: chain, draw, sequence, layer, thought, dim."""
+        return self.group("posterior")["z"]
+
+    @property
+    def draws(self) -> xr.DataArray:
+        """The draws of all chains in a row: sequence, draw, coordinate (layers, thoughts and dims as one axis)."""
+        flat = self.z.stack(sample=SAMPLES, coordinate=THOUGHTS, create_index=False)
+        return flat.drop_vars(SAMPLES).rename(sample="draw").transpose("sequence", "draw", "coordinate")
+
+    @property
+    def stats(self) -> xr.Dataset:
+        """The group ``sample_stats``."""
+        return self.group("sample_stats")
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, as the decoder has read them."""
+        return [str(text) for text in self.group("observed_data")["text"].values]
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Every label's values, by name; ``document`` is what a sequence is a part of."""
+        known = self.group("constant_data").data_vars.items()
+        return {str(name): [str(x) for x in values.values] for name, values in known}
+
+    @property
+    def size(self) -> int:
+        """N, the number of sequences."""
+        return self.z.sizes["sequence"]
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """Method, run, seed and version."""
+        return {str(name): x for name, x in self.tree.attrs.items()}
+
+    def log_weights(self) -> xr.DataArray:
+        """log p(x, z) − log q(z | x) of every draw, in nats; only a guide's draws have them."""
+        if "log_q" not in self.stats:
+            raise UsageError(f"Draws by {self.attrs['method']} have no density q: use a posterior of --method guide.")
+        return self.stats.lp - self.stats.log_q
+
+    def local(self) -> LocalParameters:
+        """q's parameters by name, each with leading axis N; a fit can go on from them."""
+        if "local" not in self.tree:
+            raise UsageError(f"Draws by {self.attrs['method']} have no q: use a posterior of --method guide.")
+        return {str(name): torch.from_numpy(x.values.copy()) for name, x in self.group("local").data_vars.items()}
+
+    def select(self, sequences: int | slice | Sequence[int]) -> "Posterior":
+        """Some of the sequences."""
+        index = [sequences] if isinstance(sequences, int) else sequences
+        return Posterior(self.tree.map_over_datasets(lambda x: x.isel(sequence=index, missing_dims="ignore")))
+
+    def to_datatree(self) -> xr.DataTree:
+        """What ArviZ 1.x takes."""
+        return self.tree
+
+    def to_inferencedata(self) -> Any:
+        """What the installed ArviZ takes: `arviz.InferenceData` before 1.0, the data tree itself since."""
+        from ltm_pyro.analysis.arviz import inference_data
+
+        return inference_data(self.tree)
+
+    def save(self, path: str | Path) -> None:
+        """Writes netCDF, or zarr where the name ends in ``.zarr``."""
+        write_tree(self.tree, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Posterior":
+        """What `save` wrote; refuses any other file, and the format of another version."""
+        return cls(read_tree(path, "posterior"))

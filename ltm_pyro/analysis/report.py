@@ -1,0 +1,106 @@
+"""A report one can read: a single page of HTML that needs no network, at a desk or on a phone."""
+
+import base64
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.progress import track
+
+from ltm_pyro.analysis.probes import neighbours
+from ltm_pyro.analysis.sections import SECTIONS, Material, card, sections
+from ltm_pyro.contracts import UsageError
+
+TOP = 5
+MOST_CARDS = 1000  # sequences shown one by one: keeps the page under 10 MB
+
+
+def report(of: Material) -> str:
+    """The page; sections that lack something say what."""
+    _check(of)
+    posterior = of.posterior
+    made = [
+        {"title": title, "section": section, "pictures": [_picture(ax) for ax in section.pictures]}
+        for title, section in _shown(sections(of))
+    ]
+    cards = [card(posterior, sequence) for sequence in range(min(posterior.size, MOST_CARDS))]
+    for one in cards:
+        one["neighbours"] = neighbours(posterior, one["index"], 3)
+    kl_NLK = posterior.stats["kl_by_thought"].values
+    environment = Environment(
+        loader=PackageLoader("ltm_pyro.analysis", "."), autoescape=select_autoescape(default=True), trim_blocks=True
+    )
+    return environment.get_template("report.html.j2").render(
+        sections=made,
+        cards=cards,
+        thoughts=_thoughts(kl_NLK[: len(cards)]),
+        most_kl=float(kl_NLK.max()) or 1.0,
+        attrs=posterior.attrs,
+        size=posterior.size,
+        tokens=int((posterior.group("observed_data")["tokens"] >= 0).sum()),
+    )
+
+
+def _shown(made: Iterable[Any]) -> Iterable[Any]:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(made, "writing", total=len(SECTIONS), console=console, transient=True, disable=hidden)
+
+
+def _thoughts(kl_NLK: np.ndarray) -> list[dict[str, Any]]:
+    """Every thought with the sequences that pay most KL for it."""
+    _, layers, thoughts = kl_NLK.shape
+    places = ((layer, thought) for layer in range(layers) for thought in range(thoughts))
+    return [
+        {
+            "layer": layer,
+            "thought": thought,
+            "mean": float(kl_NLK[:, layer, thought].mean()),
+            "top": [(int(i), float(kl_NLK[i, layer, thought])) for i in (-kl_NLK[:, layer, thought]).argsort()[:TOP]],
+        }
+        for layer, thought in places
+    ]
+
+
+class Picture(NamedTuple):
+    """An SVG as a data URI; letters are drawn, so that no font is needed."""
+
+    uri: str
+    wide: bool
+
+
+def _picture(ax: Axes) -> Picture:
+    stream = BytesIO()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    uri = "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+    return Picture(uri, figure.get_figwidth() > 6)
+
+
+def _check(of: Material) -> None:
+    """Refuses a run of other thoughts than the posterior's."""
+    if of.run is None:
+        return
+    own, theirs = tuple(of.posterior.z.shape[3:]), tuple(of.run.model.decoder.thought_shape)
+    if own != theirs:
+        raise UsageError(
+            f"The posterior's thoughts are {own} (layers, thoughts, width), but the run's are {theirs}: "
+            f"give the run it came from."
+        )
+
+
+def write_report(of: Material, path: str | Path) -> None:
+    """Writes the page; the file takes its place once it is whole."""
+    page, beside = report(of), Path(f"{path}.new")
+    try:
+        beside.write_text(page, "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UsageError(f"Cannot write {path}: {error.strerror}; choose another --out.") from None

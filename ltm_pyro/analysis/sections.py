@@ -1,0 +1,296 @@
+"""The sections of a report: each a verdict in plain words, pictures and tables."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+
+from ltm_pyro.analysis.calibration import Calibration
+from ltm_pyro.analysis.comparison import CONVERGED, compare, geometric_mean, narrow_rows
+from ltm_pyro.analysis.context import default_lengths, shift
+from ltm_pyro.analysis.information import active_units, aggregate, decompose, observed
+from ltm_pyro.analysis.interventions import ablate, attention, interpolate
+from ltm_pyro.analysis.loo import loo_by_sequence, loo_by_token
+from ltm_pyro.analysis.pictures.calibration import draw_coverage, draw_ecdf, draw_ranks
+from ltm_pyro.analysis.pictures.thoughts import (
+    draw_attention,
+    draw_bounds,
+    draw_by_thought,
+    draw_map,
+    draw_pareto_k,
+    draw_path,
+    draw_scales,
+    draw_shift,
+)
+from ltm_pyro.analysis.posterior import THOUGHTS, Posterior
+from ltm_pyro.analysis.predictive import check
+from ltm_pyro.analysis.probes import probable_labels, probe
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.reliability import TRUSTED
+from ltm_pyro.runs import Run
+
+FEW = 16  # sequences for what costs a fit per length of context
+
+
+class Table(NamedTuple):
+    """A head and rows of cells, ready to be printed."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+class Section(NamedTuple):
+    """What a diagnostic found."""
+
+    verdict: str
+    pictures: tuple[Axes, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+class Material(NamedTuple):
+    """What a report is made from; only the posterior must be there."""
+
+    posterior: Posterior
+    run: Run | None = None
+    calibration: Calibration | None = None
+    reference: Posterior | None = None
+
+    def need_run(self) -> Run:
+        """The run, for what only the decoder can say."""
+        if self.run is None:
+            raise UsageError("Needs the run: give --run.")
+        return self.run
+
+
+def trust(of: Material) -> Section:
+    """Pareto k-hat and the gap between the bounds."""
+    stats, size = of.posterior.stats, of.posterior.size
+    if "pareto_k" not in stats:
+        raise UsageError(f"Draws by {of.posterior.attrs['method']} have no density q.")
+    bad = int((stats["pareto_k"] > TRUSTED).sum())
+    gap = float((stats["iwae"] - stats["elbo"]).mean())
+    verdict = f"q is close enough to the posterior for all {size} sequences: k-hat ≤ {TRUSTED}."
+    if bad:
+        verdict = (
+            f"q is too narrow, or misses part of the posterior, for {bad} of {size} sequences: k-hat > {TRUSTED}. "
+            f"Read their intervals with care, and do not reweight their draws."
+        )
+    verdict += f" The importance-weighted bound is {gap:.2f} nats per sequence above the ELBO."
+    return Section(verdict, (draw_pareto_k(of.posterior), draw_bounds(of.posterior)))
+
+
+def calibration(of: Material) -> Section:
+    """Ranks of the truth on the model's own texts."""
+    found = of.calibration
+    if found is None:
+        raise UsageError("Needs `ltm calibrate RUN --out FILE`: give --calibration.")
+    p = found.p_value()
+    said = "No sign that q is off" if p > 0.05 else "q is not the posterior"
+    verdict = f"{said} on {len(found.values)} texts that the model wrote itself: p = {p:.3f}."
+    alone = found.p_values()
+    rows = [(name, f"{alone[name]:.4f}") for name in sorted(alone, key=lambda name: alone[name])[:5]]
+    return Section(
+        verdict, (draw_ranks(found), draw_ecdf(found), draw_coverage(found)), (Table(("smallest p-values", "p"), rows),)
+    )
+
+
+def reference(of: Material) -> Section:
+    """q beside Markov chains."""
+    if of.reference is None:
+        raise UsageError("Needs chains of a few of the texts (`ltm posterior --method nuts`): give --reference.")
+    found = compare(of.posterior, of.reference)
+    narrow = narrow_rows(found)
+    verdict = f"q is too narrow in {len(narrow)} of {found['scale_ratio'].isel(dim=0).size} thoughts (ratio < 0.9)."
+    if late := int((found["r_hat"] > CONVERGED).sum()):
+        verdict += f" The chains of {late} sequences have not converged (R-hat > {CONVERGED}): run them longer."
+    ratio = geometric_mean(found["scale_ratio"], THOUGHTS)
+    rows = [
+        (
+            str(index),
+            f"{float(abs(row['mean_error']).mean()):.2f}",
+            f"{float(ratio[index]):.2f}",
+            f"{float(row['correlation_q']):.2f} / {float(row['correlation']):.2f}",
+            f"{float(row['c2st']):.2f} ± {float(row['c2st_stderr']):.2f}",
+            f"{float(row['r_hat']):.3f}",
+            f"{float(row['ess']):.0f}",
+        )
+        for index, row in ((i, found.isel(sequence=i)) for i in range(found.sizes["sequence"]))
+    ]
+    head = ("sequence", "mean off by (sd)", "scale q / chains", "correlation q / chains", "C2ST", "R-hat", "ESS")
+    worst = [(str(r["sequence"]), str(r["layer"]), str(r["thought"]), f"{r['ratio']:.2f}") for r in narrow[:10]]
+    narrowest = Table(("sequence", "layer", "thought", "scale q / chains"), worst)
+    return Section(verdict, (draw_scales(found),), (Table(head, rows), *([narrowest] if worst else [])))
+
+
+def information(of: Material) -> Section:
+    """KL and active units by thought, and what the KL is made of."""
+    posterior, stats = of.posterior, of.posterior.stats
+    by_thought = stats["kl_by_thought"].mean("sequence")
+    units = active_units(posterior)
+    coordinates = posterior.draws.sizes["coordinate"]
+    verdict = f"{int(units.sum())} of {coordinates} coordinates move with the text (active units)."
+    pictures = (
+        draw_by_thought(by_thought, "KL by thought", "nats per sequence"),
+        draw_by_thought(units, "Active units", "coordinates"),
+    )
+    if of.run is None or "log_q" not in stats:
+        return Section(verdict, pictures)
+    parts = decompose(of.run.model, of.run.guide, posterior)
+    verdict += (
+        f" Of {parts.average_kl:.2f} nats of KL per sequence, {parts.mutual_information:.2f} say which text it is "
+        f"(at most {parts.most:.2f} can show with {posterior.size} sequences) and {parts.marginal_kl:.2f} are the "
+        f"distance of the aggregated posterior from the prior."
+    )
+    rows = [
+        ("average KL", f"{parts.average_kl:.3f}", f"{parts.average_kl_stderr:.3f}"),
+        ("mutual information", f"{parts.mutual_information:.3f}", f"{parts.mutual_information_stderr:.3f}"),
+        ("marginal KL", f"{parts.marginal_kl:.3f}", f"{parts.marginal_kl_stderr:.3f}"),
+    ]
+    return Section(verdict, pictures, (Table(("nats per sequence", "", "± s.e."), rows),))
+
+
+def aggregated(of: Material) -> Section:
+    """The aggregated posterior against the prior."""
+    found = aggregate(of.posterior)
+    apart = found.c2st.mean > 0.5 + 2 * found.c2st.stderr or found.mmd.p_value < 0.05
+    said = "differs from" if apart else "cannot be told from"
+    rows = [
+        ("classifier accuracy (0.5: the same)", f"{found.c2st.mean:.3f} ± {found.c2st.stderr:.3f}"),
+        ("MMD²", f"{found.mmd.mmd2:.2e} (p = {found.mmd.p_value:.3f})"),
+    ]
+    return Section(f"One draw of each q, all together, {said} the prior.", (), (Table(("", ""), rows),))
+
+
+def labels(of: Material) -> Section:
+    """Linear probes for every label that has enough documents."""
+    names = probable_labels(of.posterior)
+    if not names:
+        raise UsageError("No label has two classes of five documents: put labels beside the text in the JSONL.")
+    found = [probe(of.posterior, name) for name in names]
+    best = max(found, key=lambda x: x.thoughts.mean - x.majority)
+    verdict = (
+        f"From the thoughts alone the label '{best.label}' is read off in {best.thoughts.mean:.0%} of held-out "
+        f"sequences; always naming the largest class gets {best.majority:.0%}, a bag of tokens {best.tokens.mean:.0%}."
+    )
+    rows = [
+        (
+            f"{x.label} ({', '.join(x.classes)})",
+            str(x.sequences),
+            f"{x.thoughts.mean:.1%} ± {x.thoughts.stderr:.1%}",
+            f"{x.tokens.mean:.1%} ± {x.tokens.stderr:.1%}",
+            f"{x.majority:.1%}",
+        )
+        for x in found
+    ]
+    head = ("label (classes)", "sequences", "thoughts", "bag of tokens", "largest class")
+    return Section(verdict, (draw_map(of.posterior, best.label),), (Table(head, rows),))
+
+
+def ablation(of: Material) -> Section:
+    """What each thought is worth to the decoder."""
+    run = of.need_run()
+    lost = ablate(run.model, of.posterior, run.start_token)
+    worth = lost["by_layer"].values
+    verdict = f"Without the thoughts of layer {int(worth.argmax())} a sequence costs {worth.max():.1f} nats more."
+    rows = [
+        (str(layer), f"{value:.2f}", f"{error:.2f}")
+        for layer, (value, error) in enumerate(zip(worth, lost["by_layer_stderr"].values, strict=True))
+    ]
+    picture = draw_by_thought(lost["by_thought"], "Cost of losing one thought", "nats per sequence")
+    return Section(verdict, (picture,), (Table(("layer", "nats per sequence", "± s.e."), rows),))
+
+
+def reading(of: Material) -> Section:
+    """Where tokens look, and how belief grows with the text."""
+    run = of.need_run()
+    some = of.posterior.select(slice(FEW))
+    batch = observed(some, run.start_token)
+    moved = shift(run.model, run.guide, batch, run.inference, default_lengths(some))
+    weights = attention(run, of.posterior, 0)
+    kl = moved["kl_to_prior"].mean("sequence").values
+    verdict = (
+        f"The KL to the prior grows from {kl[0]:.1f} nats after {int(moved['context'][0])} tokens to {kl[-1]:.1f} "
+        f"after {int(moved['context'][-1])} (first {some.size} sequences). Below, where the tokens of sequence 0 look."
+    )
+    return Section(verdict, (draw_shift(moved), *(draw_attention(weights, layer) for layer in range(len(weights)))))
+
+
+def path(of: Material) -> Section:
+    """From one text's thoughts to another's."""
+    run = of.need_run()
+    if of.posterior.size < 2:
+        raise UsageError("A path needs two sequences: infer from more texts.")
+    steps = interpolate(run, of.posterior, 0, of.posterior.size - 1)
+    rows = [(f"{step.share:.2f}", step.text[:300]) for step in steps]
+    verdict = f"What the decoder writes on the straight line from sequence 0 to sequence {of.posterior.size - 1}."
+    return Section(verdict, (draw_path(steps),), (Table(("share", "text"), rows),))
+
+
+def predictive(of: Material) -> Section:
+    """Statistics of texts and replicas."""
+    found = check(of.posterior)
+    off = [str(name) for name in found.statistic.values if not 0.05 < float(found.p_value.sel(statistic=name)) < 0.95]
+    verdict = f"Replicas differ from the texts in: {', '.join(off)}." if off else "Replicas look like the texts."
+    rows = [
+        (
+            str(name),
+            f"{float(found.observed.sel(statistic=name)):.3g}",
+            f"{float(found.replicated.sel(statistic=name).mean()):.3g}",
+            f"{float(found.p_value.sel(statistic=name)):.2f}",
+        )
+        for name in found.statistic.values
+    ]
+    return Section(verdict, (), (Table(("statistic", "texts", "replicas", "share of larger replicas"), rows),))
+
+
+def leave_one_out(of: Material) -> Section:
+    """PSIS-LOO, by token and by sequence."""
+    tokens, sequences = loo_by_token(of.posterior), loo_by_sequence(of.posterior)
+    rows = []
+    for found in (tokens, sequences):
+        units = int(np.isfinite(found.elpd).sum())
+        bad = int((found.pareto_k > TRUSTED).sum())
+        rows.append((found.unit, f"{units:,}", f"{float(found.elpd.mean()):.3f}", f"{bad:,}"))
+    verdict = f"Leaving out {tokens.unit}, it has {rows[0][2]} nats on average; {rows[0][3]} of them are not trusted."
+    head = ("left out", "units", "log predictive density (nats)", f"k-hat > {TRUSTED}")
+    return Section(verdict, (), (Table(head, rows),))
+
+
+SECTIONS: dict[str, Callable[[Material], Section]] = {
+    "Can q be trusted?": trust,
+    "Calibration": calibration,
+    "Against reference chains": reference,
+    "What the thoughts carry": information,
+    "Aggregated posterior": aggregated,
+    "What can be read off": labels,
+    "What the decoder uses": ablation,
+    "Reading": reading,
+    "Between two texts": path,
+    "Predictive checks": predictive,
+    "Leave one out": leave_one_out,
+}
+
+
+def sections(of: Material) -> Iterable[tuple[str, Section]]:
+    """Every section by title; where something is missing, the sentence that says what."""
+    for title, make in SECTIONS.items():
+        try:
+            with torch.no_grad():
+                yield title, make(of)
+        except UsageError as missing:
+            yield title, Section(f"Left out. {missing}")
+
+
+def card(posterior: Posterior, sequence: int) -> dict[str, Any]:
+    """What a report says of one sequence."""
+    stats = posterior.stats.isel(sequence=sequence)
+    figures = {name: float(stats[name]) for name in ("elbo", "kl", "pareto_k") if name in stats}
+    return {
+        "index": sequence,
+        "text": posterior.texts[sequence],
+        "labels": {name: values[sequence] for name, values in posterior.labels.items() if values[sequence]},
+        "figures": figures,
+        "kl": stats["kl_by_thought"].values.tolist(),
+    }

@@ -1,0 +1,85 @@
+"""Texts to sequences, one text or one part of it each, with the labels that came along.
+
+Shapes: B sequences, T tokens.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ltm_pyro.contracts import Batch, UsageError, make_batch
+from ltm_pyro.data.documents import read_documents
+from ltm_pyro.runs import Run
+
+Longer = Literal["refuse", "cut", "split"]
+LONGER: tuple[Longer, ...] = ("refuse", "cut", "split")
+
+
+class Text(NamedTuple):
+    """A text, the document it is of, and its labels by name."""
+
+    text: str
+    document: str
+    labels: dict[str, str] = {}
+
+
+class Piece(NamedTuple):
+    """One sequence: a text's tokens, or those of a part of it."""
+
+    text: Text
+    tokens: list[int]
+
+
+def read_texts(path: str | Path) -> list[Text]:
+    """The documents of a file or folder (`read_documents`); a JSONL file's other plain values become labels."""
+    documents = [*read_documents([path])]
+    labels = _labels(Path(path)) if Path(path).suffix == ".jsonl" else [{}] * len(documents)
+    return [Text(document.text, document.id, found) for document, found in zip(documents, labels, strict=True)]
+
+
+def _labels(path: Path) -> list[dict[str, str]]:
+    records = (json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip())
+    return [_plain(record) for record in records if record["text"].strip()]
+
+
+def _plain(record: dict[str, Any]) -> dict[str, str]:
+    return {name: str(x) for name, x in record.items() if name != "text" and isinstance(x, str | int | float)}
+
+
+def as_texts(texts: Sequence[str | Text]) -> list[Text]:
+    """Plain strings become texts without labels; one without a letter is refused."""
+    if not texts:
+        raise UsageError("No text was given: a posterior needs at least one.")
+    found = [Text(x, f"text:{index}") if isinstance(x, str) else x for index, x in enumerate(texts)]
+    if empty := [text.document for text in found if not text.text.strip()]:
+        raise UsageError(f"Text {empty[0]} is empty: leave it out.")
+    return found
+
+
+def pieces(run: Run, texts: Sequence[Text], longer: Longer) -> list[Piece]:
+    """Each text's tokens and the end of text behind them, in sequences of at most the model's length.
+
+    Args:
+        longer: what becomes of a longer text: refused, ``cut`` to its start, or ``split`` into several sequences.
+    """
+    found = []
+    for text in texts:
+        tokens = [*run.tokenizer.encode(text.text, add_special_tokens=False).ids, run.start_token]
+        if longer == "refuse" and len(tokens) > run.length:
+            raise UsageError(
+                f"Text {text.document} has {len(tokens)} tokens, but the model's length is {run.length}: "
+                f"choose to `cut` longer texts to their start, or to `split` them into several sequences."
+            )
+        last = run.length if longer == "cut" else len(tokens)
+        found += [Piece(text, tokens[first : first + run.length]) for first in range(0, last, run.length)]
+    return found
+
+
+def batch_of(found: Sequence[Piece], start_token: int, length: int) -> Batch:
+    """The pieces as a batch of rows of ``length`` tokens."""
+    lengths_B = torch.tensor([len(piece.tokens) for piece in found])
+    rows = [piece.tokens + [start_token] * (length - len(piece.tokens)) for piece in found]
+    return make_batch(torch.tensor(rows), lengths_B, start_token)

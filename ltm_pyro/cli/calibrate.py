@@ -1,0 +1,90 @@
+"""`ltm calibrate RUN`: does q cover the truth on texts that the model itself has written?"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.posterior import check_out
+
+if TYPE_CHECKING:
+    from ltm_pyro.analysis.calibration import Calibration
+
+LEVELS = (0.5, 0.8, 0.9, 0.95)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm calibrate`."""
+    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+    parser.add_argument(
+        "--simulations", type=at_least(1), default=100, metavar="N", help="texts to write and infer from"
+    )
+    parser.add_argument("--samples", type=at_least(1), default=99, metavar="S", help="draws per text; 9, 19, … 99")
+    parser.add_argument(
+        "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; the recipe's by default"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="ranks as netCDF, for `ltm report --calibration`")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="rank histogram, ECDF and coverage (.png, .svg, …)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulates, ranks and prints; returns 0."""
+    for path in filter(None, (args.out, args.picture)):
+        check_out(path, args.force)
+    from dataclasses import replace
+
+    from ltm_pyro.analysis.calibration import calibrate, simulate_texts
+    from ltm_pyro.runs import load_run
+
+    trained = load_run(args.run)
+    inference = trained.inference
+    if args.fast_steps is not None:
+        inference = replace(inference, steps=args.fast_steps)
+    simulate = simulate_texts(trained)
+    found = calibrate(trained.model, trained.guide, inference, simulate, args.simulations, args.samples, seed=args.seed)
+    if args.out:
+        found.save(args.out)
+    if args.picture:
+        from ltm_pyro.analysis.pictures.calibration import figure
+
+        figure(found).savefig(args.picture, dpi=150)
+    figures = summary(found)
+    print(json.dumps(figures)) if args.json else Console().print(_table(figures, args.run))
+    return 0
+
+
+def summary(found: "Calibration") -> dict[str, Any]:
+    """p-values and coverage as plain numbers."""
+    import numpy as np
+
+    p_values = found.p_values()
+    simulations, candidates, _ = found.values.shape
+    return {
+        "simulations": simulations,
+        "samples": candidates - 1,
+        "p_value": found.p_value(),
+        "coverage": dict(zip(map(str, LEVELS), found.coverage(np.array(LEVELS)).tolist(), strict=True)),
+        "coordinates": len(p_values),
+        "coordinates_below_0.01": sum(p < 0.01 for p in p_values.values()),
+        "p_values": p_values,
+    }
+
+
+def _table(figures: dict[str, Any], title: str) -> Table:
+    heading = f"{title}: {figures['simulations']} texts of the model's own, {figures['samples']} draws of q each"
+    table = Table("", "", "what it should be", title=heading, title_justify="left")
+    table.add_row("p-value of 'q is the posterior'", f"{figures['p_value']:.3f}", "not small")
+    below, of = figures["coordinates_below_0.01"], figures["coordinates"]
+    table.add_row("coordinates with p < 0.01", f"{below} of {of}", f"about {0.01 * of:.0f}")
+    for level, share in figures["coverage"].items():
+        table.add_row(f"{float(level):.0%} intervals hold the truth", f"{share:.1%}", f"{float(level):.0%}")
+    return table

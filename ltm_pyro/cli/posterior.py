@@ -1,0 +1,94 @@
+"""`ltm posterior RUN`: what the thoughts of every text may be, as netCDF for ArviZ and `ltm report`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.contracts import UsageError
+
+if TYPE_CHECKING:
+    from ltm_pyro.analysis import Posterior
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm posterior`."""
+    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+    parser.add_argument("--input", required=True, metavar="FILE", help=".txt or .jsonl; other JSONL values are labels")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="netCDF, or zarr if it ends in .zarr")
+    parser.add_argument(
+        "--method", default="guide", choices=("guide", "nuts", "langevin"), help="fit q, or run a chain"
+    )
+    parser.add_argument("--samples", type=at_least(1), default=100, metavar="S", help="draws per sequence and chain")
+    parser.add_argument(
+        "--longer", default="refuse", choices=("refuse", "cut", "split"), help="texts beyond the length"
+    )
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N texts")
+    parser.add_argument(
+        "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; the recipe's by default"
+    )
+    parser.add_argument(
+        "--replicas", type=at_least(0), default=0, metavar="R", help="texts to write from draws of each q"
+    )
+    parser.add_argument("--chains", type=at_least(2), default=2, metavar="C", help="chains of a reference method")
+    parser.add_argument("--warmup", type=at_least(1), default=200, metavar="N", help="steps a chain throws away")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Infers, writes the file and prints what is in it; returns 0."""
+    check_out(args.out, args.force)
+    from ltm_pyro.analysis import Chains, Drawing, infer, read_texts  # here, so that --help need not wait
+    from ltm_pyro.runs import load_run
+
+    chains = Chains(chains=args.chains, warmup=args.warmup)
+    drawing = Drawing(method=args.method, samples=args.samples, chains=chains, replicas=args.replicas)
+    texts = read_texts(args.input)[: args.limit]
+    posterior = infer(load_run(args.run), texts, drawing, args.fast_steps, longer=args.longer, seed=args.seed)
+    posterior.tree.attrs["run"] = str(Path(args.run).resolve())
+    posterior.save(args.out)
+    figures = summary(posterior)
+    if args.json:
+        print(json.dumps({"out": str(args.out)} | figures))
+    else:
+        Console().print(_table(figures, str(args.out)))
+        print(f"Next: ltm report {args.out}", file=sys.stderr)
+    return 0
+
+
+def check_out(path: Path, force: bool) -> None:
+    """Refuses to replace a file, or to begin hours of work whose result has no place to go."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already: choose another --out, or add --force.")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder {path.absolute().parent}: make it, or choose another --out.")
+
+
+def summary(posterior: "Posterior") -> dict[str, float]:
+    """The figures of all sequences together; nats per sequence."""
+    from ltm_pyro.reliability import TRUSTED
+
+    stats, lengths = posterior.stats, (posterior.group("observed_data")["tokens"] >= 0).sum("token")
+    figures: dict[str, float] = {"sequences": posterior.size, "tokens": int(lengths.sum())}
+    for name in ("elbo", "iwae", "kl"):
+        if name in stats:
+            figures[f"mean_{name}"] = float(stats[name].mean())
+    if "pareto_k" in stats:
+        figures["pareto_k_above_0.7"] = int((stats["pareto_k"] > TRUSTED).sum())
+    if "r_hat" in stats:
+        figures |= {"max_r_hat": float(stats["r_hat"].max()), "min_ess": float(stats["ess"].min())}
+    return figures
+
+
+def _table(figures: dict[str, float], title: str) -> Table:
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    for name, x in figures.items():
+        table.add_row(name.replace("_", " "), f"{x:,}" if isinstance(x, int) else f"{x:,.3f}")
+    return table

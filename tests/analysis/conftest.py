@@ -1,0 +1,69 @@
+"""The linear-Gaussian model, and guides that are exactly right and wrong in known ways."""
+
+import pytest
+import torch
+
+from ltm_pyro.analysis.calibration import Simulation
+from ltm_pyro.analysis.infer import Drawing, assemble, infer_batch
+from ltm_pyro.contracts import ThoughtShape, seeded
+from ltm_pyro.guides import FullCovariance
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.models import LinearGaussianModel
+
+STILL = LocalInference(steps=0)  # these guides know the answer
+
+
+class Exact(FullCovariance):
+    """The exact posterior with scales multiplied by ``scale``; ``diagonal`` is the best mean-field one."""
+
+    def __init__(self, model, scale=1.0, diagonal=False):
+        super().__init__(model)
+        self.model, self.scale, self.diagonal = model, scale, diagonal
+
+    def start(self, sites, start):
+        """What the model says of the batch is only known when it is called."""
+        return super().start(sites, start)
+
+    def __call__(self, batch, local):
+        truth = (self.model.mean_field if self.diagonal else self.model.posterior)(batch)
+        scale_BNN = torch.linalg.cholesky(truth.covariance_BNN) * self.scale
+        factor_BNN = scale_BNN.tril(-1) + torch.diag_embed(scale_BNN.diagonal(dim1=-2, dim2=-1).log())
+        return super().__call__(batch, {"z_loc": truth.mean_BN, "z_factor": factor_BNN})
+
+
+@pytest.fixture
+def known():
+    return LinearGaussianModel(ThoughtShape(2, 1, 3))
+
+
+@pytest.fixture
+def exact():
+    """Makes a guide that is the exact posterior, but for its scale and correlations."""
+    return Exact
+
+
+@pytest.fixture
+def simulate():
+    """Makes the simulator of a linear-Gaussian model: the truth, and what was observed of it."""
+
+    def make(model):
+        def draw(size):
+            seed = int(torch.randint(2**31, ()))
+            with seeded(seed):
+                z_BLKD = model.think(size)
+            with seeded(seed):
+                return Simulation({"z": z_BLKD}, model.draw(size))
+
+        return draw
+
+    return make
+
+
+@pytest.fixture
+def posterior():
+    """Makes a `Posterior` of a model's batch under a guide."""
+
+    def make(model, guide, batch, samples=400, inference=STILL):
+        return assemble([infer_batch(model, guide, batch, inference, Drawing(samples=samples))])
+
+    return make

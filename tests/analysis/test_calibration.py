@@ -1,0 +1,76 @@
+"""Simulation-based calibration: passes the exact posterior as often as it should, and sees a narrow one."""
+
+import numpy as np
+import pytest
+
+from ltm_pyro.analysis.calibration import Calibration, calibrate, envelope
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.inference import LocalInference
+
+STILL = LocalInference(steps=0)
+
+
+def p_value(model, guide, simulate, seed, simulations=100, permutations=199):
+    found = calibrate(model, guide, STILL, simulate(model), simulations, samples=99, seed=seed)
+    return found.p_value(permutations)
+
+
+def test_the_exact_posterior_passes_and_narrow_wide_or_uncorrelated_ones_do_not(known, exact, simulate):
+    assert p_value(known, exact(known), simulate, 0) > 0.05
+    assert p_value(known, exact(known, scale=0.8), simulate, 0) < 0.01
+    assert p_value(known, exact(known, scale=1.25), simulate, 0) < 0.01
+    assert p_value(known, exact(known, diagonal=True), simulate, 0) < 0.01
+
+
+@pytest.mark.slow
+def test_size_and_power(known, exact, simulate):
+    """100 repeats: the test rejects the exact posterior in 5 % of them, one narrowed by a fifth nearly always."""
+    exact_p = np.array([p_value(known, exact(known), simulate, seed) for seed in range(100)])
+    narrow_p = np.array([p_value(known, exact(known, scale=0.8), simulate, seed) for seed in range(100)])
+    assert (exact_p > 0.01).sum() >= 95
+    assert (exact_p <= 0.05).sum() <= 11  # 5 % ± 2.7 binomial standard errors
+    assert (narrow_p <= 0.05).mean() >= 0.9
+
+
+def test_p_values_are_uniform_for_exchangeable_values_however_they_depend():
+    random = np.random.default_rng(1)
+    common = random.normal(size=(200, 40, 20, 1)) + 0.1 * random.normal(size=(200, 40, 20, 5))
+    values = [Calibration(x, tuple("abcde")).p_value(99) for x in common]
+    assert abs(np.mean(values) - 0.5) < 3 * 0.29 / 200**0.5
+    assert np.mean(np.array(values) <= 0.05) < 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5
+
+
+def test_coverage_of_known_scales():
+    """If truths are twice as wide as the draws, the 90 % interval holds 59 % of them."""
+    random = np.random.default_rng(0)
+    values = random.normal(size=(4000, 100, 2))
+    values[:, 0] *= 2
+    levels = np.array([0.68, 0.9])
+    np.testing.assert_allclose(Calibration(values, ("a", "b")).coverage(levels), [0.381, 0.589], atol=0.025)
+
+
+def test_ranks_count_the_draws_below_the_truth():
+    values = np.array([[[2.0], [1.0], [3.0], [0.0]]])
+    assert Calibration(values, ("a",)).ranks.tolist() == [[2]]
+
+
+def test_the_envelope_holds_uniform_ranks_as_often_as_it_says():
+    points = np.linspace(0, 1, 21)[1:-1]
+    low, high = envelope(50, points)
+    ecdf = (np.random.default_rng(3).random((2000, 50, 1)) <= points).mean(1)
+    assert ((ecdf >= low) & (ecdf <= high)).all(1).mean() == pytest.approx(0.95, abs=0.02)
+
+
+def test_it_comes_back_from_disk(known, exact, simulate, tmp_path):
+    found = calibrate(known, exact(known), STILL, simulate(known), 20, 19)
+    found.save(tmp_path / "ranks.nc")
+    again = Calibration.load(tmp_path / "ranks.nc")
+    assert again.names == found.names == (*(f"z[{i}, 0, {j}]" for i in (0, 1) for j in range(3)), "log p(x | z)")
+    assert again.p_value(99) == found.p_value(99)
+    assert (again.ranks == found.ranks).all()
+
+
+@pytest.mark.parametrize(("options", "words"), [((10, 99), "20 simulations, got 10"), ((40, 50), "multiple of 10")])
+def test_too_few_simulations_or_odd_draws(known, exact, simulate, options, words):
+    with pytest.raises(UsageError, match=words):
+        calibrate(known, exact(known), STILL, simulate(known), *options)

@@ -1,0 +1,128 @@
+"""The posterior as an object: what it says where the answer is known, how it is cut, stored and handed to ArviZ."""
+
+import warnings
+
+import arviz
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from ltm_pyro.analysis import Posterior
+from ltm_pyro.analysis.infer import Drawing, assemble, infer_batch
+from ltm_pyro.analysis.storage import write_tree
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.guides import MeanField
+from ltm_pyro.inference import LocalInference
+
+
+@pytest.fixture
+def right(known, exact, posterior):
+    batch = known.draw(5)
+    return batch, posterior(known, exact(known), batch)
+
+
+def test_draws_and_densities_meet_the_truth(known, right):
+    batch, found = right
+    truth, evidence_B = known.posterior(batch), known.log_evidence(batch).numpy()
+    draws = found.draws
+    assert draws.dims == ("sequence", "draw", "coordinate")
+    error = (draws.mean("draw") - truth.mean_BN.numpy()) / truth.covariance_BNN.diagonal(
+        dim1=-2, dim2=-1
+    ).sqrt().numpy()
+    assert abs(error).max() < 4.5 / 400**0.5
+    np.testing.assert_allclose(found.log_weights().values[0], np.broadcast_to(evidence_B, (400, 5)), atol=1e-6)
+    np.testing.assert_allclose(found.stats.elbo, evidence_B, atol=1e-6)
+    np.testing.assert_allclose(found.stats.iwae, evidence_B, atol=1e-6)
+    by_token = found.tree["log_likelihood"]["by_token"].sum("token")
+    np.testing.assert_allclose(by_token, found.tree["log_likelihood"]["by_sequence"])
+
+
+def test_k_hat_trusts_the_exact_family_and_not_a_factorised_one(known, exact, posterior):
+    batch = known.draw(5)
+    assert (posterior(known, exact(known), batch).stats.pareto_k < 0.7).all()
+    correlated = type(known)(known.prior.shape, length=3, noise=0.05)
+    batch = correlated.draw(5)
+    assert (posterior(correlated, exact(correlated, diagonal=True), batch, 2000).stats.pareto_k > 0.7).all()
+
+
+def test_the_kl_of_each_thought_sums_to_the_kl_where_q_factorises(known, posterior):
+    batch = known.draw(3)
+    found = posterior(known, MeanField(known), batch, 2000, LocalInference(steps=100, rate=0.1))
+    stderr = (found.stats.log_q - found.stats.log_prior).std(("chain", "draw")) / 2000**0.5
+    assert (abs(found.stats.kl_by_thought.sum(("layer", "thought")) - found.stats.kl) < 4 * stderr).all()
+    local = found.local()
+    np.testing.assert_allclose(found.stats["mean"], local["z_loc"])
+    np.testing.assert_allclose(found.stats["sd"], (local["z_log_var"] / 2).exp())
+
+
+@pytest.mark.parametrize("name", ["posterior.nc", "posterior.zarr"])
+def test_it_comes_back_from_disk(right, tmp_path, name):
+    _, found = right
+    found.save(tmp_path / name)
+    found.save(tmp_path / name)  # in place of the first
+    again = Posterior.load(tmp_path / name)
+    xr.testing.assert_identical(again.tree["posterior"].to_dataset(), found.tree["posterior"].to_dataset())
+    assert again.attrs == found.attrs
+    assert again.labels == found.labels
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_some_sequences(right):
+    _, found = right
+    some = found.select([3, 1])
+    assert some.size == 2
+    assert some.labels["document"] == ["sequence:3", "sequence:1"]
+    np.testing.assert_array_equal(some.z.sel(sequence=3), found.z.isel(sequence=3))
+    assert some.local()["z_loc"].shape[0] == 2
+    assert found.select(0).z.sizes["sequence"] == 1
+
+
+def test_arviz_reads_it(right, tmp_path):
+    _, found = right
+    found.save(tmp_path / "posterior.nc")
+    for data in (found.to_inferencedata(), arviz.from_netcdf(tmp_path / "posterior.nc")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ArviZ wants two chains for R-hat, which means nothing for draws of q
+            table = arviz.summary(data, var_names=["z"], kind="stats")
+            arviz.plot_forest(data, var_names=["z"], backend_kwargs={"layout": "constrained"})
+        assert len(table) == 5 * 6
+        assert {"posterior", "prior", "log_likelihood", "sample_stats", "observed_data"} <= set(data.groups())
+
+
+def test_sequences_in_batches_or_alone(known, exact, posterior):
+    batch = known.draw(4)
+    parts = [
+        infer_batch(known, exact(known), batch.select(torch.tensor(rows)), LocalInference(steps=0), Drawing(samples=50))
+        for rows in ([0, 1], [2, 3])
+    ]
+    joined = assemble(parts)
+    assert joined.z.shape == (1, 50, 4, 2, 1, 3)
+    assert joined.labels["document"] == [f"sequence:{index}" for index in range(4)]
+    np.testing.assert_allclose(joined.stats.elbo, known.log_evidence(batch), atol=1e-6)
+
+
+def test_files_that_are_no_posterior(right, tmp_path):
+    _, found = right
+    (tmp_path / "text.nc").write_text("hello")
+    xr.Dataset({"x": 1.0}).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
+    old = found.tree.copy()
+    old.attrs["ltm_pyro_posterior"] = 99
+    write_tree(old, tmp_path / "old.nc")
+    for name, words in {"no.nc": "no posterior at", "text.nc": "cannot be read", "other.nc": "not a posterior"}.items():
+        with pytest.raises(UsageError, match=words):
+            Posterior.load(tmp_path / name)
+    with pytest.raises(UsageError, match="format 99, and this version reads 1"):
+        Posterior.load(tmp_path / "old.nc")
+
+
+def test_draws_that_are_not_finite(right, tmp_path):
+    _, found = right
+    found.z[0, 0, 2] = np.nan
+    with pytest.raises(UsageError, match="1 sequences are not finite, first of sequence:2"):
+        Posterior(found.tree)
+
+
+def test_too_few_draws():
+    with pytest.raises(UsageError, match="25 samples, got 10"):
+        Drawing(samples=10)

@@ -1,0 +1,80 @@
+"""Reference chains find the posterior that is known, and the comparison says where q is too narrow."""
+
+import numpy as np
+import pytest
+import torch
+
+from ltm_pyro.analysis.comparison import compare, correlation, narrow_rows
+from ltm_pyro.analysis.infer import Drawing, assemble, infer_batch
+from ltm_pyro.analysis.reference import Chains, convergence
+from ltm_pyro.contracts import Start, ThoughtShape, UsageError, make_batch
+from ltm_pyro.guides import MeanField
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel, LinearGaussianModel
+
+STILL = LocalInference(steps=0)
+
+
+def chains(model, batch, method="nuts", samples=300, warmup=200, thin=1):
+    drawing = Drawing(method=method, samples=samples, chains=Chains(chains=2, warmup=warmup, thin=thin))
+    alone = (batch.select(torch.tensor([index])) for index in range(batch.size))
+    return assemble([infer_batch(model, MeanField(model), one, STILL, drawing) for one in alone], method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "thin"), [("nuts", 1), ("langevin", 10)])
+def test_chains_meet_the_known_posterior_and_show_a_narrow_q(known, exact, posterior, method, thin):
+    batch = known.draw(1)
+    reference = chains(known, batch, method, thin=thin)
+    table = compare(posterior(known, exact(known), batch), reference)
+    assert (table.r_hat < 1.05).all()
+    noise = 4 / table.ess.values[0] ** 0.5 + 4 / 400**0.5
+    assert (abs(table.mean_error) < noise).all()
+    assert (abs(np.log(table.scale_ratio)) < noise).all()
+    assert abs(table.c2st[0] - 0.5) < 3 * table.c2st_stderr[0]
+    assert abs(table.correlation[0] - table.correlation_q[0]) < 0.1
+    narrow = compare(posterior(known, exact(known, scale=0.7), batch), reference)
+    assert [row["layer"] for row in narrow_rows(narrow)] != []
+    assert {row["ratio"] < 0.85 for row in narrow_rows(narrow)} == {True}
+    assert narrow.c2st[0] > 0.5 + 3 * narrow.c2st_stderr[0]
+
+
+@pytest.mark.slow
+def test_nuts_on_a_decoder_of_64_dimensions_converges_and_shows_a_narrow_q():
+    torch.set_default_dtype(torch.float32)
+    decoder = Decoder(50, layers=2, width=32, heads=2, thoughts=2, window=8, length=64, thought_width=16)
+    model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
+    batch = make_batch(torch.randint(1, 50, (1, 64)), torch.tensor([64]), 0)
+    guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, start=Start(log_var=-3.0))
+    reference = chains(model, batch, samples=400, warmup=200)
+    q = assemble([infer_batch(model, guide, batch, narrow, Drawing(samples=400))])
+    table = compare(q, reference)
+    torch.set_default_dtype(torch.float64)
+    assert (table.r_hat < 1.05).all()
+    assert float(table.scale_ratio.mean()) < 0.8
+    assert len(narrow_rows(table)) == 4
+
+
+def test_r_hat_of_chains_that_disagree():
+    z = torch.randn(2, 200, 1, 1, 1, 2)
+    assert (convergence(z)["r_hat"] < 1.05).all()
+    assert (convergence(z)["ess"] > 200).all()
+    z[1] += 3
+    assert (convergence(z)["r_hat"] > 1.5).all()
+
+
+def test_root_mean_square_correlation():
+    covariance = np.array([[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]])
+    draws = np.random.default_rng(0).multivariate_normal(np.zeros(3), covariance, 20_000)
+    assert correlation(draws) == pytest.approx((0.64 / 3) ** 0.5, abs=0.01)
+
+
+def test_what_cannot_be_compared(known, exact, posterior):
+    q = posterior(known, exact(known), known.draw(2))
+    with pytest.raises(UsageError, match="no Markov chain"):
+        compare(q, q)
+    other = LinearGaussianModel(ThoughtShape(2, 1, 3), seed=1)
+    with pytest.raises(UsageError, match="does not have"):
+        compare(q, chains(other, other.draw(1), samples=25, warmup=5, method="langevin"))
+    with pytest.raises(UsageError, match="got 2: give one"):
+        infer_batch(known, MeanField(known), known.draw(2), STILL, Drawing(method="nuts"))
