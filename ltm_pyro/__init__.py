@@ -10,14 +10,18 @@ if TYPE_CHECKING:
     from ltm_pyro.contracts import Batch, Guide, Model, Prior, Start, ThoughtShape, UsageError, make_batch
     from ltm_pyro.elbo import ElboTerms, elbo_terms
     from ltm_pyro.evaluation import evaluate_run
-    from ltm_pyro.generation import Sampling, generate
+    from ltm_pyro.generation import generate, interpolate
     from ltm_pyro.inference import LocalInference, LocalInfo, LocalState
     from ltm_pyro.local import fit, learn
     from ltm_pyro.posterior import LocalPosterior
     from ltm_pyro.protocols import Evaluation, evaluate
     from ltm_pyro.runs import Run, load_run
+    from ltm_pyro.sampling import Sampling
+    from ltm_pyro.scoring import Scoring, score, score_continuations
     from ltm_pyro.shared import Shared
+    from ltm_pyro.streaming import TextStreamer
     from ltm_pyro.svi import DualRateSVI
+    from ltm_pyro.thoughts import Thinking
 
 __all__ = [
     "Batch",
@@ -33,8 +37,11 @@ __all__ = [
     "Prior",
     "Run",
     "Sampling",
+    "Scoring",
     "Shared",
     "Start",
+    "TextStreamer",
+    "Thinking",
     "ThoughtShape",
     "UsageError",
     "elbo_terms",
@@ -42,23 +49,30 @@ __all__ = [
     "evaluate_run",
     "fit",
     "generate",
+    "interpolate",
     "learn",
     "load_run",
     "make_batch",
+    "score",
+    "score_continuations",
 ]
 
 _HOMES = {
     "contracts": ("Batch", "Guide", "Model", "Prior", "Start", "ThoughtShape", "UsageError", "make_batch"),
     "elbo": ("ElboTerms", "elbo_terms"),
     "evaluation": ("evaluate_run",),
-    "generation": ("Sampling", "generate"),
+    "generation": ("generate", "interpolate"),
     "inference": ("LocalInference", "LocalInfo", "LocalState"),
     "local": ("fit", "learn"),
     "posterior": ("LocalPosterior",),
     "protocols": ("Evaluation", "evaluate"),
     "runs": ("Run", "load_run"),
+    "sampling": ("Sampling",),
+    "scoring": ("Scoring", "score", "score_continuations"),
     "shared": ("Shared",),
+    "streaming": ("TextStreamer",),
     "svi": ("DualRateSVI",),
+    "thoughts": ("Thinking",),
 }
 
 

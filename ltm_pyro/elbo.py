@@ -77,10 +77,14 @@ def log_weights(
     model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int
 ) -> Float[Tensor, "S B"]:
     """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the importance weights of the evidence."""
-    q, p = traces(model, guide, batch, local, Draws(particles))
-    log_joint_SB = _total(map(_log_prob, _sampled(p).values()))
-    with full_precision(batch.inputs_BT):
-        return log_joint_SB - _total(map(_log_prob, _latent(q).values()))
+    return weigh(*traces(model, guide, batch, local, Draws(particles)))
+
+
+def weigh(q: Trace, p: Trace) -> Float[Tensor, "... B"]:
+    """log p(x, z) − log q(z | x) of each sequence at the guide's draw, in nats."""
+    log_joint_B = _total(map(_log_prob, _sampled(p).values()))
+    with full_precision(log_joint_B):
+        return log_joint_B - _total(map(_log_prob, _latent(q).values()))
 
 
 def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:

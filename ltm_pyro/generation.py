@@ -1,108 +1,187 @@
-"""Writing text: thoughts first, then tokens one by one.
+"""Writing text: thoughts first, then tokens one by one, and where wanted thoughts again.
 
-Shapes: B sequences, T tokens, V vocabulary.
+A text depends on its seed and its place among the texts alone: the same whatever is written beside it.
+Shapes: B rows, T tokens, V vocabulary, L layers, K thoughts per layer, D width.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from pyro import poutine
 from torch import Tensor
 
-from ltm_pyro.contracts import UsageError, make_batch, seeded
-from ltm_pyro.local import fit
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.row_noise import Key, uniform
 from ltm_pyro.runs import Run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen; names and meanings are Hugging Face's.
-
-    Args:
-        max_new_tokens: at most so many tokens after the prompt; a document's end stops earlier.
-        temperature: divides the logits.
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that together have this probability.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not self.temperature > 0:
-            raise UsageError(f"Temperature must be positive, got {self.temperature}: use a small one, or top_k 1.")
-        if self.top_k < 0:
-            raise UsageError(f"top_k must not be negative, got {self.top_k}: use 0 for all tokens.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be in (0, 1], got {self.top_p}.")
-
-
-def filter_logits(logits_BV: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Logits at a temperature, −∞ outside the top k and the nucleus (Holtzman et al. 2020, arXiv 1904.09751)."""
-    sorted_BV, order_BV = (logits_BV / sampling.temperature).sort(-1, descending=True)
-    before_BV = sorted_BV.softmax(-1).cumsum(-1) - sorted_BV.softmax(-1)
-    drop_BV = before_BV >= sampling.top_p
-    if sampling.top_k:
-        drop_BV[:, sampling.top_k :] = True
-    return torch.empty_like(sorted_BV).scatter(-1, order_BV, sorted_BV.masked_fill(drop_BV, -torch.inf))
+from ltm_pyro.sampling import Sampling, choose, penalise
+from ltm_pyro.streaming import Streamer, TextDecoder, token_texts
+from ltm_pyro.thoughts import TOKENS, Mind, Thinking, Tokens, encode
 
 
 def generate(
-    run: Run, prompt: str = "", samples: int = 1, sampling: Sampling | None = None, seed: int = 0
+    run: Run,
+    prompts: str | Sequence[str] = "",
+    sampling: Sampling | None = None,
+    thinking: Thinking | None = None,
+    *,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    streamer: Streamer | None = None,
+    batch_size: int = 32,
 ) -> list[str]:
-    """Texts written behind a prompt, one z each.
+    """Texts written behind prompts, the first prompt's first; what is returned is the continuations.
 
-    Without a prompt z ~ p(z); with one, q is fitted to the prompt alone and z ~ q(z | prompt) (arXiv 2502.01567,
-    section 2.3). What is returned is the continuation.
+    Behind an empty prompt z ~ p(z); else q is fitted to the prompt alone and z ~ q(z | prompt) (arXiv 2502.01567,
+    section 2.3).
+
+    Args:
+        generator: draws the seed, in place of ``seed``.
+        streamer: hears the tokens of a single text as they are written.
+        batch_size: texts written together, at most; it changes nothing else.
     """
-    sampling = sampling or Sampling()
-    prompt_T = run.tokenizer.encode(prompt).ids
-    room = run.length - len(prompt_T)
-    if room < 1:
-        raise UsageError(f"The prompt has {len(prompt_T)} tokens, but the model's length is {run.length}: shorten it.")
-    with seeded(seed), torch.no_grad():
-        z_BLKD = _thoughts(run, prompt_T, samples)
-        rows_BT = _write(run, torch.tensor([prompt_T] * samples, dtype=torch.long), z_BLKD, sampling, room)
-    return [_decode(run, row[len(prompt_T) :]) for row in rows_BT.tolist()]
+    sampling, thinking = sampling or Sampling(), thinking or Thinking()
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows = [encode(run, prompt) for prompt in prompts]
+    check_prompts(run, rows)
+    copies = sampling.num_return_sequences
+    if streamer and len(rows) * copies > 1:
+        raise UsageError(f"A streamer hears one text, but {len(rows) * copies} are asked for: ask for one at a time.")
+    if generator:
+        seed = int(torch.randint(2**62, (), generator=generator))
+    keys, each = [(seed, index) for index in range(len(rows))], max(1, batch_size // copies)
+    texts: list[str] = []
+    for first in range(0, len(rows), each):
+        chunk = slice(first, first + each)
+        mind = Mind(run, rows[chunk], keys[chunk], thinking, copies)
+        repeated = [row for row in rows[chunk] for _ in range(copies)]
+        texts += decode(run, write(run, repeated, mind.think(), mind.keys, sampling, mind, streamer))
+    return texts
 
 
-def _thoughts(run: Run, prompt_T: list[int], samples: int) -> Float[Tensor, "B L K D"]:
-    if not prompt_T:
-        return run.model.think(samples)
-    row_1T = torch.tensor([prompt_T])
-    state, _ = fit(
-        run.model, run.guide, make_batch(row_1T, torch.tensor([len(prompt_T)]), run.start_token), run.inference
-    )
-    local = {name: x.expand(samples, *x.shape[1:]) for name, x in state.parameters.items()}
-    batch = make_batch(row_1T.expand(samples, -1), torch.tensor([len(prompt_T)] * samples), run.start_token)
-    q = poutine.trace(run.guide).get_trace(batch, local)
-    return poutine.replay(run.model.think, trace=q)(samples)
+def interpolate(
+    run: Run,
+    texts: tuple[str, str],
+    steps: int = 5,
+    sampling: Sampling | None = None,
+    thinking: Thinking | None = None,
+    seed: int = 0,
+) -> list[str]:
+    r"""What the model writes from thoughts on the way from one text's to another's.
+
+    .. math:: z(\alpha) = \cos(\tfrac{\pi}{2} \alpha) \, z_1 + \sin(\tfrac{\pi}{2} \alpha) \, z_2
+
+    z₁ and z₂ are draws from the texts' posteriors; were they independent draws from a standard normal prior, so would
+    every z(α) be. The same noise chooses the tokens at every step.
+    """
+    if steps < 2:
+        raise UsageError(f"An interpolation needs both ends: ask for at least 2 texts, not {steps}.")
+    rows = [encode(run, text) for text in texts]
+    check_prompts(run, rows, room=0)
+    first_LKD, second_LKD = Mind(run, rows, [(seed, 0), (seed, 1)], thinking or Thinking()).think()
+    angles_S = torch.linspace(0, math.pi / 2, steps, device=first_LKD.device)[:, None, None, None]
+    z_SLKD = angles_S.cos() * first_LKD + angles_S.sin() * second_LKD
+    return decode(run, write(run, [[]] * steps, z_SLKD, [(seed, 0)] * steps, sampling or Sampling()))
 
 
-def _write(
-    run: Run, tokens_BT: Int[Tensor, "B T"], z_BLKD: Float[Tensor, "B L K D"], sampling: Sampling, room: int
-) -> Int[Tensor, "B U"]:
-    decoder = run.model.decoder
-    next_BU = torch.cat([tokens_BT.new_full((len(tokens_BT), 1), run.start_token), tokens_BT], dim=1)
-    cache, written = decoder.begin(z_BLKD), [tokens_BT]
-    ended_B = torch.zeros(len(tokens_BT), dtype=torch.bool)
-    for _ in range(min(room, sampling.max_new_tokens)):
-        logits_BV = filter_logits(decoder.read(next_BU, cache) @ decoder.embedding.weight.T, sampling)
-        next_B = torch.multinomial(logits_BV.softmax(-1), 1)[:, 0].masked_fill(ended_B, run.start_token)
-        ended_B |= next_B == run.start_token
-        next_BU = next_B[:, None]
-        written.append(next_BU)
-        if ended_B.all():
+def check_prompts(run: Run, rows: Sequence[Tokens], room: int = 1) -> None:
+    """Refuses a prompt that leaves no room in the model for ``room`` tokens."""
+    for row in rows:
+        if len(row) + room > run.length:
+            raise UsageError(f"A prompt has {len(row)} tokens, but the model's length is {run.length}: shorten it.")
+
+
+@torch.no_grad()
+def write(
+    run: Run,
+    rows: Sequence[Tokens],
+    z_BLKD: Float[Tensor, "B L K D"],
+    keys: Sequence[Key],
+    sampling: Sampling,
+    mind: Mind | None = None,
+    streamer: Streamer | None = None,
+) -> list[list[int]]:
+    """The tokens written behind every row under its thoughts, up to the document's end, which is not among them.
+
+    Args:
+        keys: of the rows' noise.
+        mind: thinks again along the way, as its `Thinking` says.
+    """
+    decoder, page = run.model.decoder, _Page(run, rows, sampling)
+    uniform_BN = uniform(keys, TOKENS, sampling.max_new_tokens).to(z_BLKD.device)
+    every = mind.thinking.refit_every if mind else 0
+    cache, (unread_BT, lengths_B) = decoder.begin(z_BLKD), page.whole()
+    if streamer:
+        streamer.put(torch.tensor([rows[0]], dtype=torch.long))
+    for step, uniform_B in enumerate(uniform_BN.T, start=1):
+        logits_BV = page.penalised(decoder.read(unread_BT, cache, lengths_B) @ decoder.embedding.weight.T)
+        next_B = choose(logits_BV, uniform_B, sampling)
+        page.add(next_B)
+        if streamer:
+            streamer.put(next_B.cpu())
+        if all(page.ended):
             break
-    return torch.cat(written, dim=1)
+        unread_BT, lengths_B = next_B[:, None], torch.ones_like(next_B)
+        if mind and every and step % every == 0:
+            cache, (unread_BT, lengths_B) = decoder.begin(mind.think_again(page.rows)), page.whole()
+    if streamer:
+        streamer.end()
+    return [row[first:] for row, first in zip(page.rows, page.first, strict=True)]
 
 
-def _decode(run: Run, tokens: list[int]) -> str:
-    """The text up to the document's end; bytes that form no character, such as a half one at the end, are left out."""
-    end = tokens.index(run.start_token) if run.start_token in tokens else len(tokens)
-    return run.tokenizer.decode(tokens[:end], skip_special_tokens=False).replace("\N{REPLACEMENT CHARACTER}", "")
+def decode(run: Run, rows: Sequence[Tokens]) -> list[str]:
+    """The rows' texts; bytes that form no character, such as a half one at the end, are left out."""
+    bytes_V = token_texts(run.tokenizer)
+    return [TextDecoder(bytes_V).push(row) for row in rows]
+
+
+class _Page:
+    """What has been written so far: every row's prompt and, behind ``first``, its new tokens."""
+
+    def __init__(self, run: Run, prompts: Sequence[Tokens], sampling: Sampling) -> None:
+        self.rows, self.first = [list(row) for row in prompts], [len(row) for row in prompts]
+        self.ended = [False] * len(self.rows)
+        self._run, self._sampling = run, sampling
+        bytes_V = token_texts(run.tokenizer) if sampling.stop_strings else []
+        self._decoders, self._tails = [TextDecoder(bytes_V) for _ in prompts], [""] * len(self.rows)
+        self._seen_BV = self._seen()
+
+    def whole(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
+        """Every row behind its start token, padded on the right, and their lengths."""
+        start, device = self._run.start_token, self._run.model.decoder.embedding.weight.device
+        longest = max(map(len, self.rows))
+        padded = [[start, *row, *[start] * (longest - len(row))] for row in self.rows]
+        lengths = [1 + len(row) for row in self.rows]
+        return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+
+    def penalised(self, logits_BV: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """The next tokens' logits, those the row has already made less likely."""
+        if self._sampling.repetition_penalty == 1:
+            return logits_BV
+        return penalise(logits_BV, self._seen_BV, self._sampling.repetition_penalty)
+
+    def add(self, next_B: Int[Tensor, " B"]) -> None:
+        """One more token for every row that has not ended."""
+        self._seen_BV.scatter_(1, next_B[:, None], True)
+        for index, token in enumerate(next_B.tolist()):
+            if token == self._run.start_token:
+                self.ended[index] = True
+            if not self.ended[index]:
+                self.rows[index].append(token)
+                self.ended[index] = len(self.rows[index]) == self._run.length or self._stops(index, token)
+
+    def _stops(self, index: int, token: int) -> bool:
+        stops = self._sampling.stop_strings
+        if not stops:
+            return False
+        tail = self._tails[index] + self._decoders[index].push([token])
+        self._tails[index] = tail[-max(map(len, stops)) :]
+        return any(stop in tail for stop in stops)
+
+    def _seen(self) -> Tensor:
+        """Which tokens each row has: prompt and all, as in Hugging Face's."""
+        weight = self._run.model.decoder.embedding.weight
+        seen_BV = torch.zeros(len(self.rows), len(weight), dtype=torch.bool, device=weight.device)
+        for row, seen_V in zip(self.rows, seen_BV, strict=True):
+            seen_V[row] = True
+        return seen_BV

@@ -150,11 +150,37 @@ class Evaluation:
         return figures
 
 
-def check_protocols(names: Sequence[str]) -> None:
-    """Refuses a name that is no protocol."""
+def check_protocols(names: Sequence[str], samples: int = 1) -> None:
+    """Refuses a name that is no protocol, and a figure without a draw."""
     for name in names:
         if name not in PROTOCOLS:
             raise UsageError(f"Unknown protocol '{name}': choose from {', '.join(PROTOCOLS)}.")
+    if samples < 1:
+        raise UsageError(f"Samples must be at least 1, got {samples}: a bound needs a draw.")
+
+
+def pose(
+    model: Model,
+    guide: Guide,
+    batch: Batch,
+    inference: LocalInference,
+    samples: int,
+    seed: tuple[int, ...],
+    block: int = 16,
+) -> Problem:
+    """A batch with q fitted to it."""
+    with seeded(*seed), torch.no_grad():
+        batch = model.prepare(batch)
+        state, _ = fit(model, guide, batch, inference)
+    return Problem(
+        model=model, guide=guide, batch=batch, inference=inference, samples=samples, state=state, block=block
+    )
+
+
+def charge(problem: Problem, protocol: str, seed: tuple[int, ...]) -> Totals:
+    """One protocol's charge; its noise is its own, so that no figure depends on which others are asked for."""
+    with seeded(*seed, *protocol.encode()), torch.no_grad():
+        return PROTOCOLS[protocol].charge(problem)
 
 
 def evaluate(
@@ -173,21 +199,13 @@ def evaluate(
         samples: S, draws per sequence made after q is final.
         block: tokens of one block of ``causal``.
     """
-    check_protocols(protocols)
-    if samples < 1:
-        raise UsageError(f"Samples must be at least 1, got {samples}: a bound needs a draw.")
+    check_protocols(protocols, samples)
     charged: dict[str, list[Totals]] = {name: [] for name in protocols}
     counts: list[tuple[Tensor, ...]] = []
     for index, batch in enumerate(batches):
-        with seeded(seed, index), torch.no_grad():
-            batch = model.prepare(batch)
-            state, _ = fit(model, guide, batch, inference)
-        problem = Problem(
-            model=model, guide=guide, batch=batch, inference=inference, samples=samples, state=state, block=block
-        )
-        for name in protocols:  # noise of its own each, so that no figure depends on which others are asked for
-            with seeded(seed, index, *name.encode()), torch.no_grad():
-                charged[name].append(PROTOCOLS[name].charge(problem))
+        problem = pose(model, guide, batch, inference, samples, (seed, index), block)
+        for name in protocols:
+            charged[name].append(charge(problem, name, (seed, index)))
         counts.append((batch.tokens_B, batch.bytes_B, batch.ids_B))
     totals = {name: Totals(*_joined(found)) for name, found in charged.items()}
     tokens_B, bytes_B, ids_B = _joined(counts)

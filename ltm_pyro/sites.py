@@ -15,7 +15,7 @@ Sites = Mapping[str, Distribution]  # name -> the prior's distribution there, ba
 
 def prior_sites(model: Model, size: int) -> Sites:
     """Every latent site inside the plate of sequences, in the order the prior samples it."""
-    with torch.no_grad():
+    with torch.no_grad(), poutine.block():  # a look, which handlers outside need not know of
         nodes: dict[str, Any] = dict(poutine.trace(model.think).get_trace(size).nodes)
     sites: Sites = {
         name: node["fn"]

@@ -23,9 +23,10 @@ from rich.text import Text
 
 from ltm_pyro.data import PackedDataset, pack
 from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.generation import Sampling, generate
+from ltm_pyro.generation import generate
 from ltm_pyro.protocols import DEFAULT
 from ltm_pyro.runs import Run, load_run
+from ltm_pyro.sampling import Sampling
 from ltm_pyro.training.fitting import train
 from ltm_pyro.training.recipe import read_recipe
 
@@ -120,8 +121,8 @@ def summarise(packed: Path, thinking: Trained, twin: Trained) -> dict[str, Any]:
         "tokens_per_second": float(np.median(speed)),
         "train_seconds": thinking.seconds,
         "parameters": sum(p.numel() for p in thinking.run.model.parameters()),
-        "samples": generate(thinking.run, samples=3, sampling=SAMPLING),
-        "continuation": PROMPT + generate(thinking.run, PROMPT, sampling=SAMPLING)[0],
+        "samples": generate(thinking.run, [""] * 3, SAMPLING),
+        "continuation": PROMPT + generate(thinking.run, PROMPT, SAMPLING)[0],
     }
 
 

@@ -19,9 +19,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from ltm_pyro.contracts import Batch, make_batch  # noqa: E402
+from ltm_pyro.data.tokenizer import end_of_text, train_tokenizer, vocabulary_size  # noqa: E402
+from ltm_pyro.guides import MeanField  # noqa: E402
+from ltm_pyro.inference import LocalInference  # noqa: E402
 from ltm_pyro.models.decoder import Decoder  # noqa: E402
 from ltm_pyro.models.gaussian import GaussianPrior  # noqa: E402
 from ltm_pyro.models.latent_thought import LatentThoughtModel  # noqa: E402
+from ltm_pyro.runs import Run  # noqa: E402
 
 pyro.enable_validation(True)
 hypothesis.settings.register_profile("house", deadline=None)  # a busy machine is no failure
@@ -96,5 +100,23 @@ def tiny_batch():
         lengths_B = (length - torch.arange(size)).clamp(min=1)
         tokens_BT = torch.randint(1, vocabulary, (size, length))
         return make_batch(tokens_BT, lengths_B, start_token=0, bytes_B=2 * lengths_B)
+
+    return make
+
+
+@pytest.fixture
+def tiny_run(tiny_model):
+    """Makes an untrained run of length 24, changed by name; its text is noise, as bytes can be."""
+
+    def make(**changes) -> Run:
+        texts = ["the old model reads a long text and writes short words about time, naïve café 😀"] * 3
+        tokenizer = train_tokenizer(texts, 280)
+        model = tiny_model(**{"vocabulary": vocabulary_size(tokenizer), "length": 24} | changes).eval()
+        with torch.no_grad():
+            model.decoder.embedding.weight[end_of_text(tokenizer)] = 0  # else it mostly follows itself, and ends there
+            for block in model.decoder.blocks:
+                if block.cross_attention is not None:
+                    block.cross_attention.output.weight.mul_(8)  # so that thoughts matter
+        return Run(model, MeanField(model), tokenizer, LocalInference(steps=3), "nowhere", model.decoder.length)
 
     return make

@@ -1,131 +1,204 @@
-"""Text is written as asked: by seed, within the length, up to the end, from nothing but the prompt."""
+"""Text is written as asked: by seed and place, within the length, up to the end, from nothing but the prompt."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltm_pyro import generation
+from ltm_pyro import generation, thoughts
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.data.tokenizer import end_of_text, train_tokenizer, vocabulary_size
-from ltm_pyro.generation import Sampling, filter_logits, generate
-from ltm_pyro.guides import MeanField
+from ltm_pyro.data.tokenizer import train_tokenizer
+from ltm_pyro.generation import decode, generate, interpolate
 from ltm_pyro.inference import LocalInference
-from ltm_pyro.runs import Run
+from ltm_pyro.sampling import Sampling
+from ltm_pyro.streaming import TextDecoder, TextStreamer, token_texts
+from ltm_pyro.thoughts import Mind, Thinking, draw, encode, read
 
-TEXTS = ["the old model reads a long text and writes short words about time, naïve café 😀"] * 3
 PROMPT = "the old"
+PROMPTS = ["the old", "", "a long text and short", "naïve café 😀"]  # 2 to 9 tokens, the window is 4
 
 
 @pytest.fixture
-def run(tiny_model):
-    """An untrained run of length 24; its text is noise, as bytes can be."""
-    tokenizer = train_tokenizer(TEXTS, 280)
-    model = tiny_model(vocabulary=vocabulary_size(tokenizer), length=24).eval()
-    with torch.no_grad():
-        model.decoder.embedding.weight[end_of_text(tokenizer)] = 0  # or it would mostly follow itself, and end there
-    return Run(model, MeanField(model), tokenizer, LocalInference(steps=3), "nowhere", 24)
+def run(tiny_run):
+    return tiny_run()
 
 
 @pytest.fixture
 def written(monkeypatch):
-    """The tokens of every text, as they are decoded."""
-    rows, decode = [], generation._decode
-    monkeypatch.setattr(generation, "_decode", lambda run, tokens: rows.append(tokens) or decode(run, tokens))
-    return rows
+    """The prompts, thoughts and new tokens of every call of `write`."""
+    calls, write = [], generation.write
+
+    def spy(run, rows, z, *rest):
+        found = write(run, rows, z, *rest)
+        calls.append((rows, z, found))
+        return found
+
+    monkeypatch.setattr(generation, "write", spy)
+    return calls
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 def test_a_seed_gives_one_text(run, prompt):
-    first, again, other = (generate(run, prompt, samples=3, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (generate(run, prompt, Sampling(num_return_sequences=3), seed=seed) for seed in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) == 3
 
 
+def test_a_generator_draws_the_seed(run):
+    first, again = (generate(run, PROMPT, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert first == again != generate(run, PROMPT)
+
+
 def test_the_seed_leaves_other_noise_alone(run):
     before = torch.get_rng_state()
-    generate(run, PROMPT)
+    generate(run, PROMPTS)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("prompt", ["", PROMPT])
-def test_top_1_takes_the_likeliest(run, written, prompt, monkeypatch):
-    seen = []
-    think = generation._thoughts
-    monkeypatch.setattr(generation, "_thoughts", lambda *arguments: seen.append(think(*arguments)) or seen[0])
-    generate(run, prompt, sampling=Sampling(top_k=1, max_new_tokens=8))
-    (tokens,) = written
-    ids = [run.start_token, *run.tokenizer.encode(prompt).ids]
-    decoder = run.model.decoder
-    for token in tokens:
-        hidden = decoder(decoder.stem(torch.tensor([ids])), seen[0])
-        assert token == int((hidden[0, -1] @ decoder.embedding.weight.T).argmax())
-        ids.append(token)
+@pytest.mark.parametrize(
+    "thinking", [Thinking(), Thinking(refit_every=3, candidates=3)], ids=["once", "again, from candidates"]
+)
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_a_batch_of_mixed_lengths_equals_one_by_one(run, thinking, do_sample):
+    sampling = Sampling(num_return_sequences=2, max_new_tokens=9, do_sample=do_sample, repetition_penalty=1.2)
+    together = generate(run, PROMPTS, sampling, thinking)
+    assert together == generate(run, PROMPTS, sampling, thinking, batch_size=1)
+    assert together[:4] == generate(run, PROMPTS[:2], sampling, thinking, batch_size=3)
+    assert len(set(together)) > 4
+
+
+def uncached(run, prompt, z, count):
+    """Greedy tokens from whole forward passes."""
+    ids = [run.start_token, *prompt]
+    for _ in range(count):
+        hidden = run.model.decoder(run.model.decoder.stem(torch.tensor([ids])), z)
+        ids.append(int((hidden[0, -1] @ run.model.decoder.embedding.weight.T).argmax()))
+    return ids[1 + len(prompt) :]
+
+
+def test_greedy_text_equals_whole_forward_passes_in_float32(tiny_run, written):
+    run = tiny_run()
+    run.model.float()
+    torch.set_default_dtype(torch.float32)
+    generate(run, PROMPTS, Sampling(do_sample=False, max_new_tokens=12))
+    torch.set_default_dtype(torch.float64)
+    ((rows, z, found),) = written
+    assert max(map(len, rows)) > run.model.decoder.window
+    for index, (row, tokens) in enumerate(zip(rows, found, strict=True)):
+        expected = uncached(run, row, z[index : index + 1], len(tokens))
+        assert tokens == expected
+        assert tokens
 
 
 def test_nothing_but_the_prompt_is_seen(run, monkeypatch):
-    batches = []
-    fit = generation.fit
-    monkeypatch.setattr(generation, "fit", lambda m, g, batch, *more: batches.append(batch) or fit(m, g, batch, *more))
-    generate(run, PROMPT, samples=4, sampling=Sampling(max_new_tokens=5))
-    generate(run, "", samples=2)
-    (batch,) = batches  # one fit for four texts, none without a prompt
-    assert batch.targets_BT.tolist() == [run.tokenizer.encode(PROMPT).ids]
+    batches, fit = [], thoughts.fit
+    monkeypatch.setattr(thoughts, "fit", lambda m, g, batch, *more: batches.append(batch) or fit(m, g, batch, *more))
+    generate(run, PROMPT, Sampling(max_new_tokens=5, num_return_sequences=4))
+    (batch,) = batches  # one fit for four texts
+    assert batch.targets_BT.tolist() == [encode(run, PROMPT)]
     assert batch.mask_BT.all()
 
 
+def test_it_thinks_again_of_all_that_is_written(run, monkeypatch):
+    batches, fit = [], thoughts.fit
+    monkeypatch.setattr(thoughts, "fit", lambda m, g, batch, *more: batches.append(batch) or fit(m, g, batch, *more))
+    (text,) = generate(run, PROMPT, Sampling(max_new_tokens=7), Thinking(refit_every=3))
+    prompt = encode(run, PROMPT)
+    assert [int(batch.tokens_B) for batch in batches] == [len(prompt) + n for n in (0, 3, 6)]
+    assert text.startswith(decode(run, [batches[-1].targets_BT[0].tolist()[len(prompt) :]])[0])
+
+
+def test_without_a_prompt_z_comes_from_the_prior(run, written):
+    generate(run, [""] * 500, Sampling(max_new_tokens=1), batch_size=500)
+    ((_, z, _),) = written
+    assert abs(z.mean()) < 4 / z.numel() ** 0.5  # four standard errors
+    assert abs(z.var() - 1) < 4 * (2 / z.numel()) ** 0.5
+
+
+def test_candidates_come_from_the_posterior(run):
+    """q left at the prior, 50 candidates: the mean of z is that of the posterior that importance weights give."""
+    prompt, still = encode(run, PROMPTS[2]), LocalInference(steps=0)
+    mind = Mind(run, [prompt], [(0, 0)], Thinking(candidates=50, inference=still), copies=100)
+    found = mind.think()
+    drawn = draw(run, read(run, [prompt]), mind.state.select(torch.tensor([0])), 10_000)
+    weight = drawn.log_weight_B[:, 0].softmax(0)
+    expected = (weight[:, None] * drawn.z_BLKD[:, 0].flatten(1)).sum(0)
+    error = (found.flatten(1).mean(0) - expected) / (found.flatten(1).std(0) / 100**0.5)
+    assert error.abs().max() < 4.5  # 48 coordinates
+    assert expected.norm() > 0.3  # the prior's own mean is 0
+
+
 def test_it_stops_at_the_end_and_at_the_length(run, written):
-    generate(run, PROMPT, samples=20, sampling=Sampling(max_new_tokens=500))
-    assert {len(tokens) for tokens in written} == {24 - len(run.tokenizer.encode(PROMPT).ids)}
-    generate(run, PROMPT, 3, Sampling(max_new_tokens=5))
-    assert {len(tokens) for tokens in written[20:]} == {5}
-    for tokens in written:  # behind the end there is nothing but the end
-        end = tokens.index(run.start_token) if run.start_token in tokens else len(tokens)
-        assert set(tokens[end:]) <= {run.start_token}
+    generate(run, PROMPT, Sampling(max_new_tokens=500, num_return_sequences=20))
+    ((rows, _, found),) = written
+    assert max(map(len, found)) == 24 - len(rows[0])
+    assert not [tokens for tokens in found if run.start_token in tokens]
+    generate(run, PROMPT, Sampling(max_new_tokens=5, num_return_sequences=3))
+    assert max(map(len, written[-1][-1])) == 5
 
 
-def test_the_end_ends_the_text(run):
-    text = run.tokenizer.encode("the old").ids
-    assert generation._decode(run, [*text, run.start_token, *text]) == "the old"
-    assert generation._decode(run, [run.start_token]) == ""
+def test_a_text_ends_behind_a_stop_string(run):
+    free = generate(run, PROMPT, Sampling(max_new_tokens=15), seed=2)[0]
+    stop = free[4:6]
+    (text,) = generate(run, PROMPT, Sampling(max_new_tokens=15, stop_strings=("never", stop)), seed=2)
+    assert stop in text
+    assert free.startswith(text)
+    assert len(text) <= free.index(stop) + 2 + 8  # what else the last token holds
 
 
-def test_no_replacement_characters(run):
-    texts = generate(run, samples=50, seed=3)
-    assert not [text for text in texts if "\N{REPLACEMENT CHARACTER}" in text]
-    smile = run.tokenizer.encode("ok 😀").ids
-    assert generation._decode(run, smile[:-1]) == "ok "
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(st.binary(max_size=12), max_size=3))
+def test_no_half_characters(rows):
+    tokenizer = train_tokenizer(["naïve 😀 text"], 262)
+    bytes_V = token_texts(tokenizer)
+    token_of = {text: token for token, text in enumerate(bytes_V) if len(text) == 1}
+    for row in rows:
+        tokens, decoder = [token_of[bytes([byte])] for byte in row], TextDecoder(bytes_V)
+        assert "".join(decoder.push([token]) for token in tokens) == TextDecoder(bytes_V).push(tokens)
+        assert TextDecoder(bytes_V).push(tokens) == row.decode(errors="ignore")
 
 
-def test_a_prompt_too_long(run):
-    with pytest.raises(UsageError, match="length is 24: shorten it"):
-        generate(run, PROMPT * 20)
+def test_what_is_streamed_is_what_is_returned(run, capsys):
+    for prompt in PROMPTS:
+        (text,) = generate(run, prompt, Sampling(max_new_tokens=20), streamer=TextStreamer(run.tokenizer), seed=4)
+        assert capsys.readouterr().out == text
 
 
-@settings(max_examples=60, deadline=None)
-@given(top_k=st.integers(0, 12), top_p=st.floats(0.01, 1), temperature=st.floats(0.05, 5), seed=st.integers(0, 99))
-def test_filter_keeps_the_smallest_nucleus(top_k, top_p, temperature, seed):
-    logits = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    kept = filter_logits(logits, Sampling(top_k=top_k, top_p=top_p, temperature=temperature)).isfinite()
-    p = (logits / temperature).softmax(-1)
-    for row in range(2):
-        order, mass, chosen = p[row].argsort(descending=True).tolist(), 0.0, set()
-        for token in order[: top_k or None]:
-            if mass >= top_p and chosen:
-                break
-            chosen.add(token)
-            mass += float(p[row, token])
-        assert set(kept[row].nonzero()[:, 0].tolist()) == chosen
+def test_interpolation_begins_and_ends_at_the_texts(run, written):
+    texts = interpolate(run, (PROMPT, PROMPTS[2]), 3, Sampling(max_new_tokens=6))
+    ((_, z, _),) = written
+    torch.testing.assert_close(z[1], (z[0] + z[2]) / 2**0.5)
+    assert len(texts) == 3
+    assert texts != [texts[0]] * 3
 
 
-def test_temperature_divides():
-    logits = torch.randn(2, 5)
-    torch.testing.assert_close(filter_logits(logits, Sampling(temperature=0.5)), logits * 2)
+def test_layers_without_their_thoughts_hear_nothing(tiny_run, written):
+    run = tiny_run()
+    generate(run, PROMPT, Sampling(max_new_tokens=4), Thinking(layers=(2,)))
+    ((rows, z, _),) = written
+    assert z[0, 0].eq(0).all()
+    assert z[0, 1].ne(0).all()
+    stem = run.model.decoder.stem(torch.tensor(rows))
+    deaf = run.model.decoder(stem, torch.zeros_like(z))
+    run.model.decoder.listening = False
+    torch.testing.assert_close(deaf, run.model.decoder(stem, z))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"max_new_tokens": 0}]
+    ("message", "call"),
+    [
+        ("length is 24: shorten it", lambda run: generate(run, PROMPT * 20)),
+        ("one at a time", lambda run: generate(run, PROMPTS, streamer=TextStreamer(run.tokenizer))),
+        ("at least 2 texts", lambda run: interpolate(run, (PROMPT, PROMPT), 1)),
+        (
+            "no layer 3: the model's layers are 1 to 2",
+            lambda run: generate(run, PROMPT, thinking=Thinking(layers=(3,))),
+        ),
+        ("candidates must be at least 1", lambda run: Thinking(candidates=0)),
+        ("refit_every", lambda run: Thinking(refit_every=-1)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_settings_without_sense(wrong):
-    with pytest.raises(UsageError):
-        Sampling(**wrong)
+def test_refusals(run, message, call):
+    with pytest.raises(UsageError, match=message):
+        call(run)

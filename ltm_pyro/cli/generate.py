@@ -1,7 +1,9 @@
-"""`ltm generate RUN`: text from the prior, or behind a prompt."""
+"""`ltm generate RUN`: text from the prior, behind a prompt, or on the way from one text to another."""
 
 import argparse
 import json
+from dataclasses import replace
+from typing import Any
 
 from ltm_pyro.cli.arguments import at_least
 from ltm_pyro.contracts import UsageError
@@ -9,38 +11,90 @@ from ltm_pyro.contracts import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm generate`."""
-    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+    parser.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported model")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue; z comes from the prior without")
+    parser.add_argument("--interpolate", nargs=2, metavar="TEXT", help="thoughts on the way from one text to the other")
     parser.add_argument("--num-samples", type=at_least(1), default=1, metavar="N", help="texts to write, one z each")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N", help="tokens after the prompt")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="divides the logits")
-    parser.add_argument(
-        "--top-k", type=at_least(0), default=0, metavar="N", help="only the N likeliest tokens; 0 for all"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="only the likeliest tokens of this mass")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of z and of the tokens")
+    parser.add_argument("--stream", action="store_true", help="print the text while it is written")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    tokens = parser.add_argument_group("tokens, as in Hugging Face's generate")
+    tokens.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N", help="tokens after the prompt")
+    tokens.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing one")
+    tokens.add_argument("--temperature", type=float, default=1.0, metavar="X", help="divides the logits")
+    tokens.add_argument("--top-k", type=at_least(0), default=0, metavar="N", help="only the N likeliest; 0 for all")
+    tokens.add_argument("--top-p", type=float, default=1.0, metavar="X", help="only the likeliest of this mass")
+    tokens.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="at least so likely, next to the likeliest"
+    )
+    tokens.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="on tokens seen; 1 for none")
+    tokens.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end behind this; can be repeated")
+    thoughts = parser.add_argument_group("thoughts")
+    thoughts.add_argument("--fast-steps", type=at_least(0), metavar="N", help="per fit; the recipe's by default")
+    thoughts.add_argument("--candidates", type=at_least(1), default=1, metavar="N", help="draws of z to choose from")
+    thoughts.add_argument("--refit-every", type=at_least(0), default=0, metavar="N", help="think again every N tokens")
+    thoughts.add_argument("--layers", type=_layers, metavar="1,2,…", help="only these hear their thoughts")
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the texts to standard output; returns 0."""
-    from ltm_pyro.generation import Sampling, generate  # here, so that --help need not wait for Lightning
-    from ltm_pyro.runs import load_run
+    _check(args)
+    from ltm_pyro.runs import load_run  # here, so that --help need not wait for Lightning
+    from ltm_pyro.sampling import Sampling
 
-    _check_prompt(args.prompt)
     sampling = Sampling(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+        max_new_tokens=args.max_new_tokens,
+        do_sample=not args.greedy,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        num_return_sequences=1 if args.interpolate else args.num_samples,
+        stop_strings=tuple(args.stop),
     )
-    texts = generate(load_run(args.run), args.prompt, args.num_samples, sampling, args.seed)
+    texts = _texts(load_run(args.run), args, sampling)
     if args.json:
-        print(json.dumps({"prompt": args.prompt, "samples": texts}, ensure_ascii=False))
+        given = {"interpolate": args.interpolate} if args.interpolate else {"prompt": args.prompt}
+        print(json.dumps({**given, "samples": texts}, ensure_ascii=False))
+    elif args.stream:
+        print()
     else:
         print("\n---\n".join(args.prompt + text for text in texts))
     return 0
 
 
-def _check_prompt(prompt: str) -> None:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"--prompt {prompt!r} is not UTF-8 (at character {error.start}): re-encode it.") from None
+def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
+    from ltm_pyro.generation import generate, interpolate
+    from ltm_pyro.streaming import TextStreamer
+    from ltm_pyro.thoughts import Thinking
+
+    steps = trained.inference.steps if args.fast_steps is None else args.fast_steps
+    thinking = Thinking(
+        inference=replace(trained.inference, steps=steps),
+        candidates=args.candidates,
+        refit_every=args.refit_every,
+        layers=args.layers,
+    )
+    if args.interpolate:
+        return interpolate(trained, tuple(args.interpolate), args.num_samples, sampling, thinking, args.seed)
+    if args.stream:
+        print(args.prompt, end="", flush=True)
+    streamer = TextStreamer(trained.tokenizer) if args.stream else None
+    return generate(trained, args.prompt, sampling, thinking, seed=args.seed, streamer=streamer)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(int(layer) for layer in text.split(","))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.interpolate and (args.prompt or args.stream or args.refit_every):
+        raise UsageError("--interpolate writes from thoughts alone: leave out --prompt, --stream and --refit-every.")
+    if args.stream and args.json:
+        raise UsageError("--stream prints text while it is written, --json one object at the end: choose one of them.")
+    for name, text in (("--prompt", args.prompt), *(("--interpolate", text) for text in args.interpolate or [])):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{name} {text!r} is not UTF-8 (at character {error.start}): re-encode it.") from None

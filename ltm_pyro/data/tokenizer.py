@@ -73,7 +73,9 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 def end_of_text(tokenizer: Tokenizer) -> int:
     """The id of `END_OF_TEXT`, which is also the start token of every sequence."""
-    return tokenizer.get_vocab()[END_OF_TEXT]
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    assert token is not None, "load_tokenizer sees to that"
+    return token
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -112,6 +112,23 @@ def test_text_that_cannot_be_written(here, run, refused, option, value, words):
 
 
 @pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--greedy", "--top-k", 5), "top_k 5"),
+        (("--layers", 3), "no layer 3"),
+        (("--layers", "two"), "two"),
+        (("--stream", "--json"), "--stream"),
+        (("--stream", "--num-samples", 2), "one at a time"),
+        (("--interpolate", "a", "b", "--prompt", "c"), "--prompt"),
+        (("--interpolate", "a", "b"), "at least 2"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other(run, refused, options, word):
+    assert word in refused("generate", run, *options)
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], ("data.directory", "required")),

@@ -77,3 +77,16 @@ def test_generate_prints_text_or_one_object(run, ltm, prompt):
     assert ltm("generate", run, *options)[1] == "\n---\n".join(prompt + text for text in found["samples"]) + "\n"
     assert found["samples"] == json.loads(ltm("generate", run, *options, "--json")[1])["samples"]
     assert found["samples"] != json.loads(ltm("generate", run, *options, "--seed", 1, "--json")[1])["samples"]
+
+
+def test_streamed_text_is_the_text(run, ltm):
+    options = ("generate", run, "--prompt", "the people", "--max-new-tokens", 12, "--refit-every", 5)
+    code, out, err = ltm(*options, "--stream")
+    assert (code, err, out) == (0, "", ltm(*options)[1])
+
+
+def test_thoughts_are_chosen_and_interpolated(run, ltm):
+    options = ("--max-new-tokens", 6, "--layers", 1, "--candidates", 3, "--fast-steps", 1, "--json")
+    found = json.loads(ltm("generate", run, "--interpolate", "a day", "old people", "--num-samples", 3, *options)[1])
+    assert found["interpolate"] == ["a day", "old people"]
+    assert len(found["samples"]) == 3

@@ -1,0 +1,74 @@
+"""Tokens to text as they are written, never half a character."""
+
+import sys
+from codecs import getincrementaldecoder
+from collections.abc import Iterable
+from typing import Protocol, TextIO, runtime_checkable
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ltm_pyro.data.tokenizer import vocabulary_size
+
+
+@runtime_checkable
+class Streamer(Protocol):
+    """Hugging Face's protocol: `put` is called with the prompt's tokens (1, T), then with every new one (1,)."""
+
+    def put(self, value: Tensor) -> None:
+        """Takes tokens."""
+        ...
+
+    def end(self) -> None:
+        """The text is complete."""
+        ...
+
+
+class TextDecoder:
+    """The text of one row, token by token; bytes that form no character are left out."""
+
+    def __init__(self, bytes_V: list[bytes]) -> None:
+        self._bytes_V, self._utf8 = bytes_V, getincrementaldecoder("utf-8")("ignore")
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """The characters that are complete now and were not before."""
+        return self._utf8.decode(b"".join(self._bytes_V[token] for token in tokens))
+
+
+class TextStreamer:
+    """Writes a text to a stream while it is being generated; the prompt is left out.
+
+    Args:
+        tokenizer: of the run.
+        stream: standard output when not given.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stream: TextIO | None = None) -> None:
+        self._decoder, self._stream = TextDecoder(token_texts(tokenizer)), stream or sys.stdout
+
+    def put(self, value: Tensor) -> None:
+        """Writes what the next token completes; a prompt (1, T) is passed over."""
+        if value.dim() == 1:
+            print(self._decoder.push(value.tolist()), end="", flush=True, file=self._stream)
+
+    def end(self) -> None:
+        """A character that was never completed is not written."""
+
+
+def token_texts(tokenizer: Tokenizer) -> list[bytes]:
+    """The UTF-8 bytes behind each token; none for special tokens."""
+    byte_of, added = _byte_alphabet(), tokenizer.get_added_tokens_decoder()
+    bytes_V = [b""] * vocabulary_size(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        if index not in added:
+            bytes_V[index] = bytes(byte_of[letter] for letter in token)
+        elif not added[index].special:
+            bytes_V[index] = token.encode()
+    return bytes_V
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letters of byte-level BPE: a printable Latin-1 byte is its own letter, the others follow from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,151 @@
+"""The thoughts of what has been read: q fitted to each row's tokens, and z drawn from it.
+
+All noise belongs to its row, so that no row's thoughts depend on the rows beside it.
+Shapes: B rows, L layers, K thoughts per layer, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from torch import Tensor
+
+from ltm_pyro.contracts import Batch, UsageError, make_batch
+from ltm_pyro.elbo import Draws, quiet, traces, weigh
+from ltm_pyro.inference import LocalInference, LocalState
+from ltm_pyro.local import begin, fit
+from ltm_pyro.row_noise import ByRow, Key, RowNoise, uniform
+from ltm_pyro.runs import Run
+from ltm_pyro.sampling import Sampling, choose
+
+Tokens = Sequence[int]  # of one row
+START, FIT, DRAW, CHOICE, TOKENS = range(5)  # noise of one purpose is never noise of another
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thinking:
+    """How the thoughts of a text are found, and which of them are heard.
+
+    Args:
+        inference: the run's own, of evaluation, when not given.
+        candidates: draws of z per text; one is kept with probability proportional to its importance weight
+            p(x, z) / q(z | x), so that with many z comes from the posterior (sampling importance resampling).
+        refit_every: fits q again, and draws z anew, after so many new tokens; 0 for never.
+        layers: the layers that hear their thoughts, counted from 1; all when not given.
+    """
+
+    inference: LocalInference | None = None
+    candidates: int = 1
+    refit_every: int = 0
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1:
+            raise UsageError(f"candidates must be at least 1, got {self.candidates}: a text needs a draw of z.")
+        if self.refit_every < 0:
+            raise UsageError(f"refit_every must not be negative, got {self.refit_every}: 0 never fits again.")
+
+    def heard(self, z_BLKD: Float[Tensor, "... L K D"]) -> Float[Tensor, "... L K D"]:
+        """The thoughts with those of unheard layers at zero, where cross-attention adds exactly nothing."""
+        if self.layers is None:
+            return z_BLKD
+        layers = z_BLKD.shape[-3]
+        if wrong := [layer for layer in self.layers if not 1 <= layer <= layers]:
+            raise UsageError(f"There is no layer {wrong[0]}: the model's layers are 1 to {layers}.")
+        heard_L = torch.tensor([layer + 1 in self.layers for layer in range(layers)], device=z_BLKD.device)
+        return z_BLKD * heard_L[:, None, None]
+
+
+class Weighted(NamedTuple):
+    """Draws of z and the logarithms of their importance weights, in nats."""
+
+    z_BLKD: Float[Tensor, "... B L K D"]
+    log_weight_B: Float[Tensor, "... B"]
+
+
+def encode(run: Run, text: str) -> list[int]:
+    """A text's tokens."""
+    return run.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def read(run: Run, rows: Sequence[Tokens]) -> Batch:
+    """The batch of the rows' tokens, padded on the right to at least one."""
+    device = next(run.model.parameters()).device
+    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    if (longest := int(lengths_B.max())) > run.length:
+        raise UsageError(f"A text has {longest} tokens, but the model's length is {run.length}: shorten it.")
+    padded = [[*row, *[run.start_token] * (max(longest, 1) - len(row))] for row in rows]
+    return make_batch(torch.tensor(padded, device=device), lengths_B, run.start_token)
+
+
+def infer(
+    run: Run, batch: Batch, inference: LocalInference, keys: Sequence[Key], state: LocalState | None = None
+) -> LocalState:
+    """q of every row, its noise from the row's key; goes on from ``state`` when given.
+
+    A stopping rule is left out: it would move rows to other places.
+    """
+    inference = replace(inference, stop=None)
+    with ByRow([(START, *key) for key in keys]):
+        state = state or begin(run.model, run.guide, batch, inference)
+    with RowNoise([(FIT, *key) for key in keys]):
+        return fit(run.model, run.guide, batch, inference, state)[0]
+
+
+def draw(run: Run, batch: Batch, state: LocalState, particles: int | None = None) -> Weighted:
+    """z of every row, or S of them: from q where the row has tokens, from the prior where it has none."""
+    with torch.no_grad(), quiet():
+        q, p = traces(run.model, run.guide, batch, state.parameters, Draws(particles))
+        z_BLKD, log_weight_B = poutine.replay(run.model.think, trace=q)(batch.size), weigh(q, p)
+        prior_BLKD = run.model.think(log_weight_B.numel()).view(z_BLKD.shape)
+    read_B = batch.tokens_B > 0
+    return Weighted(z_BLKD.where(read_B[:, None, None, None], prior_BLKD), log_weight_B * read_B)
+
+
+class Mind:
+    """The thoughts of a few prompts, each in ``copies`` texts; it thinks again when asked, from where it stood.
+
+    Args:
+        keys: of the prompts' noise.
+    """
+
+    def __init__(
+        self, run: Run, prompts: Sequence[Tokens], keys: Sequence[Key], thinking: Thinking, copies: int = 1
+    ) -> None:
+        self.run, self.prompts, self.thinking, self.copies = run, prompts, thinking, copies
+        self.inference = thinking.inference or run.inference
+        self.prompt_keys, self.keys = keys, [(*key, copy) for key in keys for copy in range(copies)]
+        self.times = 0
+        self.state: LocalState | None = None
+
+    def think(self) -> Float[Tensor, "B L K D"]:
+        """One z a text, given its prompt."""
+        batch = read(self.run, self.prompts)
+        state = infer(self.run, batch, self.inference, self.prompt_keys)
+        place_B = torch.arange(batch.size, device=batch.inputs_BT.device).repeat_interleave(self.copies)
+        return self._conclude(batch.select(place_B), state.select(place_B))
+
+    def think_again(self, rows: Sequence[Tokens]) -> Float[Tensor, "B L K D"]:
+        """One z a text, given all that has been written so far; q goes on from where it was."""
+        batch = read(self.run, rows)
+        return self._conclude(batch, infer(self.run, batch, self.inference, self._keys(), self.state))
+
+    def _conclude(self, batch: Batch, state: LocalState) -> Float[Tensor, "B L K D"]:
+        self.times, self.state = self.times + 1, state
+        drawn = []
+        for candidate in range(self.thinking.candidates):
+            with RowNoise([(DRAW, *key, candidate) for key in self._keys()]):
+                drawn.append(draw(self.run, batch, state))
+        if len(drawn) == 1:
+            return self.thinking.heard(drawn[0].z_BLKD)
+        log_weight_BC = torch.stack([x.log_weight_B for x in drawn], dim=-1)
+        uniform_B = uniform(self._keys(), CHOICE, 1)[:, 0].to(log_weight_BC.device)
+        chosen_B = choose(log_weight_BC, uniform_B, Sampling())
+        z_BCLKD = torch.stack([x.z_BLKD for x in drawn], dim=1)
+        return self.thinking.heard(z_BCLKD[torch.arange(batch.size, device=chosen_B.device), chosen_B])
+
+    def _keys(self) -> list[Key]:
+        return [(*key, self.times) for key in self.keys]
