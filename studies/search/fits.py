@@ -35,7 +35,7 @@ def power_law(x: Sequence[float], y: Sequence[float], draws: int = 2000) -> Powe
     residuals = (log_y - fitted) * np.sqrt(len(log_x) / (len(log_x) - 2))  # two degrees of freedom are spent
 
     def exponent(resampled: np.ndarray) -> float:
-        return -linregress(log_x, fitted + resampled).slope
+        return float(-linregress(log_x, fitted + resampled).slope)
 
     interval = bootstrap(
         (residuals,),
@@ -46,4 +46,4 @@ def power_law(x: Sequence[float], y: Sequence[float], draws: int = 2000) -> Powe
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return PowerLaw(float(np.exp(line.intercept)), -line.slope, float(interval.low), float(interval.high))
+    return PowerLaw(float(np.exp(line.intercept)), float(-line.slope), float(interval.low), float(interval.high))

@@ -94,11 +94,11 @@ def test_the_best_is_trained_again_and_beside_a_baseline(run, study_file):
 
 def test_a_limit_keeps_the_best_within_it(run, study_file):
     free = run(5, study_file(), "a.db")
-    sizes = [row["figures"]["size"] for row in free["trials"][:5]]
-    limit = sizes[free["best"]] - 1e-6
-    limited = run(5, study_file(), "b.db", at_most={"size": limit})
-    assert min(sizes) <= limit
-    assert limited["trials"][limited["best"]]["figures"]["size"] <= limit
+    costs = [row["figures"]["inference_flops_per_token"] for row in free["trials"][:5]]
+    limit = costs[free["best"]] - 1e-6
+    limited = run(5, study_file(), "b.db", at_most={"inference_flops_per_token": limit})
+    assert min(costs) <= limit
+    assert limited["trials"][limited["best"]]["figures"]["inference_flops_per_token"] <= limit
     nothing = run(2, study_file(), "c.db", at_most={"unheard_of": 1.0})
     assert nothing["best"] is None
     assert nothing["recommendation"].startswith("No trial is complete and within its limits")
