@@ -74,7 +74,7 @@ def describe(model: Model, batch: Batch, sites: Sites) -> Described:
 
 def token_log_likelihood(model: Model, batch: Batch, z_SBLKD: Float[Tensor, "*S B L K D"]) -> Float[Tensor, "*S B T"]:
     """log p(x_t | x_<t, z) of every token in nats; 0 at padding."""
-    with torch.no_grad():
+    with quiet(), torch.no_grad():
         return _by_token(model.observation(z_SBLKD, batch), model.observed(batch))
 
 

@@ -25,7 +25,7 @@ class Exact(FullCovariance):
         return super().start(sites, start)
 
     def __call__(self, batch, local):
-        truth = (self.model.mean_field if self.diagonal else self.model.posterior)(batch)
+        truth = (self.model.factorised if self.diagonal else self.model.posterior)(batch)
         scale_BNN = torch.linalg.cholesky(truth.covariance_BNN) * self.scale
         factor_BNN = scale_BNN.tril(-1) + torch.diag_embed(scale_BNN.diagonal(dim1=-2, dim2=-1).log())
         return super().__call__(batch, {"z_loc": truth.mean_BN, "z_factor": factor_BNN})
