@@ -82,6 +82,7 @@ class LTMModule(pl.LightningModule):
         self.keep_local = keep_local
         self.store: LocalStore | None = None
         self._time_used = 0.0  # as the ranks have agreed on
+        self._skipped = False
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # spent so far; travels in checkpoints
 
     @property
@@ -145,7 +146,7 @@ class LTMModule(pl.LightningModule):
         self._ids_B = batch.ids_B
         if strategy.reduce_boolean_decision(not learned.loss.isfinite(), all=False):
             self._unsound("ELBO", batch.ids_B[~learned.sound_B])
-            return None
+            return self._nothing()
         loss = learned.loss + batch.size / self.sequences * global_kl(self.model)
         share = (tokens / self.trainer.world_size).to(loss.dtype)
         loss, kl = loss / share, learned.terms.kl_B.sum() / share  # their means over ranks are per token of all
@@ -162,6 +163,13 @@ class LTMModule(pl.LightningModule):
             }
         )
         return loss
+
+    def _nothing(self) -> Tensor | None:
+        """No loss; of several ranks, each waits for the others' gradients, so theirs are all 0."""
+        if self.trainer.world_size == 1:
+            return None
+        self._skipped = True
+        return torch.stack([0 * p.sum() for p in self.parameters()]).sum()
 
     def _agree(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens and places for tokens in this step, of all ranks; they also agree here on how much time is used.
@@ -189,6 +197,9 @@ class LTMModule(pl.LightningModule):
         if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():  # on all ranks alike
             self._unsound("gradient", self._ids_B)
             optimizer.zero_grad()
+        if self._skipped and not any(g.any() for g in gradients):
+            optimizer.zero_grad()  # or momentum and decay would move the weights
+        self._skipped = False
 
     def _unsound(self, what: str, ids_b: Tensor) -> None:
         ids = ids_b.tolist()
