@@ -48,7 +48,8 @@ class Amortized(MeanField, nn.Module):
         return super().start(sites, Start())
 
     def settle(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
-        """The prior's moments, moved by what the network says."""
+        """The prior's moments, moved by what the network says; where q was before does not matter."""
+        local = self.start(prior_sites(model, batch.size), Start())
         parts = zip(self.sizes, self.encode(batch).split(list(self.sizes.values()), dim=-1), strict=True)
         return {name: local[name] + part.reshape(local[name].shape) for name, part in parts}
 

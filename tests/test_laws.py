@@ -123,6 +123,8 @@ def test_the_slow_step_reaches_an_encoder(slow_gradient, ground, batch):
     assert all(p.grad.abs().sum() > 0 for p in guide.parameters())
     state, _ = fit(model, guide, batch, inference)
     assert not any(x.requires_grad for x in state.parameters.values())
+    again, _ = fit(model, guide, batch, inference, state)
+    torch.testing.assert_close(again.parameters, state.parameters)
     asked = LocalInference(steps=0)
     torch.testing.assert_close(
         fit(model, guide, batch, asked)[0].parameters, begin(model, guide, batch, asked).parameters
