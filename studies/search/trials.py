@@ -20,6 +20,7 @@ from optuna.pruners import HyperbandPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from ltm_pyro.contracts import UsageError
@@ -59,14 +60,29 @@ def _first_line(error: Exception) -> str:
 def open_storage(url: str) -> RDBStorage:
     """The storage behind a URL, made when it is a new SQLite file in an existing folder."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sqlite = url.startswith("sqlite")
     with reachable(url):
-        return RDBStorage(
+        storage = RDBStorage(
             url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True},
+            engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
         )
+    if sqlite:
+        _lock_before_reading(storage.engine)
+    return storage
+
+
+def _lock_before_reading(engine: Engine) -> None:
+    """Every transaction holds SQLite's lock from its first read on: else two workers may claim one waiting trial.
+
+    A database server locks the row that `claim` reads; SQLite has no such lock, and Python begins its transactions at
+    the first write only.
+    """
+    event.listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    engine.dispose()  # connections from before
 
 
 def existing_storage(url: str) -> RDBStorage:

@@ -40,7 +40,7 @@ def test_low_rank_finds_what_mean_field_cannot():
     batch = model.draw(4)
     evidence_B, gaps = model.log_evidence(batch), []
     for guide in (LowRank(model, rank=2), MeanField(model)):
-        inference = LocalInference(steps=200, rate=0.1, particles=8, noise="antithetic", kl="path")
+        inference = LocalInference(steps=600, rate=0.1, particles=8, noise="antithetic", kl="path")
         state, _ = fit(model, guide, batch, inference)
         gaps.append((evidence_B - honest(model, guide, batch, state)).mean())
     assert -0.05 < gaps[0] < 0.5 * gaps[1]

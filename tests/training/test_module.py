@@ -47,8 +47,9 @@ def single_precision():
 
 
 @pytest.fixture
-def train(data):
+def train(data, tmp_path):
     quiet = {
+        "default_root_dir": tmp_path,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
