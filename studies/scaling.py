@@ -59,7 +59,10 @@ def analyse(rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
     frontiers = {way: _frontier([p for p in points if (p["thoughts"], p["steps"]) == way]) for way in ways}
     laws = {way: power_law(list(f), list(f.values())) for way, f in frontiers.items() if len(f) > 2}
     said = [f"{_name(way)}: lowest bound over sizes = {law}." for way, law in laws.items()]
-    return {"iso flop curves": _iso_flop(points, ways), "frontier": _draw(frontiers, laws)}, said + _trade(points)
+    pictures = {"iso flop curves": _iso_flop(points, ways)}
+    if any(frontiers.values()):  # a budget at which every size is there
+        pictures["frontier"] = _draw(frontiers, laws)
+    return pictures, said + _trade(points)
 
 
 def _name(way: tuple[int, int]) -> str:
