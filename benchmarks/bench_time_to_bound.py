@@ -79,9 +79,7 @@ def curve(
     return found
 
 
-def published(
-    data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor
-) -> list[dict[str, float]]:
+def published(data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How) -> Curve:
     """The curve of the published structure."""
     torch.manual_seed(0)
     model, batches = NaiveLTM(vocabulary, LAYERS, WIDTH, HEADS, WINDOW, LENGTH), rows(data)
