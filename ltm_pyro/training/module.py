@@ -105,10 +105,10 @@ class LTMModule(pl.LightningModule):
         return max((used / (used + left) for used, left in times if left is not None), default=0.0)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with the slow schedule, moved by `progress`."""
+        """AdamW with the slow schedule, moved by `progress`; not fused, since Lightning then refuses to clip in bf16."""
         slow = self.slow
         groups = parameter_groups(slow_parameters(self.model, self.guide), slow.arguments)
-        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, foreach=True)
         schedule = LambdaLR(optimizer, lambda _: warmup_cosine(self.progress, slow.warmup, slow.floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

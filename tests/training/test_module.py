@@ -163,6 +163,13 @@ def test_a_bad_sequence_stops_training_by_name_or_is_skipped(train, slow_gradien
         torch.testing.assert_close(p.detach(), before[n], equal_nan=True)
 
 
+def test_half_precision_goes_with_clipping(train):
+    module = make_module()
+    before = module.model.decoder.embedding.weight.detach().clone()
+    train(module, precision="bf16-mixed", gradient_clip_val=1.0, max_steps=2)
+    assert (module.model.decoder.embedding.weight != before).any()
+
+
 def test_validation_without_gradients_is_explained(data):
     module, batch = make_module(), next(iter(data.val_dataloader()))
     with torch.inference_mode(), pytest.raises(UsageError, match="inference_mode=False"):
