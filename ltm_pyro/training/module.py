@@ -105,7 +105,7 @@ class LTMModule(pl.LightningModule):
         return max((used / (used + left) for used, left in times if left is not None), default=0.0)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with the slow schedule, moved by `progress`; not fused, since Lightning then refuses to clip in bf16."""
+        """AdamW with the slow schedule, moved by `progress`; not fused, or Lightning would not clip in bfloat16."""
         slow = self.slow
         groups = parameter_groups(slow_parameters(self.model, self.guide), slow.arguments)
         optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, foreach=True)
