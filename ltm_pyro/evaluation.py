@@ -43,7 +43,7 @@ def evaluate_run(
     if normaliser:
         _estimate(run.model, normaliser)
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
-    dataset = _held_out(run) if data is None else load_text_or_pack(data, run.tokenizer, run.length)
+    dataset = held_out(run) if data is None else load_text_or_pack(data, run.tokenizer, run.length)
     chosen = Subset(dataset, range(len(dataset))[:limit])
     batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate)
     console = Console(stderr=True)
@@ -62,7 +62,8 @@ def _estimate(model: Any, samples: int) -> None:
             Console(stderr=True).print(text)
 
 
-def _held_out(run: Run) -> PackedDataset:
+def held_out(run: Run) -> PackedDataset:
+    """The held-out part of a run's own data."""
     if not is_pack(run.data):
         raise UsageError(f"The run's own data is no longer at {run.data}: give --data, packed or text.")
     return load_text_or_pack(run.data, run.tokenizer, run.length)

@@ -24,6 +24,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 RECIPE = "config.yaml"
 METRICS = "metrics.csv"
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "model.safetensors"  # of an exported run
 
 
 class Run(NamedTuple):
@@ -43,20 +44,29 @@ class Run(NamedTuple):
 
 
 def load_run(path: str | Path) -> Run:
-    """A run directory or a checkpoint, in evaluation mode on the CPU.
+    """A run directory, a checkpoint or a folder that `ltm export` wrote, in evaluation mode on the CPU.
 
     Nothing in it is unpickled, but its recipe names prior and guide by dotted path, and those modules are imported.
     """
+    if (Path(path) / WEIGHTS).is_file():
+        from ltm_pyro.hub import from_pretrained
+
+        return from_pretrained(path)
     checkpoint = read_checkpoint(path)
     texts = checkpoint["ltm_pyro"]
-    config = parse_recipe(texts["recipe"])
+    return build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], path)
+
+
+def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], source: str | Path) -> Run:
+    """A run from its parts; the weights must be those of the recipe's model, name by name."""
+    config = parse_recipe(recipe)
     module = build_module(config)
-    load_weights(module, checkpoint["state_dict"], path)
+    load_weights(module, weights, source)
     module.eval()
     return Run(
         model=module.model,
         guide=module.guide,
-        tokenizer=Tokenizer.from_str(texts["tokenizer"]),
+        tokenizer=Tokenizer.from_str(tokenizer),
         inference=module.evaluation,
         data=config.data.directory,
         length=config.model.decoder.init_args.length,

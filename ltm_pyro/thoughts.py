@@ -5,6 +5,7 @@ Shapes: B rows, L layers, K thoughts per layer, D width.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -95,9 +96,15 @@ def infer(
         return fit(run.model, run.guide, batch, inference, state)[0]
 
 
-def draw(run: Run, batch: Batch, state: LocalState, particles: int | None = None) -> Weighted:
-    """z of every row, or S of them: from q where the row has tokens, from the prior where it has none."""
-    with torch.no_grad(), quiet():
+def draw(
+    run: Run, batch: Batch, state: LocalState, particles: int | None = None, keys: Sequence[Key] | None = None
+) -> Weighted:
+    """z of every row, or S of them: from q where the row has tokens, from the prior where it has none.
+
+    Args:
+        keys: of the rows' noise; torch's own when not given.
+    """
+    with torch.no_grad(), quiet(), RowNoise([(DRAW, *key) for key in keys]) if keys else nullcontext():
         q, p = traces(run.model, run.guide, batch, state.parameters, Draws(particles))
         z_BLKD, log_weight_B = poutine.replay(run.model.think, trace=q)(batch.size), weigh(q, p)
         prior_BLKD = run.model.think(log_weight_B.numel()).view(z_BLKD.shape)
@@ -135,10 +142,8 @@ class Mind:
 
     def _conclude(self, batch: Batch, state: LocalState) -> Float[Tensor, "B L K D"]:
         self.times, self.state = self.times + 1, state
-        drawn = []
-        for candidate in range(self.thinking.candidates):
-            with RowNoise([(DRAW, *key, candidate) for key in self._keys()]):
-                drawn.append(draw(self.run, batch, state))
+        keys = ([(*key, candidate) for key in self._keys()] for candidate in range(self.thinking.candidates))
+        drawn = [draw(self.run, batch, state, keys=k) for k in keys]
         if len(drawn) == 1:
             return self.thinking.heard(drawn[0].z_BLKD)
         log_weight_BC = torch.stack([x.log_weight_B for x in drawn], dim=-1)

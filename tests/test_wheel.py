@@ -1,4 +1,7 @@
-"""The wheel, installed where no checkout is near: every module imports from it, and the recipes are in it."""
+"""The wheel, installed where no checkout is near: every module imports from it, and the recipes are in it.
+
+``ltm_pyro.harness`` alone is left out: it needs lm-eval, which brings sixty packages (`tests/cli/test_harness.py`).
+"""
 
 import json
 import os
@@ -13,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 IMPORT_ALL = """
 import importlib, importlib.metadata, importlib.resources, json, pkgutil, ltm_pyro, ltm_pyro.models
-names = [m.name for m in pkgutil.walk_packages(ltm_pyro.__path__, "ltm_pyro.") if not m.name.endswith("__main__")]
-files = {name: importlib.import_module(name).__file__ for name in names}
+names = [m.name for m in pkgutil.walk_packages(ltm_pyro.__path__, "ltm_pyro.")]
+files = {n: importlib.import_module(n).__file__ for n in names if not n.endswith(("__main__", "harness"))}
 recipes = importlib.resources.files("ltm_pyro.studies").joinpath("recipes").iterdir()
 print(json.dumps({"files": files, "recipes": sorted(r.name for r in recipes), "typed":
     importlib.resources.files("ltm_pyro").joinpath("py.typed").is_file()}))

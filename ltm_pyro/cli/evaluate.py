@@ -1,13 +1,15 @@
-"""`ltm evaluate RUN`: every protocol's figures for held-out text."""
+"""`ltm evaluate RUN`: every protocol's figures for held-out text, or the paper's table suite by suite."""
 
 import argparse
 import json
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.contracts import UsageError
 from ltm_pyro.protocols import DEFAULT, PROTOCOLS, Evaluation, check_protocols
 
 
@@ -29,10 +31,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N sequences")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    suites = parser.add_argument_group("suites: the paper's evaluation table")
+    suites.add_argument(
+        "--suite", metavar="A,B,…", help="of zero-shot, multilingual, gsm8k, reconstruction, generation"
+    )
+    suites.add_argument("--suite-dir", type=Path, metavar="DIR", help="where the data are")
+    suites.add_argument("--source", action="append", default=[], metavar="NAME=PLACE", help="one data set elsewhere")
+    suites.add_argument("--baseline", metavar="RUN", help="an autoregressive run, for a column of its own")
+    suites.add_argument(
+        "--shots", type=at_least(0), default=3, metavar="N", help="worked examples of gsm8k, if they fit"
+    )
+    suites.add_argument("--attempts", type=at_least(1), default=5, metavar="N", help="answers per question of gsm8k")
+    suites.add_argument("--features", metavar="RUN", help="whose hidden states MAUVE compares; no MAUVE without")
+    suites.add_argument("--out", type=Path, metavar="DIR", help="results and report; RUN/suites by default")
+    suites.add_argument("--force", action="store_true", help="begin anew where --out has results of other settings")
 
 
 def run(args: argparse.Namespace) -> int:
     """Scores, then prints a table or one JSON object; returns 0."""
+    if args.suite:
+        return _suites(args)
     protocols = args.protocols.split(",")
     check_protocols(protocols)
     from ltm_pyro.evaluation import evaluate_run  # here, so that --help need not wait for Lightning
@@ -47,6 +65,38 @@ def run(args: argparse.Namespace) -> int:
     else:
         Console().print(_table(evaluation, args.run))
     return 0
+
+
+def _suites(args: argparse.Namespace) -> int:
+    if args.data or args.protocols != ",".join(DEFAULT):
+        raise UsageError("The suites choose their own data and protocols: leave out --data and --protocols.")
+    from ltm_pyro.suites.suite import Options
+    from ltm_pyro.suites.table import evaluate_suites, markdown
+
+    options = Options(
+        directory=args.suite_dir,
+        sources=dict(map(_source, args.source)),
+        limit=args.limit,
+        samples=args.samples,
+        fast_steps=args.fast_steps,
+        seed=args.seed,
+        shots=args.shots,
+        attempts=args.attempts,
+        features=args.features,
+        judge=args.baseline,
+    )
+    run = Path(args.run)
+    out = args.out or (run if run.is_dir() else run.parent) / "suites"
+    content = evaluate_suites(args.run, args.suite.split(","), options, out, args.baseline, args.force)
+    print(json.dumps(content) if args.json else markdown(content))
+    return 0
+
+
+def _source(text: str) -> tuple[str, str]:
+    name, found, place = text.partition("=")
+    if not (name and found and place):
+        raise UsageError(f"--source {text} is not NAME=PLACE: write for example ptb=/data/ptb.test.txt.")
+    return name, place
 
 
 def _table(evaluation: Evaluation, title: str) -> Table:

@@ -18,6 +18,7 @@ COMMANDS = {  # name -> module and the line of help
     "compare": ("ltm_pyro.cli.compare", "priors and guides trained for the same time, side by side"),
     "show": ("ltm_pyro.cli.show", "sites, shapes and plate diagram of a run or a recipe"),
     "new": ("ltm_pyro.cli.new", "a commented prior or guide to start from, with a test"),
+    "export": ("ltm_pyro.cli.export", "a run as safetensors, recipe, tokenizer and model card"),
     "check-inference": ("ltm_pyro.cli.check_inference", "every guide against known posteriors and evidences"),
     "bench": ("ltm_pyro.cli.bench", "speed and memory beside the published structure, on this machine"),
     "flops": ("ltm_pyro.cli.flops", "what a recipe costs per token"),

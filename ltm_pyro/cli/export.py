@@ -1,0 +1,25 @@
+"""`ltm export RUN --out DIR`: a trained model to share."""
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm export`."""
+    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--force", action="store_true", help="write over such a folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the folder and names its files; returns 0."""
+    from ltm_pyro.hub import save_pretrained  # here, so that --help need not wait for Lightning
+
+    folder = save_pretrained(args.run, args.out, force=args.force)
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    if args.json:
+        print(json.dumps({"out": str(folder), "files": sizes}))
+    else:
+        print("\n".join(f"{folder / name}  {size:,} bytes" for name, size in sizes.items()))
+    return 0

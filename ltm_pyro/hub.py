@@ -1,0 +1,114 @@
+"""A trained model to share: weights as safetensors, recipe, tokenizer, and a card that says what the figures mean."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.runs import RECIPE, TOKENIZER, WEIGHTS, Run, beside, build_run, read_checkpoint
+
+CARD = "README.md"
+UNSAFE = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # what may hold a pickle
+
+
+def save_pretrained(
+    run: str | Path, folder: str | Path, figures: Mapping[str, Any] | None = None, force: bool = False
+) -> Path:
+    """Writes a run's checkpoint as a folder that `load_run` takes, and that can be put on the Hugging Face hub.
+
+    Args:
+        figures: name to number, for the card's table.
+        force: replaces such a folder; other files are never touched.
+    """
+    torch_file = _safetensors()
+    checkpoint = read_checkpoint(run)
+    texts = checkpoint["ltm_pyro"]
+    loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run)
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not force:
+        raise UsageError(f"{folder} exists already: choose another --out, or add --force.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: weight.contiguous() for name, weight in checkpoint["state_dict"].items()}
+        torch_file.save_file(weights, beside(folder / WEIGHTS), metadata={"format": "pt"})
+        beside(folder / WEIGHTS).replace(folder / WEIGHTS)
+        (folder / RECIPE).write_text(texts["recipe"], "utf-8")
+        (folder / TOKENIZER).write_text(texts["tokenizer"], "utf-8")
+        (folder / CARD).write_text(card(loaded, figures or {}), "utf-8")
+    except OSError as error:
+        raise UsageError(f"Cannot write {folder}: {error.strerror}; make room there or choose another --out.") from None
+    return folder
+
+
+def from_pretrained(folder: str | Path) -> Run:
+    """A folder that `save_pretrained` wrote, in evaluation mode on the CPU, its weights the recipe's name by name.
+
+    Nothing is unpickled, and a folder that holds what could be is refused. The recipe names prior and guide by dotted
+    path, and those modules are imported.
+    """
+    folder = Path(folder)
+    if unsafe := sorted(path.name for path in folder.iterdir() if path.suffix in UNSAFE):
+        raise UsageError(
+            f"{folder} holds {unsafe[0]}, which may run code when it is loaded: remove it from the folder."
+        )
+    for name in (WEIGHTS, RECIPE, TOKENIZER):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} has no {name}: give a folder that `ltm export` wrote, whole.")
+    try:
+        weights = _safetensors().load_file(folder / WEIGHTS)
+        recipe, tokenizer = ((folder / name).read_text("utf-8") for name in (RECIPE, TOKENIZER))
+    except Exception as error:  # safetensors raises its own, which is no ValueError
+        raise UsageError(f"{folder} cannot be read ({error}): export the run again.") from None
+    return build_run(recipe, tokenizer, weights, folder)
+
+
+def card(run: Run, figures: Mapping[str, Any]) -> str:
+    """What a reader of the hub sees first."""
+    decoder = run.model.decoder
+    layers, thoughts, width = decoder.thought_shape
+    lines = [
+        "---",
+        "library_name: ltm_pyro",
+        "pipeline_tag: text-generation",
+        "tags: [latent-thought-model, variational-bayes, pyro]",
+        "---",
+        "",
+        "# A Latent-Thought Language Model",
+        "",
+        "A decoder that reads a few latent vectors of each text, its thoughts, inferred by a few gradient steps",
+        "([arXiv 2502.01567](https://arxiv.org/abs/2502.01567)). Made with ltm_pyro.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| parameters | {sum(p.numel() for p in run.model.parameters()):,} |",
+        f"| prior, guide | `{_dotted(run.model.prior)}`, `{_dotted(run.guide)}` |",
+        f"| layers, width, window, length | {layers}, {decoder.width}, {decoder.window}, {run.length} |",
+        f"| thoughts per layer, their width | {thoughts}, {width} |",
+        f"| vocabulary | {decoder.vocabulary:,} |",
+        f"| fast steps, rate (evaluation) | {run.inference.steps}, {run.inference.rate} |",
+        *(f"| {name} | {value:.4g} |" for name, value in figures.items()),
+        "",
+        "```",
+        "ltm generate FOLDER --prompt 'Once upon a time'",
+        "ltm evaluate FOLDER --data TEXT",
+        "```",
+        "",
+        "In Python: `run = ltm_pyro.load_run(FOLDER)`. Its likelihoods are bounds or predictive estimates, as each",
+        "protocol says; compare them with an autoregressive model's under `causal`.",
+        "",
+        "Intended use, training data, licence and limits: to be filled in by whoever shares this model.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _dotted(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__name__}"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UsageError("Sharing a model needs safetensors: install ltm-pyro[hub].") from None
+    return safetensors.torch

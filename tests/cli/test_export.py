@@ -1,0 +1,78 @@
+"""`ltm export`: the same bounds from the folder, and nothing that is not whole and safe."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ltm_pyro.runs import load_run
+
+
+@pytest.fixture
+def exported(run, ltm, tmp_path):
+    code, out, _ = ltm("export", run, "--out", tmp_path / "shared", "--json")
+    assert code == 0
+    assert set(json.loads(out)["files"]) == {"README.md", "config.yaml", "model.safetensors", "tokenizer.json"}
+    return tmp_path / "shared"
+
+
+def test_bounds_are_identical(run, ltm, exported):
+    options = ("--limit", 4, "--samples", 2, "--json")
+    assert ltm("evaluate", exported, *options)[1] == ltm("evaluate", run, *options)[1]
+    assert ltm("generate", exported, "--json")[1] == ltm("generate", run, "--json")[1]
+
+
+def test_the_card_says_what_it_is(exported):
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: ltm_pyro\n")
+    assert "`ltm_pyro.models.gaussian.GaussianPrior`, `ltm_pyro.guides.mean_field.MeanField`" in card
+    parameters = sum(p.numel() for p in load_run(exported).model.parameters())
+    assert f"| parameters | {parameters:,} |" in card
+
+
+@pytest.mark.parametrize(("change", "word"), [("missing", "absent"), ("extra", "absent"), ("shape", "(3,)")])
+def test_other_weights_are_refused(exported, refused, change, word):
+    weights = load_file(exported / "model.safetensors")
+    name = sorted(weights)[0]
+    if change == "missing":
+        del weights[name]
+    weights |= {"extra": {"other": weights.get(name)}, "shape": {name: weights[sorted(weights)[0]].new_zeros(3)}}.get(
+        change, {}
+    )
+    save_file({n: w.clone() for n, w in weights.items()}, exported / "model.safetensors")
+    message = refused("evaluate", exported)
+    assert word in message
+    assert "another architecture" in message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "state.pkl", "last.ckpt", "x.pt"])
+def test_a_pickle_in_the_folder_is_refused(exported, refused, name):
+    (exported / name).write_bytes(pickle.dumps(print))
+    assert name in refused("generate", exported)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json"])
+def test_a_missing_file_is_named(exported, refused, name):
+    (exported / name).unlink()
+    assert name in refused("generate", exported)
+
+
+def test_weights_that_are_no_safetensors(exported, refused):
+    (exported / "model.safetensors").write_bytes(b"not a model")
+    assert "cannot be read" in refused("generate", exported)
+
+
+def test_an_unknown_prior_is_refused(exported, refused):
+    recipe = (exported / "config.yaml").read_text()
+    (exported / "config.yaml").write_text(recipe.replace("ltm_pyro.models.GaussianPrior", "nowhere.Prior"))
+    assert "nowhere" in refused("generate", exported)
+
+
+def test_an_existing_folder_is_not_replaced(run, ltm, exported, refused):
+    (exported / "notes.txt").write_text("mine")
+    assert "--force" in refused("export", run, "--out", exported)
+    assert ltm("export", run, "--out", exported, "--force")[0] == 0
+    assert (exported / "notes.txt").read_text() == "mine"
+    shutil.rmtree(exported)

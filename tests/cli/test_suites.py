@@ -1,0 +1,123 @@
+"""`ltm evaluate --suite`: every suite end to end, resumed where it was, and what it refuses."""
+
+import json
+
+import pytest
+
+from ltm_pyro.suites import multilingual, zero_shot
+from ltm_pyro.suites.table import PICTURE, REPORT, RESULTS, SUITES
+
+LIMITS = ("--limit", 3, "--samples", 2, "--fast-steps", 1)
+TEXT = "the people read a long text about time. every old day the small model writes short words. "
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder in the usual layout, of invented text."""
+    folder = tmp_path_factory.mktemp("suites")
+    (folder / "eval").mkdir()
+    (folder / "eval" / "ptb.valid.txt").write_text(TEXT * 3)
+    lines = [json.dumps({"text": f"the old {word} day"}) for word in ("small", "long", "short")]
+    (folder / "eval" / "lambada_test.jsonl").write_text("\n".join(lines))
+    (folder / "multilingual").mkdir()
+    (folder / "multilingual" / "genesis.english.txt").write_text(TEXT)
+    (folder / "multilingual" / "genesis.french.txt").write_text("Au commencement, la forêt était déjà là. " * 3)
+    return folder
+
+
+def evaluate(ltm, run, data, out, *options, suites="zero-shot,multilingual"):
+    return ltm("evaluate", run, "--suite", suites, "--suite-dir", data, "--out", out, *LIMITS, *options)
+
+
+def test_every_suite_end_to_end(run, ltm, data, tmp_path):
+    names = "zero-shot,multilingual,reconstruction,generation"
+    options = ("--baseline", run, "--features", run, "--json")
+    code, out, err = evaluate(ltm, run, data, tmp_path / "out", *options, suites=names)
+    assert code == 0, err
+    found = json.loads(out)["results"]
+    assert list(found) == names.split(",")
+    assert list(found["zero-shot"]) == ["ptb", "lambada", "lambada last word"]
+    assert list(found["multilingual"]) == ["english", "french"]
+    for parts in found.values():
+        for figures in parts.values():
+            assert figures["model"] == figures["baseline"]  # the same run under the same seed
+    assert found["zero-shot"]["ptb"]["paper"]["LTM-Medium"] == 32.06
+    assert found["zero-shot"]["lambada last word"]["model"]["passages"] == 3
+    curve = found["reconstruction"]["held-out"]["model"]
+    assert [f"accuracy_{layer}" in curve for layer in range(4)] == [True, True, True, False]
+    assert 0 < found["generation"]["multinomial"]["model"]["mauve"] <= 1
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {RESULTS, REPORT, PICTURE}
+    report = (tmp_path / "out" / REPORT).read_text()
+    assert all(f"## {name}" in report for name in names.split(","))
+    assert "LTM-Medium 32.06" in report
+
+
+def test_finished_parts_are_not_computed_again(run, ltm, data, tmp_path, monkeypatch):
+    whole = evaluate(ltm, run, data, tmp_path / "whole", "--json")[1]
+    score, calls = multilingual.evaluate_run, []
+
+    def interrupted(*arguments):
+        calls.append(arguments[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(multilingual, "evaluate_run", interrupted)
+    assert evaluate(ltm, run, data, tmp_path / "out")[0] == 130
+    kept = json.loads((tmp_path / "out" / RESULTS).read_text())["results"]
+    assert list(kept["multilingual"]) == ["english"]
+    monkeypatch.setattr(zero_shot, "evaluate_run", None)  # its parts are finished
+    code, out, err = evaluate(ltm, run, data, tmp_path / "out", "--json")
+    assert code == 0
+    assert err.count("\n") == 1  # one part was left
+    assert json.loads(out)["results"] == json.loads(whole)["results"]
+
+
+def test_results_of_other_settings_are_kept(run, ltm, refused, data, tmp_path):
+    out, suite = tmp_path / "out", ("--suite", "multilingual", "--suite-dir", data)
+    assert evaluate(ltm, run, data, out, suites="multilingual")[0] == 0
+    before = (out / RESULTS).read_bytes()
+    message = refused("evaluate", run, *suite, "--out", out, *LIMITS, "--seed", 1)
+    assert "`seed`" in message
+    assert "--force" in message
+    assert (out / RESULTS).read_bytes() == before
+    assert evaluate(ltm, run, data, out, "--seed", 1, "--force", suites="multilingual")[0] == 0
+    (out / RESULTS).write_text("[]")
+    assert "not what" in refused("evaluate", run, *suite, "--out", out, *LIMITS)
+
+
+def test_a_broken_file_leaves_what_is_finished(run, ltm, data, tmp_path):
+    (tmp_path / "multilingual").mkdir()
+    for name, text in (("a.english.txt", TEXT.encode()), ("b.french.txt", "forêt".encode("latin-1"))):
+        (tmp_path / "multilingual" / name).write_bytes(text)
+    code, _, err = evaluate(ltm, run, tmp_path, tmp_path / "out", suites="multilingual")
+    assert code == 2
+    assert "b.french.txt is not UTF-8" in err
+    assert list(json.loads((tmp_path / "out" / RESULTS).read_text())["results"]["multilingual"]) == ["english"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--suite", "zero"), ("'zero'", "zero-shot")),
+        (("--suite", "zero-shot"), ("--suite-dir",)),
+        (("--suite", "zero-shot", "--suite-dir", "nowhere"), ("nowhere", "does not exist")),
+        (("--suite", "zero-shot", "--suite-dir", "."), ("no data", "ptb*")),
+        (("--suite", "gsm8k", "--suite-dir", "."), ("gsm8k*.jsonl",)),
+        (("--suite", "multilingual", "--suite-dir", "."), ("multilingual",)),
+        (("--suite", "zero-shot", "--source", "ptb"), ("NAME=PLACE",)),
+        (("--suite", "reconstruction", "--data", "x.txt"), ("--data",)),
+        (("--suite", "reconstruction", "--baseline", "nowhere"), ("nowhere",)),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_evaluated(run, refused, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    message = refused("evaluate", run, "--out", "out", *options)
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_suite_is_named_in_the_help(ltm):
+    help_text = ltm("evaluate", "--help")[1]
+    assert all(name in help_text for name in SUITES)
