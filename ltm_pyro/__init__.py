@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from ltm_pyro.contracts import Batch, Guide, Model, Prior, Start, ThoughtShape, UsageError, make_batch
     from ltm_pyro.elbo import ElboTerms, elbo_terms
     from ltm_pyro.evaluation import evaluate_run
-    from ltm_pyro.generation import generate, interpolate
     from ltm_pyro.inference import LocalInference, LocalInfo, LocalState
     from ltm_pyro.local import fit, learn
     from ltm_pyro.posterior import LocalPosterior
     from ltm_pyro.protocols import Evaluation, evaluate
     from ltm_pyro.runs import Run, load_run
-    from ltm_pyro.sampling import Sampling
-    from ltm_pyro.scoring import Scoring, score, score_continuations
     from ltm_pyro.shared import Shared
-    from ltm_pyro.streaming import TextStreamer
     from ltm_pyro.svi import DualRateSVI
-    from ltm_pyro.thoughts import Thinking
+    from ltm_pyro.text.generation import generate, interpolate
+    from ltm_pyro.text.sampling import Sampling
+    from ltm_pyro.text.scoring import Scoring, score, score_continuations
+    from ltm_pyro.text.streaming import TextStreamer
+    from ltm_pyro.text.thoughts import Thinking
 
 __all__ = [
     "Batch",
@@ -61,18 +61,18 @@ _HOMES = {
     "contracts": ("Batch", "Guide", "Model", "Prior", "Start", "ThoughtShape", "UsageError", "make_batch"),
     "elbo": ("ElboTerms", "elbo_terms"),
     "evaluation": ("evaluate_run",),
-    "generation": ("generate", "interpolate"),
+    "text.generation": ("generate", "interpolate"),
     "inference": ("LocalInference", "LocalInfo", "LocalState"),
     "local": ("fit", "learn"),
     "posterior": ("LocalPosterior",),
     "protocols": ("Evaluation", "evaluate"),
     "runs": ("Run", "load_run"),
-    "sampling": ("Sampling",),
-    "scoring": ("Scoring", "score", "score_continuations"),
+    "text.sampling": ("Sampling",),
+    "text.scoring": ("Scoring", "score", "score_continuations"),
     "shared": ("Shared",),
-    "streaming": ("TextStreamer",),
+    "text.streaming": ("TextStreamer",),
     "svi": ("DualRateSVI",),
-    "thoughts": ("Thinking",),
+    "text.thoughts": ("Thinking",),
 }
 
 

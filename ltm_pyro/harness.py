@@ -10,11 +10,11 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry
 
-from ltm_pyro.generation import decode, generate
 from ltm_pyro.runs import load_run
-from ltm_pyro.sampling import Sampling
-from ltm_pyro.scoring import Scoring, score, score_tokens
-from ltm_pyro.thoughts import encode
+from ltm_pyro.text.generation import decode, generate
+from ltm_pyro.text.sampling import Sampling
+from ltm_pyro.text.scoring import Scoring, score, score_tokens
+from ltm_pyro.text.thoughts import encode
 
 NAME = "ltm_pyro"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -23,10 +23,10 @@ from rich.text import Text
 
 from ltm_pyro.data import PackedDataset, pack
 from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.generation import generate
 from ltm_pyro.protocols import DEFAULT
 from ltm_pyro.runs import Run, load_run
-from ltm_pyro.sampling import Sampling
+from ltm_pyro.text.generation import generate
+from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.training.fitting import train
 from ltm_pyro.training.recipe import read_recipe
 

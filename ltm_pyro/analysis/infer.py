@@ -22,13 +22,13 @@ from ltm_pyro.analysis.reference import Chains, sample
 from ltm_pyro.analysis.storage import stamp
 from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, batch_of, pieces
 from ltm_pyro.contracts import Batch, Guide, Model, UsageError, seeded
-from ltm_pyro.generation import write
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
 from ltm_pyro.reliability import pareto_k
 from ltm_pyro.runs import Run
-from ltm_pyro.sampling import Sampling
 from ltm_pyro.sites import prior_sites
+from ltm_pyro.text.generation import write
+from ltm_pyro.text.sampling import Sampling
 
 BATCH = 16  # sequences fitted together
 MISSING = -1  # a token that is not there

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes the texts to standard output; returns 0."""
     _check(args)
     from ltm_pyro.runs import load_run  # here, so that --help need not wait for Lightning
-    from ltm_pyro.sampling import Sampling
+    from ltm_pyro.text.sampling import Sampling
 
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
-    from ltm_pyro.generation import generate, interpolate
-    from ltm_pyro.streaming import TextStreamer
-    from ltm_pyro.thoughts import Thinking
+    from ltm_pyro.text.generation import generate, interpolate
+    from ltm_pyro.text.streaming import TextStreamer
+    from ltm_pyro.text.thoughts import Thinking
 
     steps = trained.inference.steps if args.fast_steps is None else args.fast_steps
     thinking = Thinking(

@@ -13,12 +13,12 @@ import numpy as np
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.evaluation import held_out
-from ltm_pyro.generation import decode, generate
 from ltm_pyro.runs import Run, load_run
-from ltm_pyro.sampling import Sampling
-from ltm_pyro.scoring import Scoring, score
 from ltm_pyro.suites.mauve import features, mauve
 from ltm_pyro.suites.suite import Figures, Options, Part
+from ltm_pyro.text.generation import decode, generate
+from ltm_pyro.text.sampling import Sampling
+from ltm_pyro.text.scoring import Scoring, score
 
 TEXTS = 256
 LONGEST = 128  # tokens of a text, if the model is that long

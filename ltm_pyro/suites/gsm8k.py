@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.generation import generate
 from ltm_pyro.runs import Run
-from ltm_pyro.sampling import Sampling
 from ltm_pyro.suites.suite import Figures, Options, Part, none_found
-from ltm_pyro.thoughts import Thinking, encode
+from ltm_pyro.text.generation import generate
+from ltm_pyro.text.sampling import Sampling
+from ltm_pyro.text.thoughts import Thinking, encode
 
 ANSWER_TOKENS = 128  # of the model's length, at most half of it
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")

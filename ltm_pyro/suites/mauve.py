@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.runs import Run
-from ltm_pyro.thoughts import draw, encode, infer, read
+from ltm_pyro.text.thoughts import draw, encode, infer, read
 
 SCALE = 5.0  # the paper's c
 MIXTURES = 100  # points of the frontier

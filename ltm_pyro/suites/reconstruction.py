@@ -15,7 +15,7 @@ from ltm_pyro.contracts import Batch
 from ltm_pyro.evaluation import BATCH, held_out
 from ltm_pyro.runs import Run
 from ltm_pyro.suites.suite import Figures, Options, Part
-from ltm_pyro.thoughts import Thinking, draw, infer
+from ltm_pyro.text.thoughts import Thinking, draw, infer
 
 
 def parts(options: Options) -> list[Part]:

@@ -9,9 +9,9 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.documents import read_documents
 from ltm_pyro.evaluation import evaluate_run
 from ltm_pyro.runs import Run
-from ltm_pyro.scoring import Scoring, score_continuations
 from ltm_pyro.suites.suite import Figures, Options, Part, none_found
-from ltm_pyro.thoughts import encode
+from ltm_pyro.text.scoring import Scoring, score_continuations
+from ltm_pyro.text.thoughts import encode
 
 DATA = {  # data set -> how its files are named, the likeliest split first
     "ptb": ("ptb*test*", "ptb*valid*", "ptb*"),

@@ -16,7 +16,7 @@ from ltm_pyro.suites.generation import compression_ratio, distinct, repetition, 
 from ltm_pyro.suites.gsm8k import Problem, pass_at_k, prompt, read_problems, result, wilson
 from ltm_pyro.suites.mauve import SCALE, features, frontier_area, mauve
 from ltm_pyro.suites.suite import Options
-from ltm_pyro.thoughts import encode
+from ltm_pyro.text.thoughts import encode
 
 
 def kl(p, r):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.sampling import Sampling, choose, filter_logits, penalise
+from ltm_pyro.text.sampling import Sampling, choose, filter_logits, penalise
 
 
 def filtered(p, top_k, top_p, min_p):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ltm_pyro.contracts import SEQUENCES, UsageError
-from ltm_pyro.row_noise import RowNoise
+from ltm_pyro.text.row_noise import RowNoise
 
 LOC = torch.linspace(-1, 1, 60, dtype=torch.float64).view(5, 3, 4)
 DISTRIBUTIONS = {

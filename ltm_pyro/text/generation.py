@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.row_noise import Key, uniform
 from ltm_pyro.runs import Run
-from ltm_pyro.sampling import Sampling, choose, penalise
-from ltm_pyro.streaming import Streamer, TextDecoder, token_texts
-from ltm_pyro.thoughts import TOKENS, Mind, Thinking, Tokens, encode
+from ltm_pyro.text.row_noise import Key, uniform
+from ltm_pyro.text.sampling import Sampling, choose, penalise
+from ltm_pyro.text.streaming import Streamer, TextDecoder, token_texts
+from ltm_pyro.text.thoughts import TOKENS, Mind, Thinking, Tokens, encode
 
 
 def generate(

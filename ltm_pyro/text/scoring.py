@@ -19,7 +19,7 @@ from ltm_pyro.inference import LocalInference, LocalState
 from ltm_pyro.local import fit
 from ltm_pyro.protocols import charge, check_protocols, pose
 from ltm_pyro.runs import Run
-from ltm_pyro.thoughts import Tokens, draw, encode, read
+from ltm_pyro.text.thoughts import Tokens, draw, encode, read
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MB in float32
 

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltm_pyro import generation, thoughts
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.tokenizer import train_tokenizer
-from ltm_pyro.generation import decode, generate, interpolate
 from ltm_pyro.inference import LocalInference
-from ltm_pyro.sampling import Sampling
-from ltm_pyro.streaming import TextDecoder, TextStreamer, token_texts
-from ltm_pyro.thoughts import Mind, Thinking, draw, encode, read
+from ltm_pyro.text import generation, thoughts
+from ltm_pyro.text.generation import decode, generate, interpolate
+from ltm_pyro.text.sampling import Sampling
+from ltm_pyro.text.streaming import TextDecoder, TextStreamer, token_texts
+from ltm_pyro.text.thoughts import Mind, Thinking, draw, encode, read
 
 PROMPT = "the old"
 PROMPTS = ["the old", "", "a long text and short", "naïve café 😀"]  # 2 to 9 tokens, the window is 4

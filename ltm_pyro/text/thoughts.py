@@ -18,9 +18,9 @@ from ltm_pyro.contracts import Batch, UsageError, make_batch
 from ltm_pyro.elbo import Draws, quiet, traces, weigh
 from ltm_pyro.inference import LocalInference, LocalState
 from ltm_pyro.local import begin, fit
-from ltm_pyro.row_noise import ByRow, Key, RowNoise, uniform
 from ltm_pyro.runs import Run
-from ltm_pyro.sampling import Sampling, choose
+from ltm_pyro.text.row_noise import ByRow, Key, RowNoise, uniform
+from ltm_pyro.text.sampling import Sampling, choose
 
 Tokens = Sequence[int]  # of one row
 START, FIT, DRAW, CHOICE, TOKENS = range(5)  # noise of one purpose is never noise of another
