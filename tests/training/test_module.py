@@ -1,5 +1,6 @@
 """The Lightning module: curricula, warm start, persistent local parameters, and what a bad sequence does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ltm_pyro.runs import add_thoughts
 from ltm_pyro.training.curriculum import Curriculum
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.fitting import NOISE
-from ltm_pyro.training.module import LTMModule
+from ltm_pyro.training.module import NONFINITE, LTMModule
 
 VOCABULARY = 280
 
@@ -144,7 +145,7 @@ def test_training_ends_when_the_flops_are_spent(train):
 
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
-def test_a_bad_sequence_stops_training_by_name_or_is_skipped(train, slow_gradient):
+def test_a_bad_sequence_stops_training_by_name_or_is_skipped(train, tmp_path, slow_gradient):
     inference = LocalInference(steps=2, slow_gradient=slow_gradient)
 
     def spoilt(**options):
@@ -156,6 +157,8 @@ def test_a_bad_sequence_stops_training_by_name_or_is_skipped(train, slow_gradien
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     with pytest.raises(UsageError, match=r"No finite ELBO at step 0 for the sequences \[\d+"):
         train(module)
+    saved = json.loads((tmp_path / NONFINITE).read_text())
+    assert (saved["step"], saved["what"], bool(saved["ids"])) == (0, "ELBO", True)
     skipping = spoilt(on_nonfinite="skip")
     with pytest.warns(UserWarning, match="the batch is skipped"):
         train(skipping, max_steps=2, max_epochs=1)
