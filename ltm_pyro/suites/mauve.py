@@ -69,11 +69,11 @@ def histograms(
 def frontier_area(P_C: Float[np.ndarray, " C"], Q_C: Float[np.ndarray, " C"]) -> float:
     """The area under the frontier of two distributions over C outcomes, its ends on the axes."""
     points = [(0.0, 1.0)]
-    for weight in np.linspace(0, 1, MIXTURES + 2)[1:-1]:
+    for weight in np.linspace(1, 0, MIXTURES + 2)[1:-1]:  # R goes from P to Q
         R_C = weight * P_C + (1 - weight) * Q_C
         points.append((np.exp(-SCALE * _kl(Q_C, R_C)), np.exp(-SCALE * _kl(P_C, R_C))))
     points.append((1.0, 0.0))
-    x, y = np.array(sorted(points)).T
+    x, y = np.array(points).T
     return float(np.trapezoid(y, x))
 
 
