@@ -1,6 +1,6 @@
 """What thinking for longer buys at test time: held-out quality against seconds, without touching the weights.
 
-    python benchmarks/bench_inference_time.py --run runs/quickstart [--baseline RUN] [--sequences 32] [--out DIR] [--json]
+    python benchmarks/bench_inference_time.py --run runs/quickstart [--baseline RUN] [--sequences 32] [--out DIR]
 
 Three curves over beginnings of a run's own held-out sequences, of which the second half is scored given the first:
 T_fast; draws of z under importance weights; tokens between two fits. Without a run it says so and measures nothing.
