@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shots", type=at_least(0), default=3, metavar="N", help="worked examples of gsm8k, if they fit"
     )
     suites.add_argument("--attempts", type=at_least(1), default=5, metavar="N", help="answers per question of gsm8k")
-    suites.add_argument("--features", metavar="RUN", help="whose hidden states MAUVE compares; no MAUVE without")
+    suites.add_argument("--features", metavar="DIR", help="run or Hugging Face model whose states MAUVE compares")
     suites.add_argument("--out", type=Path, metavar="DIR", help="results and report; RUN/suites by default")
     suites.add_argument("--force", action="store_true", help="begin anew where --out has results of other settings")
 

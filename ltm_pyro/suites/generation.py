@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -14,7 +14,8 @@ import numpy as np
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.evaluation import held_out
 from ltm_pyro.runs import Run, load_run
-from ltm_pyro.suites.mauve import features, mauve
+from ltm_pyro.suites.features import extractor
+from ltm_pyro.suites.mauve import mauve
 from ltm_pyro.suites.suite import Figures, Options, Part
 from ltm_pyro.text.generation import decode, generate
 from ltm_pyro.text.sampling import Sampling
@@ -70,13 +71,13 @@ def figures_of(texts: list[str], others: list[str], options: Options) -> Figures
     figures["self_bleu_4"], figures["self_bleu_4_stderr"] = _mean(self_bleu(words))
     figures["compression_ratio"] = compression_ratio(texts)
     if options.judge:
-        scores = score(_loaded(options.judge), texts, Scoring(protocol="bound", samples=1, seed=options.seed))
+        scores = score(load_run(options.judge), texts, Scoring(protocol="bound", samples=1, seed=options.seed))
         nats, tokens = math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
         figures["judged_perplexity"] = math.exp(nats / tokens)
         figures["judged_bits_per_byte"] = nats / math.log(2) / sum(s.bytes for s in scores)
     if options.features:
-        extractor = _loaded(options.features)
-        p_NF, q_MF = (features(extractor, x, options.seed) for x in (texts, others))
+        features = extractor(options.features)
+        p_NF, q_MF = features(texts, options.seed), features(others, options.seed)
         figures["mauve"] = mauve(p_NF, q_MF, options.seed)
     return {**figures, "texts": len(texts), "blank": blank, "words": sum(map(len, words))}
 
@@ -147,8 +148,3 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 def _longest(run: Run) -> int:
     return min(LONGEST, run.length)
-
-
-@cache
-def _loaded(path: str) -> Run:
-    return load_run(path)

@@ -3,35 +3,14 @@
 Shapes: N, M texts, F features, C clusters.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.runs import Run
-from ltm_pyro.text.thoughts import draw, encode, infer, read
+from ltm_pyro.extras import extra
 
 SCALE = 5.0  # the paper's c
 MIXTURES = 100  # points of the frontier
 VARIANCE = 0.9  # of the features, kept before they are clustered
-
-
-def features(run: Run, texts: Sequence[str], seed: int = 0, batch_size: int = 32) -> Float[np.ndarray, "N F"]:
-    """The hidden state behind the last token of every text, under one z ~ q(z | x); long texts are cut."""
-    rows = [encode(run, text)[: run.length] or [run.start_token] for text in texts]
-    found = []
-    for first in range(0, len(rows), batch_size):
-        batch = read(run, rows[first : first + batch_size])
-        with torch.no_grad():
-            batch = run.model.prepare(batch)
-            keys = [(seed, first + row) for row in range(batch.size)]
-            z_BLKD = draw(run, batch, infer(run, batch, run.inference, keys), keys=keys).z_BLKD
-            hidden_BTD: Tensor = run.model.decoder(batch.stem_BTD, z_BLKD)
-        found.append(hidden_BTD[torch.arange(batch.size), batch.tokens_B - 1])
-    return torch.cat(found).double().cpu().numpy()
 
 
 def mauve(p_NF: Float[np.ndarray, "N F"], q_MF: Float[np.ndarray, "M F"], seed: int = 0) -> float:
@@ -51,11 +30,10 @@ def histograms(
     p_NF: Float[np.ndarray, "N F"], q_MF: Float[np.ndarray, "M F"], seed: int = 0
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
     """How both sets spread over the same clusters."""
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.decomposition import PCA
-    except ImportError:
-        raise UsageError("MAUVE needs scikit-learn: install ltm-pyro[suites].") from None
+    extra("sklearn", "suites", "MAUVE")
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
     both = np.concatenate([p_NF, q_MF])
     both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(1e-12)
     clusters = max(2, round(min(len(p_NF), len(q_MF)) / 10))

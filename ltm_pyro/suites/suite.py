@@ -25,7 +25,7 @@ class Options:
         seed: of all noise.
         shots: worked examples before a question of GSM8K.
         attempts: answers per question of GSM8K.
-        features: a run whose hidden states are MAUVE's features.
+        features: a run, or a folder with a Hugging Face model, whose hidden states are MAUVE's features.
         judge: a run under which written text is scored.
     """
 

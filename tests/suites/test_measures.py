@@ -7,14 +7,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.suites import gsm8k
+from ltm_pyro.suites.features import extractor, of_run
 from ltm_pyro.suites.generation import compression_ratio, distinct, repetition, self_bleu
 from ltm_pyro.suites.gsm8k import Problem, pass_at_k, prompt, read_problems, result, wilson
-from ltm_pyro.suites.mauve import SCALE, features, frontier_area, mauve
+from ltm_pyro.suites.mauve import SCALE, frontier_area, mauve
 from ltm_pyro.suites.suite import Options
 from ltm_pyro.text.thoughts import encode
 
@@ -55,9 +57,27 @@ def test_mauve_falls_as_texts_move_apart():
 def test_features_belong_to_their_text(tiny_run):
     run = tiny_run()
     texts = ["the old", "a long text", "short words about"]
-    together = features(run, texts)
+    together = of_run(run)(texts, 0)
     assert together.shape == (3, run.model.decoder.width)
-    np.testing.assert_allclose(features(run, texts, batch_size=1), together)
+    np.testing.assert_allclose(of_run(run, batch_size=1)(texts, 0), together)
+
+
+def test_features_of_a_hugging_face_folder_are_its_states_behind_the_last_token(tiny_run, tmp_path):
+    import transformers  # here, for it takes seconds
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_run().tokenizer)
+    sizes = {"vocab_size": tokenizer.vocab_size, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = transformers.GPT2Model(transformers.GPT2Config(**sizes)).eval()
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "gpt2")
+    text = "the old model reads a long text about short words"
+    (found,) = extractor(str(tmp_path / "gpt2"))([text], 0)
+    ids = torch.tensor([tokenizer(text)["input_ids"][:8]])
+    np.testing.assert_allclose(found, model(ids).last_hidden_state[0, -1].detach().numpy(), rtol=1e-5)
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    extractor.cache_clear()
+    with pytest.raises(UsageError, match="no Hugging Face model with tokenizer and safetensors"):
+        extractor(str(tmp_path / "gpt2"))
 
 
 def bleu(text, others, order=4):
