@@ -1,9 +1,10 @@
 """What thinking for longer buys at test time: held-out quality against seconds, without touching the weights.
 
-    python benchmarks/bench_inference_time.py --run runs/quickstart [--baseline RUN] [--sequences 32] [--out DIR]
+    python benchmarks/bench_inference_time.py --run runs/quickstart [--baseline RUN] [--data TEXT] [--out DIR]
 
-Three curves over beginnings of a run's own held-out sequences, of which the second half is scored given the first:
-T_fast; draws of z under importance weights; tokens between two fits. Without a run it says so and measures nothing.
+Three curves over sequences of which the second half is scored given the first: T_fast; draws of z under importance
+weights; tokens between two fits. Standard errors are of the difference from a curve's first point, sequence by
+sequence. Without a run it says so and measures nothing.
 """
 
 import argparse
@@ -12,9 +13,12 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ltm_pyro.data import load_text_or_pack
 from ltm_pyro.evaluation import held_out
 from ltm_pyro.runs import Run, load_run
 from ltm_pyro.text.scoring import Scoring, score_tokens
@@ -22,9 +26,17 @@ from ltm_pyro.text.scoring import Scoring, score_tokens
 Pairs = list[tuple[list[int], list[int]]]
 
 
-def continuations(run: Run, count: int) -> Pairs:
-    """Whole held-out sequences, cut in the middle."""
-    dataset, pairs = held_out(run), []
+class Point(NamedTuple):
+    """One setting's time and scores."""
+
+    setting: int
+    seconds: float
+    nats_B: Tensor
+
+
+def continuations(run: Run, count: int, text: str | None = None) -> Pairs:
+    """Whole sequences of a text, or of the run's own held-out data, cut in the middle."""
+    dataset, pairs = load_text_or_pack(text, run.tokenizer, run.length) if text else held_out(run), []
     for index in range(len(dataset)):
         row = dataset[index]
         if row.length == run.length and len(pairs) < count:
@@ -33,29 +45,33 @@ def continuations(run: Run, count: int) -> Pairs:
     return pairs
 
 
-def point(run: Run, pairs: Pairs, scoring: Scoring, **setting: int) -> dict[str, float]:
-    """Nats per token with its standard error over sequences, and seconds per sequence on this machine."""
+def point(run: Run, pairs: Pairs, scoring: Scoring, setting: int) -> Point:
+    """Nats per token of every sequence, and seconds per sequence on this machine."""
     began = time.process_time()
     scores = score_tokens(run, pairs, scoring)
     seconds = (time.process_time() - began) / len(pairs)
-    rates = torch.tensor([found.nats / len(found.nats_U) for found in scores])
-    error = float(rates.std() / math.sqrt(len(rates)))
-    return {**setting, "nats_per_token": float(rates.mean()), "stderr": error, "seconds": seconds}
+    return Point(setting, seconds, torch.tensor([found.nats / len(found.nats_U) for found in scores]))
 
 
-def curves(run: Run, pairs: Pairs) -> dict[str, list[dict[str, float]]]:
+def summary(curve: list[Point]) -> list[dict[str, float]]:
+    """Means over sequences, with the standard error of the difference from the curve's first point."""
+    rows = []
+    for setting, seconds, nats_B in curve:
+        gain_B = nats_B - curve[0].nats_B
+        error = float(gain_B.std() / math.sqrt(len(gain_B)))
+        rows.append({"setting": setting, "seconds": seconds, "nats_per_token": float(nats_B.mean()), "stderr": error})
+    return rows
+
+
+def curves(run: Run, pairs: Pairs) -> dict[str, list[Point]]:
     """Every curve; causal is the protocol that fits again."""
     half = run.length // 2
-    fast = [
-        (steps, Scoring(protocol="bound", inference=replace(run.inference, steps=steps)))
-        for steps in (0, 1, 2, 4, 8, 16, 32, 64)
-    ]
+    fits = {steps: replace(run.inference, steps=steps) for steps in (0, 1, 2, 4, 8, 16, 32, 64)}
     return {
-        "T_fast": [point(run, pairs, scoring, setting=steps) for steps, scoring in fast],
-        "draws": [point(run, pairs, Scoring(samples=n), setting=n) for n in (1, 2, 4, 8, 16, 32, 64)],
+        "T_fast": [point(run, pairs, Scoring(protocol="bound", inference=fits[n]), n) for n in fits],
+        "draws": [point(run, pairs, Scoring(samples=n), n) for n in (1, 2, 4, 8, 16, 32, 64)],
         "tokens between fits": [
-            point(run, pairs, Scoring(protocol="causal", block=block), setting=block)
-            for block in (half, half // 2, half // 4, half // 8, half // 16)
+            point(run, pairs, Scoring(protocol="causal", block=half // n), half // n) for n in (1, 2, 4, 8, 16)
         ],
     }
 
@@ -76,6 +92,9 @@ def draw(found: dict[str, list[dict[str, float]]], baseline: float | None, file:
             axes.axhline(baseline, color="grey", linestyle=":", label="autoregressive")
             axes.legend()
         axes.set(xlabel="processor seconds per sequence", title=name, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_xticks(seconds[::2], minor=False)
     figure.axes[0].set_ylabel("nats per token of the second half")
     figure.savefig(file, dpi=150)
 
@@ -85,35 +104,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--baseline", type=Path, help="an autoregressive run")
+    parser.add_argument("--data", help="text to score; the run's own held-out data by default")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--out", type=Path, help="where the picture and the figures go")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not args.run.exists():
-        print(f"There is no run at {args.run}: `make quickstart` makes one, or give --run.")
+        print(f"not run: there is no run at {args.run}; `make quickstart` makes one, or give --run")
         return
     torch.set_num_threads(1)
     run = load_run(args.run)
-    pairs = continuations(run, args.sequences)
-    found = curves(run, pairs)
-    twin = point(load_run(args.baseline), pairs, Scoring(samples=1), setting=0) if args.baseline else None
+    pairs = continuations(run, args.sequences, args.data)
+    found = {name: summary(curve) for name, curve in curves(run, pairs).items()}
+    twin = point(load_run(args.baseline), pairs, Scoring(samples=1), 0).nats_B.mean().item() if args.baseline else None
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        draw(found, twin and twin["nats_per_token"], args.out / "inference-time.png")
-        (args.out / "inference-time.json").write_text(
-            json.dumps({"curves": found, "autoregressive": twin}, indent=2) + "\n"
-        )
-    if args.json:
-        print(json.dumps({"sequences": len(pairs), "curves": found, "autoregressive": twin}))
-        return
+        draw(found, twin, args.out / "inference-time.png")
+        (args.out / "inference-time.json").write_text(json.dumps({"curves": found, "autoregressive": twin}, indent=1))
     for name, curve in found.items():
         print(f"\n{name:>20}  nats/token  ± s.e.  seconds/sequence")
         for p in curve:
             print(f"{p['setting']:>20}  {p['nats_per_token']:10.4f}  {p['stderr']:6.4f}  {p['seconds']:16.3f}")
-    if twin:
-        print(
-            f"\n{'autoregressive':>20}  {twin['nats_per_token']:10.4f}  {twin['stderr']:6.4f}  {twin['seconds']:16.3f}"
-        )
+    if twin is not None:
+        print(f"\n{'autoregressive':>20}  {twin:10.4f}")
 
 
 if __name__ == "__main__":
