@@ -106,7 +106,7 @@ def main() -> None:
 
 
 if NAME not in model_registry:
-    model_registry.register(NAME, LTM)
+    model_registry.register(NAME, target=LTM)
 
 if __name__ == "__main__":
     main()
