@@ -67,8 +67,8 @@ def server():
 
 
 def state_counts(url):
-    with trials.reachable(url):
-        study = trials.load_study(trials.existing_storage(url), "slow")
+    with trials.existing(url) as storage:
+        study = trials.load_study(storage, "slow")
         return [t.state.name for t in study.get_trials(deepcopy=False)]
 
 
