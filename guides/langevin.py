@@ -38,3 +38,7 @@ class Langevin(Point):
             moved = zip(local.items(), slopes, strict=True)
             local = {n: u + rate * slope + math.sqrt(2 * rate) * torch.randn_like(u) for (n, u), slope in moved}
         return {name: u.detach() for name, u in local.items()}
+
+    def gradients(self, steps: int) -> int:
+        """One a step."""
+        return steps

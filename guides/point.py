@@ -61,6 +61,10 @@ class Laplace(Point):
             factors[f"{name}_factor"] = torch.linalg.cholesky(root @ root.mT)
         return {**local, **factors}
 
+    def gradients(self, steps: int) -> int:
+        """Two a coordinate."""
+        return 2 * sum(shape.numel() for _, shape in self.sites.values())
+
     def _curvature(self, model: Model, batch: Batch, local: LocalParameters, name: str) -> Float[Tensor, "B N N"]:
         centre_BN, step = local[name], 1e-2
         rows = []

@@ -190,6 +190,10 @@ class Guide(ABC):
         """
         return local
 
+    def gradients(self, steps: int) -> int:
+        """How many gradients of log p(x, z) `settle` computes after ``steps``, which is what it costs."""
+        return 0
+
     def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
         """F⁻¹ ∇: the gradients in the geometry of q, F its Fisher information (Amari 1998)."""
         raise UsageError(f"{type(self).__name__} has no natural gradient: choose the optimizer adam, adamw or sgd.")

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
 
-from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.contracts import Guide, ThoughtShape
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.layers import CrossAttention, SelfAttention, SwiGLU
 
@@ -22,7 +22,6 @@ class CountedDecoder(Protocol):
     width: int
     window: int
     thought_shape: ThoughtShape
-    listening: bool
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters, the embedding once."""
@@ -71,7 +70,9 @@ def published(decoder: CountedDecoder, length: int, steps: int) -> Flops:
     return Flops(fast=steps * once, slow=once)
 
 
-def ours(decoder: CountedDecoder, length: int, inference: LocalInference) -> Flops:
+def ours(
+    decoder: CountedDecoder, guide: Guide, length: int, inference: LocalInference, listening: bool = True
+) -> Flops:
     """What `ltm_pyro.local.learn` spends per token of a sequence of ``length`` tokens.
 
     A backward pass costs a projection once for its input and once for its weights, an attention product once for each
@@ -79,23 +80,39 @@ def ours(decoder: CountedDecoder, length: int, inference: LocalInference) -> Flo
     ``slow_gradient="last"`` a fast step asks for no weights, and the slow step goes over everything; under
     ``"trajectory"`` every fast step asks for the weights as well, and the slow step is left with the stem alone. Every
     particle goes through all but the stem; a stopping rule's savings are not
-    counted, since nobody knows them beforehand.
+    counted, since nobody knows them beforehand. A guide that does not climb pays for the gradients that it settles
+    with, and its encoder learns in the slow step.
+
+    Args:
+        listening: whether the decoder hears its thoughts, which the first stage of a warm start leaves out.
     """
-    one = _forward(decoder, length)
-    steps = inference.steps if decoder.thought_shape.thoughts else 0
+    one = _forward(decoder, length, listening)
+    steps = inference.steps if decoder.thought_shape.thoughts and listening else 0
+    climbs, settles = (steps if guide.climbs else 0), (guide.gradients(steps) if steps else 0)
     draws, again = inference.particles, 2.0 * decoder.vocabulary * decoder.width
-    if inference.slow_gradient == "trajectory" and steps:
-        return Flops(fast=draws * steps * (3 * (one.total - one.stem) + again), slow=3 * one.stem)
-    climb = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
-    slow = 3 * one.stem + draws * (3 * (one.total - one.stem) + again - one.thoughts)  # no use for z's gradient
-    return Flops(fast=draws * steps * climb, slow=slow)
+    gradient = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
+    learned = 3 * (one.total - one.stem) + again
+    if inference.slow_gradient == "trajectory" and climbs:
+        return Flops(fast=draws * climbs * learned + settles * gradient, slow=3 * one.stem)
+    encoder = 3 * _encoder(guide, length) if steps else 0.0
+    slow = 3 * one.stem + draws * (learned - (0 if encoder else one.thoughts)) + encoder  # who else needs z's gradient?
+    return Flops(fast=(draws * climbs + settles) * gradient, slow=slow)
 
 
-def _forward(decoder: CountedDecoder, length: int) -> _Forward:
+def _encoder(guide: Guide, length: int) -> float:
+    """FLOPs per token of reading a sequence once; what is done once per sequence counts nothing."""
+    parts = guide.modules() if isinstance(guide, nn.Module) else ()
+    layers = [m for m in parts if isinstance(m, SelfAttention | SwiGLU)]
+    matrices = 2.0 * sum(p.numel() for m in layers for p in m.parameters())
+    windows = [4.0 * m.query.in_features * _keys(m.window, length) for m in layers if isinstance(m, SelfAttention)]
+    return matrices + sum(windows)
+
+
+def _forward(decoder: CountedDecoder, length: int, listening: bool) -> _Forward:
     layers, thoughts, _ = decoder.thought_shape
     speak, query = _projections(decoder, SelfAttention), _projections(decoder, CrossAttention, "query")
     merge, feed = _projections(decoder, CrossAttention, "output"), _projections(decoder, SwiGLU)
-    if not decoder.listening:
+    if not listening:
         thoughts, query, merge = 0, 0.0, 0.0
     window = 4.0 * decoder.width * _keys(decoder.window, length)
     return _Forward(

@@ -142,7 +142,8 @@ class _Climb:
         state, info = self._climb(batch, state, steps if guide.climbs else 0)
         if not steps:
             return state, info
-        found = guide.settle(self.model, batch, state.parameters, steps, inference.rate)
+        with frozen(self.model):
+            found = guide.settle(self.model, _cut(batch), state.parameters, steps, inference.rate)
         return state._replace(parameters=found), info
 
     def _climb(self, batch: Batch, state: LocalState, steps: int) -> tuple[LocalState, LocalInfo]:

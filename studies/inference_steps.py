@@ -1,28 +1,31 @@
 """What do fast steps buy, in training and at test time, beside a larger model at equal training FLOPs?
 
-The paper trades "reasoning steps for size". Here T_fast in training goes from 1 to 16 and the width over a factor of 3;
-every trained model is scored after 0 to 32 fast steps. T_fast = 0 is the plain autoregressive decoder.
+The paper trades "reasoning steps for size". Here T_fast in training goes from 1 to 16 and the width over a factor of 4,
+with two seeds each; every trained model is scored after 0 to 32 fast steps. T_fast = 0 is the plain autoregressive
+decoder.
 """
 
 from itertools import product
+from statistics import mean
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 
 from ltm_pyro.runs import load_run
-from ltm_pyro.studies.scaling import WIDTHS, decoder
+from ltm_pyro.studies.scaling import decoder
 from ltm_pyro.studies.search import Setting, score, train_and_score
 from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.definition import Row
 from ltm_pyro.studies.search.files import recipe_file
 from ltm_pyro.studies.search.objective import Values
 
-TRAINED, TESTED = (0, 1, 2, 4, 8, 16), (0, 4, 16, 32)
+WIDTHS, TRAINED, TESTED = (16, 32, 64), (0, 1, 2, 4, 8, 16), (0, 4, 16, 32)
+SEEDS = 2
 
 recipe = recipe_file("scaling.yaml")
 checks = False  # the baseline is on the grid
 space = {"width": CategoricalDistribution(WIDTHS), "steps": CategoricalDistribution(TRAINED)}
-points = tuple({"width": width, "steps": steps} for width, steps in product(WIDTHS, TRAINED))
+points = tuple({"width": width, "steps": steps} for _, width, steps in product(range(SEEDS), WIDTHS, TRAINED))
 
 
 def settings(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -38,46 +41,61 @@ def objective(setting: Setting) -> dict[str, float]:
     return figures | {f"bound_at_{steps}": score(run, setting, steps)["bound"] for steps in tested}
 
 
+Grid = dict[int, dict[int, list[Values]]]  # width, T_fast: the figures of every seed
+
+
 def analyse(rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
-    """The bound over T_fast in training, one line a width, and over fast steps at test time for the largest width."""
-    points = [row["figures"] | row["parameters"] for row in rows if row["state"] == "complete"]
-    at = {(p["width"], p["steps"]): p for p in points}
-    said = []
-    for width in WIDTHS:
-        bounds = {t: at[width, t]["bound"] for t in TRAINED if (width, t) in at}
-        thinking = {t: bound for t, bound in bounds.items() if t}
-        if thinking and 0 in bounds:
-            best = min(thinking, key=thinking.__getitem__)
-            said.append(f"Width {width}: T_fast {best} is best, {thinking[best]:.3f}; autoregressive {bounds[0]:.3f}.")
-    return {"fast steps in training": _training(at), "fast steps at test time": _testing(points)}, said
+    """The bound over T_fast in training and over fast steps at test time, one line a width or a T_fast."""
+    grid: Grid = {}
+    for row in (row for row in rows if row["state"] == "complete"):
+        at = row["parameters"]
+        grid.setdefault(at["width"], {}).setdefault(at["steps"], []).append(row["figures"])
+    said = [_verdict(width, grid[width]) for width in WIDTHS if len(grid.get(width, {})) > 1 and 0 in grid[width]]
+    return {"fast steps in training": _training(grid), "fast steps at test time": _testing(grid)}, said
 
 
-def _training(at: dict[tuple[int, int], Values]) -> bytes:
+def _mean(points: list[Values], figure: str = "bound") -> float:
+    return mean(point[figure] for point in points)
+
+
+def _verdict(width: int, trained: dict[int, list[Values]]) -> str:
+    best = min((t for t in trained if t), key=lambda t: _mean(trained[t]))
+    return (
+        f"Width {width}: T_fast {best} is best, {_mean(trained[best]):.3f}; autoregressive {_mean(trained[0]):.3f}; "
+        f"means of {min(map(len, trained.values()))} seeds or more."
+    )
+
+
+def _training(grid: Grid) -> bytes:
     figure, axes = _axes("T_fast in training")
-    for index, width in enumerate(WIDTHS):
-        curve = [(t, at[width, t]["bound"]) for t in TRAINED if t and (width, t) in at]
-        if curve:
-            axes.plot(*zip(*curve, strict=True), "o-", color=f"C{index}", label=f"width {width}")
-        if (width, 0) in at:
-            axes.axhline(at[width, 0]["bound"], color=f"C{index}", linestyle=":", label="autoregressive")
+    for index, (width, trained) in enumerate(sorted(grid.items())):
+        color, thinking = f"C{index}", {t: trained[t] for t in sorted(trained) if t}
+        axes.plot(list(thinking), [_mean(p) for p in thinking.values()], color=color, label=f"width {width}")
+        dots = [(t, point["bound"]) for t, points in thinking.items() for point in points]
+        axes.plot([t for t, _ in dots], [bound for _, bound in dots], "o", color=color, markersize=4)
+        if 0 in trained:
+            axes.axhline(_mean(trained[0]), color=color, linestyle=":", label="autoregressive")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize="small")
     return png(figure)
 
 
-def _testing(points: list[Values]) -> bytes:
-    figure, axes = _axes("fast steps at test time")
-    thinking = [p for p in points if p["steps"]]
-    for p in (p for p in thinking if p["width"] == max(q["width"] for q in thinking)):
-        axes.plot(TESTED, [p[f"bound_at_{t}"] for t in TESTED], "o-", label=f"trained with {p['steps']}")
-    axes.legend(fontsize="small") if thinking else None
+def _testing(grid: Grid) -> bytes:
+    """How far thinking carries below z from the prior, for the largest width."""
+    figure, axes = _axes("fast steps at test time", "thinking gain, nats per held-out token")
+    for steps, points in sorted(grid[max(grid)].items()):
+        if steps:
+            gains = [_mean(points, "prior") - _mean(points, f"bound_at_{t}") for t in TESTED]
+            axes.plot(TESTED, gains, "o-", label=f"trained with {steps}")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.legend(fontsize="small") if axes.get_legend_handles_labels()[0] else None
     return png(figure)
 
 
-def _axes(label: str) -> tuple[Any, Any]:
+def _axes(x: str, y: str = "bound, nats per held-out token") -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel=label, ylabel="bound, nats per held-out token")
+    axes.set(xlabel=x, ylabel=y)
     return figure, axes

@@ -2,11 +2,13 @@
 
 Every point of the grid trains until it has spent its FLOPs, fast steps included, so more fast steps mean fewer tokens.
 T_fast = 0 without thoughts is the plain autoregressive decoder. Half of the FLOPs go to a decoder without thoughts, as
-in the quickstart. Cheap points come first: a study that is stopped early has complete curves up to some budget.
+in the quickstart. The whole grid is there for two seeds, one after the other, and cheap points come first: a study that
+is stopped early has complete curves up to some budget.
 """
 
 from itertools import product
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution
@@ -15,23 +17,36 @@ from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.definition import Row
 from ltm_pyro.studies.search.files import recipe_file
 from ltm_pyro.studies.search.fits import PowerLaw, power_law
-from ltm_pyro.studies.search.objective import Values
 
-WIDTHS, FLOPS = (32, 64, 96), (2.5e10, 5e10, 1e11, 2e11, 4e11)
-THINKING = ((0, 0), (4, 2), (4, 8), (1, 8))  # (thoughts per layer K, T_fast)
+WIDTHS = {1e11: (8, 16, 32), 4e11: (16, 32, 64), 1.6e12: (32, 64, 96)}  # around the best of each budget
+SEEDS = 2
+Way = tuple[int, int]  # (thoughts per layer K, T_fast)
+WAYS: tuple[Way, ...] = ((0, 0), (4, 2), (4, 8), (16, 2))
 
 recipe = recipe_file("scaling.yaml")
 checks = False  # the baseline is on the grid
 space = {
-    "flops": CategoricalDistribution(FLOPS),
-    "width": CategoricalDistribution(WIDTHS),
-    "thoughts": CategoricalDistribution(sorted({k for k, _ in THINKING})),
-    "steps": CategoricalDistribution(sorted({t for _, t in THINKING})),
+    "flops": CategoricalDistribution(list(WIDTHS)),
+    "width": CategoricalDistribution(sorted({width for widths in WIDTHS.values() for width in widths})),
+    "thoughts": CategoricalDistribution(sorted({k for k, _ in WAYS})),
+    "steps": CategoricalDistribution(sorted({t for _, t in WAYS})),
 }
 points = tuple(
     {"flops": flops, "width": width, "thoughts": thoughts, "steps": steps}
-    for flops, width, (thoughts, steps) in product(FLOPS, WIDTHS, THINKING)
+    for _, (flops, widths) in product(range(SEEDS), WIDTHS.items())
+    for width, (thoughts, steps) in product(widths, WAYS)
 )
+
+
+class Point(NamedTuple):
+    """One place of the grid: its parameter count, and the bound of every seed there."""
+
+    parameters: float
+    bounds: list[float]
+
+
+Grid = dict[Way, dict[float, dict[int, Point]]]  # way, FLOPs, width
+Frontier = tuple[list[float], list[float]]  # FLOPs, bounds
 
 
 def decoder(width: int, thoughts: int, steps: int) -> dict[str, Any]:
@@ -39,7 +54,7 @@ def decoder(width: int, thoughts: int, steps: int) -> dict[str, Any]:
     later = [[0, 0], [0.5, 0], [0.5, steps], [1, steps]]
     return {
         "model.decoder.init_args.width": width,
-        "model.decoder.init_args.heads": width // 16,
+        "model.decoder.init_args.heads": max(1, width // 16),
         "model.decoder.init_args.thoughts": thoughts,
         "model.curriculum.steps": later if thoughts else [[0, 0], [1, 0]],
         "model.slow.rate": 0.64 / width,
@@ -54,69 +69,82 @@ def settings(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def analyse(rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
     """Iso-FLOP curves, the frontier over sizes with its power laws, and thinking against parameters."""
-    points = [row["figures"] | row["parameters"] for row in rows if row["state"] == "complete"]  # flops: the budget
-    ways = [way for way in THINKING if any((p["thoughts"], p["steps"]) == way for p in points)]
-    frontiers = {way: _frontier([p for p in points if (p["thoughts"], p["steps"]) == way]) for way in ways}
-    laws = {way: power_law(list(f), list(f.values())) for way, f in frontiers.items() if len(f) > 2}
-    said = [f"{_name(way)}: lowest bound over sizes = {law}." for way, law in laws.items()]
-    pictures = {"iso flop curves": _iso_flop(points, ways)}
-    if any(frontiers.values()):  # a budget at which every size is there
+    grid = _grid(rows)
+    frontiers = {way: frontier for way in grid if (frontier := _frontier(grid[way]))[0]}
+    laws = {way: power_law(*points) for way, points in frontiers.items() if len({*points[0]}) > 2}
+    said = [f"{_name(way)}: bound of the best size = {law}." for way, law in laws.items()]
+    pictures = {"iso flop curves": _iso_flop(grid)}
+    if frontiers:  # a budget at which every size is there
         pictures["frontier"] = _draw(frontiers, laws)
-    return pictures, said + _trade(points)
+    return pictures, said + [_trade(grid, flops) for flops in WIDTHS if _trade(grid, flops)]
 
 
-def _name(way: tuple[int, int]) -> str:
+def _grid(rows: list[Row]) -> Grid:
+    grid: Grid = {}
+    for row in (row for row in rows if row["state"] == "complete"):
+        at, figures = row["parameters"], row["figures"]
+        sizes = grid.setdefault((at["thoughts"], at["steps"]), {}).setdefault(at["flops"], {})
+        sizes.setdefault(at["width"], Point(figures["parameters"], [])).bounds.append(figures["bound"])
+    return {way: grid[way] for way in WAYS if way in grid}
+
+
+def _name(way: Way) -> str:
     return f"K = {way[0]}, T_fast = {way[1]}" if way[1] else "autoregressive"
 
 
-def _frontier(points: list[Values]) -> dict[float, float]:
-    """FLOPs to the lowest bound over sizes, where every size is there."""
-    budgets = sorted({p["flops"] for p in points})
-    bounds = {b: [p["bound"] for p in points if p["flops"] == b] for b in budgets}
-    return {b: min(found) for b, found in bounds.items() if len(found) == len(WIDTHS)}
+def _frontier(budgets: dict[float, dict[int, Point]]) -> Frontier:
+    """FLOPs and bound of every seed at the size with the lowest mean, wherever all sizes are there."""
+    best = {
+        flops: min(sizes.values(), key=lambda point: mean(point.bounds))
+        for flops, sizes in sorted(budgets.items())
+        if len(sizes) == len(WIDTHS[flops])
+    }
+    flops = [flops for flops, point in best.items() for _ in point.bounds]
+    return flops, [bound for point in best.values() for bound in point.bounds]
 
 
-def _trade(points: list[Values]) -> list[str]:
-    """At every budget: from the smallest thinking model, do four times the fast steps help more than the next size?"""
-    at = {(p["flops"], p["width"], p["thoughts"], p["steps"]): p["bound"] for p in points}
-    said = []
-    for flops in FLOPS:
-        small, thinking, larger = (at.get((flops, w, 4, t)) for w, t in ((32, 2), (32, 8), (64, 2)))
-        if small and thinking and larger:
-            said.append(
-                f"At {flops:.3g} FLOPs, width 32 and T_fast 2: {small:.3f}; T_fast 8 instead: {thinking:.3f}; "
-                f"width 64 instead: {larger:.3f}. More {'thinking' if thinking < larger else 'parameters'} won."
-            )
-    return said
+def _trade(grid: Grid, flops: float) -> str:
+    """From the smallest thinking model at a budget: do four times the fast steps help more than the next size?"""
+    small, larger, *_ = WIDTHS[flops]
+    places = (((4, 2), small), ((4, 8), small), ((4, 2), larger))
+    found = [grid.get(way, {}).get(flops, {}).get(width) for way, width in places]
+    if None in found:
+        return ""
+    base, thinking, parameters = (mean(point.bounds) for point in found if point)
+    return (
+        f"At {flops:.3g} FLOPs, width {small} and T_fast 2: {base:.3f}; T_fast 8 instead: {thinking:.3f}; "
+        f"width {larger} instead: {parameters:.3f}. More {'thinking' if thinking < parameters else 'parameters'} won."
+    )
 
 
-def _iso_flop(points: list[Values], ways: list[tuple[int, int]]) -> bytes:
+def _iso_flop(grid: Grid) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(ways), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
-    for panel, way in zip(panels, ways, strict=True):
-        for flops in FLOPS:
-            curve = [p for p in points if (p["thoughts"], p["steps"]) == way and p["flops"] == flops]
-            curve.sort(key=lambda p: p["parameters"])
-            panel.plot([p["parameters"] for p in curve], [p["bound"] for p in curve], "o-", label=f"{flops:.2g} FLOPs")
+    figure = Figure(figsize=(3.2 * len(grid), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(grid), sharey=True, squeeze=False)[0]
+    for panel, (way, budgets) in zip(panels, grid.items(), strict=True):
+        for index, (flops, sizes) in enumerate(sorted(budgets.items())):
+            curve = sorted(sizes.values())
+            size = [point.parameters for point in curve]
+            panel.plot(size, [mean(point.bounds) for point in curve], color=f"C{index}", label=f"{flops:.2g} FLOPs")
+            dots = [(point.parameters, bound) for point in curve for bound in point.bounds]
+            panel.plot(*zip(*dots, strict=True), "o", color=f"C{index}", markersize=4)
         panel.set(xscale="log", xlabel="parameters", title=_name(way))
     panels[0].set_ylabel("bound, nats per held-out token")
-    panels[-1].legend()
+    panels[-1].legend(fontsize="small")
     return png(figure)
 
 
-def _draw(frontiers: dict[tuple[int, int], dict[float, float]], laws: dict[tuple[int, int], PowerLaw]) -> bytes:
+def _draw(frontiers: dict[Way, Frontier], laws: dict[Way, PowerLaw]) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
-    for index, (way, frontier) in enumerate(frontiers.items()):
-        color = f"C{index}"
-        axes.plot(list(frontier), list(frontier.values()), "o", color=color, label=_name(way))
+    for index, (way, (flops, bounds)) in enumerate(frontiers.items()):
+        axes.plot(flops, bounds, "o", color=f"C{index}", label=_name(way))
         if way in laws:
-            x = np.geomspace(min(frontier), max(frontier))
-            axes.plot(x, laws[way].at(x), color=color, label=f"exponent {laws[way].exponent:.3f}")
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="lowest bound over sizes, nats per token")
-    axes.legend()
+            x = np.geomspace(min(flops), max(flops))
+            axes.plot(x, laws[way].at(x), color=f"C{index}", label=f"exponent {laws[way].exponent:.3f}")
+    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="bound of the best size, nats per token")
+    axes.legend(fontsize="small")
     return png(figure)

@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltm_pyro.flops import ours, published
-from ltm_pyro.guides.mean_field import MeanField
+from ltm_pyro.guides import Amortized, Langevin, Laplace, MeanField
 from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import learn
+from ltm_pyro.local import fit, learn
 from ltm_pyro.models.decoder import Decoder
 
 
@@ -21,12 +21,11 @@ class NoModules(nullcontext):
     parents = ("Global",)
 
 
-def counted_per_token(model, batch, inference) -> float:
+def counted_per_token(model, guide, batch, inference) -> float:
     """What torch counts in one call of `learn` and its backward pass; only the plain attention kernel is countable."""
-    guide = MeanField(model)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
-    model.prepare(batch)  # attention is tried out the first time, which is not to be counted
+    fit(model, guide, batch, inference)  # attention is tried out the first time, which is not to be counted
     with counter, sdpa_kernel(SDPBackend.MATH):
         loss, *_ = learn(model, guide, batch, inference)
         loss.backward()
@@ -51,8 +50,29 @@ def test_ours_is_what_torch_counts(tiny_model, tiny_batch, shape, steps, slow_gr
     model = tiny_model(**{"vocabulary": 50, "layers": 3, "width": 32, "heads": 4, "thoughts": 4} | shape)
     batch = tiny_batch(size=2, length=shape["length"], vocabulary=50)
     inference = LocalInference(steps=steps, slow_gradient=slow_gradient)
-    flops = ours(model.decoder, shape["length"], inference)
-    assert flops.total == pytest.approx(counted_per_token(model, batch, inference), rel=0.02)
+    guide = MeanField(model)
+    flops = ours(model.decoder, guide, shape["length"], inference)
+    assert flops.total == pytest.approx(counted_per_token(model, guide, batch, inference), rel=0.02)
+
+
+@pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
+@pytest.mark.parametrize("family", [Amortized, Langevin, Laplace])
+def test_a_guide_pays_for_what_it_does_itself(tiny_model, tiny_batch, family, slow_gradient):
+    model = tiny_model(vocabulary=50, layers=2, width=32, heads=4, thoughts=2, thought_width=2, window=8, length=32)
+    batch, guide = tiny_batch(size=2, length=32, vocabulary=50), family(model)
+    inference = LocalInference(steps=3, rate=0.01, slow_gradient=slow_gradient)
+    flops = ours(model.decoder, guide, 32, inference)
+    assert flops.total == pytest.approx(counted_per_token(model, guide, batch, inference), rel=0.03)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_decoder_that_does_not_listen_is_not_charged_for_thoughts(tiny_model, tiny_batch, steps):
+    model = tiny_model(vocabulary=50, width=32, heads=4, window=8, length=32)
+    guide, batch = MeanField(model), tiny_batch(size=2, length=32, vocabulary=50)
+    model.decoder.listening = False
+    counted = counted_per_token(model, guide, batch, LocalInference(steps=0))
+    assert ours(model.decoder, guide, 32, LocalInference(steps=steps), False).total == pytest.approx(counted, rel=0.02)
+    assert not model.decoder.listening
 
 
 @pytest.mark.parametrize(

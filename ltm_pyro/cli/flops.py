@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
     config = read_recipe(["--config", args.config])
     module = build_module(config)
     decoder, inference = module.model.decoder, module.inference
-    theirs, spent = published(decoder, decoder.length, inference.steps), ours(decoder, decoder.length, inference)
+    theirs = published(decoder, decoder.length, inference.steps)
+    spent = ours(decoder, module.guide, decoder.length, inference)
     figures = {
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "published_flops_per_token": theirs.total,

@@ -17,7 +17,7 @@ COMMANDS = {  # name -> module and the line of help
     "report": ("ltm_pyro.cli.report", "every diagnostic of a posterior on one page of HTML"),
     "compare": ("ltm_pyro.cli.compare", "priors and guides trained for the same time, side by side"),
     "show": ("ltm_pyro.cli.show", "sites, shapes and plate diagram of a run or a recipe"),
-    "new": ("ltm_pyro.cli.new", "a commented prior or guide to start from, with a test"),
+    "new": ("ltm_pyro.cli.new", "a commented prior, guide or study to start from, with a test"),
     "export": ("ltm_pyro.cli.export", "a run as safetensors, recipe, tokenizer and model card"),
     "check-inference": ("ltm_pyro.cli.check_inference", "every guide against known posteriors and evidences"),
     "bench": ("ltm_pyro.cli.bench", "speed and memory beside the published structure, on this machine"),

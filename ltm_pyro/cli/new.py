@@ -1,4 +1,4 @@
-"""`ltm new prior NAME`: a commented file to start from, with a test that passes."""
+"""`ltm new prior|guide|study NAME`: a commented file to start from, with a test that passes."""
 
 import argparse
 import re
@@ -20,7 +20,7 @@ def kinds() -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm new`."""
     parser.add_argument("kind", choices=kinds(), help="what to write")
-    parser.add_argument("name", metavar="NAME", help="the class, such as SpikeAndSlab")
+    parser.add_argument("name", metavar="NAME", help="of the class or the study, such as SpikeAndSlab")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where; the current folder by default")
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     module = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", args.name).lower()
     title = "".join(part[:1].upper() + part[1:] for part in args.name.split("_"))
     if not title.isidentifier():
-        raise UsageError(f"{args.name!r} is no name for a class: give one such as SpikeAndSlab.")
+        raise UsageError(f"{args.name!r} is no name in Python: give one such as SpikeAndSlab.")
     written = {args.out / f"{module}.py": f"{args.kind}.txt", args.out / f"test_{module}.py": f"{args.kind}_test.txt"}
     for path in written:
         if path.exists():
@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"Cannot write into {args.out}: {error.strerror}; choose another --out.") from None
     path, test = written
-    Console(soft_wrap=True).print(
-        f"Written: {path} and {test}. Try it: pytest {test}; then ltm fit … --model.{args.kind} {path}:{title}"
-    )
+    use = f"study run {path}" if args.kind == "study" else f"fit … --model.{args.kind} {path}:{title}"
+    Console(soft_wrap=True).print(f"Written: {path} and {test}. Try it: pytest {test}; then ltm {use}")
     return 0

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -133,13 +134,9 @@ class LTMModule(pl.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
         tokens, slots = self._agree(batch)
-        decoder, strategy = self.model.decoder, self.trainer.strategy
-
-        def cost(inference: LocalInference) -> float:
-            decoder.listening = inference.steps > 0
-            return ours(decoder, batch.inputs_BT.shape[1], inference).total
-
+        strategy, cost = self.trainer.strategy, partial(self.cost, batch.inputs_BT.shape[1])
         inference = self.curriculum.at(self.progress, self.inference, cost)
+        self.model.decoder.listening = inference.steps > 0
         self.flops += slots * cost(inference)
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             learned = self._learn(batch, inference)
@@ -163,6 +160,10 @@ class LTMModule(pl.LightningModule):
             }
         )
         return loss
+
+    def cost(self, length: int, inference: LocalInference) -> float:
+        """FLOPs per token of a training step; without fast steps the decoder trains without thoughts."""
+        return ours(self.model.decoder, self.guide, length, inference, listening=inference.steps > 0).total
 
     def _nothing(self) -> Tensor | None:
         """No loss; of several ranks, each waits for the others' gradients, so theirs are all 0."""

@@ -22,7 +22,7 @@ def plan(module: LTMModule, config: Namespace, ranks: int) -> Table:
     """The plan as a table; figures that a curriculum moves are those of local inference's own settings."""
     decoder, length = module.model.decoder, read_manifest(config.data.directory).seq_len
     tokens = config.data.batch_size * length * config.trainer.accumulate_grad_batches * ranks
-    fast, slow = ours(decoder, length, module.inference)
+    fast, slow = ours(decoder, module.guide, length, module.inference)
     table = Table("plan", "", title=str(config.run), title_justify="left")
     for part, count in parameters(module).items():
         table.add_row(part, f"{count:,}")

@@ -127,7 +127,7 @@ def costs(run: Run, path: Path, config: Namespace) -> Figures:
 
 def inference_flops(run: Run, length: int) -> float:
     """FLOPs per token of one fit of q and one forward pass (a third of a slow step)."""
-    spent = ours(run.model.decoder, length, replace(run.inference, slow_gradient="last"))
+    spent = ours(run.model.decoder, run.guide, length, replace(run.inference, slow_gradient="last"))
     return spent.fast + spent.slow / 3
 
 

@@ -1,13 +1,12 @@
 """What makes a study one study: all of it is stored with the trials, and no trial under another plan joins them."""
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
-from ltm_pyro.flops import ours
-from ltm_pyro.inference import LocalInference
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import Definition
 from ltm_pyro.studies.search.objective import Values, configure, options_of
@@ -96,9 +95,5 @@ def _one_step(config: Any) -> float:
     take_vocabulary(config)
     module = build_module(config)
     length = read_manifest(config.data.directory).seq_len
-
-    def cost(inference: LocalInference) -> float:
-        module.model.decoder.listening = inference.steps > 0
-        return ours(module.model.decoder, length, inference).total
-
+    cost = partial(module.cost, length)
     return config.data.batch_size * length * cost(module.curriculum.at(0.0, module.inference, cost))

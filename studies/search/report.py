@@ -32,8 +32,8 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool) -> d
     out = out or Path(f"{found['study']}-report")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise UsageError(f"{out} is there and not empty: choose another --out, or add --force.")
-    with trials.reachable(url):
-        study = trials.load_study(trials.existing_storage(url), found["study"])
+    with trials.existing(url) as storage:
+        study = trials.load_study(storage, found["study"])
         pictures = charts(study, tuple(found["minimise"]))
     own, sentences = _own(study.user_attrs[trials.SOURCE], found["trials"])
     pictures = own | pictures

@@ -67,8 +67,7 @@ def run_study(
             baseline.
     """
     trials.make_folder(url)
-    with trials.reachable(url):
-        storage = trials.open_storage(url)
+    with trials.opened(url) as storage:
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
         study.set_user_attr(trials.SOURCE, definition.source)
@@ -84,8 +83,7 @@ def run_study(
 
 def summaries(url: str) -> list[dict[str, Any]]:
     """One row for every study in a storage."""
-    with trials.reachable(url):
-        storage = trials.existing_storage(url)
+    with trials.existing(url) as storage:
         return [_summary(storage, name) for name in trials.study_names(storage)]
 
 
@@ -104,8 +102,7 @@ def _summary(storage: RDBStorage, name: str) -> dict[str, Any]:
 
 def describe(url: str, name: str | None) -> dict[str, Any]:
     """A study's plan, its trials, the checks behind them, and what it recommends."""
-    with trials.reachable(url):
-        storage = trials.existing_storage(url)
+    with trials.existing(url) as storage:
         study = trials.load_study(storage, only_name(storage, name))
         plan = trials.plan_of(study)
         checks = trials.load_study(storage, study.study_name + trials.CHECKS)
@@ -166,8 +163,7 @@ def only_name(storage: RDBStorage, name: str | None) -> str:
 
 def write_best(url: str, name: str | None, file: Path | None, number: int | None, force: bool) -> dict[str, Any]:
     """Writes the recommended (or the numbered) trial as a recipe that ``ltm fit`` runs; returns its row."""
-    with trials.reachable(url):
-        storage = trials.existing_storage(url)
+    with trials.existing(url) as storage:
         study = trials.load_study(storage, only_name(storage, name))
         plan = trials.plan_of(study)
         chosen = trials.best(study) if number is None else _numbered(study, number)

@@ -8,7 +8,7 @@ baseline and the repeats of the best setting are waiting trials too, in a compan
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,12 +36,20 @@ STARTUP = 5  # trials drawn at random before the sampler looks back
 
 
 @contextmanager
-def reachable(url: str) -> Iterator[None]:
-    """Turns a storage that fails into one sentence."""
+def opened(url: str) -> Iterator[RDBStorage]:
+    """The storage behind a URL, made when it is a new SQLite file in an existing folder; closed in the end.
+
+    One that fails, then or later, is one sentence.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         try:
-            yield
+            storage = _open(url)
+            try:
+                yield storage
+            finally:
+                storage.remove_session()
+                storage.engine.dispose()
         except (NoSuchModuleError, ArgumentError, ImportError) as error:
             raise UsageError(
                 f"The storage {url} cannot be used ({_first_line(error)}): give sqlite:///FILE, or "
@@ -57,18 +65,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
-def open_storage(url: str) -> RDBStorage:
-    """The storage behind a URL, made when it is a new SQLite file in an existing folder."""
+def _open(url: str) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sqlite = url.startswith("sqlite")
-    with reachable(url):
-        storage = RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
-            heartbeat_interval=HEARTBEAT,
-            grace_period=GRACE,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-        )
+    storage = RDBStorage(
+        url,
+        engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
+        heartbeat_interval=HEARTBEAT,
+        grace_period=GRACE,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+    )
     if sqlite:
         _lock_before_reading(storage.engine)
     return storage
@@ -85,12 +91,12 @@ def _lock_before_reading(engine: Engine) -> None:
     engine.dispose()  # connections from before
 
 
-def existing_storage(url: str) -> RDBStorage:
-    """The storage behind a URL, for reading: nothing is made."""
+def existing(url: str) -> AbstractContextManager[RDBStorage]:
+    """The same, for reading: nothing is made."""
     file = Path(url.removeprefix("sqlite:///"))
     if url.startswith("sqlite:///") and not file.is_file():
         raise UsageError(f"There is no storage at {file}: give the --storage that `ltm study run` had.")
-    return open_storage(url)
+    return opened(url)
 
 
 def open_study(storage: RDBStorage, name: str, plan: Plan) -> optuna.Study:

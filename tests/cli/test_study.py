@@ -101,9 +101,9 @@ def test_a_name_with_another_plan_and_a_name_that_is_not_there(refused, tmp_path
     from ltm_pyro.studies.search.plan import Plan
 
     url = f"sqlite:///{tmp_path / 's.db'}"
-    with trials.reachable(url):
+    with trials.opened(url) as storage:
         plan = Plan(study="rate", question="?", space={}, recipe="", budget="1s", at_most={})
-        trials.open_study(trials.open_storage(url), "rate", plan)
+        trials.open_study(storage, "rate", plan)
     run = ("study", "run", search, "--base-config", recipe, "--storage", url, *SMALL)
     assert "'rate' has another" in refused(*run)
     assert "choose another --study-name" in refused(*run)

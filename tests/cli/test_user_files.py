@@ -76,9 +76,26 @@ def test_what_is_written_anew_passes_its_test(kind, tmp_path, ltm, refused, reci
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=file.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "exists already" in refused("new", kind, "SpikeAndSlab2", "--out", tmp_path / "mine")
-    assert "no name for a class" in refused("new", kind, "2 x", "--out", tmp_path)
+    assert "no name in Python" in refused("new", kind, "2 x", "--out", tmp_path)
     place = (f"--model.{kind}", f"{file}:SpikeAndSlab2", f"--model.{kind}.scale", 0.5)
     assert ltm("fit", "--config", recipe, "--run", tmp_path / "run", *QUICK, *place)[0] == 0
+
+
+def test_a_study_written_anew_passes_its_test_and_runs(tmp_path, ltm, recipe, refused, monkeypatch):
+    code, out, err = ltm("new", "study", "my_sweep", "--out", tmp_path / "mine")
+    assert code == 0, err
+    file, test = tmp_path / "mine" / "my_sweep.py", tmp_path / "mine" / "test_my_sweep.py"
+    assert f"then ltm study run {file}" in out
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=file.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    monkeypatch.chdir(tmp_path)
+    options = ("--base-config", recipe, "--budget", "1e8flops", "--trials", 1, "--repeats", 0, "--limit", 2)
+    code, out, err = ltm("study", "run", file, *options, "--json")
+    assert code == 0, err
+    first, _ = json.loads(out)["trials"]
+    assert first["parameters"] == {"rate": 0.2, "fast_steps": 4}
+    assert first["figures"]["memory_gib"] > 0
+    assert "exists already" in refused("new", "study", "my_sweep", "--out", tmp_path / "mine")
 
 
 def test_show_prints_sites_and_draws_the_plates(run, recipe, ltm, refused, tmp_path):

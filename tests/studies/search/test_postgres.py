@@ -67,8 +67,8 @@ def server():
 
 
 def state_counts(url):
-    with trials.reachable(url):
-        study = trials.load_study(trials.existing_storage(url), "slow")
+    with trials.existing(url) as storage:
+        study = trials.load_study(storage, "slow")
         return [t.state.name for t in study.get_trials(deepcopy=False)]
 
 
@@ -87,8 +87,8 @@ def test_a_killed_worker_loses_nothing(server, recipe, study_file, tmp_path):
         options = ("--base-config", recipe, "--budget", "1e9flops", "--trials", TOTAL, "--repeats", 0)
         place = ("--storage", server, "--out", tmp_path / f"worker{number}", "--json")
         command = [sys.executable, "-P", "-c", IMPATIENT, "study", "run", source, *options, *place]
-        log = (tmp_path / f"worker{number}.log").open("w")
-        return subprocess.Popen([str(x) for x in command], stdout=log, stderr=log)
+        with (tmp_path / f"worker{number}.log").open("w") as log:
+            return subprocess.Popen([str(x) for x in command], stdout=log, stderr=log)
 
     workers = [worker(0)]
     wait_for(lambda: "0 of" not in (tmp_path / "worker0.log").read_text() and (tmp_path / "worker0").exists())

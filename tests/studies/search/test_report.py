@@ -59,8 +59,8 @@ def test_a_power_law_is_found_with_an_honest_interval():
 
 def test_scaling_says_what_its_points_say():
     def bound(p):
-        size = {32: 0.2, 64: 0.1, 96: 0.15}[p["width"]]
-        return 40 * p["flops"] ** -0.09 + size + 0.02 * p["steps"]
+        best = scaling.WIDTHS[p["flops"]][1]
+        return 40 * p["flops"] ** -0.09 + abs(p["width"] - best) / 100 + 0.02 * p["steps"]
 
     rows = [
         {"state": "complete", "parameters": p, "figures": {"bound": bound(p), "parameters": 1000 * p["width"]}}
@@ -68,9 +68,17 @@ def test_scaling_says_what_its_points_say():
     ]
     pictures, said = scaling.analyse([*rows, {"state": "fail", "parameters": {}, "figures": {}}])
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
-    assert len(said) == len(scaling.THINKING) + len(scaling.FLOPS)
-    assert all("More parameters won" in sentence for sentence in said[len(scaling.THINKING) :])
+    assert len(said) == len(scaling.WAYS) + len(scaling.WIDTHS)
+    assert said[0].startswith("autoregressive: bound of the best size = 40 · C^-0.0900")
+    assert all("More parameters won" in sentence for sentence in said[len(scaling.WAYS) :])
     assert scaling.analyse(rows[:5])[1] == []
+
+
+def test_scaling_comes_to_complete_curves_soon():
+    for seed in range(scaling.SEEDS):
+        one = scaling.points[seed * len(scaling.points) // 2 :][: len(scaling.points) // 2]
+        assert len({tuple(p.values()) for p in one}) == len(one)
+        assert [p["flops"] for p in one] == sorted(p["flops"] for p in one)
 
 
 def test_inference_steps_says_what_its_points_say():
@@ -78,7 +86,7 @@ def test_inference_steps_says_what_its_points_say():
         {
             "state": "complete",
             "parameters": p,
-            "figures": {"bound": 4 + 0.01 * p["steps"], "parameters": p["width"]}
+            "figures": {"bound": 4 + 0.01 * p["steps"], "prior": 5.0}
             | {f"bound_at_{t}": 5 - 0.01 * t for t in inference_steps.TESTED},
         }
         for p in inference_steps.points

@@ -92,8 +92,8 @@ def study(url, monkeypatch):
     """A study with three waiting trials, in a storage that calls a worker dead after a second of silence."""
     monkeypatch.setattr(trials, "HEARTBEAT", 1)
     monkeypatch.setattr(trials, "GRACE", 1)
-    with trials.reachable(url):
-        study = trials.open_study(trials.open_storage(url), "s", PLAN)
+    with trials.opened(url) as storage:
+        study = trials.open_study(storage, "s", PLAN)
         trials.fill(study, [{}] * 3)
         yield study
 
@@ -138,13 +138,16 @@ def test_a_surplus_of_two_machines_that_fill_at_once_is_never_claimed(study):
 def test_a_trial_is_claimed_by_one_of_many(study, url, monkeypatch):
     monkeypatch.setattr(trials, "GRACE", 120)
     trials.fill(study, [{}] * 20)
-    workers = [optuna.load_study(study_name="s", storage=trials.open_storage(url)) for _ in range(2)]
-    with ThreadPoolExecutor(2) as pool:
+    with trials.opened(url) as one, trials.opened(url) as other, ThreadPoolExecutor(2) as pool:
+        workers = [optuna.load_study(study_name="s", storage=storage) for storage in (one, other)]
         claimed = pool.map(lambda one: [t.number for t in iter(lambda: claim(one, 20), None)], workers)
     assert sorted(itertools.chain(*claimed)) == list(range(20))
 
 
 def test_another_plan_is_refused(study, url):
     other = Plan(**PLAN.as_dict() | {"budget": "2s", "minimise": ("bound",)})
-    with pytest.raises(UsageError, match=r"another budget \(1s, not 2s\): choose another --study-name"):
-        trials.open_study(trials.open_storage(url), "s", other)
+    with (
+        pytest.raises(UsageError, match=r"another budget \(1s, not 2s\): choose another --study-name"),
+        trials.opened(url) as storage,
+    ):
+        trials.open_study(storage, "s", other)
