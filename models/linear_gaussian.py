@@ -80,12 +80,16 @@ class LinearGaussianModel(PyroModule):
         return self.values_V[batch.targets_BT]
 
     def draw(self, size: int) -> Batch:
-        """``size`` sequences of observations, z drawn from the prior, rounded to the grid."""
+        """``size`` sequences of observations, z drawn from the prior."""
         with torch.no_grad():
-            mean_BT = self.think(size).flatten(-3) @ self.matrix_TN.T
-            y_BT = mean_BT + self.noise * torch.randn_like(mean_BT)
-            tokens_BT = torch.bucketize(y_BT, self.values_V[1:])
-        return make_batch(tokens_BT, torch.full((size,), self.length), start_token=0)
+            return self.write(self.think(size))
+
+    def write(self, z_BLKD: Float[Tensor, "B L K D"]) -> Batch:
+        """A sequence of observations drawn from p(y | z) for each z, rounded to the grid."""
+        mean_BT = z_BLKD.flatten(-3) @ self.matrix_TN.T
+        y_BT = mean_BT + self.noise * torch.randn_like(mean_BT)
+        tokens_BT = torch.bucketize(y_BT, self.values_V[1:])
+        return make_batch(tokens_BT, torch.full((len(z_BLKD),), self.length), start_token=0)
 
     def posterior(self, batch: Batch) -> Gaussian:
         """The exact p(z | y): precision I + Aᵀ A / s², mean covariance · Aᵀ y / s²."""

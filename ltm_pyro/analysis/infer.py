@@ -89,14 +89,14 @@ def infer(
     for index, chunk in enumerate(_shown(chunks)):
         with seeded(seed, index):
             batch = batch_of(chunk, run.start_token, length)
-            part = infer_batch(run.model, run.guide, batch, run.inference, drawing)
+            part = _groups(run.model, run.guide, batch, run.inference, drawing)
             for name, data in _texts(run, chunk).items():
                 part[name] = part[name].assign(data)
             if drawing.replicas:
                 part |= _replicas(run, part["posterior"]["z"], drawing.replicas, length)
             groups.append(part)
     attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed}
-    return assemble(groups, drawing.method, attrs)
+    return _assemble(groups, drawing.method, attrs)
 
 
 def _shown(chunks: list[list[Piece]]) -> Any:
@@ -106,13 +106,19 @@ def _shown(chunks: list[list[Piece]]) -> Any:
 
 def infer_batch(
     model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing | None = None
-) -> Groups:
-    """The groups of one batch's posterior, for any model and guide."""
+) -> Posterior:
+    """The posterior of each sequence of a batch, for any model and guide; texts and labels are `infer`'s."""
     drawing = drawing or Drawing()
+    alone = [batch.select(torch.tensor([index])) for index in range(batch.size)]
+    parts = [batch] if drawing.method == "guide" else alone
+    return _assemble([_groups(model, guide, part, inference, drawing) for part in parts], drawing.method)
+
+
+def _groups(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
     with torch.no_grad():
         batch = batch if batch.stem_BTD is not None else model.prepare(batch)
-    groups = _guide(model, guide, batch, inference, drawing) if drawing.method == "guide" else None
-    groups = groups or _chains(model, batch, drawing)
+    how = _guide if drawing.method == "guide" else _chains
+    groups = how(model, guide, batch, inference, drawing)
     tokens_BT = batch.targets_BT.masked_fill(~batch.mask_BT, MISSING)
     prior, lone = _prior(model, drawing.samples), ("chain", "draw", *THOUGHTS)
     groups["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), _numpy(tokens_BT))})
@@ -122,8 +128,7 @@ def infer_batch(
     return groups
 
 
-def assemble(groups: Sequence[Groups], method: str = "guide", attrs: dict[str, Any] | None = None) -> Posterior:
-    """One posterior of the batches' groups, their sequences in a row."""
+def _assemble(groups: Sequence[Groups], method: str, attrs: dict[str, Any] | None = None) -> Posterior:
     joined = {
         name: groups[0][name]
         if name == "prior"
@@ -204,7 +209,7 @@ def _prior(model: Model, samples: int) -> Float[Tensor, "S L K D"]:
         return model.think(samples)
 
 
-def _chains(model: Model, batch: Batch, drawing: Drawing) -> Groups:
+def _chains(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
     """A reference posterior; the batch has one sequence."""
     found = sample(model, batch, drawing.method, drawing.samples, drawing.chains)
     groups = _described(found.sites, found.described, batch)

@@ -35,7 +35,7 @@ def probe(posterior: Posterior, label: str) -> Probe:
     if label not in posterior.labels:
         raise UsageError(f"There is no label {label!r}: the labels are {', '.join(posterior.labels)}.")
     values, documents = np.array(posterior.labels[label]), np.array(posterior.labels["document"])
-    of_class = {name: len({*documents[values == name]}) for name in sorted({*values} - {""})}
+    of_class = {name: len({*documents[values == name]}) for name in sorted({*values.tolist()} - {""})}
     classes = tuple(name for name, count in of_class.items() if count >= FOLDS)
     if len(classes) < 2:
         raise UsageError(f"The label {label!r} has fewer than two classes of {FOLDS} documents: infer from more texts.")

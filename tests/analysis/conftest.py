@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ltm_pyro.analysis.calibration import Simulation
-from ltm_pyro.analysis.infer import Drawing, assemble, infer_batch
-from ltm_pyro.contracts import ThoughtShape, seeded
+from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.guides import FullCovariance
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.models import LinearGaussianModel
@@ -48,11 +48,8 @@ def simulate():
 
     def make(model):
         def draw(size):
-            seed = int(torch.randint(2**31, ()))
-            with seeded(seed):
-                z_BLKD = model.think(size)
-            with seeded(seed):
-                return Simulation({"z": z_BLKD}, model.draw(size))
+            z_BLKD = model.think(size)
+            return Simulation({"z": z_BLKD}, model.write(z_BLKD))
 
         return draw
 
@@ -64,6 +61,6 @@ def posterior():
     """Makes a `Posterior` of a model's batch under a guide."""
 
     def make(model, guide, batch, samples=400, inference=STILL):
-        return assemble([infer_batch(model, guide, batch, inference, Drawing(samples=samples))])
+        return infer_batch(model, guide, batch, inference, Drawing(samples=samples))
 
     return make

@@ -5,11 +5,11 @@ import warnings
 import arviz
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 
 from ltm_pyro.analysis import Posterior
-from ltm_pyro.analysis.infer import Drawing, assemble, infer_batch
+from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.analysis.reference import Chains
 from ltm_pyro.analysis.storage import write_tree
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.guides import MeanField
@@ -90,16 +90,14 @@ def test_arviz_reads_it(right, tmp_path):
         assert {"posterior", "prior", "log_likelihood", "sample_stats", "observed_data"} <= set(data.groups())
 
 
-def test_sequences_in_batches_or_alone(known, exact, posterior):
-    batch = known.draw(4)
-    parts = [
-        infer_batch(known, exact(known), batch.select(torch.tensor(rows)), LocalInference(steps=0), Drawing(samples=50))
-        for rows in ([0, 1], [2, 3])
-    ]
-    joined = assemble(parts)
-    assert joined.z.shape == (1, 50, 4, 2, 1, 3)
-    assert joined.labels["document"] == [f"sequence:{index}" for index in range(4)]
-    np.testing.assert_allclose(joined.stats.elbo, known.log_evidence(batch), atol=1e-6)
+def test_chains_take_the_sequences_one_by_one(known):
+    batch = known.draw(3)
+    drawing = Drawing(method="langevin", samples=25, chains=Chains(warmup=5))
+    found = infer_batch(known, MeanField(known), batch, LocalInference(steps=0), drawing)
+    assert found.z.shape == (2, 25, 3, 2, 1, 3)
+    assert found.labels["document"] == [f"sequence:{index}" for index in range(3)]
+    assert (found.group("observed_data")["tokens"].values == batch.targets_BT.numpy()).all()
+    assert found.attrs["method"] == "langevin"
 
 
 def test_files_that_are_no_posterior(right, tmp_path):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ltm_pyro.analysis.comparison import compare, correlation, narrow_rows
-from ltm_pyro.analysis.infer import Drawing, assemble, infer_batch
-from ltm_pyro.analysis.reference import Chains, convergence
+from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.analysis.reference import Chains, convergence, sample
 from ltm_pyro.contracts import Start, ThoughtShape, UsageError, make_batch
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
@@ -17,8 +17,7 @@ STILL = LocalInference(steps=0)
 
 def chains(model, batch, method="nuts", samples=300, warmup=200, thin=1):
     drawing = Drawing(method=method, samples=samples, chains=Chains(chains=2, warmup=warmup, thin=thin))
-    alone = (batch.select(torch.tensor([index])) for index in range(batch.size))
-    return assemble([infer_batch(model, MeanField(model), one, STILL, drawing) for one in alone], method)
+    return infer_batch(model, MeanField(model), batch, STILL, drawing)
 
 
 @pytest.mark.slow
@@ -47,7 +46,7 @@ def test_nuts_on_a_decoder_of_64_dimensions_converges_and_shows_a_narrow_q():
     batch = make_batch(torch.randint(1, 50, (1, 64)), torch.tensor([64]), 0)
     guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, start=Start(log_var=-3.0))
     reference = chains(model, batch, samples=400, warmup=200)
-    q = assemble([infer_batch(model, guide, batch, narrow, Drawing(samples=400))])
+    q = infer_batch(model, guide, batch, narrow, Drawing(samples=400))
     table = compare(q, reference)
     torch.set_default_dtype(torch.float64)
     assert (table.r_hat < 1.05).all()
@@ -77,4 +76,4 @@ def test_what_cannot_be_compared(known, exact, posterior):
     with pytest.raises(UsageError, match="does not have"):
         compare(q, chains(other, other.draw(1), samples=25, warmup=5, method="langevin"))
     with pytest.raises(UsageError, match="got 2: give one"):
-        infer_batch(known, MeanField(known), known.draw(2), STILL, Drawing(method="nuts"))
+        sample(known, known.draw(2), "nuts", 25, Chains())
