@@ -16,11 +16,13 @@ from ltm_pyro.layers import CrossAttention, SelfAttention, SwiGLU
 
 @runtime_checkable
 class CountedDecoder(Protocol):
-    """A decoder of equal layers, made of the parts in `ltm_pyro.layers`, with a tied embedding."""
+    """A decoder of layers equal but for thoughts, made of the parts in `ltm_pyro.layers`, with a tied embedding."""
 
     vocabulary: int
+    layers: int
     width: int
     window: int
+    thought_layers: tuple[int, ...]
     thought_shape: ThoughtShape
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -47,8 +49,8 @@ class Flops(NamedTuple):
 class _Forward(NamedTuple):
     """FLOPs per token of one forward pass, by what a backward pass does to them."""
 
-    stem: float  # the first layer's self-attention: z does not enter
-    query: float  # the first layer's cross-attention queries: they come straight from the stem
+    stem: float  # up to the self-attention of the first layer with thoughts: z does not enter
+    query: float  # that layer's cross-attention queries: they come straight from the stem
     matrices: float  # all other projections of tokens, and the vocabulary's
     attention: float  # scores and weighted sums after the stem
     thoughts: float  # keys and values of the thoughts, once per sequence
@@ -66,7 +68,7 @@ def published(decoder: CountedDecoder, length: int, steps: int) -> Flops:
     Every fast step is a whole forward and backward pass. Source: arXiv 2502.01567, its table of model sizes.
     """
     parameters = sum(p.numel() for p in decoder.parameters())
-    once = 6.0 * (parameters + decoder.thought_shape.layers * decoder.width * length)
+    once = 6.0 * (parameters + decoder.layers * decoder.width * length)
     return Flops(fast=steps * once, slow=once)
 
 
@@ -109,18 +111,20 @@ def _encoder(guide: Guide, length: int) -> float:
 
 
 def _forward(decoder: CountedDecoder, length: int, listening: bool) -> _Forward:
-    layers, thoughts, _ = decoder.thought_shape
+    hearing, thoughts, _ = decoder.thought_shape
+    below, rest = decoder.thought_layers[0] - 1, decoder.layers - decoder.thought_layers[0]
     speak, query = _projections(decoder, SelfAttention), _projections(decoder, CrossAttention, "query")
     merge, feed = _projections(decoder, CrossAttention, "output"), _projections(decoder, SwiGLU)
     if not listening:
         thoughts, query, merge = 0, 0.0, 0.0
     window = 4.0 * decoder.width * _keys(decoder.window, length)
+    vocabulary = 2.0 * decoder.vocabulary * decoder.width
     return _Forward(
-        stem=speak + window,
+        stem=below * (speak + window + feed) + speak + window,
         query=query,
-        matrices=(layers - 1) * (speak + query) + layers * (merge + feed) + 2.0 * decoder.vocabulary * decoder.width,
-        attention=(layers - 1) * window + layers * 4.0 * decoder.width * thoughts,
-        thoughts=layers * _projections(decoder, CrossAttention, "key", "value") * thoughts / length,
+        matrices=rest * speak + (hearing - 1) * query + hearing * merge + (rest + 1) * feed + vocabulary,
+        attention=rest * window + hearing * 4.0 * decoder.width * thoughts,
+        thoughts=hearing * _projections(decoder, CrossAttention, "key", "value") * thoughts / length,
     )
 
 
@@ -131,7 +135,7 @@ def _keys(window: int, length: int) -> float:
 
 
 def _projections(decoder: CountedDecoder, kind: type[nn.Module], *parts: str) -> float:
-    """2 · weights that one layer's ``kind`` of sublayer holds, all together or in some ``parts``."""
+    """2 · weights that one ``kind`` of sublayer holds, all together or in some ``parts``; 0 where there is none."""
     sublayers = [m for m in decoder.modules() if isinstance(m, kind)]
     holders = [m.get_submodule(part) for m in sublayers for part in parts or ("",)]
-    return 2.0 * sum(p.numel() for m in holders for p in m.parameters()) / decoder.thought_shape.layers
+    return 2.0 * sum(p.numel() for m in holders for p in m.parameters()) / max(len(sublayers), 1)

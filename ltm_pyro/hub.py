@@ -66,7 +66,7 @@ def from_pretrained(folder: str | Path) -> Run:
 def card(run: Run, figures: Mapping[str, Any]) -> str:
     """What a reader of the hub sees first."""
     decoder = run.model.decoder
-    layers, thoughts, width = decoder.thought_shape
+    _, thoughts, width = decoder.thought_shape
     lines = [
         "---",
         "library_name: ltm_pyro",
@@ -83,7 +83,7 @@ def card(run: Run, figures: Mapping[str, Any]) -> str:
         "| --- | --- |",
         f"| parameters | {sum(p.numel() for p in run.model.parameters()):,} |",
         f"| prior, guide | `{_dotted(run.model.prior)}`, `{_dotted(run.guide)}` |",
-        f"| layers, width, window, length | {layers}, {decoder.width}, {decoder.window}, {run.length} |",
+        f"| layers, width, window, length | {decoder.layers}, {decoder.width}, {decoder.window}, {run.length} |",
         f"| thoughts per layer, their width | {thoughts}, {width} |",
         f"| vocabulary | {decoder.vocabulary:,} |",
         f"| fast steps, rate (evaluation) | {run.inference.steps}, {run.inference.rate} |",

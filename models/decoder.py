@@ -78,6 +78,8 @@ class Decoder(nn.Module):
         window: W tokens of self-attention.
         length: T, the longest sequence the model is meant for.
         thought_width: width of a thought, D when not given.
+        thought_layers: the layers that hear thoughts, counted from 1; all when not given. What lies below the first of
+            them is computed once per batch, not once per fast step. The L of z counts these layers.
         kv_heads: key and value heads, a divisor of ``heads`` (grouped attention); ``heads`` when not given.
         quiet_thoughts: the cross-attention's output starts at zero, so that thoughts can be added to a decoder that
             has learned to speak without them: the first bound then equals the autoregressive loss.
@@ -99,6 +101,7 @@ class Decoder(nn.Module):
         window: int = 256,
         length: int = 1024,
         thought_width: int | None = None,
+        thought_layers: list[int] | None = None,
         kv_heads: int | None = None,
         quiet_thoughts: bool = False,
         attention: Literal["auto", "sdpa", "xformers", "flex", "dense"] = "auto",
@@ -112,11 +115,12 @@ class Decoder(nn.Module):
         _check_heads(width, heads, kv_heads)
         self.vocabulary, self.width, self.window, self.length = vocabulary, width, window, length
         self.recompute = recompute
-        self.thought_shape = ThoughtShape(layers, thoughts, thought_width or width)
+        self.layers, self.thought_layers = layers, _hearing(thought_layers, layers)
+        self.thought_shape = ThoughtShape(len(self.thought_layers), thoughts, thought_width or width)
         self.listening = True  # False leaves the cross-attention out, as the first stage of a warm start does
-        memory = self.thought_shape.width if thoughts else None
+        memory = [self.thought_shape.width if thoughts and n in self.thought_layers else None for n in _count(layers)]
         self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, memory, attention) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, one, attention) for one in memory)
         self.norm = nn.RMSNorm(width)
         self._initialise(layers, quiet_thoughts)
 
@@ -138,13 +142,16 @@ class Decoder(nn.Module):
         return cast(list[Block], list(self.blocks))
 
     def stem(self, inputs_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Embeddings and the first layer's self-attention: everything that comes before the first thought."""
+        """Embeddings, and what follows up to the self-attention of the first layer that hears thoughts."""
         if inputs_BT.shape[1] > self.length:
             raise UsageError(
                 f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
                 f"cut the text, or train with a larger `length`."
             )
-        return self._layers()[0].attend_to_tokens(self.embedding(inputs_BT), self._turn(inputs_BT.shape[1]))
+        x_BTD, turn, first = self.embedding(inputs_BT), self._turn(inputs_BT.shape[1]), self.thought_layers[0] - 1
+        for block in self._layers()[:first]:
+            x_BTD = self._through(block, x_BTD, turn, None, False)
+        return self._layers()[first].attend_to_tokens(x_BTD, turn)
 
     def forward(
         self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"]
@@ -153,19 +160,24 @@ class Decoder(nn.Module):
         lead = z_BLKD.shape[:-4]
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
         thoughts, turn = self.thoughts(z_BLKD.flatten(0, len(lead))), self._turn(stem_BTD.shape[1])
-        for index, (block, heard) in enumerate(zip(self._layers(), thoughts, strict=True)):
-            if self.recompute and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, turn, heard, index == 0, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, turn, heard, index == 0)
+        first = self.thought_layers[0]
+        for number, block, heard in list(zip(_count(self.layers), self._layers(), thoughts, strict=True))[first - 1 :]:
+            x_BTD = self._through(block, x_BTD, turn, heard, number == first)
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
+
+    def _through(
+        self, block: Block, x_BTD: Float[Tensor, "B T D"], turn: Turn, heard: KeysValues | None, attended: bool
+    ) -> Float[Tensor, "B T D"]:
+        if self.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, x_BTD, turn, heard, attended, use_reentrant=False))
+        return cast(Tensor, block(x_BTD, turn, heard, attended))
 
     def thoughts(self, z_BLKD: Float[Tensor, "B L K thought"]) -> list[KeysValues | None]:
         """Every layer's keys and values of its thoughts; None where it hears none."""
-        turn = self._turn(z_BLKD.shape[2])
+        turn, z = self._turn(z_BLKD.shape[2]), dict(zip(self.thought_layers, z_BLKD.unbind(1), strict=True))
         return [
-            block.cross_attention.keys_values(z_BKD, turn) if self.listening and block.cross_attention else None
-            for block, z_BKD in zip(self._layers(), z_BLKD.unbind(1), strict=True)
+            block.cross_attention.keys_values(z[number], turn) if self.listening and block.cross_attention else None
+            for number, block in zip(_count(self.layers), self._layers(), strict=True)
         ]
 
     def begin(self, z_BLKD: Float[Tensor, "B L K thought"]) -> Cache:
@@ -216,6 +228,17 @@ class Decoder(nn.Module):
         return rotation(
             positions, self.width // self._layers()[0].self_attention.heads, matrix_dtype(self.embedding.weight)
         )
+
+
+def _count(layers: int) -> range:
+    return range(1, layers + 1)
+
+
+def _hearing(chosen: list[int] | None, layers: int) -> tuple[int, ...]:
+    hearing = tuple(_count(layers) if chosen is None else sorted(set(chosen)))
+    if not hearing or not 1 <= hearing[0] <= hearing[-1] <= layers:
+        raise UsageError(f"The decoder's thought_layers are some of its {layers} layers, counted from 1, got {chosen}.")
+    return hearing
 
 
 def _check_heads(width: int, heads: int, kv_heads: int) -> None:

@@ -1,16 +1,24 @@
-"""How many thoughts, and how wide? K per layer and the width of a thought, at equal training FLOPs.
+"""How many thoughts, how wide, and heard by which layers? K per layer and the width of a thought, at equal FLOPs.
 
-Every coordinate of z costs KL until it is used, and every thought costs keys and values: more room can be worse.
+Every coordinate of z costs KL until it is used, and every thought costs keys and values: more room can be worse. What
+lies below the first layer with thoughts is computed once per batch, so thoughts for the second layer only are cheaper.
 """
 
 from typing import Any
 
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
-space = {"thoughts": IntDistribution(1, 16, log=True), "thought_width": IntDistribution(4, 64, log=True)}
-first = {"thoughts": 4, "thought_width": 16}  # the quickstart's
+LAYERS = {"all": None, "1": [1], "2": [2]}  # the quickstart has two
+
+space = {
+    "thoughts": IntDistribution(1, 16, log=True),
+    "thought_width": IntDistribution(4, 64, log=True),
+    "thought_layers": CategoricalDistribution(list(LAYERS)),
+}
+first = {"thoughts": 4, "thought_width": 16, "thought_layers": "all"}  # the quickstart's
 
 
 def settings(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Both belong to the decoder; prior and guide follow its shape."""
-    return {f"model.decoder.init_args.{name}": value for name, value in parameters.items()}
+    """All three belong to the decoder; prior and guide follow its shape."""
+    chosen = parameters | {"thought_layers": LAYERS[parameters["thought_layers"]]}
+    return {f"model.decoder.init_args.{name}": value for name, value in chosen.items()}

@@ -146,5 +146,6 @@ def _draw(frontiers: dict[Way, Frontier], laws: dict[Way, PowerLaw]) -> bytes:
             x = np.geomspace(min(flops), max(flops))
             axes.plot(x, laws[way].at(x), color=f"C{index}", label=f"exponent {laws[way].exponent:.3f}")
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="bound of the best size, nats per token")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(fontsize="small")
     return png(figure)

@@ -15,6 +15,7 @@ from ltm_pyro.analysis.infer import written
 from ltm_pyro.analysis.information import observed
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.contracts import Batch, Model, UsageError, seeded
+from ltm_pyro.layers import CrossAttention
 from ltm_pyro.protocols import TOKENS_AT_ONCE
 from ltm_pyro.runs import Run
 
@@ -111,7 +112,8 @@ def attention(run: Run, posterior: Posterior, sequence: int) -> xr.DataArray:
         q_BHTC, (k_BHKC, _) = module.queries(x_BTD, turn), thoughts.spread(module.heads)
         found.append((q_BHTC @ k_BHKC.mT * q_BHTC.shape[-1] ** -0.5).softmax(-1).mean(1)[0])
 
-    hooks = [block.cross_attention.register_forward_pre_hook(look) for block in run.model.decoder.blocks]
+    sublayers = [m for m in run.model.decoder.modules() if isinstance(m, CrossAttention)]
+    hooks = [m.register_forward_pre_hook(look) for m in sublayers]
     try:
         token_log_likelihood(run.model, batch, torch.from_numpy(one.stats["mean"].values))
     finally:

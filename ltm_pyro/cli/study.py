@@ -133,7 +133,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _table(found: dict[str, Any]) -> Table:
     parameters = list(dict.fromkeys(name for row in found["trials"] for name in row["parameters"]))
-    title = f"{found['study']}: {found['question']} Every trial trains for {found['budget']}."
+    title = f"{found['study']}: {found['question']} Every trial trains for {found['each']}."
     short = [name.rsplit(".", 1)[-1] for name in parameters]
     columns = ("trial", *short, *found["minimise"], "thinking gain", "")
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)

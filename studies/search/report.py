@@ -13,16 +13,29 @@ from ltm_pyro.studies.search.definition import Row, load_definition
 from ltm_pyro.studies.search.study import describe
 
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,"><title>{title}</title>
 <style>
-body {{ font: 16px/1.5 sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; font-size: 14px }} td, th {{ padding: .2rem .6rem; text-align: right }}
-tr:nth-child(even) {{ background: #f3f3f3 }} td:last-child {{ text-align: left }} img {{ max-width: 100% }}
-.lead {{ background: #eef6ee; padding: .8rem 1rem }}
-</style>
+* {{ box-sizing: border-box }}
+body {{ font: 16px/1.55 system-ui, sans-serif; margin: 0; background: #f4f6f9; color: #1d2733 }}
+main {{ max-width: 64rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }}
+h1 {{ font-size: 1.7rem; line-height: 1.25; margin: .5rem 0 }} h2 {{ font-size: 1.15rem; margin: 0 0 .6rem }}
+section, details {{ background: white; border: 1px solid #dde3ea; border-radius: 10px; padding: 1rem; margin: 1rem 0 }}
+section.lead {{ border-left: 5px solid #0072b2; font-size: 1.05rem }} .lead p {{ margin: .3rem 0 }}
+.soft {{ color: #5b6b7b; font-size: .9rem }} img {{ max-width: 100%; height: auto }}
+.table {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .88rem; white-space: nowrap }}
+td, th {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #dde3ea }} th {{ color: #5b6b7b }}
+td:first-child, th:first-child {{ text-align: left; position: sticky; left: 0; background: white }}
+.wide td {{ text-align: left; white-space: normal; overflow-wrap: anywhere }} .wide th {{ text-align: left }}
+tr.best td {{ background: #fdf3dc; font-weight: 600 }} summary {{ cursor: pointer }} pre {{ overflow-x: auto }}
+@media (max-width: 40rem) {{ main {{ padding: .6rem }} section, details {{ padding: .8rem }} h1 {{ font-size: 1.35rem }}
+img {{ max-width: none; width: 36rem }} }}
+</style></head>
+<body><main>
 <h1>{title}</h1>
 {body}
-</html>
+</main></body></html>
 """
 
 
@@ -34,7 +47,7 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool) -> d
         raise UsageError(f"{out} is there and not empty: choose another --out, or add --force.")
     with trials.existing(url) as storage:
         study = trials.load_study(storage, found["study"])
-        pictures = charts(study, tuple(found["minimise"]))
+        pictures = charts(study, found["minimise"], trials.live(study))
     own, sentences = _own(study.user_attrs[trials.SOURCE], found["trials"])
     pictures = own | pictures
     out.mkdir(parents=True, exist_ok=True)
@@ -64,42 +77,58 @@ def _write_csv(rows: list[Row], path: Path) -> None:
 
 def _page(found: dict[str, Any], pictures: dict[str, bytes], sentences: list[str]) -> str:
     limits = "".join(f", {name} at most {most:g}" for name, most in found["at_most"].items())
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in (found["recommendation"], *sentences))
+    complete = sorted((r for r in found["trials"] if r["state"] == "complete"), key=lambda r: _place(r, found))
+    lost = [row for row in found["trials"] if row["state"] in ("fail", "pruned")]
     sections = [
         f"<p>{escape(found['question'])}</p>",
-        f'<p class="lead">{escape(found["recommendation"])}</p>',
-        *(f"<p>{escape(sentence)}</p>" for sentence in sentences),
-        f"<p>Every trial trains for {escape(found['budget'])}; lowest is best: {', '.join(found['minimise'])}{limits}. "
-        "<code>bound</code> is the negative ELBO in nats per held-out token, its noise drawn after q was final.</p>",
-        *(f"<h2>{escape(title.capitalize())}</h2>{embedded(image, title)}" for title, image in pictures.items()),
-        "<h2>Trials</h2>",
-        _table([row for row in found["trials"] if row["state"] == "complete"]),
-        "<h2>Failed and pruned</h2>",
-        _troubles([row for row in found["trials"] if row["state"] in ("fail", "pruned")]),
-        f"<details><summary>Plan</summary><pre>{escape(json.dumps(_plan(found), indent=1))}</pre>"
+        f'<p class="soft">Every trial trains for {escape(found["each"])}; lowest is best: '
+        f"{escape(', '.join(found['minimise']))}{escape(limits)}. <code>bound</code> is the negative ELBO in nats per "
+        "held-out token, its noise drawn after q was final.</p>",
+        f'<section class="lead">{said}</section>',
+        *(_section(title.capitalize(), embedded(image, title)) for title, image in pictures.items()),
+        _section("Trials, the lowest first", _table(complete, found)),
+        _section("Failed and pruned", _troubles(lost)) if lost else "",
+        f"<details><summary>Plan and base recipe</summary><pre>{escape(json.dumps(_plan(found), indent=1))}</pre>"
         f"<pre>{escape(found['recipe'])}</pre></details>",
     ]
     return PAGE.format(title=f"Study {escape(found['study'])}", body="\n".join(sections))
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _place(row: Row, found: dict[str, Any]) -> tuple[bool, float]:
+    """The search by its objective, then what was trained again."""
+    return row["role"] != "trial", row["figures"][found["minimise"][0]]
 
 
 def _plan(found: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in ("trials", "recipe", "recommendation")}
 
 
-def _table(rows: list[Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in (*row["parameters"], *row["figures"])))
+def _table(rows: list[Row], found: dict[str, Any]) -> str:
+    searched = list(dict.fromkeys(name for row in rows if row["role"] == "trial" for name in row["parameters"]))
+    first = [*searched, *found["minimise"], "bound_stderr", "thinking_gain"]
+    names = list(dict.fromkeys([*first, *(name for row in rows for name in row["figures"])]))
     body = [[_label(row), *(_cell((row["parameters"] | row["figures"]).get(name)) for name in names)] for row in rows]
-    return _html(["trial", *names], body) if rows else "<p>None.</p>"
+    best = next((i for i, row in enumerate(rows) if (row["role"], row["number"]) == ("trial", found["best"])), None)
+    head = ["trial", *(name.rsplit(".", 1)[-1] for name in names)]
+    return _html(head, body, best) if rows else "<p>None.</p>"
 
 
 def _troubles(rows: list[Row]) -> str:
-    body = [[_label(row), json.dumps(row["parameters"]), row["state"], row["reason"]] for row in rows]
-    return _html(["trial", "parameters", "state", "reason"], body) if rows else "<p>None.</p>"
+    body = [[_label(row), row["state"], str(row["reason"]), json.dumps(row["parameters"])] for row in rows]
+    return _html(["trial", "state", "reason", "parameters"], body, kind="table wide")
 
 
-def _html(head: list[str], body: list[list[str]]) -> str:
-    lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
-    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in cells) for cells in body]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+def _html(head: list[str], body: list[list[str]], best: int | None = None, kind: str = "table") -> str:
+    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
+    for index, cells in enumerate(body):
+        mark = ' class="best"' if index == best else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    return f'<div class="{kind}"><table>{"".join(lines)}</table></div>'
 
 
 def _label(row: Row) -> str:

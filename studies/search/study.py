@@ -109,13 +109,21 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
         chosen = trials.best(study)
         behind = [t for t in trials.live(checks) if chosen and t.user_attrs["of"] == chosen.number]
         rows = [_row(trial) for trial in (*trials.live(study), *behind)]
+        each = _each(study, plan)
     return {
         "study": study.study_name,
         **plan.as_dict(),
         "trials": rows,
+        "each": each,
         "best": chosen.number if chosen else None,
         "recommendation": recommend(rows, _row(chosen) if chosen else None, plan),
     }
+
+
+def _each(study: optuna.Study, plan: Plan) -> str:
+    """What every trial may spend, in words."""
+    chosen = any("model.max_flops" in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.live(study))
+    return "the FLOPs that its point says" if chosen else plan.budget
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
@@ -150,7 +158,19 @@ def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Pla
         spread = f" ± {stdev(again):.4f} (standard deviation over {len(again)} seeds)" if len(again) > 1 else ""
         text += f" Trained again with other seeds: {mean(again):.4f}{spread}."
     twin = [r["figures"][name] for r in rows if r["role"] == "baseline" and name in r["figures"]]
-    return text + (f" The autoregressive baseline at the same budget: {twin[0]:.4f}." if twin else "")
+    text += f" The autoregressive baseline at the same budget: {twin[0]:.4f}." if twin else ""
+    return text + _unequal([r["figures"]["flops"] for r in rows if "flops" in r["figures"]], plan)
+
+
+def _unequal(flops: list[float], plan: Plan) -> str:
+    """A warning where the same seconds were not the same training, as on a machine with other work to do."""
+    least, most = min(flops, default=0), max(flops, default=0)
+    if parse_budget(plan.budget).unit != "s" or most < 1.5 * least:
+        return ""
+    return (
+        f" The same {plan.budget} bought {least:.2g} to {most:.2g} FLOPs: if the machine had other work to do, the "
+        f"comparison is not fair; a budget in FLOPs always is."
+    )
 
 
 def only_name(storage: RDBStorage, name: str | None) -> str:

@@ -56,7 +56,10 @@ def test_every_layer_hears_its_own_thoughts(tiny_decoder):
     assert (gradient[1] == 0).all()  # and no sequence those of another
 
 
-@pytest.mark.parametrize("changes", [{}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}])
+SHAPES = [{}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}, {"thought_layers": [2]}]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
 def test_no_parameter_is_dead(tiny_model, tiny_batch, changes):
     model, batch = tiny_model(**changes), tiny_batch()
     guide = MeanField(model)
@@ -67,7 +70,7 @@ def test_no_parameter_is_dead(tiny_model, tiny_batch, changes):
     assert bool(crossing) == (changes.get("thoughts") != 0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}])
+@pytest.mark.parametrize("changes", SHAPES)
 def test_particles_are_computed_side_by_side(tiny_decoder, changes):
     decoder = tiny_decoder(**changes)
     stem, z = decoder.stem(torch.randint(11, (2, 6))), thoughts(decoder, 3, 2)
@@ -80,6 +83,23 @@ def test_particles_are_computed_side_by_side(tiny_decoder, changes):
 def test_thoughts_may_have_a_width_of_their_own(tiny_decoder):
     assert tiny_decoder(thought_width=4).thought_shape == (2, 3, 4)
     assert tiny_decoder().thought_shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize("hearing", [[1], [2], [3], [1, 3], [2, 3]])
+def test_a_layer_without_thoughts_is_one_whose_cross_attention_adds_nothing(tiny_decoder, hearing):
+    some, all_layers = tiny_decoder(layers=3, thought_layers=hearing), tiny_decoder(layers=3, quiet_thoughts=True)
+    all_layers.load_state_dict(all_layers.state_dict() | some.state_dict())
+    inputs, z, elsewhere = torch.randint(11, (2, 9)), thoughts(some, 2), thoughts(all_layers, 2)
+    elsewhere[:, [n - 1 for n in hearing]] = z
+    torch.testing.assert_close(hidden(some, inputs, z), hidden(all_layers, inputs, elsewhere))
+    torch.testing.assert_close(some.read(inputs, some.begin(z)), hidden(some, inputs, z)[:, -1])
+    assert some.thought_shape == (len(hearing), 3, 8)
+
+
+@pytest.mark.parametrize("hearing", [[], [0], [3]])
+def test_layers_that_are_not_there_hear_nothing(tiny_decoder, hearing):
+    with pytest.raises(UsageError, match="thought_layers are some of its 2 layers"):
+        tiny_decoder(thought_layers=hearing)
 
 
 def test_the_stem_is_the_first_layer_up_to_its_thoughts(tiny_model, tiny_batch):
@@ -122,7 +142,7 @@ def test_what_is_computed_again_is_the_same(tiny_decoder):
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        decoder = tiny_decoder(recompute=recompute)
+        decoder = tiny_decoder(recompute=recompute, thought_layers=[2])
         hidden(decoder, torch.randint(11, (2, 9)), thoughts(decoder, 2)).pow(2).sum().backward()
         gradients.append([p.grad for p in decoder.parameters()])
     for ours, plain in zip(*gradients, strict=True):

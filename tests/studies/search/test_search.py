@@ -124,3 +124,11 @@ def test_hopeless_trials_are_given_up_with_a_reason(run, study_file):
 def test_what_is_told_is_plain(run, study_file):
     found = run(2, study_file())
     assert json.loads(json.dumps(found)) == found
+
+
+def test_unequal_seconds_are_told(run, study_file):
+    text = HALVING.replace('{"bound": bound}', '{"bound": bound, "flops": 1e9 * bound}')
+    found = run(4, study_file(text), budget="5s")
+    spent = [row["figures"]["flops"] for row in found["trials"]]
+    assert f"The same 5s bought {min(spent):.2g} to {max(spent):.2g} FLOPs" in found["recommendation"]
+    assert "bought" not in run(4, study_file(text), "flops.db")["recommendation"]
