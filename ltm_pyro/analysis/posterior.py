@@ -78,6 +78,11 @@ class Posterior:
         return self.z.sizes["sequence"]
 
     @property
+    def tokens(self) -> int:
+        """How many tokens all sequences have together."""
+        return int((self.group("observed_data")["tokens"] >= 0).sum())
+
+    @property
     def attrs(self) -> dict[str, Any]:
         """Method, run, seed and version."""
         return {str(name): x for name, x in self.tree.attrs.items()}

@@ -12,9 +12,11 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.progress import track
 
+from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.probes import neighbours
 from ltm_pyro.analysis.sections import SECTIONS, Material, card, sections
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.reliability import TRUSTED
 
 TOP = 5
 MOST_CARDS = 1000  # sequences shown one by one: keeps the page under 10 MB
@@ -42,8 +44,23 @@ def report(of: Material) -> str:
         most_kl=float(kl_NLK.max()) or 1.0,
         attrs=posterior.attrs,
         size=posterior.size,
-        tokens=int((posterior.group("observed_data")["tokens"] >= 0).sum()),
+        tokens=posterior.tokens,
+        figures=_figures(posterior),
     )
+
+
+def _figures(posterior: Posterior) -> dict[str, str]:
+    """What a reader wants to know first."""
+    stats, tokens, found = posterior.stats, posterior.tokens, {}
+    if "log_q" in stats:
+        found["ELBO, nats per token"] = f"{float(stats['elbo'].sum()) / tokens:.3f}"
+        found["importance-weighted bound, nats per token"] = f"{float(stats['iwae'].sum()) / tokens:.3f}"
+        found["KL, nats per sequence"] = f"{float(stats['kl'].mean()):.2f}"
+        found[f"sequences with k-hat ≤ {TRUSTED}"] = f"{int((stats['pareto_k'] <= TRUSTED).sum())} of {posterior.size}"
+    if "r_hat" in stats:
+        found["largest R-hat"] = f"{float(stats['r_hat'].max()):.3f}"
+        found["smallest effective sample size"] = f"{float(stats['ess'].min()):.0f}"
+    return found
 
 
 def _shown(made: Iterable[Any]) -> Iterable[Any]:

@@ -32,6 +32,7 @@ from ltm_pyro.reliability import TRUSTED
 from ltm_pyro.runs import Run
 
 FEW = 16  # sequences for what costs a fit per length of context
+SIZE = 0.05  # of every test
 
 
 class Table(NamedTuple):
@@ -47,6 +48,7 @@ class Section(NamedTuple):
     verdict: str
     pictures: tuple[Axes, ...] = ()
     tables: tuple[Table, ...] = ()
+    good: bool | None = None  # None: there is nothing to be good or bad
 
 
 class Material(NamedTuple):
@@ -78,7 +80,7 @@ def trust(of: Material) -> Section:
             f"Read their intervals with care, and do not reweight their draws."
         )
     verdict += f" The importance-weighted bound is {gap:.2f} nats per sequence above the ELBO."
-    return Section(verdict, (draw_pareto_k(of.posterior), draw_bounds(of.posterior)))
+    return Section(verdict, (draw_pareto_k(of.posterior), draw_bounds(of.posterior)), good=not bad)
 
 
 def calibration(of: Material) -> Section:
@@ -87,13 +89,19 @@ def calibration(of: Material) -> Section:
     if found is None:
         raise UsageError("Needs `ltm calibrate RUN --out FILE`: give --calibration.")
     p = found.p_value()
-    said = "No sign that q is off" if p > 0.05 else "q is not the posterior"
-    verdict = f"{said} on {len(found.values)} texts that the model wrote itself: p = {p:.3f}."
-    alone = found.p_values()
-    rows = [(name, f"{alone[name]:.4f}") for name in sorted(alone, key=lambda name: alone[name])[:5]]
-    return Section(
-        verdict, (draw_ranks(found), draw_ecdf(found), draw_coverage(found)), (Table(("smallest p-values", "p"), rows),)
+    said = "No sign that q is off" if p > SIZE else "q is not the posterior"
+    held = float(found.coverage(np.array([0.9]))[0])
+    verdict = (
+        f"{said} on {len(found.values)} texts that the model wrote itself: p = {p:.3f}. "
+        f"Its 90 % intervals hold {held:.0%} of the true coordinates."
     )
+    alone = found.p_values()
+    rows = [
+        (name, f"{alone[name]:.4f}" if alone[name] >= 1e-4 else "< 0.0001")
+        for name in sorted(alone, key=lambda name: alone[name])[:5]
+    ]
+    pictures = (draw_ranks(found), draw_ecdf(found), draw_coverage(found))
+    return Section(verdict, pictures, (Table(("smallest p-values", "p"), rows),), good=p > SIZE)
 
 
 def reference(of: Material) -> Section:
@@ -121,7 +129,8 @@ def reference(of: Material) -> Section:
     head = ("sequence", "mean off by (sd)", "scale q / chains", "correlation q / chains", "C2ST", "R-hat", "ESS")
     worst = [(str(r["sequence"]), str(r["layer"]), str(r["thought"]), f"{r['ratio']:.2f}") for r in narrow[:10]]
     narrowest = Table(("sequence", "layer", "thought", "scale q / chains"), worst)
-    return Section(verdict, (draw_scales(found),), (Table(head, rows), *([narrowest] if worst else [])))
+    tables = (Table(head, rows), *([narrowest] if worst else []))
+    return Section(verdict, (draw_scales(found),), tables, good=not narrow and not late)
 
 
 def information(of: Material) -> Section:
@@ -154,13 +163,14 @@ def information(of: Material) -> Section:
 def aggregated(of: Material) -> Section:
     """The aggregated posterior against the prior."""
     found = aggregate(of.posterior)
-    apart = found.c2st.mean > 0.5 + 2 * found.c2st.stderr or found.mmd.p_value < 0.05
+    apart = found.c2st.mean > 0.5 + 2 * found.c2st.stderr or found.mmd.p_value < SIZE
     said = "differs from" if apart else "cannot be told from"
     rows = [
         ("classifier accuracy (0.5: the same)", f"{found.c2st.mean:.3f} ± {found.c2st.stderr:.3f}"),
         ("MMD²", f"{found.mmd.mmd2:.2e} (p = {found.mmd.p_value:.3f})"),
     ]
-    return Section(f"One draw of each q, all together, {said} the prior.", (), (Table(("", ""), rows),))
+    verdict = f"One draw of each q, all together, {said} the prior."
+    return Section(verdict, (), (Table(("", ""), rows),), good=not apart)
 
 
 def labels(of: Material) -> Section:
@@ -231,7 +241,8 @@ def path(of: Material) -> Section:
 def predictive(of: Material) -> Section:
     """Statistics of texts and replicas."""
     found = check(of.posterior)
-    off = [str(name) for name in found.statistic.values if not 0.05 < float(found.p_value.sel(statistic=name)) < 0.95]
+    extreme = abs(found.p_value - 0.5) > 0.5 - SIZE
+    off = [str(name) for name in found.statistic.values[extreme.values]]
     verdict = f"Replicas differ from the texts in: {', '.join(off)}." if off else "Replicas look like the texts."
     rows = [
         (
@@ -242,20 +253,25 @@ def predictive(of: Material) -> Section:
         )
         for name in found.statistic.values
     ]
-    return Section(verdict, (), (Table(("statistic", "texts", "replicas", "share of larger replicas"), rows),))
+    head = ("statistic", "texts", "replicas", "share of larger replicas")
+    return Section(verdict, (), (Table(head, rows),), good=not off)
 
 
 def leave_one_out(of: Material) -> Section:
     """PSIS-LOO, by token and by sequence."""
-    tokens, sequences = loo_by_token(of.posterior), loo_by_sequence(of.posterior)
-    rows = []
-    for found in (tokens, sequences):
-        units = int(np.isfinite(found.elpd).sum())
-        bad = int((found.pareto_k > TRUSTED).sum())
-        rows.append((found.unit, f"{units:,}", f"{float(found.elpd.mean()):.3f}", f"{bad:,}"))
-    verdict = f"Leaving out {tokens.unit}, it has {rows[0][2]} nats on average; {rows[0][3]} of them are not trusted."
+    rows, bad = [], 0
+    for found in (loo_by_token(of.posterior), loo_by_sequence(of.posterior)):
+        units, untrusted = int(np.isfinite(found.elpd).sum()), int((found.pareto_k > TRUSTED).sum())
+        rows.append((found.unit, f"{units:,}", f"{float(found.elpd.mean()):.3f}", f"{untrusted:,}"))
+        bad += untrusted
+    verdict = f"Given all others of its sequence, a token has log-probability {rows[0][2]} nats on average."
+    if bad:
+        verdict += (
+            f" For {rows[0][3]} of {rows[0][1]} tokens and {rows[1][3]} of {rows[1][1]} sequences k-hat > {TRUSTED}: "
+            f"there q is too far from what is left, and the figure may be off."
+        )
     head = ("left out", "units", "log predictive density (nats)", f"k-hat > {TRUSTED}")
-    return Section(verdict, (), (Table(head, rows),))
+    return Section(verdict, (), (Table(head, rows),), good=not bad)
 
 
 SECTIONS: dict[str, Callable[[Material], Section]] = {

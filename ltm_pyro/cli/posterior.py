@@ -75,8 +75,8 @@ def summary(posterior: "Posterior") -> dict[str, float]:
     """The figures of all sequences together; nats per sequence."""
     from ltm_pyro.reliability import TRUSTED
 
-    stats, lengths = posterior.stats, (posterior.group("observed_data")["tokens"] >= 0).sum("token")
-    figures: dict[str, float] = {"sequences": posterior.size, "tokens": int(lengths.sum())}
+    stats = posterior.stats
+    figures: dict[str, float] = {"sequences": posterior.size, "tokens": posterior.tokens}
     for name in ("elbo", "iwae", "kl"):
         if name in stats:
             figures[f"mean_{name}"] = float(stats[name].mean())

@@ -41,7 +41,7 @@ def draw_ecdf(found: Calibration, ax: Axes | None = None) -> Axes:
     ax.plot(points, ecdf[:, -1], color=ORANGE, linewidth=1.6, label=LOG_LIKELIHOOD)
     ax.fill_between(points, low - points, high - points, color=GREY, alpha=0.3, linewidth=0, label="95 % envelope")
     ax.plot([], [], color=BLUE, label="coordinates of z")
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, loc="lower left")  # finding the best place takes long
     return plain(
         ax, title="ECDF of ranks, less the diagonal", xlabel="rank / (S + 1)", ylabel="difference", xlim=(0, 1)
     )

@@ -65,7 +65,8 @@ def draw_map(posterior: Posterior, label: str | None = None, ax: Axes | None = N
             linewidth=0,
         )
     if label:
-        ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+        ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8, **beside)
     share = (scale[:2] ** 2).sum() / (scale**2).sum()
     return plain(
         ax, title="Means of q", xlabel=f"two directions with {share:.0%} of their variance", xticks=[], yticks=[]
@@ -73,14 +74,15 @@ def draw_map(posterior: Posterior, label: str | None = None, ax: Axes | None = N
 
 
 def draw_attention(weights: xr.DataArray, layer: int, ax: Axes | None = None) -> Axes:
-    """How much each token looks at each thought of a layer."""
+    """How much each token looks at each thought of a layer, beside looking at all alike, which is white."""
     ax = axes_of(ax, 9, 2.2)
-    image = ax.imshow(weights.isel(layer=layer).transpose("thought", "token"), aspect="auto", cmap="cividis", vmin=0)
+    of_layer, even = weights.isel(layer=layer).transpose("thought", "token"), 1 / weights.sizes["thought"]
+    most = float(abs(weights - even).max()) or 1.0  # one scale for all layers
+    image = ax.imshow(of_layer, aspect="auto", cmap="PuOr_r", vmin=even - most, vmax=even + most)
     ax.figure.colorbar(image, ax=ax, label="weight")
     ticks = range(weights.sizes["thought"])
-    return plain(
-        ax, title=f"Attention to the thoughts of layer {layer}", xlabel="token", ylabel="thought", yticks=ticks
-    )
+    title = f"Attention to the thoughts of layer {layer} (white: 1/{len(ticks)})"
+    return plain(ax, title=title, xlabel="token", ylabel="thought", yticks=ticks)
 
 
 def draw_shift(shift: xr.Dataset, ax: Axes | None = None) -> Axes:
