@@ -67,10 +67,16 @@ def _own(source: str, rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
 
 
 def _write_csv(rows: list[Row], path: Path) -> None:
-    flat = [{**row, **row["parameters"], **row["figures"]} for row in rows]
-    columns = [c for c in dict.fromkeys(key for row in flat for key in row) if c not in ("parameters", "figures")]
+    """One line a trial; parameters are called ``params_NAME``, as in Optuna's data frames."""
+    flat = [
+        {k: v for k, v in row.items() if k not in ("parameters", "figures")}
+        | {f"params_{name}": value for name, value in row["parameters"].items()}
+        | row["figures"]
+        for row in rows
+    ]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(flat)
 
@@ -112,7 +118,7 @@ def _table(rows: list[Row], found: dict[str, Any]) -> str:
     searched = list(dict.fromkeys(name for row in rows if row["role"] == "trial" for name in row["parameters"]))
     first = [*searched, *found["minimise"], "bound_stderr", "thinking_gain"]
     names = list(dict.fromkeys([*first, *(name for row in rows for name in row["figures"])]))
-    body = [[_label(row), *(_cell((row["parameters"] | row["figures"]).get(name)) for name in names)] for row in rows]
+    body = [[_label(row), *(_cell((row["figures"] | row["parameters"]).get(name)) for name in names)] for row in rows]
     best = next((i for i, row in enumerate(rows) if (row["role"], row["number"]) == ("trial", found["best"])), None)
     head = ["trial", *(name.rsplit(".", 1)[-1] for name in names)]
     return _html(head, body, best) if rows else "<p>None.</p>"

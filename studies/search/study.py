@@ -177,7 +177,8 @@ def only_name(storage: RDBStorage, name: str | None) -> str:
     """The name, or that of the only study there is."""
     names = trials.study_names(storage)
     if name is None and len(names) != 1:
-        raise UsageError(f"{storage.url} holds {', '.join(names) or 'no study'}: choose one with --study-name.")
+        there = ", ".join(names) or "no study"
+        raise UsageError(f"{trials.shown(storage.url)} holds {there}: choose one with --study-name.")
     return name or names[0]
 
 

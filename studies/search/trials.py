@@ -6,6 +6,7 @@ baseline and the repeats of the best setting are waiting trials too, in a compan
 """
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -52,13 +53,18 @@ def opened(url: str) -> Iterator[RDBStorage]:
                 storage.engine.dispose()
         except (NoSuchModuleError, ArgumentError, ImportError) as error:
             raise UsageError(
-                f"The storage {url} cannot be used ({_first_line(error)}): give sqlite:///FILE, or "
+                f"The storage {shown(url)} cannot be used ({_first_line(error)}): give sqlite:///FILE, or "
                 f"postgresql+psycopg://USER@HOST/DATABASE with ltm-pyro[studies] installed."
             ) from None
         except SQLAlchemyError as error:
             raise UsageError(
-                f"The storage {url} does not answer ({_first_line(error)}): check the address and try again."
+                f"The storage {shown(url)} does not answer ({_first_line(error)}): check the address and try again."
             ) from None
+
+
+def shown(url: str) -> str:
+    """A storage's address without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
 def _first_line(error: Exception) -> str:
@@ -135,7 +141,7 @@ def load_study(storage: RDBStorage, name: str) -> optuna.Study:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         there = ", ".join(study_names(storage)) or "none"
-        raise UsageError(f"There is no study '{name}' in {storage.url}: it holds {there}.") from None
+        raise UsageError(f"There is no study '{name}' in {shown(storage.url)}: it holds {there}.") from None
 
 
 def study_names(storage: RDBStorage) -> list[str]:

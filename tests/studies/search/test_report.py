@@ -38,6 +38,7 @@ def test_a_report_is_complete_and_self_contained(run, study_file, tmp_path, mini
     with (out / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["state"] for row in rows] == [row["state"] for row in found["trials"]]
+    assert float(rows[0]["params_model.inference.rate"]) == found["trials"][0]["parameters"]["model.inference.rate"]
     assert float(rows[found["best"]]["bound"]) == found["trials"][found["best"]]["figures"]["bound"]
     with pytest.raises(UsageError, match="is there and not empty"):
         write_report(url, None, out, force=False)

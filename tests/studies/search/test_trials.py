@@ -151,3 +151,9 @@ def test_another_plan_is_refused(study, url):
         trials.opened(url) as storage,
     ):
         trials.open_study(storage, "s", other)
+
+
+def test_no_message_tells_a_password():
+    assert trials.shown("postgresql+psycopg://me:secret@db:5432/x") == "postgresql+psycopg://me:***@db:5432/x"
+    assert trials.shown("postgresql+psycopg://me@db/x") == "postgresql+psycopg://me@db/x"
+    assert trials.shown("sqlite:////a/b.db") == "sqlite:////a/b.db"
