@@ -13,6 +13,7 @@ from ltm_pyro.analysis.classifiers import c2st
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.contracts import UsageError
 
+FEWEST = 25  # draws that a classifier is trained on
 CONVERGED = 1.05  # R-hat up to which chains count as one
 
 
@@ -21,8 +22,8 @@ def compare(q: Posterior, reference: Posterior) -> xr.Dataset:
 
     By coordinate: ``mean_error``, (μ_q − μ) / σ, and ``scale_ratio``, σ_q / σ, below 1 where q is too narrow. By
     sequence: ``correlation`` and ``correlation_q``, the root mean square correlation of two coordinates; ``c2st`` with
-    ``c2st_stderr``; ``r_hat`` (the largest) and ``ess`` (the smallest). The reference's draws are thinned to its
-    smallest effective sample size before the classifier sees them, which takes draws for independent.
+    ``c2st_stderr``; ``r_hat`` (the largest) and ``ess`` (the smallest). The classifier takes draws for independent, so
+    it sees as many of the reference's as the smallest effective sample size, spread over all chains.
     """
     q = _matched(q, reference)
     axes = ("sequence", *THOUGHTS)
@@ -56,14 +57,18 @@ def _trimmed(posterior: Posterior) -> list[np.ndarray]:
 
 
 def _pair(a_SN: Float[np.ndarray, "s N"], b_SN: Float[np.ndarray, "S N"], ess: float) -> dict[str, Any]:
-    every = max(1, round(len(b_SN) / max(ess, 2 * a_SN.shape[1], 50)))
-    accuracy = c2st(a_SN, b_SN[::every])
+    accuracy = c2st(a_SN, spread(b_SN, max(FEWEST, min(len(a_SN), int(ess)))))
     return {
         "correlation": correlation(b_SN),
         "correlation_q": correlation(a_SN),
         "c2st": accuracy.mean,
         "c2st_stderr": accuracy.stderr,
     }
+
+
+def spread(x_SN: Float[np.ndarray, "S N"], count: int) -> Float[np.ndarray, "s N"]:
+    """At most so many of the draws, evenly spread over all of them."""
+    return x_SN[np.linspace(0, len(x_SN) - 1, min(count, len(x_SN))).round().astype(int)]
 
 
 def correlation(x_SN: Float[np.ndarray, "S N"]) -> float:

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"out": str(args.out)} | figures))
     else:
         Console().print(_table(figures, str(args.out)))
-        print(f"Next: ltm report {args.out}", file=sys.stderr)
+        given = args.out if args.method == "guide" else f"POSTERIOR --reference {args.out}"
+        print(f"Next: ltm report {given} --out report.html", file=sys.stderr)
     return 0
 
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy.signal
 import torch
 
-from ltm_pyro.analysis.comparison import compare, correlation, narrow_rows
+from ltm_pyro.analysis.classifiers import c2st
+from ltm_pyro.analysis.comparison import compare, correlation, narrow_rows, spread
 from ltm_pyro.analysis.infer import Drawing, infer_batch
 from ltm_pyro.analysis.reference import Chains, convergence, sample
 from ltm_pyro.contracts import Start, ThoughtShape, UsageError, make_batch
@@ -60,6 +62,17 @@ def test_r_hat_of_chains_that_disagree():
     assert (convergence(z)["ess"] > 200).all()
     z[1] += 3
     assert (convergence(z)["r_hat"] > 1.5).all()
+
+
+def test_a_classifier_is_not_fooled_by_chains_that_move_slowly():
+    """Two slow chains of q's own distribution: the first draws are told from q's, draws of all of it are not."""
+    random = np.random.default_rng(0)
+    steps = (1 - 0.95**2) ** 0.5 * random.normal(size=(2, 2000, 20))
+    slow = scipy.signal.lfilter([1], [1, -0.95], steps, axis=1).reshape(-1, 20)
+    q = random.normal(size=(100, 20))
+    told = c2st(q, spread(slow, 100))
+    assert abs(told.mean - 0.5) < 3 * told.stderr
+    assert c2st(q, slow[:100]).mean > 0.8
 
 
 def test_root_mean_square_correlation():

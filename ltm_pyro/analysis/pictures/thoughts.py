@@ -100,7 +100,8 @@ def draw_scales(comparison: xr.Dataset, ax: Axes | None = None) -> Axes:
     """The scale of q over the reference's, all coordinates of each sequence: below 1 q is too narrow."""
     ax = axes_of(ax)
     ratios = np.log2(comparison["scale_ratio"].stack(coordinate=("layer", "thought", "dim")).values)
-    ax.boxplot(list(ratios), showfliers=False, medianprops={"color": BLUE})
+    names = [str(sequence) for sequence in range(len(ratios))]
+    ax.boxplot(list(ratios), tick_labels=names, showfliers=False, medianprops={"color": BLUE})
     ax.axhline(0, color=GREY, linestyle="--", linewidth=1)
     ticks: Any = [-1, 0, 1]
     plain(ax, title="Scale of q over the chains' scale", xlabel="sequence", ylabel="ratio")
