@@ -81,21 +81,24 @@ def _training(grid: Grid) -> bytes:
 
 
 def _testing(grid: Grid) -> bytes:
-    """How far thinking carries below z from the prior, for the largest width."""
-    figure, axes = _axes("fast steps at test time", "thinking gain, nats per held-out token")
-    for steps, points in sorted(grid[max(grid)].items()):
-        if steps:
+    """How far thinking carries below z from the prior."""
+    figure, *panels = _axes("fast steps at test time", "thinking gain, nats per held-out token", len(grid))
+    for axes, (width, trained) in zip(panels, sorted(grid.items()), strict=True):
+        for steps, points in sorted((t, p) for t, p in trained.items() if t):
             gains = [_mean(points, "prior") - _mean(points, f"bound_at_{t}") for t in TESTED]
-            axes.plot(TESTED, gains, "o-", label=f"trained with {steps}")
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.legend(fontsize="small") if axes.get_legend_handles_labels()[0] else None
+            axes.plot(TESTED, gains, "o-", color=f"C{TRAINED.index(steps)}", label=f"trained with {steps}")
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_title(f"width {width}")
+    panels[-1].legend(fontsize="small") if panels[-1].get_legend_handles_labels()[0] else None
     return png(figure)
 
 
-def _axes(x: str, y: str = "bound, nats per held-out token") -> tuple[Any, Any]:
+def _axes(x: str, y: str = "bound, nats per held-out token", columns: int = 1) -> tuple[Any, ...]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y)
-    return figure, axes
+    figure = Figure(figsize=(3.2 * columns + 2.8, 4), layout="constrained")
+    panels = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.set_xlabel(x)
+    panels[0].set_ylabel(y)
+    return figure, *panels

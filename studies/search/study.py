@@ -111,8 +111,8 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
         rows = [_row(trial) for trial in (*trials.live(study), *behind)]
         each = _each(study, plan)
     return {
-        "study": study.study_name,
         **plan.as_dict(),
+        "study": study.study_name,
         "trials": rows,
         "each": each,
         "best": chosen.number if chosen else None,

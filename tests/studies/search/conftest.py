@@ -71,12 +71,12 @@ def run(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "HEARTBEAT", 1)
     monkeypatch.setattr(trials, "GRACE", 120)
 
-    def run_to(total, source, storage="studies.db", repeats=0, memory_gib=None, workers=1, **planned):
+    def run_to(total, source, storage="studies.db", repeats=0, memory_gib=None, workers=1, name=None, **planned):
         url = f"sqlite:///{tmp_path / storage}"
         planned = {"budget": "1e9flops", "at_most": {}, "limit": 4, "samples": 2} | planned
         definition, plan = search.prepare(str(source), str(recipe), {}, **planned)
         workplace = search.Workplace(out=tmp_path / "out", workers=workers, memory_gib=memory_gib)
-        search.run_study(definition, plan, url, plan.study, total, workplace, repeats)
-        return search.describe(url, plan.study)
+        search.run_study(definition, plan, url, name or plan.study, total, workplace, repeats)
+        return search.describe(url, name or plan.study)
 
     return run_to

@@ -24,6 +24,8 @@ from optuna.distributions import FloatDistribution
 space = {"model.inference.rate": FloatDistribution(0.1, 1.0)}
 def objective(setting):
     time.sleep(1.5)
+    while (setting.run.parents[1] / "hold").exists():
+        time.sleep(0.2)
     return {"bound": setting.parameters.get("model.inference.rate", 1.0)}
 """
 IMPATIENT = (
@@ -94,9 +96,13 @@ def test_a_killed_worker_loses_nothing(server, recipe, study_file, tmp_path):
     wait_for(lambda: "0 of" not in (tmp_path / "worker0.log").read_text() and (tmp_path / "worker0").exists())
     workers += [worker(1), worker(2)]
     wait_for(lambda: list((tmp_path / "worker1").glob("trial-*")) and state_counts(server).count("COMPLETE") >= 4)
+    hold = tmp_path / "hold"  # else the others may be done before a new worker has started on a busy machine
+    hold.touch()
     workers[1].send_signal(signal.SIGKILL)
     assert workers[1].wait() == -signal.SIGKILL
     workers[1] = worker(3)
+    wait_for(lambda: list((tmp_path / "worker3").glob("trial-*")))
+    hold.unlink()
     codes = [process.wait(300) for process in workers]
     assert codes == [0, 0, 0], [(tmp_path / f"worker{n}.log").read_text() for n in range(4)]
 

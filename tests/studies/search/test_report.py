@@ -25,7 +25,7 @@ def objective(setting):
 
 @pytest.mark.parametrize("minimise", [("bound",), ("bound", "cost")])
 def test_a_report_is_complete_and_self_contained(run, study_file, tmp_path, minimise):
-    found = run(8, study_file(MIXED), minimise=minimise, repeats=1)
+    found = run(8, study_file(MIXED), minimise=minimise, repeats=1, name="mine")
     url, out = f"sqlite:///{tmp_path / 'studies.db'}", tmp_path / "report"
     files = write_report(url, None, out, force=False)["files"]
     assert {"report.html", "trials.csv", "history-of-bound.png", "importance-for-bound.png"} <= set(files)
@@ -33,6 +33,7 @@ def test_a_report_is_complete_and_self_contained(run, study_file, tmp_path, mini
     page = (out / "report.html").read_text("utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") == len(files) - 2
+    assert "<h1>Study mine</h1>" in page
     assert "too &lt;fast&gt;" in page
     assert found["recommendation"].split(":")[0] in page
     with (out / "trials.csv").open() as file:
