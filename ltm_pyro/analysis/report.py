@@ -51,7 +51,8 @@ def report(of: Material) -> str:
 
 def _figures(posterior: Posterior) -> dict[str, str]:
     """What a reader wants to know first."""
-    stats, tokens, found = posterior.stats, posterior.tokens, {}
+    stats, tokens = posterior.stats, posterior.tokens
+    found: dict[str, str] = {}
     if "log_q" in stats:
         found["ELBO, nats per token"] = f"{float(stats['elbo'].sum()) / tokens:.3f}"
         found["importance-weighted bound, nats per token"] = f"{float(stats['iwae'].sum()) / tokens:.3f}"

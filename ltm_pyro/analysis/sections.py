@@ -259,7 +259,8 @@ def predictive(of: Material) -> Section:
 
 def leave_one_out(of: Material) -> Section:
     """PSIS-LOO, by token and by sequence."""
-    rows, bad = [], 0
+    rows: list[tuple[str, ...]] = []
+    bad = 0
     for found in (loo_by_token(of.posterior), loo_by_sequence(of.posterior)):
         units, untrusted = int(np.isfinite(found.elpd).sum()), int((found.pareto_k > TRUSTED).sum())
         rows.append((found.unit, f"{units:,}", f"{float(found.elpd.mean()):.3f}", f"{untrusted:,}"))

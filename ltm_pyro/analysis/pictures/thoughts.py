@@ -65,7 +65,7 @@ def draw_map(posterior: Posterior, label: str | None = None, ax: Axes | None = N
             linewidth=0,
         )
     if label:
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+        beside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
         ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8, **beside)
     share = (scale[:2] ** 2).sum() / (scale**2).sum()
     return plain(
