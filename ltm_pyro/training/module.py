@@ -13,6 +13,7 @@ import torch
 from pyro.nn import PyroModule
 from pytorch_lightning.callbacks import Timer
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR
 
 from ltm_pyro.check import check_prior
@@ -106,12 +107,23 @@ class LTMModule(pl.LightningModule):
         return max((used / (used + left) for used, left in times if left is not None), default=0.0)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with the slow schedule, moved by `progress`; not fused, or Lightning would not clip in bfloat16."""
-        slow = self.slow
+        """AdamW with the slow schedule, moved by `progress`; fused, but where float16's gradients are scaled."""
+        slow, fused = self.slow, self.trainer.precision != "16-mixed"
         groups = parameter_groups(slow_parameters(self.model, self.guide), slow.arguments)
-        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, foreach=True)
+        optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, fused=fused)
         schedule = LambdaLR(optimizer, lambda _: warmup_cosine(self.progress, slow.warmup, slow.floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as Lightning would, which refuses to under a fused optimiser in mixed precision."""
+        if gradient_clip_val:
+            clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
+            clip([x for group in optimizer.param_groups for x in group["params"]], gradient_clip_val)
 
     def setup(self, stage: str) -> None:
         """Counts the corpus, and opens the store of persistent local parameters before a checkpoint is loaded."""

@@ -166,11 +166,23 @@ def test_a_bad_sequence_stops_training_by_name_or_is_skipped(train, tmp_path, sl
         torch.testing.assert_close(p.detach(), before[n], equal_nan=True)
 
 
-def test_half_precision_goes_with_clipping(train):
-    module = make_module()
-    before = module.model.decoder.embedding.weight.detach().clone()
-    train(module, precision="bf16-mixed", gradient_clip_val=1.0, max_steps=2)
-    assert (module.model.decoder.embedding.weight != before).any()
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_half_precision_goes_with_clipping_under_a_fused_optimiser(train, monkeypatch, algorithm):
+    module, largest = make_module(), 1e-3
+    optimizer = module.optimizer_step
+    found = []
+
+    def step(*arguments, **options):
+        optimizer(*arguments, **options)
+        found.append(torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None]))
+
+    monkeypatch.setattr(module, "optimizer_step", step)
+    clip = {"gradient_clip_val": largest, "gradient_clip_algorithm": algorithm}
+    train(module, precision="bf16-mixed", max_steps=2, **clip)
+    assert module.optimizers().defaults["fused"]
+    for gradient in found:
+        size = gradient.norm() if algorithm == "norm" else gradient.abs().max()
+        assert size == pytest.approx(largest, rel=1e-3)
 
 
 def test_validation_without_gradients_is_explained(data):
