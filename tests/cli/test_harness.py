@@ -38,6 +38,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: loglikelihood_rolling
+doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list:
   - {{metric: bits_per_byte}}
