@@ -6,9 +6,10 @@ from typing import Any
 from ltm_pyro.contracts import UsageError
 
 
-def extra(package: str, name: str, wanted_by: str) -> Any:
-    """The package; `UsageError` says which extra of ltm-pyro brings it where it is missing."""
+def extra(module: str, name: str, wanted_by: str) -> Any:
+    """The module; `UsageError` says which extra of ltm-pyro brings its package where that is missing."""
     try:
-        return import_module(package)
+        return import_module(module)
     except ImportError:
+        package = module.split(".")[0]
         raise UsageError(f"{wanted_by} needs {package}: pip install 'ltm-pyro[{name}]'.") from None

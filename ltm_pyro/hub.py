@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.extras import extra
 from ltm_pyro.runs import RECIPE, TOKENIZER, WEIGHTS, Run, beside, build_run, read_checkpoint
 
 CARD = "README.md"
+SAFETENSORS = ("safetensors.torch", "hub", "Sharing a model")
 UNSAFE = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # what may hold a pickle
 
 
@@ -20,7 +22,7 @@ def save_pretrained(
         figures: name to number, for the card's table.
         force: replaces such a folder; other files are never touched.
     """
-    torch_file = _safetensors()
+    torch_file = extra(*SAFETENSORS)
     checkpoint = read_checkpoint(run)
     texts = checkpoint["ltm_pyro"]
     loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run)
@@ -56,7 +58,7 @@ def from_pretrained(folder: str | Path) -> Run:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} has no {name}: give a folder that `ltm export` wrote, whole.")
     try:
-        weights = _safetensors().load_file(folder / WEIGHTS)
+        weights = extra(*SAFETENSORS).load_file(folder / WEIGHTS)
         recipe, tokenizer = ((folder / name).read_text("utf-8") for name in (RECIPE, TOKENIZER))
     except Exception as error:  # safetensors raises its own, which is no ValueError
         raise UsageError(f"{folder} cannot be read ({error}): export the run again.") from None
@@ -105,11 +107,3 @@ def card(run: Run, figures: Mapping[str, Any]) -> str:
 
 def _dotted(x: object) -> str:
     return f"{type(x).__module__}.{type(x).__name__}"
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UsageError("Sharing a model needs safetensors: install ltm-pyro[hub].") from None
-    return safetensors.torch

@@ -9,11 +9,11 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.extras import extra
 
 Text = tuple[str, str | None]  # and where it comes from, if the data say
 LONGEST = 2**22  # characters of a `.txt` document
@@ -29,7 +29,7 @@ def read_texts(file: Path) -> Iterator[Text]:
 
 def read_hub(name: str) -> Iterator[Text]:
     """The training split of ``NAME[:CONFIG]``, a data set on the Hugging Face hub or in a local folder, streamed."""
-    datasets = optional("datasets", "datasets", f"hf:{name}")
+    datasets = extra("datasets", "datasets", f"hf:{name}")
     path, _, config = name.partition(":")
     try:
         records = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
@@ -40,14 +40,6 @@ def read_hub(name: str) -> Iterator[Text]:
     except Exception as error:  # the library raises whatever its own libraries do
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"cannot read hf:{name} ({reason}); check its name, or download it and give files.") from error
-
-
-def optional(module: str, extra: str, wanted: str) -> Any:
-    """A module that only some need; `UsageError` says how to install it."""
-    try:
-        return import_module(module)
-    except ImportError:
-        raise UsageError(f"{wanted} needs {module.split('.')[0]}: pip install 'ltm-pyro[{extra}]'.") from None
 
 
 def text_of(record: Any, where: str) -> Text:
@@ -90,7 +82,7 @@ def _jsonl(file: Path) -> Iterator[Text]:
 
 
 def _parquet(file: Path) -> Iterator[Text]:
-    parquet = optional("pyarrow.parquet", "parquet", str(file))
+    parquet = extra("pyarrow.parquet", "parquet", str(file))
     try:
         table = parquet.ParquetFile(file)
         columns = [name for name in ("text", "source") if name in table.schema_arrow.names]
@@ -152,7 +144,7 @@ def _chunks(file: Path) -> Iterator[bytes]:
 
 def _zstandard(raw: Any, file: Path) -> Iterator[bytes]:
     """Every frame, to its end: the library's own stream stops after one frame, and says nothing where one is cut."""
-    zstandard = optional("zstandard", "zstd", str(file))
+    zstandard = extra("zstandard", "zstd", str(file))
     frame = None
     try:
         while left := raw.read(_CHUNK // 8):

@@ -30,15 +30,12 @@ def histograms(
     p_NF: Float[np.ndarray, "N F"], q_MF: Float[np.ndarray, "M F"], seed: int = 0
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
     """How both sets spread over the same clusters."""
-    extra("sklearn", "suites", "MAUVE")
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
-
+    cluster, decomposition = (extra(f"sklearn.{part}", "suites", "MAUVE") for part in ("cluster", "decomposition"))
     both = np.concatenate([p_NF, q_MF])
     both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(1e-12)
     clusters = max(2, round(min(len(p_NF), len(q_MF)) / 10))
-    reduced = PCA(n_components=VARIANCE, svd_solver="full").fit_transform(both)
-    labels = KMeans(clusters, n_init=5, random_state=seed).fit_predict(reduced)
+    reduced = decomposition.PCA(n_components=VARIANCE, svd_solver="full").fit_transform(both)
+    labels = cluster.KMeans(clusters, n_init=5, random_state=seed).fit_predict(reduced)
     counts = (np.bincount(part, minlength=clusters) for part in (labels[: len(p_NF)], labels[len(p_NF) :]))
     P_C, Q_C = (count / count.sum() for count in counts)
     return P_C, Q_C
