@@ -15,9 +15,9 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.importance import get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.extras import extra
+from ltm_pyro.style import BLUE, GREY, ORANGE, plain
 
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#8A8A8A"
 MOST = 4  # parameters beside each other
 Panels = list[Any]  # of matplotlib
 
@@ -54,21 +54,12 @@ class Parameter(NamedTuple):
 
 def charts(study: optuna.Study, objectives: Sequence[str], trials: Sequence[FrozenTrial]) -> dict[str, bytes]:
     """Title to PNG, for every picture that the trials so far allow."""
-    _need_matplotlib()
+    extra("matplotlib", "plots", "A report with pictures")
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", UserWarning)  # of the importance: that it looks for low values, as we do
         return {title: png(draw()) for title, draw in _drawings(study, objectives, trials, complete)}
-
-
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "A report has pictures, for which matplotlib is needed: pip install ltm-pyro[plots]."
-        ) from None
 
 
 def _drawings(
@@ -111,10 +102,7 @@ def _figure(columns: int = 1, width: float = 3.4, height: float = 3.2, **options
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(width * columns, 5.5), height), layout="constrained")
-    panels = list(figure.subplots(1, columns, squeeze=False, **options)[0])
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+    return figure, [plain(panel) for panel in figure.subplots(1, columns, squeeze=False, **options)[0]]
 
 
 def _history(name: str, trials: Sequence[FrozenTrial], complete: list[FrozenTrial], values: np.ndarray) -> Any:

@@ -9,9 +9,9 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from ltm_pyro.analysis.pictures.style import BLUE, CYCLE, GREY, ORANGE, RED, axes_of, plain
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.reliability import TRUSTED
+from ltm_pyro.style import BLUE, CYCLE, GREY, ORANGE, RED, axes_of, plain
 
 
 def draw_pareto_k(posterior: Posterior, ax: Axes | None = None) -> Axes:
