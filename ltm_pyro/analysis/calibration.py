@@ -19,7 +19,7 @@ from rich.progress import track
 from scipy import stats
 from torch import Tensor
 
-from ltm_pyro.analysis.draws import Sites, describe, draw
+from ltm_pyro.analysis.draws import Sites, describe, draw, evenly
 from ltm_pyro.analysis.infer import MISSING, written
 from ltm_pyro.analysis.storage import read_tree, stamp, write_tree
 from ltm_pyro.contracts import Batch, Guide, Model, UsageError, make_batch, seeded
@@ -190,7 +190,7 @@ def _ranked(
 def _spread(z_RBLKD: Tensor, most: int) -> tuple[Tensor, list[str]]:
     """At most so many coordinates of z, and their names."""
     shape = z_RBLKD.shape[2:]
-    index = np.unique(np.linspace(0, shape.numel() - 1, min(most, shape.numel())).round().astype(int))
+    index = evenly(shape.numel(), most)
     names = [f"z[{', '.join(map(str, place))}]" for place in zip(*np.unravel_index(index, shape), strict=True)]
     return z_RBLKD.flatten(2)[..., index], names
 

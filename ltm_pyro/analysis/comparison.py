@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from ltm_pyro.analysis.classifiers import c2st
+from ltm_pyro.analysis.draws import evenly
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.contracts import UsageError
 
@@ -68,7 +69,7 @@ def _pair(a_SN: Float[np.ndarray, "s N"], b_SN: Float[np.ndarray, "S N"], ess: f
 
 def spread(x_SN: Float[np.ndarray, "S N"], count: int) -> Float[np.ndarray, "s N"]:
     """At most so many of the draws, evenly spread over all of them."""
-    return x_SN[np.linspace(0, len(x_SN) - 1, min(count, len(x_SN))).round().astype(int)]
+    return x_SN[evenly(len(x_SN), count)]
 
 
 def correlation(x_SN: Float[np.ndarray, "S N"]) -> float:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import pyro
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
@@ -91,3 +92,8 @@ def log_density(trace: Trace, sites: Iterable[str]) -> Float[Tensor, "*S B"]:
     with pyro.validation_enabled(False):
         trace.compute_log_prob(lambda name, _: name in sites)
     return reduce(torch.add, (trace.nodes[name]["log_prob"] for name in sites))
+
+
+def evenly(size: int, most: int) -> Int[np.ndarray, " N"]:
+    """At most so many of ``size`` places, evenly spread over all of them."""
+    return np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(int))
