@@ -241,8 +241,8 @@ def path(of: Material) -> Section:
 def predictive(of: Material) -> Section:
     """Statistics of texts and replicas."""
     found = check(of.posterior)
-    extreme = abs(found.p_value - 0.5) > 0.5 - SIZE
-    off = [str(name) for name in found.statistic.values[extreme.values]]
+    usual = (found.p_value > SIZE) & (found.p_value < 1 - SIZE)
+    off = [str(name) for name in found.statistic.values[~usual.values]]
     verdict = f"Replicas differ from the texts in: {', '.join(off)}." if off else "Replicas look like the texts."
     rows = [
         (
