@@ -76,7 +76,7 @@ def analyse(rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
     pictures = {"iso flop curves": _iso_flop(grid)}
     if frontiers:  # a budget at which every size is there
         pictures["frontier"] = _draw(frontiers, laws)
-    return pictures, said + [_trade(grid, flops) for flops in WIDTHS if _trade(grid, flops)]
+    return pictures, [*said, *filter(None, (_trade(grid, flops) for flops in WIDTHS))]
 
 
 def _grid(rows: list[Row]) -> Grid:

@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 
 import numpy as np
@@ -24,6 +24,7 @@ from ltm_pyro.text.scoring import Scoring, score
 TEXTS = 256
 LONGEST = 128  # tokens of a text, if the model is that long
 Words = Sequence[str]
+_loaded = cache(load_run)  # one judge for all parts
 
 
 def parts(options: Options) -> list[Part]:
@@ -71,7 +72,7 @@ def figures_of(texts: list[str], others: list[str], options: Options) -> Figures
     figures["self_bleu_4"], figures["self_bleu_4_stderr"] = _mean(self_bleu(words))
     figures["compression_ratio"] = compression_ratio(texts)
     if options.judge:
-        scores = score(load_run(options.judge), texts, Scoring(protocol="bound", samples=1, seed=options.seed))
+        scores = score(_loaded(options.judge), texts, Scoring(protocol="bound", samples=1, seed=options.seed))
         nats, tokens = math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
         figures["judged_perplexity"] = math.exp(nats / tokens)
         figures["judged_bits_per_byte"] = nats / math.log(2) / sum(s.bytes for s in scores)
