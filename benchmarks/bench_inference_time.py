@@ -12,6 +12,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +37,10 @@ class Point(NamedTuple):
 
 def continuations(run: Run, count: int, text: str | None = None) -> Pairs:
     """Whole sequences of a text, or of the run's own held-out data, cut in the middle."""
-    dataset, pairs = load_text_or_pack(text, run.tokenizer, run.length) if text else held_out(run), []
-    for index in range(len(dataset)):
-        row = dataset[index]
-        if row.length == run.length and len(pairs) < count:
-            tokens = [int(token) for token in row.tokens_T]
-            pairs.append((tokens[: run.length // 2], tokens[run.length // 2 :]))
-    return pairs
+    dataset, half = load_text_or_pack(text, run.tokenizer, run.length) if text else held_out(run), run.length // 2
+    rows = (dataset[index] for index in range(len(dataset)))
+    whole = islice((row.tokens_T.tolist() for row in rows if row.length == run.length), count)
+    return [(tokens[:half], tokens[half:]) for tokens in whole]
 
 
 def point(run: Run, pairs: Pairs, scoring: Scoring, setting: int) -> Point:

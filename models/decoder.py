@@ -160,9 +160,9 @@ class Decoder(nn.Module):
         lead = z_BLKD.shape[:-4]
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
         thoughts, turn = self.thoughts(z_BLKD.flatten(0, len(lead))), self._turn(stem_BTD.shape[1])
-        first = self.thought_layers[0]
-        for number, block, heard in list(zip(_count(self.layers), self._layers(), thoughts, strict=True))[first - 1 :]:
-            x_BTD = self._through(block, x_BTD, turn, heard, number == first)
+        first = self.thought_layers[0] - 1
+        for index, (block, heard) in enumerate(zip(self._layers()[first:], thoughts[first:], strict=True)):
+            x_BTD = self._through(block, x_BTD, turn, heard, index == 0)
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
 
     def _through(

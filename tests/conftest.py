@@ -28,9 +28,8 @@ from ltm_pyro.models.latent_thought import LatentThoughtModel  # noqa: E402
 from ltm_pyro.runs import Run  # noqa: E402
 
 pyro.enable_validation(True)
-hypothesis.settings.register_profile(
-    "house", deadline=None, derandomize=True
-)  # a busy machine is no failure; seeds are fixed
+# a busy machine is no failure, and seeds are fixed
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 

@@ -117,8 +117,10 @@ def infer_batch(
 def _groups(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
     with torch.no_grad():
         batch = batch if batch.stem_BTD is not None else model.prepare(batch)
-    how = _guide if drawing.method == "guide" else _chains
-    groups = how(model, guide, batch, inference, drawing)
+    if drawing.method == "guide":
+        groups = _guide(model, guide, batch, inference, drawing)
+    else:
+        groups = _chains(model, batch, drawing)
     tokens_BT = batch.targets_BT.masked_fill(~batch.mask_BT, MISSING)
     prior, lone = _prior(model, drawing.samples), ("chain", "draw", *THOUGHTS)
     groups["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), _numpy(tokens_BT))})
@@ -209,7 +211,7 @@ def _prior(model: Model, samples: int) -> Float[Tensor, "S L K D"]:
         return model.think(samples)
 
 
-def _chains(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
+def _chains(model: Model, batch: Batch, drawing: Drawing) -> Groups:
     """A reference posterior; the batch has one sequence."""
     found = sample(model, batch, drawing.method, drawing.samples, drawing.chains)
     groups = _described(found.sites, found.described, batch)

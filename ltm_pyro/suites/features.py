@@ -61,13 +61,11 @@ def hugging_face(folder: str) -> Extractor:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{folder} is no Hugging Face model with tokenizer and safetensors ({reason}).") from None
 
+    cut = {"truncation": True, "max_length": model.config.max_position_embeddings, "return_tensors": "pt"}
+
     def features(texts: Sequence[str], seed: int) -> Float[np.ndarray, "N F"]:
         with torch.no_grad():
-            states = [model(**_tokens(text)).last_hidden_state[0, -1] for text in texts]
+            states = [model(**tokenizer(text, **cut)).last_hidden_state[0, -1] for text in texts]
         return torch.stack(states).double().cpu().numpy()
 
-    def _tokens(text: str) -> dict[str, Tensor]:
-        return dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=longest))
-
-    longest = model.config.max_position_embeddings
     return features
