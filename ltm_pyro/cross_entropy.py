@@ -14,7 +14,7 @@ from torch import Tensor
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.precision import matrix_dtype
 
-TILES = {"cpu": (1024, 2048)}  # tokens and vocabulary entries of a tile: so many float32 stay in a core's cache
+TILES = {"cpu": (1024, 1024)}  # tokens and vocabulary entries of a tile: so many float32 stay in a core's cache
 LARGE_TILE = (8192, 8192)  # keeps an accelerator busy with 0.4 GB
 
 
@@ -82,35 +82,47 @@ def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Te
     wide = torch.promote_types(dtype, torch.float32)
     top_N1 = hidden_ND.new_full((len(hidden_ND), 1), -torch.inf, dtype=wide)
     total_N1, mean_ND = torch.zeros_like(top_N1), torch.zeros_like(hidden_ND, dtype=wide)
-    absorb = kernel(_absorb, hidden_ND.device.type)
+    absorb, room_RU = kernel(_absorb, hidden_ND.device.type), _room(hidden_ND, wide)
     for rows, columns in _tiles(hidden_ND, embedding_VD):
         part_UD = embedding_VD[columns].to(dtype)
-        logits_RU = hidden_ND[rows] @ part_UD.T
-        found = absorb(logits_RU, top_N1[rows], total_N1[rows], dtype if climbing else wide)
+        found = absorb(hidden_ND[rows] @ part_UD.T, top_N1[rows], total_N1[rows], room_RU)
         top_N1[rows], total_N1[rows], shrunk_R1, weights_RU = found
         if climbing:
-            mean_ND[rows] = torch.addcmul((weights_RU @ part_UD).to(wide), mean_ND[rows], shrunk_R1)
+            mean_ND[rows].mul_(shrunk_R1).add_(weights_RU @ part_UD)
     return (top_N1 + total_N1.log())[:, 0], mean_ND.div_(total_N1)
 
 
+def _room(hidden_ND: Tensor, wide: torch.dtype) -> Tensor | None:
+    """Where a tile is computed in full precision: on a CPU fresh memory costs more than the work done in it."""
+    if hidden_ND.device.type != "cpu" or hidden_ND.dtype == wide:
+        return None
+    return hidden_ND.new_empty(TILES["cpu"], dtype=wide)
+
+
+def _exact(logits_RU: Tensor, wide: torch.dtype, room_RU: Tensor | None) -> Tensor:
+    if room_RU is None:
+        return logits_RU.to(wide)
+    return room_RU[: len(logits_RU), : logits_RU.shape[1]].copy_(logits_RU)
+
+
 def _absorb(
-    logits_RU: Tensor, top_R1: Tensor, total_R1: Tensor, dtype: torch.dtype
+    logits_RU: Tensor, top_R1: Tensor, total_R1: Tensor, room_RU: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A tile more: the largest logit m so far, Σ exp (l − m), the factor on earlier sums, and exp (l − m)."""
-    wide_RU = logits_RU.to(top_R1.dtype)
-    new_R1 = torch.maximum(top_R1, wide_RU.amax(1, keepdim=True))
+    exact_RU = _exact(logits_RU, top_R1.dtype, room_RU)
+    new_R1 = torch.maximum(top_R1, exact_RU.amax(1, keepdim=True))
     shrunk_R1 = (top_R1 - new_R1).exp()
-    weights_RU = wide_RU.sub_(new_R1).exp_()
+    weights_RU = exact_RU.sub_(new_R1).exp_()
     total_R1 = torch.addcmul(weights_RU.sum(1, keepdim=True), total_R1, shrunk_R1)
-    return new_R1, total_R1, shrunk_R1, weights_RU.to(dtype)
+    return new_R1, total_R1, shrunk_R1, logits_RU.copy_(weights_RU)
 
 
-def _slopes(logits_RU: Tensor, lse_R1: Tensor, place_R1: Tensor, grad_R1: Tensor) -> Tensor:
+def _slopes(logits_RU: Tensor, lse_R1: Tensor, place_R1: Tensor, grad_R1: Tensor, room_RU: Tensor | None) -> Tensor:
     """(softmax − one-hot) · grad, the one at ``place_R1`` where that lies inside the tile."""
-    p_RU = logits_RU.to(lse_R1.dtype).sub_(lse_R1).exp_()
+    p_RU = _exact(logits_RU, lse_R1.dtype, room_RU).sub_(lse_R1).exp_()
     here_R1 = (place_R1 >= 0) & (place_R1 < p_RU.shape[1])
     p_RU.scatter_add_(1, place_R1.clamp(0, p_RU.shape[1] - 1), -here_R1.to(p_RU.dtype))
-    return p_RU.mul_(grad_R1).to(logits_RU.dtype)
+    return logits_RU.copy_(p_RU.mul_(grad_R1))
 
 
 @cache
@@ -125,11 +137,11 @@ def _both_gradients(
     """Of the hidden states and of E, from (softmax(E h) − one-hot) · ``grad_N``; sums in the type of ``lse_N``."""
     dtype, wide = hidden_ND.dtype, lse_N.dtype
     to_hidden_ND, to_embedding_VD = (torch.zeros_like(x, dtype=wide) for x in (hidden_ND, embedding_VD))
-    slopes = kernel(_slopes, hidden_ND.device.type)
+    slopes, room_RU = kernel(_slopes, hidden_ND.device.type), _room(hidden_ND, wide)
     for rows, columns in _tiles(hidden_ND, embedding_VD):
         part_UD = embedding_VD[columns].to(dtype)
         logits_RU, place_R1 = hidden_ND[rows] @ part_UD.T, value_N[rows, None] - columns.start
-        to_logits_RU = slopes(logits_RU, lse_N[rows, None], place_R1, grad_N[rows, None])
+        to_logits_RU = slopes(logits_RU, lse_N[rows, None], place_R1, grad_N[rows, None], room_RU)
         to_hidden_ND[rows] += to_logits_RU @ part_UD
         to_embedding_VD[columns] += to_logits_RU.T @ hidden_ND[rows]
     return to_hidden_ND, to_embedding_VD

@@ -106,7 +106,7 @@ def _encoder(guide: Guide, length: int) -> float:
     parts = guide.modules() if isinstance(guide, nn.Module) else ()
     layers = [m for m in parts if isinstance(m, SelfAttention | SwiGLU)]
     matrices = 2.0 * sum(p.numel() for m in layers for p in m.parameters())
-    windows = [4.0 * m.query.in_features * _keys(m.window, length) for m in layers if isinstance(m, SelfAttention)]
+    windows = [4.0 * m.width * _keys(m.window, length) for m in layers if isinstance(m, SelfAttention)]
     return matrices + sum(windows)
 
 
@@ -124,7 +124,7 @@ def _forward(decoder: CountedDecoder, length: int, listening: bool) -> _Forward:
         query=query,
         matrices=rest * speak + (hearing - 1) * query + hearing * merge + (rest + 1) * feed + vocabulary,
         attention=rest * window + hearing * 4.0 * decoder.width * thoughts,
-        thoughts=hearing * _projections(decoder, CrossAttention, "key", "value") * thoughts / length,
+        thoughts=hearing * _projections(decoder, CrossAttention, "key_value") * thoughts / length,
     )
 
 

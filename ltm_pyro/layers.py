@@ -3,6 +3,8 @@
 Shapes: B sequences (particles folded in), T tokens, K thoughts, D width, H heads, C channels of a head.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -10,46 +12,91 @@ from torch import Tensor, nn
 
 from ltm_pyro.attention import KeysValues, cross_attention, ring_attention, window_attention
 from ltm_pyro.cache import Reading
+from ltm_pyro.precision import matrix_dtype
 
-Turn = tuple[Tensor, Tensor]  # cosine and sine of every position's angles, one per pair of channels
+Turn = Tensor  # (..., T, 1, C/2, 2): cosine and sine of every position's angles, one per pair of channels
 
 
-def rotation(position: Int[Tensor, "*T"], channels: int, dtype: torch.dtype, base: float = 10_000.0) -> Turn:
+def rotation(position: Int[Tensor, "*T"], channels: int, base: float = 10_000.0) -> Turn:
     """Channel pair c of position t turns by the angle t · base^(−2c/C) (RoFormer, arXiv 2104.09864)."""
     half = torch.arange(0, channels, 2, device=position.device, dtype=torch.float32)
-    angle = position.float()[..., None] * base ** (-half / channels)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = position.float()[..., None, None] * base ** (-half / channels)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def rotary(x_BHTC: Float[Tensor, "B H T C"], turn: Turn) -> Float[Tensor, "B H T C"]:
-    """The vectors turned, each by its position's angles; what two of them then share depends on their distance."""
-    cos, sin = turn
-    even, odd = x_BHTC.chunk(2, dim=-1)
-    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+def rotary(x_BTHC: Float[Tensor, "B T H C"], turn: Turn) -> Float[Tensor, "B T H C"]:
+    """The vectors turned, each by its position's angles; what two of them then share depends on their distance.
+
+    Neighbouring channels are a complex number each, of which torch's compiler knows nothing.
+    """
+    wide = x_BTHC.to(torch.promote_types(x_BTHC.dtype, turn.dtype)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = wide.unbind(-1), turn.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        angle = torch.view_as_complex(turn.to(wide.dtype))
+        turned = torch.view_as_real(torch.view_as_complex(wide) * angle)
+    return turned.flatten(-2).to(x_BTHC.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) ⊙ w, computed in at least float32, for a matrix product (arXiv 1910.07467)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """The normalised input, in the type of the product that follows."""
+        if torch.compiler.is_compiling():
+            return normalised(x_BTD, self.weight).to(matrix_dtype(x_BTD))
+        out: Tensor = _Normalised.apply(x_BTD, self.weight, matrix_dtype(x_BTD))
+        return out
+
+
+def normalised(x_BTD: Float[Tensor, "*B D"], weight_D: Float[Tensor, " D"]) -> Float[Tensor, "*B D"]:
+    """The formula of `RMSNorm`."""
+    x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+    return x_BTD * (x_BTD.square().mean(-1, keepdim=True) + torch.finfo(x_BTD.dtype).eps).rsqrt() * weight_D
+
+
+class _Normalised(torch.autograd.Function):
+    """`normalised` in half the passes over memory that autograd needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = (length.square() / x.shape[-1]).add_(torch.finfo(wide.dtype).eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, scale)
+        return (wide * scale).mul_(weight_D).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: by autograd, so that it can go on
+            wanted = [x for x, need in zip((x, weight_D), ctx.needs_input_grad, strict=False) if need]
+            found = iter(torch.autograd.grad(normalised(x, weight_D).to(grad.dtype), wanted, grad, create_graph=True))
+            return *(next(found) if need else None for need in ctx.needs_input_grad[:2]), None
+        slope, to_weight = grad * weight_D, None
+        along = (slope * x).sum(-1, keepdim=True)
+        if ctx.needs_input_grad[1]:
+            to_weight = (grad * x * scale).flatten(0, -2).sum(0).to(weight_D.dtype)
+        to_x = slope.mul_(scale).addcmul_(x, along * scale**3, value=-1 / x.shape[-1])
+        return to_x.to(x.dtype), to_weight, None
 
 
 class Attention(nn.Module):
-    """Projections around an attention: H query heads share ``kv_heads`` key and value heads.
+    """What follows an attention and precedes it: H query heads share ``kv_heads`` key and value heads."""
 
-    ``memory_width`` is the width of what is attended to (the tokens' own for self-attention).
-    """
-
-    def __init__(self, width: int, heads: int, kv_heads: int, memory_width: int) -> None:
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, channels = heads, kv_heads, width // heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(memory_width, kv_heads * channels, bias=False)
-        self.value = nn.Linear(memory_width, kv_heads * channels, bias=False)
+        self.width, self.heads, self.kv_heads, self.channels = width, heads, kv_heads, width // heads
         self.output = nn.Linear(width, width, bias=False)
 
-    def queries(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B H T C"]:
-        """Queries of the tokens, turned."""
-        return rotary(self.query(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2), turn)
-
-    def keys_values(self, memory_BMD: Float[Tensor, "B M memory"], turn: Turn) -> KeysValues:
-        """Keys, turned, and values of tokens or thoughts, each of shape (B, ``kv_heads``, M, C)."""
-        k, v = (p(memory_BMD).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for p in (self.key, self.value))
-        return KeysValues(rotary(k, turn), v)
+    def split(self, x_BTP: Float[Tensor, "B T P"]) -> Float[Tensor, "B T H C"]:
+        """A projection's output by heads."""
+        return x_BTP.unflatten(-1, (-1, self.channels))
 
     def merge(self, x_BHTC: Float[Tensor, "B H T C"]) -> Float[Tensor, "B T D"]:
         """The heads side by side, projected."""
@@ -60,20 +107,28 @@ class SelfAttention(Attention):
     """Causal attention of tokens to the last ``window`` tokens, themselves included; see `attention.BACKENDS`."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, window: int, attention: str = "auto") -> None:
-        super().__init__(width, heads, kv_heads, width)
+        super().__init__(width, heads, kv_heads)
         self.window, self.attention = window, attention
+        self.query_key_value = nn.Linear(width, (heads + 2 * kv_heads) * self.channels, bias=False)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
-        k, v = self.keys_values(x_BTD, turn).spread(self.heads)
-        return self.merge(window_attention(self.queries(x_BTD, turn), k, v, self.window, self.attention))
+        q_BHTC, new = self.project(x_BTD, turn)
+        return self.merge(window_attention(q_BHTC, *new.spread(self.heads), self.window, self.attention))
+
+    def project(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> tuple[Float[Tensor, "B H T C"], KeysValues]:
+        """Queries and keys, turned, and values of tokens."""
+        seen = self.heads + self.kv_heads
+        qk_BTHC, v_BTGC = self.split(self.query_key_value(x_BTD)).split([seen, self.kv_heads], dim=2)
+        q, k = rotary(qk_BTHC, turn).split([self.heads, self.kv_heads], dim=2)
+        return q.transpose(1, 2), KeysValues(k.transpose(1, 2), v_BTGC.transpose(1, 2))
 
     def read(
         self, x_BUD: Float[Tensor, "B U D"], turn: Turn, ring: KeysValues, reading: Reading
     ) -> Float[Tensor, "B U D"]:
         """The same for tokens behind those whose keys and values are in ``ring``, which then takes in theirs."""
-        new = self.keys_values(x_BUD, turn)
-        out_BHUC = ring_attention(self.queries(x_BUD, turn), ring, new, reading.mask_BUM)
+        q_BHUC, new = self.project(x_BUD, turn)
+        out_BHUC = ring_attention(q_BHUC, ring, new, reading.mask_BUM)
         for remembered, x in zip(ring, new, strict=True):
             reading.write(remembered, x)
         return self.merge(out_BHUC)
@@ -82,9 +137,20 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention of tokens to the K thoughts of their layer; tokens and thoughts each carry rotary positions."""
 
+    def __init__(self, width: int, heads: int, kv_heads: int, thought_width: int) -> None:
+        super().__init__(width, heads, kv_heads)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(thought_width, 2 * kv_heads * self.channels, bias=False)
+
     def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: KeysValues) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
-        return self.merge(cross_attention(self.queries(x_BTD, turn), *thoughts.spread(self.heads)))
+        q_BHTC = rotary(self.split(self.query(x_BTD)), turn).transpose(1, 2)
+        return self.merge(cross_attention(q_BHTC, *thoughts.spread(self.heads)))
+
+    def keys_values(self, z_BKD: Float[Tensor, "B K thought"], turn: Turn) -> KeysValues:
+        """Keys, turned, and values of thoughts, each of shape (B, ``kv_heads``, K, C)."""
+        k, v = self.split(self.key_value(z_BKD)).chunk(2, dim=2)
+        return KeysValues(rotary(k, turn).transpose(1, 2), v.transpose(1, 2))
 
 
 class SwiGLU(nn.Module):
@@ -93,10 +159,10 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         hidden = -(-8 * width // 3 // 32) * 32
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)  # W₁ and W₃
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The sublayer's output for normalised input; the caller adds the residual."""
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

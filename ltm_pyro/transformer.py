@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.layers import SelfAttention, SwiGLU, rotation
+from ltm_pyro.layers import RMSNorm, SelfAttention, SwiGLU, rotation
 
 
 class Transformer(nn.Module):
@@ -29,11 +29,11 @@ class Transformer(nn.Module):
         self.channels = width // heads
         self.attention = nn.ModuleList(SelfAttention(width, heads, heads, window) for _ in range(layers))
         self.feed = nn.ModuleList(SwiGLU(width) for _ in range(layers))
-        self.norm = nn.ModuleList(nn.RMSNorm(width) for _ in range(2 * layers + 1))
+        self.norm = nn.ModuleList(RMSNorm(width) for _ in range(2 * layers + 1))
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Hidden states, normalised."""
-        turn = rotation(torch.arange(x_BTD.shape[1], device=x_BTD.device), self.channels, x_BTD.dtype)
+        turn = rotation(torch.arange(x_BTD.shape[1], device=x_BTD.device), self.channels)
         for index, (attention, feed) in enumerate(zip(self.attention, self.feed, strict=True)):
             x_BTD = x_BTD + attention(self.norm[2 * index](x_BTD), turn)
             x_BTD = x_BTD + feed(self.norm[2 * index + 1](x_BTD))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ltm_pyro.attention import KeysValues
 from ltm_pyro.cache import Cache, Reading, reading
 from ltm_pyro.contracts import ThoughtShape, UsageError
-from ltm_pyro.layers import CrossAttention, SelfAttention, SwiGLU, Turn, rotation
+from ltm_pyro.layers import CrossAttention, RMSNorm, SelfAttention, SwiGLU, Turn, rotation
 from ltm_pyro.precision import matrix_dtype
 
 
@@ -25,13 +25,13 @@ class Block(nn.Module):
         self, width: int, heads: int, kv_heads: int, window: int, thought_width: int | None, attention: str
     ) -> None:
         super().__init__()
-        self.norm_self = nn.RMSNorm(width)
+        self.norm_self = RMSNorm(width)
         self.self_attention = SelfAttention(width, heads, kv_heads, window, attention)
         self.norm_cross = self.cross_attention = None
         if thought_width is not None:
-            self.norm_cross = nn.RMSNorm(width)
+            self.norm_cross = RMSNorm(width)
             self.cross_attention = CrossAttention(width, heads, kv_heads, thought_width)
-        self.norm_forward, self.feed_forward = nn.RMSNorm(width), SwiGLU(width)
+        self.norm_forward, self.feed_forward = RMSNorm(width), SwiGLU(width)
 
     def forward(
         self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: KeysValues | None, attended: bool
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
         memory = [self.thought_shape.width if thoughts and n in self.thought_layers else None for n in _count(layers)]
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, one, attention) for one in memory)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self._initialise(layers, quiet_thoughts)
 
     def _initialise(self, layers: int, quiet_thoughts: bool) -> None:
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
     def begin(self, z_BLKD: Float[Tensor, "B L K thought"]) -> Cache:
         """The memory of B rows that have thought and not yet read; see `read`."""
         self_attention = self._layers()[0].self_attention
-        heads, channels = self_attention.kv_heads, self.width // self_attention.heads
+        heads, channels = self_attention.kv_heads, self_attention.channels
         empty = z_BLKD.new_zeros(len(z_BLKD), heads, self.window, channels, dtype=matrix_dtype(self.embedding.weight))
         rings = [KeysValues(empty.clone(), empty.clone()) for _ in self.blocks]
         read_B = torch.zeros(len(z_BLKD), dtype=torch.long, device=z_BLKD.device)
@@ -214,7 +214,7 @@ class Decoder(nn.Module):
         self, tokens_BU: Int[Tensor, "B U"], cache: Cache, new_B: Int[Tensor, " B"]
     ) -> Float[Tensor, "B U D"]:
         how = reading(cache, new_B, tokens_BU.shape[1])
-        turn = self._turn(how.position_BU[:, None])
+        turn = self._turn(how.position_BU)
         x_BUD = self.embedding(tokens_BU)
         for block, ring, heard in zip(self._layers(), cache.rings, cache.thoughts, strict=True):
             x_BUD = block.attend_to_past(x_BUD, turn, ring, how)
@@ -225,9 +225,7 @@ class Decoder(nn.Module):
     def _turn(self, positions: int | Tensor) -> Turn:
         if isinstance(positions, int):
             positions = torch.arange(positions, device=self.embedding.weight.device)
-        return rotation(
-            positions, self.width // self._layers()[0].self_attention.heads, matrix_dtype(self.embedding.weight)
-        )
+        return rotation(positions, self._layers()[0].self_attention.channels)
 
 
 def _count(layers: int) -> range:
