@@ -32,6 +32,21 @@ class KeysValues(NamedTuple):
         return self if group == 1 else KeysValues(*(x.repeat_interleave(group, 1) for x in self))
 
 
+class ThoughtMemory(NamedTuple):
+    """A layer's thoughts as its tokens meet them: each head's keys, and what each head's values add to the stream.
+
+    The output projection is a sum over heads, W_o [Σ_k w_hk v_hk]_h = Σ_hk w_hk (W_o^h v_hk): applied to K thoughts
+    once, not to every token. M = H · K.
+    """
+
+    keys_BHKC: Float[Tensor, "B H K C"]
+    values_BMD: Float[Tensor, "B M D"]
+
+    def select(self, index_b: Int[Tensor, " b"]) -> "ThoughtMemory":
+        """Those of some sequences."""
+        return ThoughtMemory(*(x[index_b] for x in self))
+
+
 def window_mask(queries: int, keys: int, window: int, device: torch.device | None = None) -> Bool[Tensor, "Q M"]:
     """True where query i, aligned with the last of the keys, sees key j: 0 ≤ i + (keys − queries) − j < window."""
     i_Q1 = torch.arange(queries, device=device)[:, None] + (keys - queries)
@@ -170,16 +185,14 @@ def _out_and_gradients(attention: Any, qkv: list[Tensor], window: int) -> list[T
 
 
 def cross_attention(
-    q_BHTC: Float[Tensor, "B H T C"], k_BHKC: Float[Tensor, "B H K C"], v_BHKC: Float[Tensor, "B H K C"]
-) -> Float[Tensor, "B H T C"]:
+    q_BHTC: Float[Tensor, "B H T C"], keys_BHKC: Float[Tensor, "B H K C"], values_BMD: Float[Tensor, "B M D"]
+) -> Float[Tensor, "B T D"]:
     """softmax(q kᵀ / √C) v: every token looks at every thought of its layer.
 
-    On a CPU tokens lie side by side in the weights: a softmax over K neighbours takes ten times as long.
+    Tokens lie side by side in the weights: on a CPU a softmax over K neighbours takes ten times as long.
     """
-    if q_BHTC.is_cuda:
-        return F.scaled_dot_product_attention(q_BHTC, k_BHKC, v_BHKC)
-    scores_BHKT = (k_BHKC * k_BHKC.shape[-1] ** -0.5) @ q_BHTC.mT
-    return scores_BHKT.softmax(-2).mT @ v_BHKC
+    scores_BHKT = (keys_BHKC * keys_BHKC.shape[-1] ** -0.5) @ q_BHTC.mT
+    return scores_BHKT.softmax(-2).flatten(1, 2).mT @ values_BMD
 
 
 def ring_attention(

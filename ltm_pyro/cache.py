@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ltm_pyro.attention import KeysValues
+from ltm_pyro.attention import KeysValues, ThoughtMemory
 
 
 class Cache(NamedTuple):
     """A row's token at position p has its keys and values in slot p mod W of every layer's ring.
 
-    ``thoughts`` holds those of z, computed once; None in a layer that hears none. ``read_B`` counts the tokens read.
+    ``thoughts`` is what z left, computed once; None in a layer that hears none. ``read_B`` counts the tokens read.
     """
 
-    thoughts: list[KeysValues | None]
+    thoughts: list[ThoughtMemory | None]
     rings: list[KeysValues]
     read_B: Int[Tensor, " B"]
 

@@ -29,10 +29,10 @@ def adam(
         count_B: this step's number for each sequence, from 1.
     """
     mean = torch.lerp(gradient, moments["mean"], betas[0])
-    square = torch.lerp(gradient**2, moments["square"], betas[1])
+    square = (moments["square"] * betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     count = count_B.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-    scale = (square / (1 - betas[1] ** count)).sqrt() + eps
-    return x - lr * mean / (1 - betas[0] ** count) / scale, {"mean": mean, "square": square}
+    scale = (square / (1 - betas[1] ** count)).sqrt_().add_(eps)
+    return torch.addcdiv(x, mean / (1 - betas[0] ** count), scale, value=-lr), {"mean": mean, "square": square}
 
 
 def adamw(

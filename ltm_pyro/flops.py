@@ -21,6 +21,7 @@ class CountedDecoder(Protocol):
     vocabulary: int
     layers: int
     width: int
+    heads: int
     window: int
     thought_layers: tuple[int, ...]
     thought_shape: ThoughtShape
@@ -53,7 +54,7 @@ class _Forward(NamedTuple):
     query: float  # that layer's cross-attention queries: they come straight from the stem
     matrices: float  # all other projections of tokens, and the vocabulary's
     attention: float  # scores and weighted sums after the stem
-    thoughts: float  # keys and values of the thoughts, once per sequence
+    thoughts: float  # keys and values of the thoughts, the values projected for every head, once per sequence
 
     @property
     def total(self) -> float:
@@ -114,17 +115,17 @@ def _forward(decoder: CountedDecoder, length: int, listening: bool) -> _Forward:
     hearing, thoughts, _ = decoder.thought_shape
     below, rest = decoder.thought_layers[0] - 1, decoder.layers - decoder.thought_layers[0]
     speak, query = _projections(decoder, SelfAttention), _projections(decoder, CrossAttention, "query")
-    merge, feed = _projections(decoder, CrossAttention, "output"), _projections(decoder, SwiGLU)
+    feed = _projections(decoder, SwiGLU)
     if not listening:
-        thoughts, query, merge = 0, 0.0, 0.0
+        thoughts, query = 0, 0.0
     window = 4.0 * decoder.width * _keys(decoder.window, length)
     vocabulary = 2.0 * decoder.vocabulary * decoder.width
     return _Forward(
         stem=below * (speak + window + feed) + speak + window,
         query=query,
-        matrices=rest * speak + (hearing - 1) * query + hearing * merge + (rest + 1) * feed + vocabulary,
-        attention=rest * window + hearing * 4.0 * decoder.width * thoughts,
-        thoughts=hearing * _projections(decoder, CrossAttention, "key_value") * thoughts / length,
+        matrices=rest * speak + (hearing - 1) * query + (rest + 1) * feed + vocabulary,
+        attention=rest * window + hearing * 2.0 * decoder.width * thoughts * (1 + decoder.heads),
+        thoughts=hearing * _projections(decoder, CrossAttention, "key_value", "output") * thoughts / length,
     )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ltm_pyro.attention import KeysValues, cross_attention, ring_attention, window_attention
+from ltm_pyro.attention import KeysValues, ThoughtMemory, cross_attention, ring_attention, window_attention
 from ltm_pyro.cache import Reading
 from ltm_pyro.precision import matrix_dtype
 
@@ -142,15 +142,18 @@ class CrossAttention(Attention):
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(thought_width, 2 * kv_heads * self.channels, bias=False)
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: KeysValues) -> Float[Tensor, "B T D"]:
+    def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: ThoughtMemory) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
         q_BHTC = rotary(self.split(self.query(x_BTD)), turn).transpose(1, 2)
-        return self.merge(cross_attention(q_BHTC, *thoughts.spread(self.heads)))
+        return cross_attention(q_BHTC, *thoughts)
 
-    def keys_values(self, z_BKD: Float[Tensor, "B K thought"], turn: Turn) -> KeysValues:
-        """Keys, turned, and values of thoughts, each of shape (B, ``kv_heads``, K, C)."""
+    def remember(self, z_BKD: Float[Tensor, "B K thought"], turn: Turn) -> ThoughtMemory:
+        """Keys, turned, and projected values of thoughts."""
         k, v = self.split(self.key_value(z_BKD)).chunk(2, dim=2)
-        return KeysValues(rotary(k, turn).transpose(1, 2), v.transpose(1, 2))
+        k_BHKC, v_BHKC = KeysValues(rotary(k, turn).transpose(1, 2), v.transpose(1, 2)).spread(self.heads)
+        output_HCD = self.output.weight.T.unflatten(0, (self.heads, self.channels))
+        values_HND = v_BHKC.transpose(0, 1).flatten(1, 2) @ output_HCD
+        return ThoughtMemory(k_BHKC, values_HND.unflatten(1, z_BKD.shape[:2]).transpose(0, 1).flatten(1, 2))
 
 
 class SwiGLU(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ltm_pyro.attention import KeysValues
+from ltm_pyro.attention import KeysValues, ThoughtMemory
 from ltm_pyro.cache import Cache, Reading, reading
 from ltm_pyro.contracts import ThoughtShape, UsageError
 from ltm_pyro.layers import CrossAttention, RMSNorm, SelfAttention, SwiGLU, Turn, rotation
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.norm_forward, self.feed_forward = RMSNorm(width), SwiGLU(width)
 
     def forward(
-        self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: KeysValues | None, attended: bool
+        self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: ThoughtMemory | None, attended: bool
     ) -> Float[Tensor, "B T D"]:
         """The whole layer; what ``attended`` to the tokens already goes on from there."""
         x_BTD = x_BTD if attended else self.attend_to_tokens(x_BTD, turn)
@@ -51,7 +51,7 @@ class Block(nn.Module):
         return x_BUD + self.self_attention.read(self.norm_self(x_BUD), turn, ring, reading)
 
     def attend_to_thoughts(
-        self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: KeysValues | None
+        self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: ThoughtMemory | None
     ) -> Float[Tensor, "B T D"]:
         """The cross-attention to this layer's thoughts; absent without them."""
         if self.cross_attention is None or self.norm_cross is None or thoughts is None:
@@ -90,6 +90,7 @@ class Decoder(nn.Module):
     """
 
     half_precision = True  # its matrix products follow autocast
+    turns: Tensor  # of every position
 
     def __init__(
         self,
@@ -113,7 +114,8 @@ class Decoder(nn.Module):
             if size < 1:
                 raise UsageError(f"The decoder's {name} must be at least 1, got {size}.")
         _check_heads(width, heads, kv_heads)
-        self.vocabulary, self.width, self.window, self.length = vocabulary, width, window, length
+        self.vocabulary, self.width, self.heads = vocabulary, width, heads
+        self.window, self.length = window, length
         self.recompute = recompute
         self.layers, self.thought_layers = layers, _hearing(thought_layers, layers)
         self.thought_shape = ThoughtShape(len(self.thought_layers), thoughts, thought_width or width)
@@ -122,6 +124,8 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, one, attention) for one in memory)
         self.norm = RMSNorm(width)
+        turns = rotation(torch.arange(max(length, thoughts)), width // heads)
+        self.register_buffer("turns", turns, persistent=False)
         self._initialise(layers, quiet_thoughts)
 
     def _initialise(self, layers: int, quiet_thoughts: bool) -> None:
@@ -148,7 +152,7 @@ class Decoder(nn.Module):
                 f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
                 f"cut the text, or train with a larger `length`."
             )
-        x_BTD, turn, first = self.embedding(inputs_BT), self._turn(inputs_BT.shape[1]), self.thought_layers[0] - 1
+        x_BTD, turn, first = self.embedding(inputs_BT), self.turns[: inputs_BT.shape[1]], self.thought_layers[0] - 1
         for block in self._layers()[:first]:
             x_BTD = self._through(block, x_BTD, turn, None, False)
         return self._layers()[first].attend_to_tokens(x_BTD, turn)
@@ -159,24 +163,24 @@ class Decoder(nn.Module):
         """Hidden states before the vocabulary projection, for every particle of z."""
         lead = z_BLKD.shape[:-4]
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
-        thoughts, turn = self.thoughts(z_BLKD.flatten(0, len(lead))), self._turn(stem_BTD.shape[1])
+        thoughts, turn = self.thoughts(z_BLKD.flatten(0, len(lead))), self.turns[: stem_BTD.shape[1]]
         first = self.thought_layers[0] - 1
         for index, (block, heard) in enumerate(zip(self._layers()[first:], thoughts[first:], strict=True)):
             x_BTD = self._through(block, x_BTD, turn, heard, index == 0)
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
 
     def _through(
-        self, block: Block, x_BTD: Float[Tensor, "B T D"], turn: Turn, heard: KeysValues | None, attended: bool
+        self, block: Block, x_BTD: Float[Tensor, "B T D"], turn: Turn, heard: ThoughtMemory | None, attended: bool
     ) -> Float[Tensor, "B T D"]:
         if self.recompute and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, x_BTD, turn, heard, attended, use_reentrant=False))
         return cast(Tensor, block(x_BTD, turn, heard, attended))
 
-    def thoughts(self, z_BLKD: Float[Tensor, "B L K thought"]) -> list[KeysValues | None]:
-        """Every layer's keys and values of its thoughts; None where it hears none."""
-        turn, z = self._turn(z_BLKD.shape[2]), dict(zip(self.thought_layers, z_BLKD.unbind(1), strict=True))
+    def thoughts(self, z_BLKD: Float[Tensor, "B L K thought"]) -> list[ThoughtMemory | None]:
+        """What every layer remembers of its thoughts; None where it hears none."""
+        turn, z = self.turns[: z_BLKD.shape[2]], dict(zip(self.thought_layers, z_BLKD.unbind(1), strict=True))
         return [
-            block.cross_attention.keys_values(z[number], turn) if self.listening and block.cross_attention else None
+            block.cross_attention.remember(z[number], turn) if self.listening and block.cross_attention else None
             for number, block in zip(_count(self.layers), self._layers(), strict=True)
         ]
 
@@ -214,18 +218,13 @@ class Decoder(nn.Module):
         self, tokens_BU: Int[Tensor, "B U"], cache: Cache, new_B: Int[Tensor, " B"]
     ) -> Float[Tensor, "B U D"]:
         how = reading(cache, new_B, tokens_BU.shape[1])
-        turn = self._turn(how.position_BU)
+        turn = self.turns[how.position_BU.clamp(max=len(self.turns) - 1)]  # a row that has ended may be read on
         x_BUD = self.embedding(tokens_BU)
         for block, ring, heard in zip(self._layers(), cache.rings, cache.thoughts, strict=True):
             x_BUD = block.attend_to_past(x_BUD, turn, ring, how)
             x_BUD = block.transform(block.attend_to_thoughts(x_BUD, turn, heard))
         cache.read_B.add_(new_B)
         return self.norm(x_BUD)
-
-    def _turn(self, positions: int | Tensor) -> Turn:
-        if isinstance(positions, int):
-            positions = torch.arange(positions, device=self.embedding.weight.device)
-        return rotation(positions, self._layers()[0].self_attention.channels)
 
 
 def _count(layers: int) -> range:

@@ -43,15 +43,16 @@ class LatentThoughtModel(PyroModule):
         With ``batch.targets_BT`` set to None the tokens are sampled, each given the inputs before it.
         """
         with pyro.plate(SEQUENCES, batch.size, dim=-1):
-            with full_precision(next(self.decoder.parameters())):
+            with full_precision(batch.inputs_BT):
                 z_BLKD = self.prior()
             pyro.sample(TOKENS, self.observation(z_BLKD, batch), obs=self.observed(batch))
         return z_BLKD
 
     def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> TokenCategorical:
         """p(x | z), padding left out."""
-        stem_BTD = self.decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
-        return TokenCategorical(self.decoder(stem_BTD, z_BLKD), self.decoder.embedding.weight, batch.mask_BT)
+        decoder = self.decoder  # once: at every look Pyro registers all its parameters
+        stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
+        return TokenCategorical(decoder(stem_BTD, z_BLKD), decoder.embedding.weight, batch.mask_BT)
 
     def observed(self, batch: Batch) -> Int[Tensor, "B T"] | None:
         """x, the tokens."""

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from ltm_pyro.attention import (
     BACKENDS,
+    KeysValues,
     attend,
     backend,
     block_attention,
-    cross_attention,
     dense_attention,
     window_attention,
     window_mask,
@@ -61,9 +61,17 @@ def test_the_last_queries_of_a_longer_past():
     assert torch.equal(window_mask(2, 6, 3), window_mask(6, 6, 3)[-2:])
 
 
-def test_cross_attention_is_torchs_own():
-    q, k, v = random_qkv(5)
-    torch.testing.assert_close(cross_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_cross_attention_is_torchs_own(kv_heads):
+    torch.manual_seed(0)
+    attention = CrossAttention(width=16, heads=4, kv_heads=kv_heads, thought_width=6).double()
+    x, z = torch.randn(2, 7, 16).double(), torch.randn(2, 3, 6).double()
+    q = rotary(attention.split(attention.query(x)), turn(length=7)).transpose(1, 2)
+    k, v = attention.split(attention.key_value(z)).chunk(2, dim=2)
+    k, v = KeysValues(rotary(k, turn(length=3)).transpose(1, 2), v.transpose(1, 2)).spread(4)
+    expected = attention.merge(F.scaled_dot_product_attention(q, k, v))
+    found = attention(x, turn(length=7), attention.remember(z, turn(length=3)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
 def test_a_mask_hides_everything_behind_it():
@@ -94,10 +102,9 @@ def test_rotary_of_the_compiler_is_the_same(monkeypatch):
 
 
 def test_grouped_heads_share_keys_and_values():
-    attention = CrossAttention(width=16, heads=4, kv_heads=2, thought_width=6)
-    k, v = attention.keys_values(torch.randn(2, 5, 6), turn()).spread(4)
+    k, v = KeysValues(*torch.randn(2, 3, 2, 5, 4)).spread(4)
     for x in (k, v):
-        assert x.shape == (2, 4, 5, 4)
+        assert x.shape == (3, 4, 5, 4)
         assert torch.equal(x[:, 0], x[:, 1])
         assert torch.equal(x[:, 2], x[:, 3])
         assert not torch.equal(x[:, 1], x[:, 2])

@@ -41,7 +41,7 @@ def test_no_token_sees_the_future(tiny_decoder):
 def test_the_receptive_field_is_exact(tiny_decoder, layers, window):
     decoder = tiny_decoder(layers=layers, window=window, thoughts=0)
     x = decoder.embedding(torch.randint(11, (1, 16))).detach().requires_grad_()
-    stem = decoder.blocks[0].attend_to_tokens(x, decoder._turn(16))
+    stem = decoder.blocks[0].attend_to_tokens(x, decoder.turns[:16])
     gradient = torch.autograd.grad(decoder(stem, thoughts(decoder, 1))[0, -1].pow(3).sum(), x)[0]
     seen = (gradient[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
     field = layers * (window - 1) + 1
