@@ -196,15 +196,14 @@ def cross_attention(
 
 
 def ring_attention(
-    q_BHUC: Float[Tensor, "B H U C"], ring: KeysValues, new: KeysValues, mask_BUM: Bool[Tensor, "B U M"]
+    q_BHUC: Float[Tensor, "B H U C"], ring: KeysValues, hidden_BUM: Bool[Tensor, "B U M"]
 ) -> Float[Tensor, "B H U C"]:
-    """softmax(q kᵀ / √C) v over the W remembered keys and the U new ones, M = W + U; nothing remembered is copied."""
+    """softmax(q kᵀ / √C) v over the M slots of a ring where they are not hidden; a token of padding may see none."""
     size, heads, tokens, channels = q_BHUC.shape
     q = q_BHUC.reshape(size, len(ring.keys_BGMC[0]), -1, channels) * channels**-0.5  # (B, G, H/G · U, C)
-    scores = torch.cat([q @ x.keys_BGMC.mT for x in (ring, new)], dim=-1).view(size, heads, tokens, -1)
-    weights = scores.masked_fill(~mask_BUM[:, None], -torch.inf).softmax(-1).view(*q.shape[:3], -1)
-    seen, fresh = weights.split([weights.shape[-1] - tokens, tokens], dim=-1)
-    return (seen @ ring.values_BGMC + fresh @ new.values_BGMC).view(q_BHUC.shape)
+    scores_BHUM = (q @ ring.keys_BGMC.mT).view(size, heads, tokens, -1)
+    scores_BHUM.masked_fill_(hidden_BUM[:, None], torch.finfo(scores_BHUM.dtype).min)
+    return (scores_BHUM.softmax(-1).view(*q.shape[:3], -1) @ ring.values_BGMC).view(q_BHUC.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."]) -> Tensor:

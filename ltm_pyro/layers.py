@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """The normalised input, in the type of the product that follows."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return normalised(x_BTD, self.weight).to(matrix_dtype(x_BTD))
         out: Tensor = _Normalised.apply(x_BTD, self.weight, matrix_dtype(x_BTD))
         return out
@@ -56,8 +56,8 @@ class RMSNorm(nn.Module):
 
 def normalised(x_BTD: Float[Tensor, "*B D"], weight_D: Float[Tensor, " D"]) -> Float[Tensor, "*B D"]:
     """The formula of `RMSNorm`."""
-    x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-    return x_BTD * (x_BTD.square().mean(-1, keepdim=True) + torch.finfo(x_BTD.dtype).eps).rsqrt() * weight_D
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    return F.rms_norm(x_BTD.to(wide), weight_D.shape, weight_D.to(wide), torch.finfo(wide).eps)
 
 
 class _Normalised(torch.autograd.Function):
@@ -126,12 +126,11 @@ class SelfAttention(Attention):
     def read(
         self, x_BUD: Float[Tensor, "B U D"], turn: Turn, ring: KeysValues, reading: Reading
     ) -> Float[Tensor, "B U D"]:
-        """The same for tokens behind those whose keys and values are in ``ring``, which then takes in theirs."""
+        """The same for tokens behind those whose keys and values are in ``ring``, which takes in theirs."""
         q_BHUC, new = self.project(x_BUD, turn)
-        out_BHUC = ring_attention(q_BHUC, ring, new, reading.mask_BUM)
         for remembered, x in zip(ring, new, strict=True):
             reading.write(remembered, x)
-        return self.merge(out_BHUC)
+        return self.merge(ring_attention(q_BHUC, ring, reading.hidden_BUM))
 
 
 class CrossAttention(Attention):
@@ -144,8 +143,11 @@ class CrossAttention(Attention):
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: ThoughtMemory) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
-        q_BHTC = rotary(self.split(self.query(x_BTD)), turn).transpose(1, 2)
-        return cross_attention(q_BHTC, *thoughts)
+        return cross_attention(self.queries(x_BTD, turn), *thoughts)
+
+    def queries(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B H T C"]:
+        """Queries of the tokens, turned."""
+        return rotary(self.split(self.query(x_BTD)), turn).transpose(1, 2)
 
     def remember(self, z_BKD: Float[Tensor, "B K thought"], turn: Turn) -> ThoughtMemory:
         """Keys, turned, and projected values of thoughts."""

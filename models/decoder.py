@@ -188,7 +188,8 @@ class Decoder(nn.Module):
         """The memory of B rows that have thought and not yet read; see `read`."""
         self_attention = self._layers()[0].self_attention
         heads, channels = self_attention.kv_heads, self_attention.channels
-        empty = z_BLKD.new_zeros(len(z_BLKD), heads, self.window, channels, dtype=matrix_dtype(self.embedding.weight))
+        shape, dtype = (len(z_BLKD), heads, 2 * self.window, channels), matrix_dtype(self.embedding.weight)
+        empty = z_BLKD.new_zeros(shape, dtype=dtype)
         rings = [KeysValues(empty.clone(), empty.clone()) for _ in self.blocks]
         read_B = torch.zeros(len(z_BLKD), dtype=torch.long, device=z_BLKD.device)
         return Cache(self.thoughts(z_BLKD), rings, read_B)
@@ -204,14 +205,13 @@ class Decoder(nn.Module):
             tokens_BT: each row's next tokens, padded on the right.
             lengths_B: how many of them are a row's own, at least one; T when not given.
         """
-        if lengths_B is None:
-            lengths_B = torch.full_like(cache.read_B, tokens_BT.shape[1])
         hidden_BD = self.embedding.weight.new_zeros(len(tokens_BT), self.width)
         for first, piece_BU in zip(count(0, self.window), tokens_BT.split(self.window, 1)):
-            new_B = (lengths_B - first).clamp(0, piece_BU.shape[1])
-            last_B1D = (new_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, self.width)
-            last_BD = self._read_piece(piece_BU, cache, new_B).gather(1, last_B1D)[:, 0]
-            hidden_BD = last_BD.where(new_B[:, None] > 0, hidden_BD)
+            if lengths_B is None:
+                hidden_BD = self._read_piece(piece_BU, cache, torch.full_like(cache.read_B, piece_BU.shape[1]))[:, -1]
+            else:
+                new_B = (lengths_B - first).clamp(0, piece_BU.shape[1])
+                hidden_BD = _last(self._read_piece(piece_BU, cache, new_B), new_B, hidden_BD)
         return hidden_BD
 
     def _read_piece(
@@ -225,6 +225,14 @@ class Decoder(nn.Module):
             x_BUD = block.transform(block.attend_to_thoughts(x_BUD, turn, heard))
         cache.read_B.add_(new_B)
         return self.norm(x_BUD)
+
+
+def _last(
+    hidden_BUD: Float[Tensor, "B U D"], new_B: Int[Tensor, " B"], before_BD: Float[Tensor, "B D"]
+) -> Float[Tensor, "B D"]:
+    """The hidden state of each row's last new token; of rows without one what it was before."""
+    index_B1D = (new_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_BUD.shape[-1])
+    return hidden_BUD.gather(1, index_B1D)[:, 0].where(new_B[:, None] > 0, before_BD)
 
 
 def _count(layers: int) -> range:

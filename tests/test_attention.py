@@ -66,7 +66,7 @@ def test_cross_attention_is_torchs_own(kv_heads):
     torch.manual_seed(0)
     attention = CrossAttention(width=16, heads=4, kv_heads=kv_heads, thought_width=6).double()
     x, z = torch.randn(2, 7, 16).double(), torch.randn(2, 3, 6).double()
-    q = rotary(attention.split(attention.query(x)), turn(length=7)).transpose(1, 2)
+    q = attention.queries(x, turn(length=7))
     k, v = attention.split(attention.key_value(z)).chunk(2, dim=2)
     k, v = KeysValues(rotary(k, turn(length=3)).transpose(1, 2), v.transpose(1, 2)).spread(4)
     expected = attention.merge(F.scaled_dot_product_attention(q, k, v))

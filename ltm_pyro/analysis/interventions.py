@@ -109,8 +109,8 @@ def attention(run: Run, posterior: Posterior, sequence: int) -> xr.DataArray:
 
     def look(module: Any, arguments: tuple[Any, ...]) -> None:
         x_BTD, turn, thoughts = arguments
-        q_BHTC, (k_BHKC, _) = module.queries(x_BTD, turn), thoughts.spread(module.heads)
-        found.append((q_BHTC @ k_BHKC.mT * q_BHTC.shape[-1] ** -0.5).softmax(-1).mean(1)[0])
+        q_BHTC = module.queries(x_BTD, turn)
+        found.append((q_BHTC @ thoughts.keys_BHKC.mT * q_BHTC.shape[-1] ** -0.5).softmax(-1).mean(1)[0])
 
     sublayers = [m for m in run.model.decoder.modules() if isinstance(m, CrossAttention)]
     hooks = [m.register_forward_pre_hook(look) for m in sublayers]

@@ -110,6 +110,7 @@ def write(
     decoder, page = run.model.decoder, _Page(run, rows, sampling)
     uniform_BN = uniform(keys, TOKENS, sampling.max_new_tokens).to(z_BLKD.device)
     every = mind.thinking.refit_every if mind else 0
+    lengths_B: Tensor | None
     cache, (unread_BT, lengths_B) = decoder.begin(z_BLKD), page.whole()
     if streamer:
         streamer.put(torch.tensor([rows[0]], dtype=torch.long))
@@ -121,7 +122,7 @@ def write(
             streamer.put(next_B.cpu())
         if all(page.ended):
             break
-        unread_BT, lengths_B = next_B[:, None], torch.ones_like(next_B)
+        unread_BT, lengths_B = next_B[:, None], None
         if mind and every and step % every == 0:
             cache, (unread_BT, lengths_B) = decoder.begin(mind.think_again(page.rows)), page.whole()
     if streamer:

@@ -155,20 +155,24 @@ def exponent(values: dict[int, float]) -> float:
 
 
 def generation(how: How) -> Report:
-    """512 greedy tokens at T = 1,024, one text and eight at a time, with the cache and without."""
+    """512 greedy tokens of a model of T = 1,024, from nothing and up to its end, by one text and by eight at a time."""
     torch.manual_seed(0)
     decoder = Decoder(vocabulary=8192, layers=3, width=256, heads=4, thoughts=8, window=64, length=1024)
     with torch.no_grad():
         decoder.embedding.weight.mul_(0.3)  # or every token would follow itself
-        return {f"{size} at a time": _generation(decoder, size, how) for size in (1, 8)}
+        return {
+            f"{size} at a time behind {prompt} tokens": _generation(decoder, size, prompt, how)
+            for size, prompt in product((1, 8), (1, 512))
+        }
 
 
-def _generation(decoder: Decoder, size: int, how: How, tokens: int = 512) -> Report:
+def _generation(decoder: Decoder, size: int, prompt: int, how: How, tokens: int = 512) -> Report:
     """How the time of the 500th token stands to the 50th's: medians over 20 neighbours and all rounds."""
     z_BLKD = torch.randn(size, *decoder.thought_shape)
-    _write(decoder, z_BLKD, 16, how, cached=True)
-    runs = [_write(decoder, z_BLKD, tokens, how, cached=True) for _ in range(how.rounds)]
-    anew, slow = _write(decoder, z_BLKD, tokens, how, cached=False)
+    start_BT = torch.randint(decoder.vocabulary, (size, prompt))
+    _write(decoder, z_BLKD, start_BT, 16, how, cached=True)
+    runs = [_write(decoder, z_BLKD, start_BT, tokens, how, cached=True) for _ in range(how.rounds)]
+    anew, slow = _write(decoder, z_BLKD, start_BT, tokens, how, cached=False)
     fast = statistics.median(sum(times) for _, times in runs)
     early, late = (statistics.median(t for _, times in runs for t in times[n - 10 : n + 10]) for n in (50, 500))
     return {
@@ -179,9 +183,11 @@ def _generation(decoder: Decoder, size: int, how: How, tokens: int = 512) -> Rep
     }
 
 
-def _write(decoder: Decoder, z_BLKD: Tensor, tokens: int, how: How, cached: bool) -> tuple[Tensor, list[float]]:
-    """The greedy texts behind token 0, and every token's seconds."""
-    text, cache, times = [torch.zeros(len(z_BLKD), 1, dtype=torch.long)], decoder.begin(z_BLKD), []
+def _write(
+    decoder: Decoder, z_BLKD: Tensor, start_BT: Tensor, tokens: int, how: How, cached: bool
+) -> tuple[Tensor, list[float]]:
+    """The greedy texts behind their start, and every token's seconds; the first one's are the start's as well."""
+    text, cache, times = [start_BT], decoder.begin(z_BLKD), []
 
     def one() -> None:
         if cached:

@@ -27,7 +27,7 @@ def test_each_token_shares_its_attention_as_the_decoder_does(seen):
 
     def look(module, arguments, _):
         x_BTD, turn, thoughts = arguments
-        keys_BHKC = thoughts.spread(module.heads)[0]
+        keys_BHKC = thoughts.keys_BHKC
         names_KK = torch.eye(keys_BHKC.shape[-2]).expand(*keys_BHKC.shape[:2], -1, -1)
         weights_BHTK = F.scaled_dot_product_attention(module.queries(x_BTD, turn), keys_BHKC, names_KK)
         expected.append(weights_BHTK.mean(1)[0])
