@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="of torch; all cores when not given")
     about = "wall, or cpu: processor time, for a machine with other work (then with --threads 1)"
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=about)
-    parser.add_argument("--compile", action="store_true", help="adds ours under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="adds ours and the published structure compiled")
     parser.add_argument("--data", metavar="DIR", help="instead of all suites: how fast this packed corpus is read")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import platform
+import random
 import re
 import statistics
 import time
@@ -36,13 +37,17 @@ def seconds(run: Callable[[], Any], how: How) -> float:
 
 
 def in_turn(runs: Mapping[Key, Callable[[], Any]], how: How) -> dict[Key, list[float]]:
-    """Seconds of every call, one of each in every round, after one that does not count."""
+    """Seconds of every call, one of each in every round, in an order drawn anew; a first call does not count.
+
+    A call that always came behind the same one would always find the same in its caches.
+    """
     for run in runs.values():
         run()
     times: dict[Key, list[float]] = {key: [] for key in runs}
+    order = random.Random(0)
     for _ in range(how.rounds):
-        for key, run in runs.items():
-            times[key].append(seconds(run, how))
+        for key in order.sample(list(runs), len(runs)):
+            times[key].append(seconds(runs[key], how))
     return times
 
 
