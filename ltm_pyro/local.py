@@ -83,7 +83,7 @@ def learn(
     prepared = model.prepare(batch)
     climb, cut = _Climb(model, guide, inference, rates), _cut(prepared)
     if inference.slow_gradient == "trajectory":
-        climb.average = AverageGradient(model, cut.stem_BTD, prepared.stem_BTD)
+        climb.average = AverageGradient(model, guide, cut.stem_BTD, prepared.stem_BTD)
         state, info = climb.run(cut, state)
         if len(info.kl_NB):
             loss = inference.loss(ElboTerms(info.log_likelihood_NB, info.kl_NB)) / len(info.kl_NB)
@@ -92,8 +92,12 @@ def learn(
     else:
         with frozen(model):
             state, info = climb.run(cut, state)
-    terms = average_terms(model, guide, prepared, state.parameters, inference.draws)
-    return Learned(inference.loss(terms), state, info, ElboTerms(*(x.detach() for x in terms)))
+    average = climb.average or AverageGradient(model, guide, cut.stem_BTD, prepared.stem_BTD)
+    terms = average_terms(model, guide, cut, state.parameters, inference.draws)
+    loss = inference.loss(terms)
+    if average.tensors:
+        average.add(torch.autograd.grad(loss, average.tensors, allow_unused=True))
+    return Learned(average.loss(loss.detach()), state, info, ElboTerms(*(x.detach() for x in terms)))
 
 
 def _cut(batch: Batch) -> Batch:

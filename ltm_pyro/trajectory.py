@@ -9,43 +9,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltm_pyro.contracts import Model
+from ltm_pyro.contracts import Guide, Model
+from ltm_pyro.rates import slow_parameters
 
 
 class AverageGradient:
-    """The global parameters' gradient averaged over a trajectory, with the stem's part sent back only once."""
+    """The global parameters' gradient averaged over a trajectory, with the stem's part sent back only once.
 
-    def __init__(self, model: Model, leaf_BTD: Tensor | None, stem_BTD: Tensor | None) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.stem = [] if stem_BTD is None else [stem_BTD]
-        self.tensors = self.parameters + ([] if leaf_BTD is None else [leaf_BTD.requires_grad_()])
-        self.sums = [torch.zeros_like(x) for x in self.tensors]
+    The embedding's gradient comes from the head as a whole and from the stem in a few rows, which are added to it: held
+    side by side they would be the largest tensors of a step.
+    """
+
+    def __init__(self, model: Model, guide: Guide, leaf_BTD: Tensor | None, stem_BTD: Tensor | None) -> None:
+        self.parameters = [p for _, p in slow_parameters(model, guide) if p.requires_grad]
+        self.tensors, self.stem = [*self.parameters], []
+        if leaf_BTD is not None and stem_BTD is not None and stem_BTD.requires_grad:
+            self.tensors, self.stem = [*self.parameters, leaf_BTD.requires_grad_()], [stem_BTD]
+        self.sums: list[Tensor | None] = [None] * len(self.tensors)
         self.count = 0
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """One more point of the trajectory."""
         self.count += 1
-        for total, gradient in zip(self.sums, gradients, strict=True):
-            if gradient is not None:
-                total += gradient
+        self.sums = [_added(total, x) for total, x in zip(self.sums, gradients, strict=True)]
 
     def loss(self, value: Tensor) -> Tensor:
-        """``value``, whose backward gives every parameter the average gradient."""
+        """``value``, whose backward, to be called once, gives every parameter the average gradient."""
         known = self.sums[: len(self.parameters)]
         if self.stem:
             through = torch.autograd.grad(self.stem, self.parameters, self.sums[-1:], allow_unused=True)
-            known = [a if b is None else a + b for a, b in zip(known, through, strict=True)]
-        return _WithGradient.apply(value, [x / self.count for x in known], *self.parameters)
+            known = [_added(a, b) for a, b in zip(known, through, strict=True)]
+        self.sums = []
+        seen = [(p, x) for p, x in zip(self.parameters, known, strict=True) if x is not None]
+        return _WithGradient.apply(value, 1 / self.count, [x for _, x in seen], *(p for p, _ in seen))
+
+
+def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if total is None or more is None:
+        found = more if total is None else total
+        return found.to_dense() if found is not None and found.is_sparse else found
+    return total.add_(more)
 
 
 class _WithGradient(torch.autograd.Function):
     """A value whose gradient with respect to ``parameters`` is already known."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, value: Tensor, share: float, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.share, ctx.gradients = share, gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grad * x for x in ctx.gradients)
+        factor, known = ctx.share * grad, [ctx.gradients.pop(0) for _ in range(len(ctx.gradients))]
+        return None, None, None, *(x.mul_(factor) for x in known)  # in place: they are needed once

@@ -7,6 +7,7 @@ from itertools import count
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -152,7 +153,8 @@ class Decoder(nn.Module):
                 f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
                 f"cut the text, or train with a larger `length`."
             )
-        x_BTD, turn, first = self.embedding(inputs_BT), self.turns[: inputs_BT.shape[1]], self.thought_layers[0] - 1
+        turn, first = self.turns[: inputs_BT.shape[1]], self.thought_layers[0] - 1
+        x_BTD = F.embedding(inputs_BT, self.embedding.weight, sparse=True)  # the rows' gradient, not all of V x D
         for block in self._layers()[:first]:
             x_BTD = self._through(block, x_BTD, turn, None, False)
         return self._layers()[first].attend_to_tokens(x_BTD, turn)
