@@ -22,9 +22,11 @@ class AverageGradient:
 
     def __init__(self, model: Model, guide: Guide, leaf_BTD: Tensor | None, stem_BTD: Tensor | None) -> None:
         self.parameters = [p for _, p in slow_parameters(model, guide) if p.requires_grad]
-        self.tensors, self.stem = [*self.parameters], []
+        self.tensors: list[Tensor] = [*self.parameters]
+        self.stem: list[Tensor] = []
         if leaf_BTD is not None and stem_BTD is not None and stem_BTD.requires_grad:
-            self.tensors, self.stem = [*self.parameters, leaf_BTD.requires_grad_()], [stem_BTD]
+            self.tensors.append(leaf_BTD.requires_grad_())
+            self.stem.append(stem_BTD)
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
         self.count = 0
 
