@@ -1,6 +1,5 @@
 """The counts of `ltm_pyro.flops` against the paper's table and against torch's own counter of matrix products."""
 
-from contextlib import nullcontext
 from importlib import resources
 
 import pytest
@@ -13,12 +12,7 @@ from ltm_pyro.guides import Amortized, Langevin, Laplace, MeanField
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit, learn
 from ltm_pyro.models.decoder import Decoder
-
-
-class NoModules(nullcontext):
-    """Instead of torch's tracker of modules, which cannot follow `torch.autograd.grad` to parameters."""
-
-    parents = ("Global",)
+from ltm_pyro.studies.bench.suites import NoModules
 
 
 def counted_per_token(model, guide, batch, inference) -> float:

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from typing import Any
@@ -66,8 +67,16 @@ def compare(setting: Setting, methods: list[Method], how: How, device: str = "cp
     return {"setting": setting._asdict(), "matrix_rate": rates, "methods": rows, "ratios": _ratios(rows, times)}
 
 
+class NoModules(nullcontext[None]):
+    """Instead of torch's tracker of modules, which cannot follow `torch.autograd.grad` to parameters."""
+
+    parents = ("Global",)
+
+
 def _flops(run: Callable[[], Any]) -> float:
-    with FlopCounterMode(display=False) as counter:
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()
+    with counter:
         run()
     return float(counter.get_total_flops())
 
