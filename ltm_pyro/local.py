@@ -95,8 +95,7 @@ def learn(
     average = climb.average or AverageGradient(model, guide, cut.stem_BTD, prepared.stem_BTD)
     terms = average_terms(model, guide, cut, state.parameters, inference.draws)
     loss = inference.loss(terms)
-    if average.tensors:
-        average.add(torch.autograd.grad(loss, average.tensors, allow_unused=True))
+    average.add(torch.autograd.grad(loss, average.tensors, allow_unused=True) if average.tensors else ())
     return Learned(average.loss(loss.detach()), state, info, ElboTerms(*(x.detach() for x in terms)))
 
 

@@ -27,13 +27,15 @@ class AverageGradient:
         if leaf_BTD is not None and stem_BTD is not None and stem_BTD.requires_grad:
             self.tensors.append(leaf_BTD.requires_grad_())
             self.stem.append(stem_BTD)
-        self.sums: list[Tensor | None] = [None] * len(self.tensors)
+        self.sums: list[Tensor | None] = []
         self.count = 0
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """One more point of the trajectory."""
         self.count += 1
-        self.sums = [_added(total, x) for total, x in zip(self.sums, gradients, strict=True)]
+        self.sums = (
+            [_added(a, b) for a, b in zip(self.sums, gradients, strict=True)] if self.sums else _owned(gradients)
+        )
 
     def loss(self, value: Tensor) -> Tensor:
         """``value``, whose backward, to be called once, gives every parameter the average gradient."""
@@ -42,15 +44,28 @@ class AverageGradient:
             through = torch.autograd.grad(self.stem, self.parameters, self.sums[-1:], allow_unused=True)
             known = [_added(a, b) for a, b in zip(known, through, strict=True)]
         self.sums = []
-        seen = [(p, x) for p, x in zip(self.parameters, known, strict=True) if x is not None]
+        seen = [(p, x) for p, x in zip(self.parameters, _owned(known), strict=True) if x is not None]
         return _WithGradient.apply(value, 1 / self.count, [x for _, x in seen], *(p for p, _ in seen))
 
 
 def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     if total is None or more is None:
-        found = more if total is None else total
-        return found.to_dense() if found is not None and found.is_sparse else found
+        return more if total is None else total
     return total.add_(more)
+
+
+def _owned(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Each in dense memory of its own, to be changed in place: autograd may hand out one tensor twice, or expanded."""
+    found: list[Tensor | None] = []
+    taken: set[int] = set()
+    for x in gradients:
+        if x is not None:
+            x = x.to_dense()
+            if x.untyped_storage().data_ptr() in taken or not x.is_contiguous():
+                x = x.clone(memory_format=torch.contiguous_format)
+            taken.add(x.untyped_storage().data_ptr())
+        found.append(x)
+    return found
 
 
 class _WithGradient(torch.autograd.Function):
