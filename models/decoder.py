@@ -3,8 +3,10 @@
 Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, S particles. Leading axes of z are free.
 """
 
+from collections.abc import Callable
+from functools import cache
 from itertools import count
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +122,7 @@ class Decoder(nn.Module):
         self.recompute = recompute
         self.layers, self.thought_layers = layers, _hearing(thought_layers, layers)
         self.thought_shape = ThoughtShape(len(self.thought_layers), thoughts, thought_width or width)
+        self.compiled = False
         self.listening = True  # False leaves the cross-attention out, as the first stage of a warm start does
         memory = [self.thought_shape.width if thoughts and n in self.thought_layers else None for n in _count(layers)]
         self.embedding = nn.Embedding(vocabulary, width)
@@ -142,6 +145,11 @@ class Decoder(nn.Module):
                 nn.init.normal_(weight, std=(weight.shape[1] * (2 * layers if residual else 1)) ** -0.5)
             if quiet_thoughts and name.endswith("cross_attention.output.weight"):
                 nn.init.zeros_(weight)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """`torch.compile` of the forward pass, as of every `torch.nn.Module`, and of reading one token at a time."""
+        super().compile(*args, **options)
+        self.compiled = True
 
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
@@ -207,13 +215,15 @@ class Decoder(nn.Module):
             tokens_BT: each row's next tokens, padded on the right.
             lengths_B: how many of them are a row's own, at least one; T when not given.
         """
+        read_piece = _compiled_reading() if self.compiled and tokens_BT.shape[1] == 1 else Decoder._read_piece
         hidden_BD = self.embedding.weight.new_zeros(len(tokens_BT), self.width)
         for first, piece_BU in zip(count(0, self.window), tokens_BT.split(self.window, 1)):
             if lengths_B is None:
-                hidden_BD = self._read_piece(piece_BU, cache, torch.full_like(cache.read_B, piece_BU.shape[1]))[:, -1]
+                new_B = torch.full_like(cache.read_B, piece_BU.shape[1])
+                hidden_BD = read_piece(self, piece_BU, cache, new_B)[:, -1]
             else:
                 new_B = (lengths_B - first).clamp(0, piece_BU.shape[1])
-                hidden_BD = _last(self._read_piece(piece_BU, cache, new_B), new_B, hidden_BD)
+                hidden_BD = _last(read_piece(self, piece_BU, cache, new_B), new_B, hidden_BD)
         return hidden_BD
 
     def _read_piece(
@@ -227,6 +237,11 @@ class Decoder(nn.Module):
             x_BUD = block.transform(block.attend_to_thoughts(x_BUD, turn, heard))
         cache.read_B.add_(new_B)
         return self.norm(x_BUD)
+
+
+@cache
+def _compiled_reading() -> Callable[..., Tensor]:
+    return torch.compile(Decoder._read_piece)
 
 
 def _last(

@@ -188,17 +188,26 @@ def generation(how: How) -> Report:
 
 
 def _generation(decoder: Decoder, size: int, prompt: int, how: How, tokens: int = 512) -> Report:
-    """How the time of the 500th token stands to the 50th's: medians over 20 neighbours and all rounds."""
+    """With the cache, where it is asked for with the cache and compiled, and without."""
     z_BLKD = torch.randn(size, *decoder.thought_shape)
     start_BT = torch.randint(decoder.vocabulary, (size, prompt))
-    _write(decoder, z_BLKD, start_BT, 16, how, cached=True)
-    runs = [_write(decoder, z_BLKD, start_BT, tokens, how, cached=True) for _ in range(how.rounds)]
     anew, slow = _write(decoder, z_BLKD, start_BT, tokens, how, cached=False)
+    report: Report = {"uncached": {"tokens_per_second": size * tokens / sum(slow)}}
+    for compiled in (False, True) if how.compiled else (False,):
+        decoder.compiled = compiled
+        _write(decoder, z_BLKD, start_BT, 16, how, cached=True)
+        runs = [_write(decoder, z_BLKD, start_BT, tokens, how, cached=True) for _ in range(how.rounds)]
+        report["cached, compiled" if compiled else "cached"] = _against(anew, sum(slow), runs)
+    return report
+
+
+def _against(anew: Tensor, slow: float, runs: list[tuple[Tensor, list[float]]]) -> Report:
+    """How the time of the 500th token stands to the 50th's: medians over 20 neighbours and all rounds."""
     fast = statistics.median(sum(times) for _, times in runs)
     early, late = (statistics.median(t for _, times in runs for t in times[n - 10 : n + 10]) for n in (50, 500))
     return {
-        "tokens_per_second": {"cached": size * tokens / fast, "uncached": size * tokens / sum(slow)},
-        "speed_up": sum(slow) / fast,
+        "tokens_per_second": len(anew) * len(runs[0][1]) / fast,
+        "over_uncached": slow / fast,
         "500th_over_50th": late / early,
         "identical": torch.equal(runs[0][0], anew),
     }

@@ -167,7 +167,10 @@ for compiled in (False, True):
     model.zero_grad()
     loss = learn(model, MeanField(model), batch, LocalInference(steps=2, slow_gradient="last")).loss
     loss.backward()
-    found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    with torch.no_grad():
+        cache = decoder.begin(torch.ones(2, 2, 3, 16))
+        hidden = [decoder.read(token, cache) for token in torch.arange(18).view(2, 9).split([3, 1, 1, 1, 1, 1, 1], 1)]
+    found.append([loss.detach(), *(p.grad.clone() for p in model.parameters()), *hidden])
 for ours, plain in zip(*found, strict=True):
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
