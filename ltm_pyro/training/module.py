@@ -47,7 +47,7 @@ class LTMModule(pl.LightningModule):
             by default q starts anew with every batch, as in the paper.
         on_nonfinite: what a sequence without a finite ELBO does to training: ``stop`` it, or ``skip`` the batch.
         vocabulary: V; the data's when not given.
-        compile: lets torch compile the decoder: a minute at the start, a fifth to a half faster afterwards; writing too.
+        compile: lets torch compile the decoder: a minute at the start, a fifth to a half faster afterwards.
         seed: of the noise, together with epoch, batch and rank.
     """
 

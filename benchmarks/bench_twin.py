@@ -1,0 +1,120 @@
+"""A recipe beside its autoregressive twin at equal training FLOPs: learning curves and honest bounds.
+
+    ltm data pack CORPUS.jsonl --out data/corpus --tokenizer bpe:4096 --seq-len 256
+    python benchmarks/bench_twin.py --data data/corpus --texts ptb.valid.txt wikitext2.valid.txt agnews.jsonl
+
+On a CPU this is cpu-small, which brings its own budget of FLOPs: two trainings of some ten minutes on two cores. On a
+CUDA device it is ltm-small for eight minutes, on sequences of 1,024 tokens, and its twin for as many FLOPs; both are
+scored on the CPU, where --limit 64 takes long enough. A training that was cut off goes on. Writes a dated report and a
+picture to benchmarks/results/. Without the data it says so. Further arguments go to both trainings.
+"""
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from ltm_pyro.evaluation import evaluate_run
+from ltm_pyro.runs import load_run, read_checkpoint
+from ltm_pyro.training.fitting import train
+from ltm_pyro.training.recipe import read_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "studies" / "recipes"
+ON_CUDA = ("--trainer.precision", "bf16-mixed", "--data.batch_size", "64")
+
+
+def fit(name: str, arguments: argparse.Namespace, *budget: str) -> Path:
+    run = Path(arguments.out or f"runs/{arguments.recipe}", name)
+    places = ("--run", str(run), "--data.directory", arguments.data, "--ckpt_path", "last")
+    words = ["--config", str(RECIPES / f"{arguments.recipe}.yaml"), *places, *budget]
+    return train(read_recipe([*words, *(ON_CUDA if torch.cuda.is_available() else ()), *arguments.further]))
+
+
+def fit_both(arguments: argparse.Namespace) -> dict[str, Path]:
+    minutes, ours_budget, twin_budget = arguments.minutes, (), ()
+    if minutes:
+        ours_budget = ("--trainer.max_time", f"00:{minutes // 60:02}:{minutes % 60:02}:00")
+    ours = fit("latent-thought", arguments, *ours_budget)
+    if minutes:
+        twin_budget = ("--model.max_flops", str(read_checkpoint(ours)["state_dict"]["flops"].item()))
+    twin = fit("autoregressive", arguments, "--model.decoder.init_args.thoughts", "0", *twin_budget)
+    return {"Latent-Thought": ours, "autoregressive": twin}
+
+
+def curve(run: Path) -> list[tuple[float, float]]:
+    """Held-out nats per token over FLOPs spent: validation rows stand behind the training row of their step."""
+    points, spent = [], 0.0
+    with (run / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            spent = float(row["train/flops"] or spent)
+            if row["val/bound"]:
+                points.append((spent, float(row["val/bound"])))
+    return points
+
+
+def draw(runs: dict[str, Path], title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, run in runs.items():
+        axes.plot(*zip(*curve(run), strict=True), marker="o", markersize=3, label=name)
+    axes.set(xlabel="training FLOPs", ylabel="bound, nats per held-out token", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def table(runs: dict[str, Path], texts: list[str | None], limit: int) -> list[str]:
+    lines = ["| text | model | tokens | bound | ± s.e. | iwae | prior | bits per byte |", "|" + " --- |" * 8]
+    for text in texts:
+        for name, run in runs.items():
+            found = evaluate_run(load_run(run), text, ["bound", "iwae", "prior"], 8, limit=limit)
+            bound, iwae, prior = found.protocols.values()
+            nats = " | ".join(f"{s.nats_per_token:.4f}" for s in (iwae, prior))
+            figures = (
+                f"{bound.nats_per_token:.4f} | {bound.stderr_nats_per_token:.4f} | {nats} | {bound.bits_per_byte:.3f}"
+            )
+            lines.append(f"| {Path(text).name if text else 'validation'} | {name} | {found.tokens:,} | {figures} |")
+    return lines
+
+
+def main() -> None:
+    """Trains both, scores them on every text, and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=sorted(x.stem for x in RECIPES.glob("*-*.yaml")), help="what is trained")
+    parser.add_argument("--data", default="data/corpus", help="packed data, of the recipe's sequence length")
+    parser.add_argument("--out", help="where the runs go; runs/RECIPE when not given")
+    parser.add_argument("--minutes", type=int, help="of the first; the second gets its FLOPs")
+    parser.add_argument("--texts", nargs="*", default=[], help="further texts to score")
+    parser.add_argument("--limit", type=int, default=400, help="sequences of each text to score")
+    arguments, arguments.further = parser.parse_known_args(namespace=argparse.Namespace(further=[]))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+    if not arguments.recipe and torch.cuda.is_available():
+        arguments.recipe, arguments.minutes = "ltm-small", arguments.minutes or 8
+    elif not arguments.recipe:
+        arguments.recipe = "cpu-small"
+        print("ltm-small: not run: no CUDA device")
+    if not Path(arguments.data).exists():
+        print(f"not run: no packed data at {arguments.data}; pack some with `ltm data pack` and name it with --data")
+        return
+    runs, title = fit_both(arguments), f"{arguments.recipe} at equal FLOPs"
+    report = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{arguments.recipe}.md"
+    report.parent.mkdir(exist_ok=True)
+    draw(runs, title, report.with_suffix(".png"))
+    command = shlex.join(["python", "benchmarks/bench_twin.py", *sys.argv[1:]])
+    heading = [f"# {arguments.recipe} beside its autoregressive twin", "", f"`{command}`", ""]
+    heading += [f"{platform.machine()}, {device}; nats per token of the honest bound, 8 draws.", ""]
+    lines = [*heading, *table(runs, [None, *arguments.texts], arguments.limit), "", f"![curves]({report.stem}.png)", ""]
+    report.write_text("\n".join(lines), "utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
