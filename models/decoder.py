@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, S partic
 from collections.abc import Callable
 from functools import cache
 from itertools import count
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         self.recompute = recompute
         self.layers, self.thought_layers = layers, _hearing(thought_layers, layers)
         self.thought_shape = ThoughtShape(len(self.thought_layers), thoughts, thought_width or width)
-        self.compiled = False
+        self.compiled_reading = False  # True lets torch compile the reading of single tokens
         self.listening = True  # False leaves the cross-attention out, as the first stage of a warm start does
         memory = [self.thought_shape.width if thoughts and n in self.thought_layers else None for n in _count(layers)]
         self.embedding = nn.Embedding(vocabulary, width)
@@ -145,11 +145,6 @@ class Decoder(nn.Module):
                 nn.init.normal_(weight, std=(weight.shape[1] * (2 * layers if residual else 1)) ** -0.5)
             if quiet_thoughts and name.endswith("cross_attention.output.weight"):
                 nn.init.zeros_(weight)
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """`torch.compile` of the forward pass, as of every `torch.nn.Module`, and of reading one token at a time."""
-        super().compile(*args, **options)
-        self.compiled = True
 
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
@@ -215,7 +210,7 @@ class Decoder(nn.Module):
             tokens_BT: each row's next tokens, padded on the right.
             lengths_B: how many of them are a row's own, at least one; T when not given.
         """
-        read_piece = _compiled_reading() if self.compiled and tokens_BT.shape[1] == 1 else Decoder._read_piece
+        read_piece = _compiled_reading() if self.compiled_reading and tokens_BT.shape[1] == 1 else Decoder._read_piece
         hidden_BD = self.embedding.weight.new_zeros(len(tokens_BT), self.width)
         for first, piece_BU in zip(count(0, self.window), tokens_BT.split(self.window, 1)):
             if lengths_B is None:

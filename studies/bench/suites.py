@@ -195,7 +195,7 @@ def _generation(decoder: Decoder, size: int, prompt: int, how: How, tokens: int 
     anew, slow = _write(decoder, z_BLKD, start_BT, tokens, how, cached=False)
     report: Report = {"uncached": {"tokens_per_second": size * tokens / sum(slow)}}
     for compiled in (False, True) if how.compiled else (False,):
-        decoder.compiled = compiled
+        decoder.compiled_reading = compiled
         _write(decoder, z_BLKD, start_BT, 16, how, cached=True)
         runs = [_write(decoder, z_BLKD, start_BT, tokens, how, cached=True) for _ in range(how.rounds)]
         report["cached, compiled" if compiled else "cached"] = _against(anew, sum(slow), runs)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ltm_pyro.models import decoder
 from ltm_pyro.protocols import DEFAULT, PROTOCOLS
 
 FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "stderr_nats_per_token", "kl_nats_per_token")
@@ -83,6 +84,19 @@ def test_streamed_text_is_the_text(run, ltm):
     options = ("generate", run, "--prompt", "the people", "--max-new-tokens", 12, "--refit-every", 5)
     code, out, err = ltm(*options, "--stream")
     assert (code, err, out) == (0, "", ltm(*options)[1])
+
+
+def test_single_tokens_are_read_compiled_where_asked(run, ltm, monkeypatch):
+    """The compiler itself runs in a process of its own, in tests/models/test_decoder.py."""
+    lengths, options = [], ("generate", run, "--prompt", "the people", "--max-new-tokens", 6)
+
+    def read(decoder, tokens_BU, *rest):
+        lengths.append(tokens_BU.shape[1])
+        return decoder._read_piece(tokens_BU, *rest)
+
+    monkeypatch.setattr(decoder, "_compiled_reading", lambda: read)
+    assert ltm(*options)[1] == ltm(*options, "--compile")[1]
+    assert lengths == [1] * 5  # all but the prompt
 
 
 def test_thoughts_are_chosen_and_interpolated(run, ltm):

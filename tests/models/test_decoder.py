@@ -163,6 +163,7 @@ found = []
 for compiled in (False, True):
     if compiled:
         decoder.compile()
+    decoder.compiled_reading = compiled
     torch.manual_seed(0)
     model.zero_grad()
     loss = learn(model, MeanField(model), batch, LocalInference(steps=2, slow_gradient="last")).loss
