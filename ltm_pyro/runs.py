@@ -60,6 +60,7 @@ def load_run(path: str | Path) -> Run:
 def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], source: str | Path) -> Run:
     """A run from its parts; the weights must be those of the recipe's model, name by name."""
     config = parse_recipe(recipe)
+    config.model.compile = False  # that was for training: one line of text need not wait for the compiler
     module = build_module(config)
     load_weights(module, weights, source)
     module.eval()

@@ -57,7 +57,13 @@ def run(args: argparse.Namespace) -> int:
     )
     trained = load_run(args.run)
     trained.model.decoder.compiled_reading = args.compile
-    texts = _texts(trained, args, sampling)
+    try:
+        texts = _texts(trained, args, sampling)
+    except RuntimeError as error:
+        if not args.compile:
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise UsageError(f"--compile does not work on this machine ({first}): leave it out.") from None
     if args.json:
         given = {"interpolate": args.interpolate} if args.interpolate else {"prompt": args.prompt}
         print(json.dumps({**given, "samples": texts}, ensure_ascii=False))

@@ -6,6 +6,7 @@ import pytest
 
 from ltm_pyro.models import decoder
 from ltm_pyro.protocols import DEFAULT, PROTOCOLS
+from ltm_pyro.runs import build_run, read_checkpoint
 
 FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "stderr_nats_per_token", "kl_nats_per_token")
 
@@ -97,6 +98,24 @@ def test_single_tokens_are_read_compiled_where_asked(run, ltm, monkeypatch):
     monkeypatch.setattr(decoder, "_compiled_reading", lambda: read)
     assert ltm(*options)[1] == ltm(*options, "--compile")[1]
     assert lengths == [1] * 5  # all but the prompt
+
+
+def test_a_run_that_was_trained_compiled_is_loaded_as_it_is(run):
+    checkpoint = read_checkpoint(run)
+    recipe = checkpoint["ltm_pyro"]["recipe"].replace("compile: false", "compile: true")
+    assert "compile: true" in recipe
+    loaded = build_run(recipe, checkpoint["ltm_pyro"]["tokenizer"], checkpoint["state_dict"], run)
+    assert loaded.model.decoder._compiled_call_impl is None
+
+
+def test_without_a_compiler_one_sentence_says_so(run, ltm, monkeypatch):
+    def fails():
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(decoder, "_compiled_reading", fails)
+    code, out, err = ltm("generate", run, "--compile")
+    assert (code, out) == (2, "")
+    assert "--compile does not work on this machine (no compiler): leave it out." in err
 
 
 def test_thoughts_are_chosen_and_interpolated(run, ltm):
