@@ -35,6 +35,16 @@ class ElboTerms(NamedTuple):
         return self.log_likelihood_B - self.kl_B
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
+
+    Validation waits for the device at every site, and lets one sequence's non-finite parameters stop all the others.
+    """
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        yield
+
+
 class Draws(NamedTuple):
     """How the ELBO is drawn: S particles or one without an axis, mirrored or not, KL exact or along the path."""
 
@@ -43,6 +53,7 @@ class Draws(NamedTuple):
     path: bool = False
 
 
+@quiet()
 def elbo_terms(
     model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws | None = None
 ) -> ElboTerms:
@@ -73,6 +84,7 @@ def average_terms(model: Model, guide: Guide, batch: Batch, local: LocalParamete
     return ElboTerms(*(x.mean(0) for x in elbo_terms(model, guide, batch, local, draws)))
 
 
+@quiet()
 def log_weights(
     model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int
 ) -> Float[Tensor, "S B"]:
@@ -87,9 +99,10 @@ def weigh(q: Trace, p: Trace) -> Float[Tensor, "... B"]:
         return log_joint_B - _total(map(_log_prob, _latent(q).values()))
 
 
+@quiet()
 def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
     """log p(x | z) at S draws z ~ p(z), in nats."""
-    with quiet(), pyro.plate(PARTICLES, particles, dim=-2):
+    with pyro.plate(PARTICLES, particles, dim=-2):
         p = prune_subsample_sites(poutine.trace(model).get_trace(batch))
     return _total(_log_prob(node) for node in _sampled(p).values() if node["is_observed"])
 
@@ -111,12 +124,11 @@ def normalisers(model: Model) -> list[Tensor]:
 
 def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> tuple[Trace, Trace]:
     """The guide's trace, and the model's replayed against it; S particles become a plate left of the sequences."""
-    with quiet():
-        mirror = Antithetic() if draws.antithetic else nullcontext()
-        with full_precision(batch.inputs_BT), mirror, _particles(draws):  # mirror outside, to see the plate
-            q = prune_subsample_sites(poutine.trace(guide).get_trace(batch, local))
-        with _particles(draws):
-            p = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=q)).get_trace(batch))
+    mirror = Antithetic() if draws.antithetic else nullcontext()
+    with full_precision(batch.inputs_BT), mirror, _particles(draws):  # mirror outside, to see the plate
+        q = prune_subsample_sites(poutine.trace(guide).get_trace(batch, local))
+    with _particles(draws):
+        p = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=q)).get_trace(batch))
     check_sites(_latent(q), _latent(p))
     return q, p
 
@@ -137,18 +149,8 @@ def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
 
 
 def _replayed(guide: Guide, q: Trace, batch: Batch, local: LocalParameters, draws: Draws) -> Trace:
-    with quiet(), full_precision(batch.inputs_BT), _particles(draws):
+    with full_precision(batch.inputs_BT), _particles(draws):
         return prune_subsample_sites(poutine.trace(poutine.replay(guide, trace=q)).get_trace(batch, local))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
-
-    Validation waits for the device at every site, and lets one sequence's non-finite parameters stop all the others.
-    """
-    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        yield
 
 
 def _particles(draws: Draws) -> Any:

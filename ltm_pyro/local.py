@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, UsageError, seeded
-from ltm_pyro.elbo import ElboTerms, average_terms
+from ltm_pyro.elbo import ElboTerms, average_terms, quiet
 from ltm_pyro.fast import OPTIMIZERS, Groups
 from ltm_pyro.inference import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.precision import rounded
@@ -23,6 +23,7 @@ from ltm_pyro.trajectory import AverageGradient
 OnStep = Callable[[int, LocalParameters, ElboTerms], None]  # step, q's parameters before it, the ELBO's terms there
 
 
+@quiet()
 def fit(
     model: Model,
     guide: Guide,
@@ -46,6 +47,7 @@ def fit(
     return state._replace(parameters={name: x.detach() for name, x in state.parameters.items()}), info
 
 
+@quiet()
 def begin(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
     """The state before the first fast step: q at ``inference.start``."""
     start = guide.start(prior_sites(model, batch.size), inference.start)
@@ -68,6 +70,7 @@ class Learned(NamedTuple):
         return self.info.finite_B & self.terms.elbo_B.isfinite()
 
 
+@quiet()
 def learn(
     model: Model,
     guide: Guide,
