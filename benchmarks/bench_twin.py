@@ -4,9 +4,9 @@
     python benchmarks/bench_twin.py --data data/corpus --texts ptb.valid.txt wikitext2.valid.txt agnews.jsonl
 
 On a CPU this is cpu-small, which brings its own budget of FLOPs: two trainings of some ten minutes on two cores. On a
-CUDA device it is ltm-small for eight minutes, on sequences of 1,024 tokens, and its twin for as many FLOPs; both are
-scored on the CPU, where --limit 64 takes long enough. A training that was cut off goes on. Writes a dated report and a
-picture to benchmarks/results/. Without the data it says so. Further arguments go to both trainings.
+CUDA device it is ltm-small for eight minutes, on sequences of 1,024 tokens, and its twin for as many FLOPs. A training
+that was cut off goes on. Writes a dated report and a picture to benchmarks/results/. Without the data it says so.
+Further arguments go to both trainings.
 """
 
 import argparse
@@ -27,24 +27,25 @@ from ltm_pyro.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "studies" / "recipes"
-ON_CUDA = ("--trainer.precision", "bf16-mixed", "--data.batch_size", "64")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIONS = {"cuda": ("--trainer.precision", "bf16-mixed", "--data.batch_size", "64"), "cpu": ()}
 
 
 def fit(name: str, arguments: argparse.Namespace, *budget: str) -> Path:
     run = Path(arguments.out or f"runs/{arguments.recipe}", name)
     places = ("--run", str(run), "--data.directory", arguments.data, "--ckpt_path", "last")
     words = ["--config", str(RECIPES / f"{arguments.recipe}.yaml"), *places, *budget]
-    return train(read_recipe([*words, *(ON_CUDA if torch.cuda.is_available() else ()), *arguments.further]))
+    return train(read_recipe([*words, *OPTIONS[DEVICE], *arguments.further]))
 
 
 def fit_both(arguments: argparse.Namespace) -> dict[str, Path]:
-    minutes, ours_budget, twin_budget = arguments.minutes, (), ()
+    """By the recipe's own budget, or the first for some minutes and the second for its FLOPs."""
+    minutes, as_twin = arguments.minutes, ["--model.decoder.init_args.thoughts", "0"]
+    clock = ["--trainer.max_time", f"00:{minutes // 60:02}:{minutes % 60:02}:00"] if minutes else []
+    ours = fit("latent-thought", arguments, *clock)
     if minutes:
-        ours_budget = ("--trainer.max_time", f"00:{minutes // 60:02}:{minutes % 60:02}:00")
-    ours = fit("latent-thought", arguments, *ours_budget)
-    if minutes:
-        twin_budget = ("--model.max_flops", str(read_checkpoint(ours)["state_dict"]["flops"].item()))
-    twin = fit("autoregressive", arguments, "--model.decoder.init_args.thoughts", "0", *twin_budget)
+        as_twin += ["--model.max_flops", str(read_checkpoint(ours)["state_dict"]["flops"].item())]
+    twin = fit("autoregressive", arguments, *as_twin)
     return {"Latent-Thought": ours, "autoregressive": twin}
 
 
@@ -75,7 +76,7 @@ def table(runs: dict[str, Path], texts: list[str | None], limit: int) -> list[st
     lines = ["| text | model | tokens | bound | ± s.e. | iwae | prior | bits per byte |", "|" + " --- |" * 8]
     for text in texts:
         for name, run in runs.items():
-            found = evaluate_run(load_run(run), text, ["bound", "iwae", "prior"], 8, limit=limit)
+            found = evaluate_run(load_run(run, DEVICE), text, ["bound", "iwae", "prior"], 8, limit=limit)
             bound, iwae, prior = found.protocols.values()
             nats = " | ".join(f"{s.nats_per_token:.4f}" for s in (iwae, prior))
             figures = (
@@ -95,8 +96,8 @@ def main() -> None:
     parser.add_argument("--texts", nargs="*", default=[], help="further texts to score")
     parser.add_argument("--limit", type=int, default=400, help="sequences of each text to score")
     arguments, arguments.further = parser.parse_known_args(namespace=argparse.Namespace(further=[]))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
-    if not arguments.recipe and torch.cuda.is_available():
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} cores"
+    if not arguments.recipe and DEVICE == "cuda":
         arguments.recipe, arguments.minutes = "ltm-small", arguments.minutes or 8
     elif not arguments.recipe:
         arguments.recipe = "cpu-small"

@@ -48,7 +48,8 @@ def evaluate_run(
     batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate)
     console = Console(stderr=True)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
-    return evaluate(run.model, run.guide, shown, inference, protocols, samples, seed, block)
+    moved = (batch.to(run.device) for batch in shown)
+    return evaluate(run.model, run.guide, moved, inference, protocols, samples, seed, block)
 
 
 def _estimate(model: Any, samples: int) -> None:

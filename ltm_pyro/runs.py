@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -42,19 +42,36 @@ class Run(NamedTuple):
         """The token behind which every sequence begins."""
         return end_of_text(self.tokenizer)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; batches have to be there too."""
+        return cast(torch.device, self.model.decoder.embedding.weight.device)
 
-def load_run(path: str | Path) -> Run:
-    """A run directory, a checkpoint or a folder that `ltm export` wrote, in evaluation mode on the CPU.
+    def to(self, device: str) -> "Run":
+        """This run, its model moved to another device; `UsageError` where this machine has none of the name."""
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UsageError(f"There is no device '{device}' here ({reason}): choose cpu.") from None
+        for part in (self.model, self.guide):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
+
+def load_run(path: str | Path, device: str = "cpu") -> Run:
+    """A run directory, a checkpoint or a folder that `ltm export` wrote, in evaluation mode.
 
     Nothing in it is unpickled, but its recipe names prior and guide by dotted path, and those modules are imported.
     """
     if (Path(path) / WEIGHTS).is_file():
         from ltm_pyro.hub import from_pretrained
 
-        return from_pretrained(path)
+        return from_pretrained(path).to(device)
     checkpoint = read_checkpoint(path)
     texts = checkpoint["ltm_pyro"]
-    return build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], path)
+    return build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], path).to(device)
 
 
 def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], source: str | Path) -> Run:

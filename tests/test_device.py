@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.elbo import Draws, elbo_terms, log_weights
+from ltm_pyro.evaluation import evaluate_run
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit, learn
 from ltm_pyro.models import Decoder, LatentThoughtModel
+from ltm_pyro.protocols import PROTOCOLS
 from tests.test_laws import PAIRS, make_guide, make_prior
 
 B, T = 3, 7
@@ -28,14 +30,19 @@ OPTIONS = [
 
 
 @pytest.fixture
-def nowhere(monkeypatch):
-    """Makes a model, a guide and a batch on ``meta``."""
+def stage(monkeypatch):
+    """Inside, nothing asks for what ``meta`` does not have."""
     off, dense = torch.autocast("cpu", enabled=False), F.embedding
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: off)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr("ltm_pyro.attention.backend", lambda *case: "sdpa")
     monkeypatch.setattr("ltm_pyro.cross_entropy.kernel", lambda function, device: function)
     monkeypatch.setattr(F, "embedding", lambda x, weight, *more, sparse=False: dense(x, weight, *more))
+
+
+@pytest.fixture
+def nowhere(stage):
+    """Makes a model, a guide and a batch on ``meta``."""
 
     def make(prior="GaussianPrior", guide="MeanField"):
         decoder = Decoder(11, layers=2, width=8, heads=2, thoughts=1, window=4, length=16, thought_width=2)
@@ -85,3 +92,10 @@ def test_reading_goes_on_without_a_wait(nowhere):
         cache = model.decoder.begin(torch.empty(B, *model.decoder.thought_shape, device="meta"))
         for tokens_BU in (batch.inputs_BT, batch.inputs_BT[:, :1]):
             assert model.decoder.read(tokens_BU, cache).device.type == "meta"
+
+
+def test_a_run_is_scored_where_it_is(stage, tiny_run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a short text about time. " * 9)
+    with pytest.raises(NotImplementedError, match="copy out of meta"):  # the figures, and only they
+        evaluate_run(tiny_run().to("meta"), str(text), [*PROTOCOLS], limit=2)

@@ -6,12 +6,15 @@ import torch
 from ltm_pyro.attention import BACKENDS, backend, dense_attention
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.cross_entropy import token_nats
+from ltm_pyro.evaluation import evaluate_run
 from ltm_pyro.guides.mean_field import MeanField
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit, learn
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.gaussian import GaussianPrior
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.text.generation import generate
+from ltm_pyro.text.sampling import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 B, T, V = 4, 128, 20_000
@@ -72,3 +75,16 @@ def test_cross_entropy_in_half_precision():
     truth = torch.nn.functional.cross_entropy((hidden @ embedding.T).flatten(0, 1).double(), value.flatten())
     with torch.autocast("cuda", torch.bfloat16):
         assert abs(token_nats(hidden, embedding, value).mean().item() - truth.item()) < 0.01
+
+
+def test_a_run_scores_and_writes_on_the_device_as_on_the_cpu(tiny_run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a short text about time. " * 9)
+    run, found = tiny_run(), {}
+    sampling = Sampling(max_new_tokens=8, do_sample=False)
+    for device in ("cpu", "cuda"):
+        run.to(device)
+        scores = evaluate_run(run, str(text), ["bound", "causal"], samples=64).protocols
+        found[device] = {name: score.nats_per_token for name, score in scores.items()}
+        assert len(generate(run, "a short", sampling)) == 1
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=0.02)  # the noise is another

@@ -24,3 +24,8 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``."""
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where the model computes: cpu, cuda or cuda:1")

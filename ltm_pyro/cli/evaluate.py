@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.protocols import DEFAULT, PROTOCOLS, Evaluation, check_protocols
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N sequences")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     suites = parser.add_argument_group("suites: the paper's evaluation table")
     suites.add_argument(
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.evaluation import evaluate_run  # here, so that --help need not wait for Lightning
     from ltm_pyro.runs import load_run
 
-    trained = load_run(args.run)
+    trained = load_run(args.run, args.device)
     evaluation = evaluate_run(
         trained, args.data, protocols, args.samples, args.fast_steps, args.limit, args.seed, args.block, args.normaliser
     )
@@ -87,7 +88,7 @@ def _suites(args: argparse.Namespace) -> int:
     )
     run = Path(args.run)
     out = args.out or (run if run.is_dir() else run.parent) / "suites"
-    content = evaluate_suites(args.run, args.suite.split(","), options, out, args.baseline, args.force)
+    content = evaluate_suites(args.run, args.suite.split(","), options, out, args.baseline, args.force, args.device)
     print(json.dumps(content) if args.json else markdown(content))
     return 0
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.contracts import UsageError
 
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print the text while it is written")
     about = "half a minute of torch's compiler first, then a single text is written twice as fast"
     parser.add_argument("--compile", action="store_true", help=about)
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     tokens = parser.add_argument_group("tokens, as in Hugging Face's generate")
     tokens.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N", help="tokens after the prompt")
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         num_return_sequences=1 if args.interpolate else args.num_samples,
         stop_strings=tuple(args.stop),
     )
-    trained = load_run(args.run)
+    trained = load_run(args.run, args.device)
     trained.model.decoder.compiled_reading = args.compile
     try:
         texts = _texts(trained, args, sampling)

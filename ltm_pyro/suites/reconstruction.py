@@ -35,7 +35,7 @@ def accuracy(options: Options, run: Run) -> Figures:
     found, sizes = [], []
     for index, batch in enumerate(batches):
         with torch.no_grad():
-            batch = run.model.prepare(batch)
+            batch = run.model.prepare(batch.to(run.device))
             keys = [(options.seed, index, row) for row in range(batch.size)]
             state = infer(run, batch, options.inference(run), keys)
             z_BLKD = draw(run, batch, state, keys=keys).z_BLKD

@@ -58,7 +58,13 @@ RESULTS, REPORT, PICTURE = "results.json", "report.md", "reconstruction.png"
 
 
 def evaluate_suites(
-    run: str, names: Sequence[str], options: Options, out: Path, baseline: str | None = None, force: bool = False
+    run: str,
+    names: Sequence[str],
+    options: Options,
+    out: Path,
+    baseline: str | None = None,
+    force: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Every part of the suites ``names`` for ``run`` and ``baseline``, in that order; returns what ``out`` then holds.
 
@@ -70,7 +76,7 @@ def evaluate_suites(
             raise UsageError(f"Unknown suite '{name}': choose from {', '.join(SUITES)}.")
     plan = [(name, part) for name in names for part in SUITES[name].parts(options)]
     paths = {"model": run, **({"baseline": baseline} if baseline else {})}
-    runs = {column: load_run(path) for column, path in paths.items()}
+    runs = {column: load_run(path, device) for column, path in paths.items()}
     book = _Book(out, _settings(paths, options), force)
     console = Console(stderr=True)
     for index, (name, part) in enumerate(plan, 1):

@@ -149,7 +149,7 @@ class _Page:
 
     def whole(self) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
         """Every row behind its start token, padded on the right, and their lengths."""
-        start, device = self._run.start_token, self._run.model.decoder.embedding.weight.device
+        start, device = self._run.start_token, self._run.device
         longest = max(map(len, self.rows))
         padded = [[start, *row, *[start] * (longest - len(row))] for row in self.rows]
         lengths = [1 + len(row) for row in self.rows]

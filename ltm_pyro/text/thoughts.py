@@ -74,12 +74,11 @@ def encode(run: Run, text: str) -> list[int]:
 
 def read(run: Run, rows: Sequence[Tokens]) -> Batch:
     """The batch of the rows' tokens, padded on the right to at least one."""
-    device = next(run.model.parameters()).device
-    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    lengths_B = torch.tensor([len(row) for row in rows], device=run.device)
     if (longest := int(lengths_B.max())) > run.length:
         raise UsageError(f"A text has {longest} tokens, but the model's length is {run.length}: shorten it.")
     padded = [[*row, *[run.start_token] * (max(longest, 1) - len(row))] for row in rows]
-    return make_batch(torch.tensor(padded, device=device), lengths_B, run.start_token)
+    return make_batch(torch.tensor(padded, device=run.device), lengths_B, run.start_token)
 
 
 def infer(
