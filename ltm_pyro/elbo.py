@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -65,7 +65,10 @@ def elbo_terms(
     it is the latter everywhere, q's parameters held fixed inside log q. Unlike Pyro's own estimators it never waits
     for the device. Source: arXiv 2502.01567, equation 4.
     """
-    draws = draws or Draws()
+    return _terms(model, guide, batch, local, draws or Draws())
+
+
+def _terms(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> ElboTerms:
     q, p = traces(model, guide, batch, local, draws)
     prior, posterior = _sampled(p), _latent(q)
     log_likelihood_B = _total(_log_prob(node) for name, node in prior.items() if name not in posterior)
@@ -78,10 +81,10 @@ def elbo_terms(
 
 
 def average_terms(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> ElboTerms:
-    """The terms averaged over S draws; one draw carries no particle axis through the decoder."""
+    """The terms averaged over S draws, inside `quiet`; one draw carries no particle axis through the decoder."""
     if draws.particles == 1:
-        return elbo_terms(model, guide, batch, local, draws._replace(particles=None))
-    return ElboTerms(*(x.mean(0) for x in elbo_terms(model, guide, batch, local, draws)))
+        return _terms(model, guide, batch, local, draws._replace(particles=None))
+    return ElboTerms(*(x.mean(0) for x in _terms(model, guide, batch, local, draws)))
 
 
 @quiet()
@@ -103,7 +106,7 @@ def weigh(q: Trace, p: Trace) -> Float[Tensor, "... B"]:
 def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
     """log p(x | z) at S draws z ~ p(z), in nats."""
     with pyro.plate(PARTICLES, particles, dim=-2):
-        p = prune_subsample_sites(poutine.trace(model).get_trace(batch))
+        p = poutine.trace(model).get_trace(batch)
     return _total(_log_prob(node) for node in _sampled(p).values() if node["is_observed"])
 
 
@@ -126,9 +129,9 @@ def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, dra
     """The guide's trace, and the model's replayed against it; S particles become a plate left of the sequences."""
     mirror = Antithetic() if draws.antithetic else nullcontext()
     with full_precision(batch.inputs_BT), mirror, _particles(draws):  # mirror outside, to see the plate
-        q = prune_subsample_sites(poutine.trace(guide).get_trace(batch, local))
+        q = poutine.trace(guide).get_trace(batch, local)
     with _particles(draws):
-        p = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=q)).get_trace(batch))
+        p = poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
     check_sites(_latent(q), _latent(p))
     return q, p
 
@@ -150,7 +153,7 @@ def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
 
 def _replayed(guide: Guide, q: Trace, batch: Batch, local: LocalParameters, draws: Draws) -> Trace:
     with full_precision(batch.inputs_BT), _particles(draws):
-        return prune_subsample_sites(poutine.trace(poutine.replay(guide, trace=q)).get_trace(batch, local))
+        return poutine.trace(poutine.replay(guide, trace=q)).get_trace(batch, local)
 
 
 def _particles(draws: Draws) -> Any:
@@ -162,7 +165,8 @@ def _total(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _sampled(trace: Trace) -> dict[str, Any]:
-    return {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
+    nodes = trace.nodes.items()
+    return {name: node for name, node in nodes if node["type"] == "sample" and not site_is_subsample(node)}
 
 
 def _latent(trace: Trace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ltm_pyro.contracts import make_batch, seeded
 from ltm_pyro.data import read_manifest
-from ltm_pyro.elbo import average_terms
+from ltm_pyro.elbo import average_terms, quiet
 from ltm_pyro.flops import ours
 from ltm_pyro.local import begin
 from ltm_pyro.training.module import LTMModule
@@ -59,7 +59,7 @@ def memory(module: LTMModule, batch_size: int, length: int) -> int:
         return x
 
     batch: Any = make_batch(torch.ones(1, length, dtype=torch.long), torch.tensor([length]), start_token=0)
-    with seeded(0), saved_tensors_hooks(keep, lambda x: x):
+    with seeded(0), quiet(), saved_tensors_hooks(keep, lambda x: x):
         local = begin(module.model, module.guide, batch, module.inference).parameters
         local = {name: x.requires_grad_() for name, x in local.items()}
         terms = average_terms(module.model, module.guide, module.model.prepare(batch), local, module.inference.draws)
