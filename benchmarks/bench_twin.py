@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from ltm_pyro.allocator import keep_freed_memory
 from ltm_pyro.evaluation import evaluate_run
 from ltm_pyro.runs import load_run, read_checkpoint
 from ltm_pyro.training.fitting import train
@@ -105,6 +106,7 @@ def main() -> None:
     if not Path(arguments.data).exists():
         print(f"not run: no packed data at {arguments.data}; pack some with `ltm data pack` and name it with --data")
         return
+    keep_freed_memory()  # as every command does
     runs, title = fit_both(arguments), f"{arguments.recipe} at equal FLOPs"
     report = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{arguments.recipe}.md"
     report.parent.mkdir(exist_ok=True)

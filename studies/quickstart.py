@@ -21,6 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ltm_pyro.allocator import keep_freed_memory
 from ltm_pyro.data import PackedDataset, pack
 from ltm_pyro.evaluation import evaluate_run
 from ltm_pyro.protocols import DEFAULT
@@ -167,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where everything goes")
     options, given = parser.parse_known_args()
+    keep_freed_memory()
     further = ["--trainer.precision", precision(), *given]
     console, out = Console(), options.out
     packed = prepare(out)

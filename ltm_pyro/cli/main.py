@@ -5,6 +5,8 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
+from ltm_pyro.allocator import keep_freed_memory
+
 COMMANDS = {  # name -> module and the line of help
     "data pack": ("ltm_pyro.cli.data", "text, JSONL, Parquet or a data set -> token shards"),
     "data verify": ("ltm_pyro.cli.data_verify", "is every shard of a pack what its manifest says?"),
@@ -37,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.path.append(str(Path.cwd()))  # last, for a user's own modules
     from ltm_pyro.contracts import UsageError  # brings torch, for which `ltm --help` need not wait
 
+    keep_freed_memory()
     warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
     try:
         sys.exit(_call(name, rest))

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
+from ltm_pyro.allocator import keep_freed_memory
+
 Key = TypeVar("Key")
 
 
@@ -65,6 +67,7 @@ def peak_bytes(work: Callable[..., None], *arguments: Any) -> int:
 
 def _grown(work: Callable[..., None], threads: int, arguments: tuple[Any, ...]) -> int:
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as every command does
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = _resident("VmRSS")
     work(*arguments)

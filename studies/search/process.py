@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ltm_pyro.allocator import keep_freed_memory
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.studies.search.definition import load_definition
 from ltm_pyro.studies.search.objective import Setting
@@ -54,6 +55,7 @@ def start(task: Task) -> tuple[Any, Connection]:
 
 
 def _work(task: Task, say: Connection) -> None:
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
     run = Path(task.setting["run"])
