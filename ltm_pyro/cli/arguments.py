@@ -1,6 +1,7 @@
 """What the commands' arguments have in common: numbers with a lower limit, and complaints of one sentence."""
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -28,4 +29,11 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device``."""
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="where the model computes: cpu, cuda or cuda:1")
+    about = "where the model computes: cpu, cuda or cuda:N"
+    parser.add_argument("--device", type=_device, default="cpu", metavar="NAME", help=about)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+    return text

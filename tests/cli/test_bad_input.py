@@ -79,7 +79,7 @@ def test_text_that_cannot_be_packed(here, refused, arguments, words):
         (["RUN", "--limit", "0"], ("--limit", "'0'", "at least 1")),
         (["RUN", "--fast-steps", "-1"], ("--fast-steps", "'-1'", "at least 0")),
         (["RUN", "--seed", "-1"], ("--seed", "'-1'", "at least 0")),
-        (["RUN", "--device", "gpu"], ("no device 'gpu'", "choose cpu")),
+        (["RUN", "--device", "gpu"], ("--device", "'gpu'", "cuda:N")),
         (["RUN", "--device", "cuda:99"], ("no device 'cuda:99'", "choose cpu")),
         (["RUN", "--data", "nowhere"], ("nowhere", "does not exist")),
         (["RUN", "--data", "empty.txt"], ("empty.txt", "no documents")),
