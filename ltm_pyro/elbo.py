@@ -126,7 +126,10 @@ def normalisers(model: Model) -> list[Tensor]:
 
 
 def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> tuple[Trace, Trace]:
-    """The guide's trace, and the model's replayed against it; S particles become a plate left of the sequences."""
+    """The guide's trace, and the model's replayed against it, inside `quiet`.
+
+    S particles become a plate left of the sequences.
+    """
     mirror = Antithetic() if draws.antithetic else nullcontext()
     with full_precision(batch.inputs_BT), mirror, _particles(draws):  # mirror outside, to see the plate
         q = poutine.trace(guide).get_trace(batch, local)
