@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ltm_pyro.allocator import make_room
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.precision import matrix_dtype
 
@@ -18,55 +19,104 @@ TILES = {"cpu": (1024, 1024)}  # tokens and vocabulary entries of a tile: so man
 LARGE_TILE = (8192, 8192)  # keeps an accelerator busy with 0.4 GB
 
 
+class LateGradient:
+    """E's part in `token_nats`: nought nats, whose backward pass is E's gradient.
+
+    Autograd goes back first through what was called last. Made before the decoder runs, this part comes behind it: E's
+    gradient, the largest tensor of a step, is then held when the decoder's activations are gone. Good for one call.
+
+    Args:
+        shape: of the tokens to come, (..., B, T).
+    """
+
+    def __init__(self, embedding_VD: Float[Tensor, "V D"], shape: torch.Size) -> None:
+        self.seen: list[Tensor] = []  # by the head: hidden states, tokens and log Σ exp
+        self.nats_BT: Tensor = _EmbeddingGradient.apply(embedding_VD, self.seen, shape)
+
+    @classmethod
+    def of(cls, embedding_VD: Float[Tensor, "V D"], shape: torch.Size) -> "LateGradient | None":
+        """None where E does not learn."""
+        return cls(embedding_VD, shape) if torch.is_grad_enabled() and embedding_VD.requires_grad else None
+
+    def take(self, *seen: Tensor) -> Float[Tensor, "... B T"]:
+        """The nought nats of the tokens that the head has seen."""
+        self.seen += [x.detach() for x in seen]
+        return self.nats_BT
+
+
 def token_nats(
-    hidden_BTD: Float[Tensor, "... B T D"], embedding_VD: Float[Tensor, "V D"], value_BT: Int[Tensor, "... B T"]
+    hidden_BTD: Float[Tensor, "... B T D"],
+    embedding_VD: Float[Tensor, "V D"],
+    value_BT: Int[Tensor, "... B T"],
+    late: LateGradient | None = None,
 ) -> Float[Tensor, "... B T"]:
     r"""Nats of every token under a categorical with logits E h.
 
     .. math:: -\log p(x_t) = \log \sum_v \exp (E h_t)_v - (E h_t)_{x_t}
 
-    Products are computed as autocast says, sums and exponentials in at least float32. Where only ``hidden_BTD`` asks
-    for a gradient, it is found on the way (4 V D FLOPs per token in all); where E asks too, the backward pass computes
-    the logits once more (8 V D).
+    Products are computed as autocast says, sums and exponentials in at least float32. The gradient of ``hidden_BTD`` is
+    found on the way (4 V D FLOPs per token in all); where E asks for one too, its backward pass computes the logits
+    once more (8 V D).
+
+    Args:
+        late: made before the decoder ran, which saves memory.
 
     Raises:
         UsageError: when a second derivative is asked for; `TokenCategorical.logits` has one.
     """
     shape = hidden_BTD.shape[:-1]
     hidden_ND, value_N = hidden_BTD.flatten(0, -2), value_BT.expand(shape).flatten()
-    learning = torch.is_grad_enabled()
-    nats_N = _Nats.apply(hidden_ND, embedding_VD, value_N, matrix_dtype(hidden_ND), learning)
-    return nats_N.view(shape)
+    climbing = torch.is_grad_enabled() and hidden_BTD.requires_grad
+    if late is None or late.seen or late.nats_BT.shape != shape:
+        late = LateGradient.of(embedding_VD, shape)
+    nats_N, lse_N = _Nats.apply(hidden_ND, embedding_VD.detach(), value_N, matrix_dtype(hidden_ND), climbing)
+    nats_BT: Tensor = nats_N.view(shape)
+    return nats_BT if late is None else nats_BT + late.take(hidden_ND.to(matrix_dtype(hidden_ND)), value_N, lse_N)
 
 
 class _Nats(torch.autograd.Function):
+    """The nats as a function of the hidden states, and log Σ exp."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, dtype: torch.dtype, learning: bool
-    ) -> Tensor:
-        ctx.dtype = dtype
-        hidden, weights = (learning and need for need in ctx.needs_input_grad[:2])
-        climbing = hidden and not weights
+        ctx: Any, hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, dtype: torch.dtype, climbing: bool
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
         own_ND = embedding_VD[value_N].to(wide)
         lse_N, mean_ND = _expect(hidden_ND.to(dtype), embedding_VD, climbing)
         if climbing:
             ctx.save_for_backward((mean_ND - own_ND).to(hidden_ND.dtype))
-        elif weights:
-            ctx.save_for_backward(hidden_ND, embedding_VD, value_N, lse_N)
-        return lse_N - (hidden_ND.to(wide) * own_ND).sum(-1)
+        ctx.mark_non_differentiable(lse_N)
+        return lse_N - (hidden_ND.to(wide) * own_ND).sum(-1), lse_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph
-            raise UsageError("The fused cross-entropy has no second derivative: go through `TokenCategorical.logits`.")
-        with torch.autocast(grad_N.device.type, enabled=False):
-            if len(ctx.saved_tensors) == 1:
-                (climb_ND,) = ctx.saved_tensors
-                return climb_ND * grad_N[:, None].to(climb_ND.dtype), None, None, None, None
-            hidden_ND, embedding_VD, value_N, lse_N = ctx.saved_tensors
-            both = _both_gradients(hidden_ND.to(ctx.dtype), embedding_VD, value_N, lse_N, grad_N)
-            return both[0].to(hidden_ND.dtype), both[1].to(embedding_VD.dtype), None, None, None
+    def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _only_once()
+        (climb_ND,) = ctx.saved_tensors
+        return climb_ND * grad_N[:, None].to(climb_ND.dtype), None, None, None, None
+
+
+class _EmbeddingGradient(torch.autograd.Function):
+    """Zeros as a function of E, with the gradient that the nats have."""
+
+    @staticmethod
+    def forward(ctx: Any, embedding_VD: Tensor, seen: list[Tensor], shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(embedding_VD)
+        ctx.seen = seen
+        return embedding_VD.new_zeros(shape, dtype=torch.promote_types(embedding_VD.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor | None, ...]:
+        _only_once()
+        (embedding_VD,), (hidden_ND, value_N, lse_N) = ctx.saved_tensors, ctx.seen
+        with torch.autocast(grad_BT.device.type, enabled=False):
+            found_VD = _embedding_gradient(hidden_ND, embedding_VD, value_N, lse_N, grad_BT.flatten())
+            return found_VD.to(embedding_VD.dtype), None, None
+
+
+def _only_once() -> None:
+    if torch.is_grad_enabled():  # create_graph
+        raise UsageError("The fused cross-entropy has no second derivative: go through `TokenCategorical.logits`.")
 
 
 def _tiles(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -131,17 +181,16 @@ def kernel(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     return function if device == "cpu" else torch.compile(function, dynamic=True)
 
 
-def _both_gradients(
+def _embedding_gradient(
     hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, lse_N: Tensor, grad_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of the hidden states and of E, from (softmax(E h) − one-hot) · ``grad_N``; sums in the type of ``lse_N``."""
-    dtype, wide = hidden_ND.dtype, lse_N.dtype
-    to_hidden_ND, to_embedding_VD = (torch.zeros_like(x, dtype=wide) for x in (hidden_ND, embedding_VD))
-    slopes, room_RU = kernel(_slopes, hidden_ND.device.type), _room(hidden_ND, wide)
+) -> Float[Tensor, "V D"]:
+    """Σ_n (softmax(E h_n) − one-hot) · ``grad_N`` · h_nᵀ; sums in the type of ``lse_N``."""
+    make_room(embedding_VD.numel() * lse_N.element_size())
+    found_VD = torch.zeros_like(embedding_VD, dtype=lse_N.dtype)
+    slopes, room_RU = kernel(_slopes, hidden_ND.device.type), _room(hidden_ND, lse_N.dtype)
     for rows, columns in _tiles(hidden_ND, embedding_VD):
-        part_UD = embedding_VD[columns].to(dtype)
+        part_UD = embedding_VD[columns].to(hidden_ND.dtype)
         logits_RU, place_R1 = hidden_ND[rows] @ part_UD.T, value_N[rows, None] - columns.start
         to_logits_RU = slopes(logits_RU, lse_N[rows, None], place_R1, grad_N[rows, None], room_RU)
-        to_hidden_ND[rows] += to_logits_RU @ part_UD
-        to_embedding_VD[columns] += to_logits_RU.T @ hidden_ND[rows]
-    return to_hidden_ND, to_embedding_VD
+        found_VD[columns] += to_logits_RU.T @ hidden_ND[rows]
+    return found_VD

@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from ltm_pyro.cross_entropy import token_nats
+from ltm_pyro.cross_entropy import LateGradient, token_nats
 
 
 class TokenCategorical(TorchDistribution):
@@ -23,6 +23,7 @@ class TokenCategorical(TorchDistribution):
         hidden_BTD: the decoder's output; leading particle axes are free.
         embedding_VD: E, the tied embedding.
         mask_BT: m, False at padding.
+        late: made before the decoder ran, which saves memory where E learns.
     """
 
     arg_constraints = {}
@@ -34,8 +35,9 @@ class TokenCategorical(TorchDistribution):
         hidden_BTD: Float[Tensor, "... B T D"],
         embedding_VD: Float[Tensor, "V D"],
         mask_BT: Bool[Tensor, "B T"],
+        late: LateGradient | None = None,
     ) -> None:
-        self.hidden_BTD, self.embedding_VD, self.mask_BT = hidden_BTD, embedding_VD, mask_BT
+        self.hidden_BTD, self.embedding_VD, self.mask_BT, self.late = hidden_BTD, embedding_VD, mask_BT, late
         super().__init__(hidden_BTD.shape[:-2], hidden_BTD.shape[-2:-1], validate_args=False)
 
     @property
@@ -45,7 +47,7 @@ class TokenCategorical(TorchDistribution):
 
     def log_prob(self, value: Int[Tensor, "... B T"]) -> Float[Tensor, "... B"]:
         """Log-probability of each sequence in nats, padding excluded."""
-        nats_BT = token_nats(self.hidden_BTD, self.embedding_VD, value)
+        nats_BT = token_nats(self.hidden_BTD, self.embedding_VD, value, self.late)
         return -(nats_BT * self.mask_BT).sum(-1)
 
     def sample(self, sample_shape: Any = ()) -> Int[Tensor, "... B T"]:
@@ -55,4 +57,4 @@ class TokenCategorical(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TokenCategorical":
         """The same distribution with more leading axes."""
         hidden_BTD = self.hidden_BTD.expand(*batch_shape, *self.hidden_BTD.shape[-2:])
-        return TokenCategorical(hidden_BTD, self.embedding_VD, self.mask_BT)
+        return TokenCategorical(hidden_BTD, self.embedding_VD, self.mask_BT, self.late)

@@ -1,11 +1,13 @@
 """A Latent-Thought Language Model as a Pyro program: think (the prior), then speak (the decoder)."""
 
 import pyro
+import torch
 from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from ltm_pyro.contracts import SEQUENCES, TOKENS, Batch, Prior
+from ltm_pyro.cross_entropy import LateGradient
 from ltm_pyro.likelihood import TokenCategorical
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.precision import full_precision
@@ -52,7 +54,9 @@ class LatentThoughtModel(PyroModule):
         """p(x | z), padding left out."""
         decoder = self.decoder  # once: at every look Pyro registers all its parameters
         stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
-        return TokenCategorical(decoder(stem_BTD, z_BLKD), decoder.embedding.weight, batch.mask_BT)
+        embedding_VD = decoder.embedding.weight
+        late = LateGradient.of(embedding_VD, torch.Size([*z_BLKD.shape[:-3], stem_BTD.shape[1]]))
+        return TokenCategorical(decoder(stem_BTD, z_BLKD), embedding_VD, batch.mask_BT, late)
 
     def observed(self, batch: Batch) -> Int[Tensor, "B T"] | None:
         """x, the tokens."""

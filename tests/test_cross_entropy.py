@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltm_pyro import cross_entropy
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.cross_entropy import kernel, token_nats
+from ltm_pyro.cross_entropy import LateGradient, kernel, token_nats
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
@@ -120,7 +120,39 @@ def test_nothing_is_found_that_nobody_asks_for(tiny_model, tiny_batch, monkeypat
     learn(model, guide, batch, LocalInference(steps=2, slow_gradient="last"))
     with torch.no_grad():
         elbo_terms(model, guide, batch, begin(model, guide, batch, LocalInference()).parameters)
-    assert asked == [True, True, False, False]  # two fast steps, the slow step, a score
+    assert asked == [True, True, True, False]  # two fast steps, the slow step, a score
+
+
+def test_the_embeddings_gradient_waits_for_the_decoder(tiny_model, tiny_batch, monkeypatch):
+    model, batch, order = tiny_model(), tiny_batch(), []
+    found = cross_entropy._embedding_gradient
+    monkeypatch.setattr(cross_entropy, "_embedding_gradient", lambda *a: order.append("embedding") or found(*a))
+    for name, parameter in model.decoder.blocks.named_parameters():
+        parameter.register_hook(lambda _, name=name: order.append(name))
+    guide, inference = MeanField(model), LocalInference(steps=2, slow_gradient="last")
+    local = begin(model, guide, batch, inference).parameters
+    elbo_terms(model, guide, model.prepare(batch), local).elbo_B.sum().backward()
+    stem = {"0.norm_self.weight", "0.self_attention.query_key_value.weight", "0.self_attention.output.weight"}
+    assert set(order[order.index("embedding") :]) == {"embedding"} | stem  # of the decoder, what was called before
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_came_before_the_decoder_serves_one_call(times):
+    hidden, embedding, value = leaves()
+    late = LateGradient.of(embedding, value.shape)
+    texts = [(hidden, value), (2 * hidden, value.flip(0))][:times]
+    ours = sum(token_nats(x, embedding, y, late).square().sum() for x, y in texts)
+    truth = sum(dense(x, embedding, y).square().sum() for x, y in texts)
+    for _ in range(2):  # the graph can be gone through again
+        found = torch.autograd.grad(ours, [hidden, embedding], retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(truth, [hidden, embedding], retain_graph=True))
+
+
+def test_for_other_tokens_than_it_was_made_for_nothing_is_kept():
+    hidden, embedding, value = leaves()
+    ours = token_nats(hidden, embedding, value, LateGradient.of(embedding, torch.Size([B, T + 1])))
+    expected = torch.autograd.grad(dense(hidden, embedding, value).sum(), embedding)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), embedding), expected)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ltm_pyro.contracts import Start, make_batch
-from ltm_pyro.cross_entropy import token_nats
+from ltm_pyro.cross_entropy import LateGradient, token_nats
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import frozen, learn
@@ -100,7 +100,9 @@ def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT
 
     def loss(stem_BTD: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
         z_BLKD = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-        nats = token_nats(decoder(stem_BTD, z_BLKD), decoder.embedding.weight, targets_BT).sum()
+        embedding_VD = decoder.embedding.weight
+        late = LateGradient.of(embedding_VD, targets_BT.shape)
+        nats = token_nats(decoder(stem_BTD, z_BLKD), embedding_VD, targets_BT, late).sum()
         return nats + 0.5 * (log_var.exp() + mean**2 - 1 - log_var).sum()
 
     def step() -> None:
