@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 Moments = dict[str, Tensor]  # running averages of one parameter's gradient, by name
+Rate = float | Tensor  # on the device where a recorded fit reads it
 
 
 def adam(
@@ -19,7 +20,7 @@ def adam(
     gradient: Tensor,
     moments: Moments,
     count_B: Int[Tensor, " B"],
-    lr: float,
+    lr: Rate,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> tuple[Tensor, Moments]:
@@ -32,17 +33,17 @@ def adam(
     square = (moments["square"] * betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     count = count_B.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
     scale = (square / (1 - betas[1] ** count)).sqrt_().add_(eps)
-    return torch.addcdiv(x, mean / (1 - betas[0] ** count), scale, value=-lr), {"mean": mean, "square": square}
+    return torch.addcdiv(x, mean * (-lr / (1 - betas[0] ** count)), scale), {"mean": mean, "square": square}
 
 
 def adamw(
-    x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: float, weight_decay: float = 0.01, **more: Any
+    x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: Rate, weight_decay: float = 0.01, **more: Any
 ) -> tuple[Tensor, Moments]:
     """`adam` after x has shrunk by lr · weight_decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
     return adam(x * (1 - lr * weight_decay), gradient, moments, count_B, lr, **more)
 
 
-def sgd(x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: float) -> tuple[Tensor, Moments]:
+def sgd(x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: Rate) -> tuple[Tensor, Moments]:
     """x − lr · gradient."""
     return x - lr * gradient, {}
 

@@ -47,6 +47,8 @@ class LocalInference:
         slow_gradient: what the decoder follows: the ELBO at the ``last`` q, or its gradient averaged over the
             ``trajectory`` of fast steps.
         kl_weight: multiplies the KL in what q and the decoder climb; 1 is the ELBO.
+        cuda_graph: records the fast steps as a CUDA graph at the second batch of a shape and replays it for the others,
+            without Python between kernels, at the cost of keeping a fit's memory; see `ltm_pyro.graphs`.
     """
 
     steps: int = 16
@@ -60,6 +62,7 @@ class LocalInference:
     stop: Stop | None = None
     slow_gradient: Literal["last", "trajectory"] = "trajectory"
     kl_weight: float = 1.0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -68,6 +71,11 @@ class LocalInference:
             raise UsageError(f"Particles must be at least 1, got {self.particles}: every step needs a draw of z.")
         if self.noise == "reused" and self.stop:
             raise UsageError("Reused noise belongs to a whole batch: it cannot go with a stopping rule; remove `stop`.")
+        if self.cuda_graph and (self.stop or self.noise == "reused"):
+            raise UsageError(
+                f"A CUDA graph has no seed and cannot wait for settled sequences, got noise {self.noise} and stop "
+                f"{self.stop}: remove them, or `cuda_graph`."
+            )
         if self.noise == "antithetic" and self.particles % 2:
             raise UsageError(f"Antithetic noise needs pairs, got {self.particles} particles: choose an even number.")
 

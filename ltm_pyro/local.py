@@ -5,6 +5,7 @@ Shapes: B sequences, b of them, N fast steps.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, UsageError, seeded
 from ltm_pyro.elbo import ElboTerms, average_terms, quiet
-from ltm_pyro.fast import OPTIMIZERS, Groups
+from ltm_pyro.fast import OPTIMIZERS, Groups, Rate
+from ltm_pyro.graphs import recordings
 from ltm_pyro.inference import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.precision import rounded
 from ltm_pyro.rates import Rates
@@ -83,6 +85,8 @@ def learn(
 
     With no fast steps, or with nothing local to fit (K = 0), the trajectory is the last q itself.
     """
+    if inference.cuda_graph and inference.slow_gradient == "trajectory":
+        raise UsageError("A CUDA graph cannot record the slow gradient of a trajectory: set slow_gradient to last.")
     prepared = model.prepare(batch)
     climb, cut = _Climb(model, guide, inference, rates), _cut(prepared)
     if inference.slow_gradient == "trajectory":
@@ -137,7 +141,8 @@ class _Climb:
     ) -> None:
         self.model, self.guide, self.inference, self.on_step = model, guide, inference, on_step
         self.optimizer = OPTIMIZERS[inference.optimizer]
-        self.rates: Rates = rates or (lambda name: {"lr": inference.rate})
+        self.rates: Rates = rates or (lambda name: {"lr": 1.0})
+        self.rate = 1.0 if rates else inference.rate  # multiplies them
         self.average: AverageGradient | None = None
 
     def run(self, batch: Batch, state: LocalState | None) -> tuple[LocalState, LocalInfo]:
@@ -154,7 +159,7 @@ class _Climb:
 
     def _climb(self, batch: Batch, state: LocalState, steps: int) -> tuple[LocalState, LocalInfo]:
         if self.inference.stop is None:
-            state, record = self._stretch(batch, state, range(steps))
+            state, record = self._recorded(batch, state, range(steps))
             return state, LocalInfo(*_stack(record, batch), torch.full_like(state.steps_B, steps))
         return self._climb_until_settled(batch, state, self.inference.stop, steps)
 
@@ -168,7 +173,7 @@ class _Climb:
         whole_2NB = torch.full((2, steps, batch.size), torch.nan, device=moving_b.device)
         for first in range(0, steps, stop.window):
             stretch = range(first, min(first + stop.window, steps))
-            moved, record = self._stretch(batch.select(moving_b), state.select(moving_b), stretch)
+            moved, record = self._stretch(batch.select(moving_b), state.select(moving_b), stretch, self.rate)
             state, terms = state.put(moving_b, moved), torch.stack(_stack(record, batch))
             whole_2NB[:, first : stretch.stop, moving_b] = terms.to(whole_2NB.dtype)
             now_b = (terms[0] - terms[1]).mean(0).to(before_B.dtype)
@@ -195,7 +200,17 @@ class _Climb:
             return state._replace(noise=None)
         return state if state.noise is not None else state._replace(noise=int(torch.randint(2**62, ())))
 
-    def _stretch(self, batch: Batch, state: LocalState, steps: range) -> tuple[LocalState, list[ElboTerms]]:
+    def _recorded(self, batch: Batch, state: LocalState, steps: range) -> tuple[LocalState, list[ElboTerms]]:
+        """`_stretch`, recorded as a CUDA graph where that is asked for, unless somebody follows the steps."""
+        if not (self.inference.cuda_graph and steps) or self.on_step:
+            return self._stretch(batch, state, steps, self.rate)
+        rate = torch.full((), self.rate, device=batch.inputs_BT.device)  # may change at every fit
+        key = replace(self.inference, rate=1.0, start=Start()), repr([self.rates(name) for name in state.parameters])
+        weights = [x for part in (self.model, self.guide) if isinstance(part, nn.Module) for x in _tensors(part)]
+        recorded = recordings(self.guide, rate.device)
+        return recorded(key, self._stretch, (batch, state, steps, rate), weights)
+
+    def _stretch(self, batch: Batch, state: LocalState, steps: range, rate: Rate) -> tuple[LocalState, list[ElboTerms]]:
         """Some consecutive steps of some sequences, without waiting for the device."""
         record, groups = [], Groups(state.parameters, self.rates)
         joined = _regrouped(state, groups.join)
@@ -203,7 +218,7 @@ class _Climb:
             terms, gradients = self._gradients(batch, joined, groups)
             if self.on_step:
                 self.on_step(step, groups.split(joined.parameters), terms)
-            joined = self._update(joined, gradients, groups, self.inference.factor(step))
+            joined = self._update(joined, gradients, groups, rate * self.inference.factor(step))
             record.append(terms)
         return _regrouped(joined, lambda whole: {n: x.contiguous() for n, x in groups.split(whole).items()}), record
 
@@ -221,16 +236,21 @@ class _Climb:
             group: torch.zeros_like(x) if gradient is None else gradient for (group, x), gradient in found
         }
 
-    def _update(self, state: LocalState, gradients: LocalParameters, groups: Groups, factor: float) -> LocalState:
+    def _update(self, state: LocalState, gradients: LocalParameters, groups: Groups, rate: Rate) -> LocalState:
         update, steps_B = self.optimizer.update, state.steps_B + 1
         if self.inference.optimizer == "natural":
             gradients = groups.join(self.guide.natural(groups.split(state.parameters), groups.split(gradients)))
         parameters, moments = {}, {}
         for group, x in state.parameters.items():
             arguments = {**groups.arguments[group]}
-            arguments["lr"] *= factor
+            arguments["lr"] *= rate
             parameters[group], moments[group] = update(x, gradients[group], state.moments[group], steps_B, **arguments)
         return LocalState(parameters, moments, steps_B, state.noise)
+
+
+def _tensors(part: nn.Module) -> Iterator[Tensor]:
+    yield from part.parameters()
+    yield from part.buffers()
 
 
 def _regrouped(state: LocalState, regroup: Callable[[LocalParameters], LocalParameters]) -> LocalState:

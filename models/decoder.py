@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, S partic
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Literal, cast
 
@@ -178,7 +178,8 @@ class Decoder(nn.Module):
         self, block: Block, x_BTD: Float[Tensor, "B T D"], turn: Turn, heard: ThoughtMemory | None, attended: bool
     ) -> Float[Tensor, "B T D"]:
         if self.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, x_BTD, turn, heard, attended, use_reentrant=False))
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn here
+            return cast(Tensor, again(block, x_BTD, turn, heard, attended))
         return cast(Tensor, block(x_BTD, turn, heard, attended))
 
     def thoughts(self, z_BLKD: Float[Tensor, "B L K thought"]) -> list[ThoughtMemory | None]:

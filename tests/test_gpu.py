@@ -1,10 +1,12 @@
 """What only a CUDA device can show: when the host waits, what is allocated, which kernels are right."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ltm_pyro.attention import BACKENDS, backend, dense_attention
-from ltm_pyro.contracts import make_batch
+from ltm_pyro.contracts import make_batch, seeded
 from ltm_pyro.cross_entropy import token_nats
 from ltm_pyro.evaluation import evaluate_run
 from ltm_pyro.guides.mean_field import MeanField
@@ -38,6 +40,38 @@ def test_a_fit_waits_for_the_device_once(case):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert info.elbo_NB.isfinite().all()  # the one place where the host waits
+
+
+def test_a_replayed_fit_is_the_fit_and_waits_for_nothing(case):
+    model, guide, batch = case
+    inference, found = LocalInference(steps=4, rate=0.1), []
+    with torch.autocast("cuda", torch.bfloat16):
+        for _ in range(2):  # as usual, then recorded
+            fit(model, guide, batch, replace(inference, cuda_graph=True))
+        with torch.no_grad():
+            model.decoder.embedding.weight.mul_(0.9)  # a replay reads the weights as they are now
+        for graph in (True, False):
+            with seeded(1):
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    found.append(fit(model, guide, batch, replace(inference, cuda_graph=graph)))
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+    (ours, record), (theirs, eager) = found
+    torch.testing.assert_close(record.elbo_NB, eager.elbo_NB, rtol=1e-2, atol=1.0)
+    for name, x in theirs.parameters.items():
+        torch.testing.assert_close(ours.parameters[name], x, rtol=0.05, atol=0.05)
+
+
+def test_a_graph_trains_as_well(case):
+    model, guide, batch = case
+    inference = LocalInference(steps=4, rate=0.1, slow_gradient="last", cuda_graph=True)
+    for _ in range(4):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            learn(model, guide, batch, inference).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.decoder.embedding.weight.grad.abs().sum() > 0
 
 
 def test_no_logits_of_a_batch_are_allocated(case):

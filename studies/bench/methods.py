@@ -32,9 +32,10 @@ class Method(NamedTuple):
     precision: Precision
     compiled: bool = False
     attention: Attention = "auto"
+    graph: bool = False  # the fast steps as a CUDA graph
 
     def __str__(self) -> str:
-        more = [self.attention] if self.attention != "auto" else []
+        more = [*[self.attention] * (self.attention != "auto"), *["graph"] * self.graph]
         return " ".join([self.kind, self.precision, *more, *["compiled"] * self.compiled])
 
 
@@ -87,7 +88,9 @@ def _ours(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tenso
     decoder = _decoder(method, setting, inputs_BT.device)
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder).to(inputs_BT.device)
     guide, optimizer = MeanField(model), _adamw(model)
-    inference = LocalInference(steps=setting.steps, rate=RATE, start=START, slow_gradient="last")
+    inference = LocalInference(
+        steps=setting.steps, rate=RATE, start=START, slow_gradient="last", cuda_graph=method.graph
+    )
     lengths_B = torch.full((setting.batch,), setting.length, device=inputs_BT.device)
     batch = make_batch(targets_BT, lengths_B, start_token=0)._replace(inputs_BT=inputs_BT)
     return lambda: _slow(model, optimizer, learn(model, guide, batch, inference).loss / setting.tokens)
