@@ -29,12 +29,12 @@ class LateGradient:
         shape: of the tokens to come, (..., B, T).
     """
 
-    def __init__(self, embedding_VD: Float[Tensor, "V D"], shape: torch.Size) -> None:
+    def __init__(self, embedding_VD: Float[Tensor, "V D"], shape: tuple[int, ...]) -> None:
         self.seen: list[Tensor] = []  # by the head: hidden states, tokens and log Σ exp
         self.nats_BT: Tensor = _EmbeddingGradient.apply(embedding_VD, self.seen, shape)
 
     @classmethod
-    def of(cls, embedding_VD: Float[Tensor, "V D"], shape: torch.Size) -> "LateGradient | None":
+    def of(cls, embedding_VD: Float[Tensor, "V D"], shape: tuple[int, ...]) -> "LateGradient | None":
         """None where E does not learn."""
         return cls(embedding_VD, shape) if torch.is_grad_enabled() and embedding_VD.requires_grad else None
 
@@ -100,7 +100,7 @@ class _EmbeddingGradient(torch.autograd.Function):
     """Zeros as a function of E, with the gradient that the nats have."""
 
     @staticmethod
-    def forward(ctx: Any, embedding_VD: Tensor, seen: list[Tensor], shape: torch.Size) -> Tensor:
+    def forward(ctx: Any, embedding_VD: Tensor, seen: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(embedding_VD)
         ctx.seen = seen
         return embedding_VD.new_zeros(shape, dtype=torch.promote_types(embedding_VD.dtype, torch.float32))

@@ -1,7 +1,6 @@
 """A Latent-Thought Language Model as a Pyro program: think (the prior), then speak (the decoder)."""
 
 import pyro
-import torch
 from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
@@ -55,7 +54,7 @@ class LatentThoughtModel(PyroModule):
         decoder = self.decoder  # once: at every look Pyro registers all its parameters
         stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
         embedding_VD = decoder.embedding.weight
-        late = LateGradient.of(embedding_VD, torch.Size([*z_BLKD.shape[:-3], stem_BTD.shape[1]]))
+        late = LateGradient.of(embedding_VD, (*z_BLKD.shape[:-3], stem_BTD.shape[1]))
         return TokenCategorical(decoder(stem_BTD, z_BLKD), embedding_VD, batch.mask_BT, late)
 
     def observed(self, batch: Batch) -> Int[Tensor, "B T"] | None:

@@ -150,7 +150,7 @@ def test_what_came_before_the_decoder_serves_one_call(times):
 
 def test_for_other_tokens_than_it_was_made_for_nothing_is_kept():
     hidden, embedding, value = leaves()
-    ours = token_nats(hidden, embedding, value, LateGradient.of(embedding, torch.Size([B, T + 1])))
+    ours = token_nats(hidden, embedding, value, LateGradient.of(embedding, (B, T + 1)))
     expected = torch.autograd.grad(dense(hidden, embedding, value).sum(), embedding)
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), embedding), expected)
 
