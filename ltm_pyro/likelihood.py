@@ -55,6 +55,8 @@ class TokenCategorical(TorchDistribution):
         return torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(torch.Size(sample_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TokenCategorical":
-        """The same distribution with more leading axes."""
+        """The same distribution with more leading axes; itself where it has them, as in every plate of Pyro's."""
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
         hidden_BTD = self.hidden_BTD.expand(*batch_shape, *self.hidden_BTD.shape[-2:])
         return TokenCategorical(hidden_BTD, self.embedding_VD, self.mask_BT, self.late)

@@ -6,7 +6,7 @@ Shapes: B sequences, b of them, N fast steps.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -117,17 +117,22 @@ def frozen(model: Model | nn.Module) -> Iterator[None]:
     """No global parameter asks for a gradient inside, so that none is computed and no activation kept for it.
 
     The model is in evaluation mode there: q belongs to the decoder without dropout, and Pyro expects it of frozen
-    parameters. Matrices are rounded to autocast's precision once.
+    parameters. Matrices are rounded to autocast's precision once. Parts with an attribute ``frozen`` read it there.
     """
     training = model.training
     model.train(False)
+    moving: list[Any] = [part for part in model.modules() if getattr(part, "frozen", None) is False]
     learning = [p for p in model.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
+    for part in moving:
+        part.frozen = True
     try:
         with rounded(model):
             yield
     finally:
+        for part in moving:
+            part.frozen = False
         for parameter in learning:
             parameter.requires_grad_(True)
         model.train(training)

@@ -1,5 +1,7 @@
 """A Latent-Thought Language Model as a Pyro program: think (the prior), then speak (the decoder)."""
 
+from typing import cast
+
 import pyro
 from jaxtyping import Float, Int
 from pyro.nn import PyroModule
@@ -23,6 +25,8 @@ class LatentThoughtModel(PyroModule):
         prior: a PyroModule whose forward samples the thoughts ``z_BLKD`` of the sequences of the surrounding plate.
         decoder: the network of p_β; ``decoder.thought_shape`` is (L, K, D).
     """
+
+    frozen = False  # True inside `ltm_pyro.local.frozen`
 
     def __init__(self, prior: Prior, decoder: Decoder) -> None:
         super().__init__()
@@ -51,7 +55,8 @@ class LatentThoughtModel(PyroModule):
 
     def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> TokenCategorical:
         """p(x | z), padding left out."""
-        decoder = self.decoder  # once: at every look Pyro registers all its parameters
+        # once: at every look Pyro goes through all its parameters, and registers those that learn
+        decoder = cast(Decoder, self._modules["decoder"]) if self.frozen else self.decoder
         stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
         embedding_VD = decoder.embedding.weight
         late = LateGradient.of(embedding_VD, (*z_BLKD.shape[:-3], stem_BTD.shape[1]))
