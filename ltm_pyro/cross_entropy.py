@@ -91,7 +91,7 @@ class _Nats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        _only_once()
+        _refuse_second_derivative()
         (climb_ND,) = ctx.saved_tensors
         return climb_ND * grad_N[:, None].to(climb_ND.dtype), None, None, None, None
 
@@ -107,14 +107,14 @@ class _EmbeddingGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor | None, ...]:
-        _only_once()
+        _refuse_second_derivative()
         (embedding_VD,), (hidden_ND, value_N, lse_N) = ctx.saved_tensors, ctx.seen
         with torch.autocast(grad_BT.device.type, enabled=False):
             found_VD = _embedding_gradient(hidden_ND, embedding_VD, value_N, lse_N, grad_BT.flatten())
             return found_VD.to(embedding_VD.dtype), None, None
 
 
-def _only_once() -> None:
+def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():  # create_graph
         raise UsageError("The fused cross-entropy has no second derivative: go through `TokenCategorical.logits`.")
 

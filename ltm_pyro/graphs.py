@@ -17,15 +17,46 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ltm_pyro.contracts import UsageError
 
 Result = TypeVar("Result")
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 KEPT = 4  # recordings of one owner; each holds the memory of everything it computes
 
 
-def recordings(owner: object, device: torch.device) -> "Recordings":
-    """The recordings that live as long as ``owner``; `UsageError` where the device has no graphs."""
-    if device.type not in CAPTURES:
-        raise UsageError(f"A CUDA graph needs a CUDA device, and the batch is on {device}: remove `cuda_graph`.")
-    return _OWNED.setdefault(owner, Recordings(CAPTURES[device.type]))
+def capture(run: Callable[[], None]) -> Callable[[], None]:
+    """Records what ``run`` launches, which is not computed yet; calling the result computes it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+CAPTURES: dict[str, Capture] = {"cuda": capture}
+
+
+class _Recording:
+    """A function's kernels, and the places where they read and write."""
+
+    def __init__(
+        self, capture: Capture, function: Callable[..., Any], arguments: Sequence[Any], weights: Sequence[Tensor]
+    ) -> None:
+        leaves, structure = tree_flatten(arguments)
+        self.leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        self.weights = [x.detach().clone() for x in weights]
+
+        def run() -> None:
+            with _moved(weights, self.weights):
+                self.results, self.structure = tree_flatten(function(*tree_unflatten(self.leaves, structure)))
+
+        self.replay = capture(run)
+
+    def __call__(self, arguments: Sequence[Any], weights: Sequence[Tensor]) -> Any:
+        given, _ = tree_flatten(arguments)
+        with torch.no_grad():
+            for place, x in zip([*self.leaves, *self.weights], [*given, *weights], strict=True):
+                if isinstance(place, Tensor):
+                    place.copy_(x)
+        self.replay()
+        return tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in self.results], self.structure)
 
 
 class Recordings:
@@ -35,7 +66,7 @@ class Recordings:
     records. What changes at every call is therefore never recorded.
     """
 
-    def __init__(self, capture: "Capture") -> None:
+    def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self.seen: OrderedDict[Hashable, _Recording | None] = OrderedDict()
 
@@ -64,40 +95,6 @@ class Recordings:
         return function(*arguments) if recording is None else recording(arguments, weights)
 
 
-class _Recording:
-    """A function's kernels, and the places where they read and write."""
-
-    def __init__(
-        self, capture: "Capture", function: Callable[..., Any], arguments: Sequence[Any], weights: Sequence[Tensor]
-    ) -> None:
-        leaves, structure = tree_flatten(arguments)
-        self.leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-        self.weights = [x.detach().clone() for x in weights]
-
-        def run() -> None:
-            with _moved(weights, self.weights):
-                self.results, self.structure = tree_flatten(function(*tree_unflatten(self.leaves, structure)))
-
-        self.replay = capture(run)
-
-    def __call__(self, arguments: Sequence[Any], weights: Sequence[Tensor]) -> Any:
-        given, _ = tree_flatten(arguments)
-        with torch.no_grad():
-            for place, x in zip([*self.leaves, *self.weights], [*given, *weights], strict=True):
-                if isinstance(place, Tensor):
-                    place.copy_(x)
-        self.replay()
-        return tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in self.results], self.structure)
-
-
-def capture(run: Callable[[], None]) -> Callable[[], None]:
-    """Records what ``run`` launches, which is not computed yet; calling the result computes it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 @contextmanager
 def _moved(weights: Sequence[Tensor], places: Sequence[Tensor]) -> Iterator[None]:
     """Inside, the weights lie in other places."""
@@ -121,6 +118,11 @@ def _autocast() -> Hashable:
     return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
 
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
-CAPTURES: dict[str, Capture] = {"cuda": capture}
 _OWNED: WeakKeyDictionary[object, Recordings] = WeakKeyDictionary()
+
+
+def recordings(owner: object, device: torch.device) -> Recordings:
+    """The recordings that live as long as ``owner``; `UsageError` where the device has no graphs."""
+    if device.type not in CAPTURES:
+        raise UsageError(f"A CUDA graph needs a CUDA device, and the batch is on {device}: remove `cuda_graph`.")
+    return _OWNED.setdefault(owner, Recordings(CAPTURES[device.type]))

@@ -7,6 +7,7 @@ enough, for recipe and tokenizer travel in it.
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple, cast
@@ -85,7 +86,7 @@ def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], 
         model=module.model,
         guide=module.guide,
         tokenizer=Tokenizer.from_str(tokenizer),
-        inference=module.evaluation,
+        inference=replace(module.evaluation, cuda_graph=False),  # that too, and it may be loaded onto a CPU
         data=config.data.directory,
         length=config.model.decoder.init_args.length,
     )

@@ -17,7 +17,7 @@ STUDY = "ltm_pyro.studies.bench.suites"  # by dotted path: the command line impo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm bench`."""
-    about = "steps, attention, generation, sweeps; the first three when none is named"
+    about = "steps, attention, generation, sweeps, head; the first three when none is named"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=about)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed, in turn")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="of the training steps: tiny, wide, ltm-small")

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ltm_pyro.attention import BACKENDS, backend
 from ltm_pyro.models import Decoder
 from ltm_pyro.studies.bench.clock import How, in_turn, machine, matrix_rate, peak_bytes, seconds, spread
+from ltm_pyro.studies.bench.head import head
 from ltm_pyro.studies.bench.methods import Attention, Kind, Method, Precision, make
 from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, SETTINGS, SWEEP_BASE, SWEEPS, Setting
 
@@ -253,4 +254,5 @@ SUITES: dict[str, Callable[[How], Report]] = {
     "attention": attention,
     "generation": generation,
     "sweeps": sweeps,
+    "head": head,
 }

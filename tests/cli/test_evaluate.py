@@ -102,10 +102,13 @@ def test_single_tokens_are_read_compiled_where_asked(run, ltm, monkeypatch):
 
 def test_a_run_that_was_trained_compiled_is_loaded_as_it_is(run):
     checkpoint = read_checkpoint(run)
-    recipe = checkpoint["ltm_pyro"]["recipe"].replace("compile: false", "compile: true")
-    assert "compile: true" in recipe
+    recipe = checkpoint["ltm_pyro"]["recipe"]
+    for option in ("compile", "cuda_graph"):
+        assert f"{option}: false" in recipe
+        recipe = recipe.replace(f"{option}: false", f"{option}: true")
     loaded = build_run(recipe, checkpoint["ltm_pyro"]["tokenizer"], checkpoint["state_dict"], run)
     assert loaded.model.decoder._compiled_call_impl is None
+    assert not loaded.inference.cuda_graph
 
 
 def test_without_a_compiler_one_sentence_says_so(run, ltm, monkeypatch):

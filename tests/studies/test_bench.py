@@ -7,6 +7,7 @@ import torch
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.studies.bench import head as heads
 from ltm_pyro.studies.bench import suites
 from ltm_pyro.studies.bench.clock import How, in_turn, spread
 from ltm_pyro.studies.bench.methods import Method, make
@@ -68,6 +69,18 @@ def test_without_cuda_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report = suites.steps(How())
     assert report["ltm-small on CUDA"] == report["ltm-large on CUDA"] == "not run: no CUDA device"
+
+
+def test_tiles_are_tried_and_put_back(monkeypatch):
+    monkeypatch.setattr(heads, "TOKENS", {"cpu": 32})
+    monkeypatch.setattr(heads, "VOCABULARY", 50)
+    monkeypatch.setattr(heads, "SIDES", {"cpu": (8, 16)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = dict(heads.TILES)
+    report = suites.SUITES["head"](How(rounds=1))
+    assert list(report["tiles"]) == ["8 x 8", "8 x 16", "16 x 8", "16 x 16"]
+    assert all(row["of_matrix_rate"] > 0 for row in report["tiles"].values())
+    assert before == heads.TILES
 
 
 def test_exponent_and_spread():
