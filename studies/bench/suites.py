@@ -22,6 +22,7 @@ from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, SETTINGS, SWEEP_BASE,
 KINDS: tuple[Kind, ...] = ("ours", "handwritten", "naive")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 ATTENTIONS: tuple[Attention, ...] = ("sdpa", "xformers", "flex")
+SMALL_BATCH = 8  # on CUDA
 NOT_RUN = "not run: no CUDA device"
 Report = dict[str, Any]
 
@@ -128,10 +129,17 @@ def _median(row: Report) -> float:
 
 
 def _on_cuda(setting: Setting, how: How) -> Report:
+    """A batch that fills the card, and a small one, whose steps are mostly launches: there CUDA graphs take part."""
     usable = [x for x in ATTENTIONS if _usable(x, setting)]
-    choices = product((False, True), usable, (False, True))
-    methods = [Method("ours", "bfloat16", *choice) for choice in choices]
-    methods += [Method("naive", "bfloat16", compiled) for compiled in (False, True)]
+    ours = [Method("ours", "bfloat16", compiled, x) for compiled in (False, True) for x in usable]
+    replayed = [Method("ours", "bfloat16", compiled, graph=x) for compiled in (False, True) for x in (False, True)]
+    naive = [Method("naive", "bfloat16", compiled) for compiled in (False, True)]
+    small = setting._replace(batch=SMALL_BATCH)
+    return {"filled": _fitting(setting, ours + naive, how), "small": _fitting(small, replayed + naive, how)}
+
+
+def _fitting(setting: Setting, methods: list[Method], how: How) -> Report:
+    """The comparison with the largest batch that all methods have room for."""
     while True:
         try:
             return compare(setting, methods, how, "cuda")

@@ -71,6 +71,23 @@ def test_without_cuda_it_says_so(monkeypatch):
     assert report["ltm-small on CUDA"] == report["ltm-large on CUDA"] == "not run: no CUDA device"
 
 
+def test_on_cuda_the_batch_shrinks_until_it_fits_and_graphs_have_small_ones(monkeypatch):
+    seen = []
+
+    def compare(setting, methods, how, device):
+        seen.append((setting.batch, any(method.graph for method in methods)))
+        if setting.batch > 32:
+            raise torch.cuda.OutOfMemoryError
+        return {str(method): {} for method in methods}
+
+    monkeypatch.setattr(suites, "compare", compare)
+    monkeypatch.setattr(suites, "_usable", lambda name, setting: name != "flex")
+    report = suites._on_cuda(SETTING._replace(batch=128), How())
+    assert seen == [(128, False), (64, False), (32, False), (8, True)]
+    assert "ours bfloat16 xformers compiled" in report["filled"]
+    assert {"ours bfloat16", "ours bfloat16 graph", "ours bfloat16 graph compiled"} < set(report["small"])
+
+
 def test_tiles_are_tried_and_put_back(monkeypatch):
     monkeypatch.setattr(heads, "TOKENS", {"cpu": 32})
     monkeypatch.setattr(heads, "VOCABULARY", 50)
