@@ -121,8 +121,13 @@ def _autocast() -> Hashable:
 _OWNED: WeakKeyDictionary[object, Recordings] = WeakKeyDictionary()
 
 
-def recordings(owner: object, device: torch.device) -> Recordings:
-    """The recordings that live as long as ``owner``; `UsageError` where the device has no graphs."""
+def check_device(device: torch.device) -> None:
+    """`UsageError` where the device has no graphs."""
     if device.type not in CAPTURES:
         raise UsageError(f"A CUDA graph needs a CUDA device, and the batch is on {device}: remove `cuda_graph`.")
+
+
+def recordings(owner: object, device: torch.device) -> Recordings:
+    """The recordings that live as long as ``owner``; `UsageError` where the device has no graphs."""
+    check_device(device)
     return _OWNED.setdefault(owner, Recordings(CAPTURES[device.type]))

@@ -20,6 +20,7 @@ from ltm_pyro.check import check_prior
 from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, seeded
 from ltm_pyro.elbo import elbo_terms, missing_bound
 from ltm_pyro.flops import ours
+from ltm_pyro.graphs import check_device
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import Learned, begin, fit, learn
 from ltm_pyro.rates import parameter_groups, slow_parameters, warmup_cosine
@@ -132,6 +133,11 @@ class LTMModule(pl.LightningModule):
         if self.keep_local and stage == "fit":
             folder = None if self.keep_local == "memory" else Path(self.keep_local)
             self.store = LocalStore(self.sequences, folder)
+
+    def on_fit_start(self) -> None:
+        """Refuses CUDA graphs on another device now, not after the first stage of a curriculum."""
+        if self.inference.cuda_graph or self.evaluation.cuda_graph:
+            check_device(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the store holds in memory."""

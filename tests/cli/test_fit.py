@@ -215,3 +215,13 @@ def test_flops_counts_what_the_recipe_costs(run, recipe, ltm, refused):
     code, out, _ = ltm("flops", "--config", run / "config.yaml", "--json")
     assert (code, json.loads(out)["parameters"]) == (0, sum(p.numel() for p in load_run(run).model.parameters()))
     assert "model.vocabulary" in refused("flops", "--config", recipe)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it can run")
+def test_a_cuda_graph_without_a_device_is_refused_before_the_first_step(recipe, ltm, tmp_path):
+    options = ("--model.inference.cuda_graph", "true", "--model.inference.slow_gradient", "last")
+    warm = ("--model.curriculum.steps", "[[0, 0], [1, 4]]")
+    code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path / "run", *options, *warm)
+    assert code == 2
+    assert err.splitlines()[-1].endswith("and the batch is on cpu: remove `cuda_graph`.")
+    assert "training" not in err
