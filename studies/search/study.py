@@ -107,7 +107,7 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
         plan = trials.plan_of(study)
         checks = trials.load_study(storage, study.study_name + trials.CHECKS)
         chosen = trials.best(study)
-        behind = [t for t in trials.live(checks) if chosen and t.user_attrs["of"] == chosen.number]
+        behind = trials.counting_checks(checks, chosen).values() if chosen else ()
         rows = [_row(trial) for trial in (*trials.live(study), *behind)]
         each = _each(study, plan)
     return {

@@ -172,21 +172,22 @@ def fill(study: optuna.Study, points: Sequence[Values]) -> None:
 
 
 def checks_of(checks: optuna.Study, chosen: FrozenTrial, roles: Sequence[Values]) -> list[FrozenTrial]:
-    """The checks of a trial of the search, one for every role; those that are missing are made.
-
-    Two machines may make one at once: the first counts.
-    """
-
-    def there() -> dict[Any, FrozenTrial]:
-        mine = [t for t in live(checks) if t.user_attrs["of"] == chosen.number]
-        return {(t.user_attrs["role"], t.user_attrs.get("repeat")): t for t in reversed(mine)}
-
-    found = there()
+    """The checks of a trial of the search, one for every role; those that are missing are made."""
+    found = counting_checks(checks, chosen)
     missing = [role for role in roles if (role["role"], role.get("repeat")) not in found]
     for role in missing:
         about = {"of": chosen.number, "settings of": chosen.user_attrs[SETTINGS]}
         checks.enqueue_trial({}, user_attrs=role | about)
-    return list((there() if missing else found).values())
+    return list((counting_checks(checks, chosen) if missing else found).values())
+
+
+def counting_checks(checks: optuna.Study, chosen: FrozenTrial) -> dict[tuple[str, int | None], FrozenTrial]:
+    """The checks there are of a trial, by role and repeat; of two that two machines made at once the first counts."""
+    found: dict[tuple[str, int | None], FrozenTrial] = {}
+    for trial in live(checks):
+        if trial.user_attrs["of"] == chosen.number:
+            found.setdefault((trial.user_attrs["role"], trial.user_attrs.get("repeat")), trial)
+    return found
 
 
 def points(definition: Definition, trials: int) -> list[Values]:

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.studies.search import study as search
+from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import SHIPPED, load_definition
 from ltm_pyro.studies.search.objective import Setting, configure, options_of, train_and_score
@@ -90,6 +92,19 @@ def test_the_best_is_trained_again_and_beside_a_baseline(run, study_file):
     assert f"Trial {best['number']} has the lowest bound" in found["recommendation"]
     assert "standard deviation over 2 seeds" in found["recommendation"]
     assert "autoregressive baseline" in found["recommendation"]
+
+
+def test_of_two_baselines_made_at_once_the_first_counts(run, study_file, tmp_path):
+    found = run(2, study_file(), repeats=0)
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    with trials.opened(url) as storage:
+        checks = trials.load_study(storage, found["study"] + trials.CHECKS)
+        (baseline,) = trials.live(checks)
+        about = {key: baseline.user_attrs[key] for key in ("of", "settings of", "role")}
+        checks.enqueue_trial({}, user_attrs=about)
+    again = search.describe(url, found["study"])
+    assert [row["state"] for row in again["trials"] if row["role"] == "baseline"] == ["complete"]
+    assert again["trials"] == found["trials"]
 
 
 def test_a_limit_keeps_the_best_within_it(run, study_file):
