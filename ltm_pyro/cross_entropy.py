@@ -66,12 +66,12 @@ def token_nats(
     """
     shape = hidden_BTD.shape[:-1]
     hidden_ND, value_N = hidden_BTD.flatten(0, -2), value_BT.expand(shape).flatten()
-    climbing = torch.is_grad_enabled() and hidden_BTD.requires_grad
+    dtype, climbing = matrix_dtype(hidden_ND), torch.is_grad_enabled() and hidden_BTD.requires_grad
     if late is None or late.seen or late.nats_BT.shape != shape:
         late = LateGradient.of(embedding_VD, shape)
-    nats_N, lse_N = _Nats.apply(hidden_ND, embedding_VD.detach(), value_N, matrix_dtype(hidden_ND), climbing)
+    nats_N, lse_N = _Nats.apply(hidden_ND, embedding_VD.detach(), value_N, dtype, climbing)
     nats_BT: Tensor = nats_N.view(shape)
-    return nats_BT if late is None else nats_BT + late.take(hidden_ND.to(matrix_dtype(hidden_ND)), value_N, lse_N)
+    return nats_BT if late is None else nats_BT + late.take(hidden_ND.to(dtype), value_N, lse_N)
 
 
 class _Nats(torch.autograd.Function):

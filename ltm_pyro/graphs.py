@@ -5,8 +5,7 @@ device.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -15,8 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.precision import holding
 
 Result = TypeVar("Result")
+Tensors = Sequence[Tensor]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 KEPT = 4  # recordings of one owner; each holds the memory of everything it computes
@@ -37,22 +38,20 @@ class _Recording:
     """A function's kernels, and the places where they read and write."""
 
     def __init__(
-        self, capture: Capture, function: Callable[..., Any], arguments: Sequence[Any], weights: Sequence[Tensor]
+        self, capture: Capture, function: Callable[[list[Any]], Any], inputs: Sequence[Any], weights: Tensors
     ) -> None:
-        leaves, structure = tree_flatten(arguments)
-        self.leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
         self.weights = [x.detach().clone() for x in weights]
 
         def run() -> None:
-            with _moved(weights, self.weights):
-                self.results, self.structure = tree_flatten(function(*tree_unflatten(self.leaves, structure)))
+            with holding(weights, self.weights):
+                self.results, self.structure = tree_flatten(function(self.inputs))
 
         self.replay = capture(run)
 
-    def __call__(self, arguments: Sequence[Any], weights: Sequence[Tensor]) -> Any:
-        given, _ = tree_flatten(arguments)
+    def __call__(self, inputs: Sequence[Any], weights: Tensors) -> Any:
         with torch.no_grad():
-            for place, x in zip([*self.leaves, *self.weights], [*given, *weights], strict=True):
+            for place, x in zip([*self.inputs, *self.weights], [*inputs, *weights], strict=True):
                 if isinstance(place, Tensor):
                     place.copy_(x)
         self.replay()
@@ -75,7 +74,7 @@ class Recordings:
         key: Hashable,
         function: Callable[..., Result],
         arguments: Sequence[Any],
-        weights: Sequence[Tensor],
+        weights: Tensors,
     ) -> Result:
         """``function(*arguments)``, replayed where it can be.
 
@@ -84,34 +83,20 @@ class Recordings:
             function: of tensors, in tuples and dicts; it neither waits for the device nor takes a seed.
             weights: what the function reads without being given it; may lie elsewhere at every call.
         """
-        whole = (key, _kinds(arguments), _kinds(weights), _autocast())
+        inputs, structure = tree_flatten(arguments)
+        whole = (key, str(structure), _kinds(inputs), _kinds(weights), _autocast())
         again = whole in self.seen
         recording = self.seen.pop(whole, None)
         if again and recording is None:
-            recording = _Recording(self.capture, function, arguments, weights)
+            recording = _Recording(self.capture, lambda x: function(*tree_unflatten(x, structure)), inputs, weights)
         self.seen[whole] = recording
         if len(self.seen) > KEPT:
             self.seen.popitem(last=False)
-        return function(*arguments) if recording is None else recording(arguments, weights)
-
-
-@contextmanager
-def _moved(weights: Sequence[Tensor], places: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the weights lie in other places."""
-    own = [x.data for x in weights]
-    try:
-        for x, place in zip(weights, places, strict=True):
-            x.data = place
-        yield
-    finally:
-        for x, data in zip(weights, own, strict=True):
-            x.data = data
+        return function(*arguments) if recording is None else recording(inputs, weights)
 
 
 def _kinds(values: Sequence[Any]) -> Hashable:
-    leaves, structure = tree_flatten(values)
-    kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
-    return str(structure), tuple(kinds)
+    return tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in values)
 
 
 def _autocast() -> Hashable:

@@ -1,6 +1,6 @@
 """Where half precision begins and ends: matrix products of the decoder, never thoughts, densities and KL."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,11 +28,18 @@ def rounded(model: Model | nn.Module) -> Iterator[None]:
     """
     parts = [part for part in model.modules() if getattr(part, "half_precision", False)]
     weights = [m.weight for part in parts for m in part.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    exact = [w.data for w in weights]
-    for weight in weights:
-        weight.data = weight.data.to(matrix_dtype(weight))
+    with holding(weights, [w.data.to(matrix_dtype(w)) for w in weights]):
+        yield
+
+
+@contextmanager
+def holding(weights: Sequence[Tensor], data: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the weights hold other data, in another place."""
+    own = [w.data for w in weights]
     try:
+        for weight, other in zip(weights, data, strict=True):
+            weight.data = other
         yield
     finally:
-        for weight, data in zip(weights, exact, strict=True):
-            weight.data = data
+        for weight, other in zip(weights, own, strict=True):
+            weight.data = other
