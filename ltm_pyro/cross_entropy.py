@@ -167,12 +167,9 @@ def _absorb(
     return new_R1, total_R1, shrunk_R1, logits_RU.copy_(weights_RU)
 
 
-def _slopes(logits_RU: Tensor, lse_R1: Tensor, place_R1: Tensor, grad_R1: Tensor, room_RU: Tensor | None) -> Tensor:
-    """(softmax − one-hot) · grad, the one at ``place_R1`` where that lies inside the tile."""
-    p_RU = _exact(logits_RU, lse_R1.dtype, room_RU).sub_(lse_R1).exp_()
-    here_R1 = (place_R1 >= 0) & (place_R1 < p_RU.shape[1])
-    p_RU.scatter_add_(1, place_R1.clamp(0, p_RU.shape[1] - 1), -here_R1.to(p_RU.dtype))
-    return logits_RU.copy_(p_RU.mul_(grad_R1))
+def _slopes(logits_RU: Tensor, lse_R1: Tensor, grad_R1: Tensor, room_RU: Tensor | None) -> Tensor:
+    """softmax · grad."""
+    return logits_RU.copy_(_exact(logits_RU, lse_R1.dtype, room_RU).sub_(lse_R1).exp_().mul_(grad_R1))
 
 
 @cache
@@ -184,13 +181,12 @@ def kernel(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 def _embedding_gradient(
     hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, lse_N: Tensor, grad_N: Tensor
 ) -> Float[Tensor, "V D"]:
-    """Σ_n (softmax(E h_n) − one-hot) · ``grad_N`` · h_nᵀ; sums in the type of ``lse_N``."""
+    """Σ_n (softmax(E h_n) − one-hot(x_n)) · ``grad_N`` · h_nᵀ; sums in the type of ``lse_N``."""
     make_room(embedding_VD.numel() * lse_N.element_size())
     found_VD = torch.zeros_like(embedding_VD, dtype=lse_N.dtype)
     slopes, room_RU = kernel(_slopes, hidden_ND.device.type), _room(hidden_ND, lse_N.dtype)
     for rows, columns in _tiles(hidden_ND, embedding_VD):
         part_UD = embedding_VD[columns].to(hidden_ND.dtype)
-        logits_RU, place_R1 = hidden_ND[rows] @ part_UD.T, value_N[rows, None] - columns.start
-        to_logits_RU = slopes(logits_RU, lse_N[rows, None], place_R1, grad_N[rows, None], room_RU)
+        to_logits_RU = slopes(hidden_ND[rows] @ part_UD.T, lse_N[rows, None], grad_N[rows, None], room_RU)
         found_VD[columns] += to_logits_RU.T @ hidden_ND[rows]
-    return found_VD
+    return found_VD.index_add_(0, value_N, (hidden_ND * -grad_N[:, None]).to(found_VD.dtype))

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "steps, attention, generation, sweeps, head; the first three when none is named"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=about)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed, in turn")
-    parser.add_argument("--settings", nargs="+", metavar="NAME", help="of the training steps: tiny, wide, ltm-small")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help="of the training steps: tiny, wide, ltm-small, cuda-small, cuda-large")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="of torch; all cores when not given")
     about = "wall, or cpu: processor time, for a machine with other work (then with --threads 1)"
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=about)
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     chosen = args.suites or ["steps", "attention", "generation"]
     if unknown := [name for name in chosen if name not in study.SUITES]:
         raise UsageError(f"There is no suite '{unknown[0]}': choose from {', '.join(study.SUITES)}.")
-    settings = args.settings or list(study.SETTINGS)
-    if unknown := [name for name in settings if name not in study.SETTINGS]:
-        raise UsageError(f"There is no setting '{unknown[0]}': choose from {', '.join(study.SETTINGS)}.")
+    settings = args.settings or study.ALL_SETTINGS
+    if unknown := [name for name in settings if name not in study.ALL_SETTINGS]:
+        raise UsageError(f"There is no setting '{unknown[0]}': choose from {', '.join(study.ALL_SETTINGS)}.")
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise UsageError(f"Rounds and threads must be at least 1, got {args.rounds} and {args.threads}.")
     if args.threads:

@@ -44,8 +44,9 @@ class Attention(nn.Module):
 def rotate(x_BTHC: Tensor) -> Tensor:
     """Rotary positions on neighbouring channels, in float32."""
     length, _, channels = x_BTHC.shape[1:]
-    angle = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(0, channels, 2) / channels)
-    cos, sin = (f(angle.to(x_BTHC.device))[:, None] for f in (torch.cos, torch.sin))
+    position, pair = (torch.arange(0, *x, device=x_BTHC.device) for x in ((length,), (channels, 2)))
+    angle = position[:, None] * 10_000.0 ** (-pair / channels)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     a, b = x_BTHC.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(3).type_as(x_BTHC)
 

@@ -28,8 +28,8 @@ SETTINGS = {  # on a CPU
     "ltm-small": Setting(512, 3, 8, 50_257, 512, 256, 8, 4, 2),
 }
 CUDA_SETTINGS = {  # the published sizes; the batch is halved until it fits
-    "ltm-small": Setting(512, 3, 8, 50_257, 1024, 256, 8, 16, 128),
-    "ltm-large": Setting(512, 12, 8, 50_257, 1024, 256, 8, 64, 64),
+    "cuda-small": Setting(512, 3, 8, 50_257, 1024, 256, 8, 16, 64),
+    "cuda-large": Setting(512, 12, 8, 50_257, 1024, 256, 8, 64, 32),
 }
 SWEEPS = {  # one number changed at a time, from this base
     "length": (128, 256, 512, 1024),

@@ -1,9 +1,10 @@
 """What `ltm bench` runs: training steps side by side, attention against length, generation with and without cache."""
 
+import gc
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import product
 from typing import Any
@@ -24,10 +25,11 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 ATTENTIONS: tuple[Attention, ...] = ("sdpa", "xformers", "flex")
 SMALL_BATCH = 8  # on CUDA
 NOT_RUN = "not run: no CUDA device"
+ALL_SETTINGS = (*SETTINGS, *CUDA_SETTINGS)
 Report = dict[str, Any]
 
 
-def bench(suites: Iterable[str], how: How, settings: Iterable[str] = SETTINGS) -> Report:
+def bench(suites: Iterable[str], how: How, settings: Iterable[str] = ALL_SETTINGS) -> Report:
     """The report of some of the `SUITES`, behind a description of the machine; training steps of some ``settings``."""
     report: Report = {"machine": machine(), "how": how._asdict()}
     for name in suites:
@@ -35,8 +37,8 @@ def bench(suites: Iterable[str], how: How, settings: Iterable[str] = SETTINGS) -
     return report
 
 
-def steps(how: How, settings: Iterable[str] = SETTINGS) -> Report:
-    """Training steps of every setting; on CUDA the published sizes as well."""
+def steps(how: How, settings: Iterable[str] = ALL_SETTINGS) -> Report:
+    """Training steps of every setting; the published sizes where there is a CUDA device."""
     methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
     if how.compiled:
         methods += [
@@ -44,29 +46,32 @@ def steps(how: How, settings: Iterable[str] = SETTINGS) -> Report:
             Method("naive", "float32", True),
             Method("naive", "bfloat16", True),
         ]
-    report: Report = {name: compare(SETTINGS[name], methods, how) for name in settings}
-    for name, setting in CUDA_SETTINGS.items():
-        report[f"{name} on CUDA"] = _on_cuda(setting, how) if torch.cuda.is_available() else NOT_RUN
-    return report
+    on_cuda = partial(_on_cuda, how=how) if torch.cuda.is_available() else lambda setting: NOT_RUN
+    return {
+        name: compare(SETTINGS[name], methods, how) if name in SETTINGS else on_cuda(CUDA_SETTINGS[name])
+        for name in settings
+    }
 
 
 def compare(setting: Setting, methods: list[Method], how: How, device: str = "cpu") -> Report:
     """Seconds, tokens per second, FLOPs and memory of every method, and how ours stand to the others."""
     torch.compiler.reset()  # or the compiler would make what it compiled for the last setting fit any size
-    runs = {method: make(method, setting, device) for method in methods}
+    runs, peaks = {}, {}
+    for method in methods:
+        runs[method], peaks[method] = _made(method, setting, device)
     times = in_turn(runs, how)
     rates = {precision: matrix_rate(precision, how, device) for precision in PRECISIONS}
+    flops = {kind: _flops_per_token(kind, setting, device) for kind in {method.kind for method in methods}}
     rows = {}
     for method, values in times.items():
-        launched = runs[method._replace(graph=False)]  # a replayed graph's products cannot be counted
-        flops, middle = _flops(launched), spread(values)["median"]
+        tokens_per_second = setting.tokens / spread(values)["median"]
         rows[str(method)] = {
             "seconds": spread(values),
-            "tokens_per_second": setting.tokens / middle,
-            "ms_per_fast_step": 1000 * middle / (setting.steps + 1),
-            "flops_per_token": flops / setting.tokens,
-            "of_matrix_rate": flops / middle / rates[method.precision],
-            "peak_bytes": _peak(method, setting, device),
+            "tokens_per_second": tokens_per_second,
+            "ms_per_fast_step": 1000 * setting.tokens / tokens_per_second / (setting.steps + 1),
+            "flops_per_token": flops[method.kind],
+            "of_matrix_rate": flops[method.kind] * tokens_per_second / rates[method.precision],
+            "peak_bytes": peaks[method],
         }
     return {"setting": setting._asdict(), "matrix_rate": rates, "methods": rows, "ratios": _ratios(rows, times)}
 
@@ -77,7 +82,19 @@ class NoModules(nullcontext[None]):
     parents = ("Global",)
 
 
+def _flops_per_token(kind: Kind, setting: Setting, device: str) -> float:
+    """Counted on one sequence and up to two fast steps, of which all others are copies.
+
+    Without a compiler, whose products show no count, and with the attention that consists of torch's own.
+    """
+    method = Method(kind, "float32", attention="sdpa")
+    runs = [make(method, setting._replace(batch=1, steps=steps), device) for steps in (1, 2)]
+    one, two = (_flops(run) / setting.length for run in runs)
+    return one + (setting.steps - 1) * (two - one)
+
+
 def _flops(run: Callable[[], Any]) -> float:
+    run()  # what is tried out once shall not count
     counter: Any = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
     with counter:
@@ -85,18 +102,20 @@ def _flops(run: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def _peak(method: Method, setting: Setting, device: str) -> int:
+def _made(method: Method, setting: Setting, device: str) -> tuple[Callable[[], None], int]:
+    """A training step, and the memory that the second one takes: the optimiser has its moments only from there on."""
     if device == "cpu":
-        return peak_bytes(_two_steps, method, setting)
+        return make(method, setting), peak_bytes(_two_steps, method, setting)
     before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    _two_steps(method, setting, device)
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _two_steps(method: Method, setting: Setting, device: str = "cpu") -> None:
-    """The optimiser has its moments only from the second step on."""
     step = make(method, setting, device)
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return step, torch.cuda.max_memory_allocated() - before
+
+
+def _two_steps(method: Method, setting: Setting) -> None:
+    step = make(method, setting)
     step()
     step()
 
@@ -130,8 +149,8 @@ def _median(row: Report) -> float:
 
 def _on_cuda(setting: Setting, how: How) -> Report:
     """A batch that fills the card, and a small one, whose steps are mostly launches: there CUDA graphs take part."""
-    usable = [x for x in ATTENTIONS if _usable(x, setting)]
-    ours = [Method("ours", "bfloat16", compiled, x) for compiled in (False, True) for x in usable]
+    usable = [Method("ours", "bfloat16", attention=x) for x in ATTENTIONS if _usable(x, setting)]
+    ours = [*usable, Method("ours", "bfloat16", compiled=True)]
     replayed = [Method("ours", "bfloat16", compiled, graph=x) for compiled in (False, True) for x in (False, True)]
     naive = [Method("naive", "bfloat16", compiled) for compiled in (False, True)]
     small = setting._replace(batch=SMALL_BATCH)
@@ -141,11 +160,11 @@ def _on_cuda(setting: Setting, how: How) -> Report:
 def _fitting(setting: Setting, methods: list[Method], how: How) -> Report:
     """The comparison with the largest batch that all methods have room for."""
     while True:
-        try:
+        with suppress(torch.cuda.OutOfMemoryError):
             return compare(setting, methods, how, "cuda")
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            setting = setting._replace(batch=setting.batch // 2)
+        gc.collect()  # what the failed try held
+        torch.cuda.empty_cache()
+        setting = setting._replace(batch=setting.batch // 2)
 
 
 def _usable(attention: str, setting: Setting) -> bool:
