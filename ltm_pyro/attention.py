@@ -89,8 +89,11 @@ def xformers_attention(
     q_BHTC: Float[Tensor, "B H T C"], k_BHTC: Float[Tensor, "B H T C"], v_BHTC: Float[Tensor, "B H T C"], window: int
 ) -> Float[Tensor, "B H T C"]:
     """What `dense_attention` computes, by xformers' memory-efficient kernels (CUDA, half precision)."""
+    import xformers
     from xformers.ops import fmha, memory_efficient_attention
 
+    if not xformers._has_cpp_library:
+        raise ImportError("xformers' compiled part does not load beside this torch: docs/speed.md says what it needs")
     bias = fmha.attn_bias.LowerTriangularFromBottomRightLocalAttentionMask(window)
     q, k, v = (x.transpose(1, 2) for x in (q_BHTC, k_BHTC, v_BHTC))  # its layout is (B, T, H, C)
     return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)

@@ -5,9 +5,11 @@ Shapes: N tokens of a batch in a row (particles folded in), D width, V vocabular
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from inspect import unwrap
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,7 +18,9 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.precision import matrix_dtype
 
 TILES = {"cpu": (1024, 1024)}  # tokens and vocabulary entries of a tile: so many float32 stay in a core's cache
-LARGE_TILE = (8192, 8192)  # keeps an accelerator busy with 0.4 GB
+LARGE_TILE = (8192, 65_536)  # of an accelerator: whole rows, so that few and large kernels run; 1 GB
+ALIGNED = {"cpu": 1}  # entries, to a multiple of which a tile is padded
+LARGE_ALIGNED = 64  # of an accelerator, whose wide loads and fast products need it
 
 
 class LateGradient:
@@ -81,13 +85,13 @@ class _Nats(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, dtype: torch.dtype, climbing: bool
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(dtype, torch.float32)
-        own_ND = embedding_VD[value_N].to(wide)
         lse_N, mean_ND = _expect(hidden_ND.to(dtype), embedding_VD, climbing)
+        compared = kernel(_compared, hidden_ND.device.type)
+        nats_N, climb_ND = compared(lse_N, mean_ND, hidden_ND, embedding_VD[value_N])
         if climbing:
-            ctx.save_for_backward((mean_ND - own_ND).to(hidden_ND.dtype))
+            ctx.save_for_backward(climb_ND)
         ctx.mark_non_differentiable(lse_N)
-        return lse_N - (hidden_ND.to(wide) * own_ND).sum(-1), lse_N
+        return nats_N, lse_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,11 +123,26 @@ def _refuse_second_derivative() -> None:
         raise UsageError("The fused cross-entropy has no second derivative: go through `TokenCategorical.logits`.")
 
 
-def _tiles(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, slice]]:
-    tile = TILES.get(rows.device.type, LARGE_TILE)
-    for first in range(0, len(rows), tile[0]):
-        for left in range(0, len(columns), tile[1]):
-            yield slice(first, first + tile[0]), slice(left, left + tile[1])
+def _compared(lse_N: Tensor, mean_ND: Tensor, hidden_ND: Tensor, own_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The nats of tokens whose rows of E are ``own_ND``, and their slope along the hidden states."""
+    wide_ND = own_ND.to(lse_N.dtype)
+    return lse_N - (hidden_ND.to(lse_N.dtype) * wide_ND).sum(-1), (mean_ND - wide_ND).to(hidden_ND.dtype)
+
+
+def _rows(hidden_ND: Tensor) -> Iterator[slice]:
+    size = TILES.get(hidden_ND.device.type, LARGE_TILE)[0]
+    return (slice(first, first + size) for first in range(0, len(hidden_ND), size))
+
+
+def _columns(embedding_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of E with their place; on an accelerator padded by rows of zeros."""
+    device = embedding_VD.device.type
+    size, multiple = TILES.get(device, LARGE_TILE)[1], ALIGNED.get(device, LARGE_ALIGNED)
+    for left in range(0, len(embedding_VD), size):
+        place = slice(left, min(left + size, len(embedding_VD)))
+        part_UD = embedding_VD[place].to(dtype)
+        missing = -len(part_UD) % multiple
+        yield place, F.pad(part_UD, (0, 0, 0, missing)) if missing else part_UD
 
 
 def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Tensor, Tensor]:
@@ -133,12 +152,13 @@ def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Te
     top_N1 = hidden_ND.new_full((len(hidden_ND), 1), -torch.inf, dtype=wide)
     total_N1, mean_ND = torch.zeros_like(top_N1), torch.zeros_like(hidden_ND, dtype=wide)
     absorb, room_RU = kernel(_absorb, hidden_ND.device.type), _room(hidden_ND, wide)
-    for rows, columns in _tiles(hidden_ND, embedding_VD):
-        part_UD = embedding_VD[columns].to(dtype)
-        found = absorb(hidden_ND[rows] @ part_UD.T, top_N1[rows], total_N1[rows], room_RU)
-        top_N1[rows], total_N1[rows], shrunk_R1, weights_RU = found
-        if climbing:
-            mean_ND[rows].mul_(shrunk_R1).add_(weights_RU @ part_UD)
+    for place, part_UD in _columns(embedding_VD, dtype):
+        for rows in _rows(hidden_ND):
+            logits_RU, real = hidden_ND[rows] @ part_UD.T, place.stop - place.start
+            found = absorb(logits_RU, real, top_N1[rows], total_N1[rows], room_RU)
+            top_N1[rows], total_N1[rows], shrunk_R1, weights_RU = found
+            if climbing:
+                mean_ND[rows].mul_(shrunk_R1).add_(weights_RU @ part_UD)
     return (top_N1 + total_N1.log())[:, 0], mean_ND.div_(total_N1)
 
 
@@ -156,10 +176,15 @@ def _exact(logits_RU: Tensor, wide: torch.dtype, room_RU: Tensor | None) -> Tens
 
 
 def _absorb(
-    logits_RU: Tensor, top_R1: Tensor, total_R1: Tensor, room_RU: Tensor | None
+    logits_RU: Tensor, real: int, top_R1: Tensor, total_R1: Tensor, room_RU: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A tile more: the largest logit m so far, Σ exp (l − m), the factor on earlier sums, and exp (l − m)."""
+    """A tile more: the largest logit m so far, Σ exp (l − m), the factor on earlier sums, and exp (l − m).
+
+    What stands behind ``real`` entries is padding.
+    """
     exact_RU = _exact(logits_RU, top_R1.dtype, room_RU)
+    if real < logits_RU.shape[1]:
+        exact_RU[:, real:] = -torch.inf
     new_R1 = torch.maximum(top_R1, exact_RU.amax(1, keepdim=True))
     shrunk_R1 = (top_R1 - new_R1).exp()
     weights_RU = exact_RU.sub_(new_R1).exp_()
@@ -174,8 +199,11 @@ def _slopes(logits_RU: Tensor, lse_R1: Tensor, grad_R1: Tensor, room_RU: Tensor 
 
 @cache
 def kernel(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """The function compiled into one kernel; on a CPU, where a tile stays in cache, as it is."""
-    return function if device == "cpu" else torch.compile(function, dynamic=True)
+    """The function compiled into one kernel; on a CPU, where a tile stays in cache, as it is.
+
+    Sizes are constants until they change: of a size that it does not know a kernel cannot tell what is aligned.
+    """
+    return function if device == "cpu" else torch.compile(unwrap(function))  # not what checks its shapes
 
 
 def _embedding_gradient(
@@ -185,8 +213,8 @@ def _embedding_gradient(
     make_room(embedding_VD.numel() * lse_N.element_size())
     found_VD = torch.zeros_like(embedding_VD, dtype=lse_N.dtype)
     slopes, room_RU = kernel(_slopes, hidden_ND.device.type), _room(hidden_ND, lse_N.dtype)
-    for rows, columns in _tiles(hidden_ND, embedding_VD):
-        part_UD = embedding_VD[columns].to(hidden_ND.dtype)
-        to_logits_RU = slopes(hidden_ND[rows] @ part_UD.T, lse_N[rows, None], grad_N[rows, None], room_RU)
-        found_VD[columns] += to_logits_RU.T @ hidden_ND[rows]
+    for place, part_UD in _columns(embedding_VD, hidden_ND.dtype):
+        for rows in _rows(hidden_ND):
+            to_logits_RU = slopes(hidden_ND[rows] @ part_UD.T, lse_N[rows, None], grad_N[rows, None], room_RU)
+            found_VD[place] += (to_logits_RU.T @ hidden_ND[rows])[: place.stop - place.start]
     return found_VD.index_add_(0, value_N, (hidden_ND * -grad_N[:, None]).to(found_VD.dtype))

@@ -42,7 +42,10 @@ LIMITS = [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 
 @pytest.mark.parametrize(("dtype", "limit"), LIMITS)
 @pytest.mark.parametrize("wanted", [[0], [1], [0, 1]])
-def test_values_and_gradients_are_the_dense_ones(dtype, limit, wanted):
+@pytest.mark.parametrize(("columns", "multiple"), [(12, 1), (16, 8)])  # as on a CPU, and padded as elsewhere
+def test_values_and_gradients_are_the_dense_ones(columns, multiple, dtype, limit, wanted, monkeypatch):
+    monkeypatch.setitem(cross_entropy.TILES, "cpu", (8, columns))
+    monkeypatch.setitem(cross_entropy.ALIGNED, "cpu", multiple)
     hidden, embedding, value = leaves()
     weight = torch.randn(B, T)
     inputs = [x.detach().to(dtype).requires_grad_(i in wanted) for i, x in enumerate((hidden, embedding))]
@@ -163,11 +166,14 @@ def test_compiled_tiles_say_the_same(dtype):
     logits, top, total = torch.randn(8, 12).to(dtype), torch.randn(8, 1).float(), torch.rand(8, 1).float()
     slope = torch.randn(8, 1).float()
     for function, arguments in (
-        (cross_entropy._absorb, (top, total, None)),
+        (cross_entropy._absorb, (10, top, total, None)),
         (cross_entropy._slopes, (top, slope, None)),
     ):
         ours = kernel(function, "not a cpu")(logits.clone(), *arguments)
         torch.testing.assert_close(ours, function(logits.clone(), *arguments), rtol=1e-2, atol=1e-3)
         inside = function(logits.clone(), *arguments[:-1], torch.empty(16, 16).float())
         torch.testing.assert_close(inside, function(logits.clone(), *arguments))
+    tokens = torch.randn(8).float(), torch.randn(8, 6).float(), torch.randn(8, 6).to(dtype), torch.randn(8, 6).to(dtype)
+    compared = cross_entropy._compared
+    torch.testing.assert_close(kernel(compared, "not a cpu")(*tokens), compared(*tokens), rtol=1e-2, atol=1e-3)
     pyro.enable_validation(True)  # which torch's compiler turns off

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pyro
 import pytest
 import torch
 
@@ -18,8 +19,21 @@ from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings(  # of torch and its compiler, about themselves
+        "ignore::DeprecationWarning", "ignore:Synchronization debug mode", "ignore:TensorFloat32 tensor cores"
+    ),
+]
 B, T, V = 4, 128, 20_000
+
+
+@pytest.fixture(autouse=True)
+def validation():
+    """Torch's compiler turns it off."""
+    yield
+    pyro.enable_validation(True)
 
 
 @pytest.fixture

@@ -12,7 +12,10 @@ from ltm_pyro.studies.bench.clock import How, in_turn, matrix_rate, spread
 
 WIDTH, VOCABULARY = 512, 50_257
 TOKENS = {"cpu": 1024, "cuda": 32_768}
-SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16_384)}  # tokens × vocabulary entries
+SIDES = {  # tokens, vocabulary entries
+    "cpu": ((512, 1024, 2048), (512, 1024, 2048)),
+    "cuda": ((4096, 8192, 16_384), (8192, 16_384, 65_536)),
+}
 
 
 def head(how: How) -> dict[str, Any]:
@@ -22,8 +25,10 @@ def head(how: How) -> dict[str, Any]:
         torch.randn(n, WIDTH, device=device, dtype=torch.bfloat16) for n in (TOKENS[device], VOCABULARY)
     )
     value_N = torch.randint(VOCABULARY, (TOKENS[device],), device=device)
-    tiles = list(product(SIDES[device], SIDES[device]))
-    times = in_turn({tile: partial(_gradient, hidden_ND, embedding_VD, value_N, tile) for tile in tiles}, how)
+    tiles = list(product(*SIDES[device]))
+    runs = {tile: partial(_gradient, hidden_ND, embedding_VD, value_N, tile) for tile in tiles}
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=2 * len(tiles)):
+        times = in_turn(runs, how)  # each with kernels of its own sizes, as in training
     rate, flops = matrix_rate("bfloat16", how, device), 4 * VOCABULARY * WIDTH * TOKENS[device]
     found = {tile: spread(values)["median"] for tile, values in times.items()}
     rows = {f"{a} x {b}": {"seconds": x, "of_matrix_rate": flops / x / rate} for (a, b), x in found.items()}

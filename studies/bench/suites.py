@@ -61,7 +61,7 @@ def compare(setting: Setting, methods: list[Method], how: How, device: str = "cp
         runs[method], peaks[method] = _made(method, setting, device)
     times = in_turn(runs, how)
     rates = {precision: matrix_rate(precision, how, device) for precision in PRECISIONS}
-    flops = {kind: _flops_per_token(kind, setting, device) for kind in {method.kind for method in methods}}
+    flops = {kind: _flops_per_token(kind, setting) for kind in {method.kind for method in methods}}
     rows = {}
     for method, values in times.items():
         tokens_per_second = setting.tokens / spread(values)["median"]
@@ -82,13 +82,12 @@ class NoModules(nullcontext[None]):
     parents = ("Global",)
 
 
-def _flops_per_token(kind: Kind, setting: Setting, device: str) -> float:
-    """Counted on one sequence and up to two fast steps, of which all others are copies.
+def _flops_per_token(kind: Kind, setting: Setting) -> float:
+    """Counted on a CPU, on one sequence and up to two fast steps, of which all others are copies.
 
-    Without a compiler, whose products show no count, and with the attention that consists of torch's own.
+    There nothing is compiled, and attention consists of products that torch counts.
     """
-    method = Method(kind, "float32", attention="sdpa")
-    runs = [make(method, setting._replace(batch=1, steps=steps), device) for steps in (1, 2)]
+    runs = [make(Method(kind, "float32"), setting._replace(batch=1, steps=steps)) for steps in (1, 2)]
     one, two = (_flops(run) / setting.length for run in runs)
     return one + (setting.steps - 1) * (two - one)
 

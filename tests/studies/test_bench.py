@@ -57,7 +57,7 @@ def test_flops_are_counted_on_few_steps_of_one_sequence():
     setting = SETTING._replace(steps=5, batch=3)
     for kind in ("ours", "naive"):
         whole = suites._flops(make(Method(kind, "float32"), setting)) / setting.tokens
-        assert suites._flops_per_token(kind, setting, "cpu") == pytest.approx(whole)
+        assert suites._flops_per_token(kind, setting) == pytest.approx(whole)
 
 
 def test_rows_and_ratios(monkeypatch):
@@ -98,7 +98,7 @@ def test_on_cuda_the_batch_shrinks_until_it_fits_and_graphs_have_small_ones(monk
 def test_tiles_are_tried_and_put_back(monkeypatch):
     monkeypatch.setattr(heads, "TOKENS", {"cpu": 32})
     monkeypatch.setattr(heads, "VOCABULARY", 50)
-    monkeypatch.setattr(heads, "SIDES", {"cpu": (8, 16)})
+    monkeypatch.setattr(heads, "SIDES", {"cpu": ((8, 16), (8, 16))})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = dict(heads.TILES)
     report = suites.SUITES["head"](How(rounds=1))
