@@ -20,11 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "steps, attention, generation, sweeps, head; the first three when none is named"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=about)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed, in turn")
-    parser.add_argument("--settings", nargs="+", metavar="NAME", help="of the training steps: tiny, wide, ltm-small, cuda-small, cuda-large")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="NAME",
+        help="of the training steps: tiny, wide, ltm-small, cuda-small, cuda-large",
+    )
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="of torch; all cores when not given")
     about = "wall, or cpu: processor time, for a machine with other work (then with --threads 1)"
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=about)
-    parser.add_argument("--compile", action="store_true", help="adds ours and the published structure compiled")
+    parser.add_argument("--eager", action="store_true", help="without torch's compiler, which takes minutes")
     parser.add_argument("--data", metavar="DIR", help="instead of all suites: how fast this packed corpus is read")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -47,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     report: dict[str, Any] = {}
     with Console(stderr=True).status("measuring; leave the machine alone meanwhile …"):
-        report = study.bench(chosen, study.How(args.rounds, args.clock, args.compile), settings)
+        how = study.How(args.rounds, args.clock, compiled=study.compiler() is not None and not args.eager)
+        report = study.bench(chosen, how, settings)
     if args.json:
         print(json.dumps(report))
     else:

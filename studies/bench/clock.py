@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,11 @@ Key = TypeVar("Key")
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch's would call; without one nothing is compiled."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
 
 
 class How(NamedTuple):
@@ -101,6 +107,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": name,
+        "compiler": compiler() or "none found: compiled rows are not run",
         "python": platform.python_version(),
         "load": os.getloadavg()[0],  # 1 per busy core; more than the benchmark's own threads means company
         "date": time.strftime("%Y-%m-%d"),

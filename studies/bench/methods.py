@@ -44,9 +44,9 @@ def make(method: Method, setting: Setting, device: str = "cpu") -> Callable[[], 
     torch.manual_seed(0)
     tokens_BT = torch.randint(1, setting.vocabulary, (setting.batch, setting.length + 1), device=device)
     inputs_BT, targets_BT = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
-    step = {"ours": _ours, "handwritten": _handwritten, "naive": _naive}[method.kind](
-        method, setting, inputs_BT, targets_BT
-    )
+    kind = {"ours": _ours, "handwritten": _handwritten, "naive": _naive}[method.kind]
+    with torch.device(device):
+        step = kind(method, setting, inputs_BT, targets_BT)
 
     def run() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=method.precision == "bfloat16"):
@@ -57,7 +57,7 @@ def make(method: Method, setting: Setting, device: str = "cpu") -> Callable[[], 
     return run
 
 
-def _decoder(method: Method, setting: Setting, device: torch.device) -> Decoder:
+def _decoder(method: Method, setting: Setting) -> Decoder:
     decoder = Decoder(
         vocabulary=setting.vocabulary,
         layers=setting.layers,
@@ -67,7 +67,7 @@ def _decoder(method: Method, setting: Setting, device: torch.device) -> Decoder:
         window=setting.window,
         length=setting.length,
         attention=method.attention,
-    ).to(device)
+    )
     if method.compiled:
         decoder.compile()
     return decoder
@@ -85,20 +85,20 @@ def _slow(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor
 
 
 def _ours(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tensor) -> Callable[[], Any]:
-    decoder = _decoder(method, setting, inputs_BT.device)
-    model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder).to(inputs_BT.device)
+    decoder = _decoder(method, setting)
+    model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
     guide, optimizer = MeanField(model), _adamw(model)
     inference = LocalInference(
         steps=setting.steps, rate=RATE, start=START, slow_gradient="last", cuda_graph=method.graph
     )
-    lengths_B = torch.full((setting.batch,), setting.length, device=inputs_BT.device)
+    lengths_B = torch.full((setting.batch,), setting.length)
     batch = make_batch(targets_BT, lengths_B, start_token=0)._replace(inputs_BT=inputs_BT)
     return lambda: _slow(model, optimizer, learn(model, guide, batch, inference).loss / setting.tokens)
 
 
 def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tensor) -> Callable[[], Any]:
     """What `ltm_pyro.local.learn` does for the paper's prior and guide, in a bare loop."""
-    decoder = _decoder(method, setting, inputs_BT.device)
+    decoder = _decoder(method, setting)
     optimizer, shape = _adamw(decoder), (setting.batch, *decoder.thought_shape)
 
     def loss(stem_BTD: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT
 
 def _naive(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tensor) -> Callable[[], Any]:
     sizes = (setting.vocabulary, setting.layers, setting.width, setting.heads, setting.window, setting.length)
-    model = NaiveLTM(*sizes).to(inputs_BT.device)
+    model = NaiveLTM(*sizes)
     if method.compiled:
         model.compile()
     optimizer = _adamw(model)

@@ -7,8 +7,8 @@ import torch
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.studies.bench import clock, suites
 from ltm_pyro.studies.bench import head as heads
-from ltm_pyro.studies.bench import suites
 from ltm_pyro.studies.bench.clock import How, in_turn, spread
 from ltm_pyro.studies.bench.methods import Method, make
 from ltm_pyro.studies.bench.naive import NaiveLTM
@@ -63,12 +63,29 @@ def test_flops_are_counted_on_few_steps_of_one_sequence():
 def test_rows_and_ratios(monkeypatch):
     monkeypatch.setattr(suites, "peak_bytes", lambda work, method, setting: 100 if method.kind == "ours" else 400)
     monkeypatch.setattr(suites, "matrix_rate", lambda *_: 1e12)
-    report = suites.compare(SETTING, [Method(k, "float32") for k in ("ours", "handwritten", "naive")], How(rounds=1))
+    methods = [Method(k, "float32") for k in ("ours", "handwritten", "naive")]
+    report = suites.compare(SETTING, [*methods, Method("ours", "float32", compiled=True)], How(rounds=1))
+    assert list(report["methods"]) == [str(method) for method in methods]  # nothing is compiled unasked
+    assert len(set(report["ratios"]["throughput_over_naive"].values())) == 1
     assert report["ratios"]["memory_of_naive"] == 0.25
     assert set(report["ratios"]["pyro_costs"]) == {"float32"}
     row = report["methods"]["ours float32"]
     assert row["tokens_per_second"] == pytest.approx(SETTING.tokens / row["seconds"]["median"])
     json.dumps(report)
+
+
+def test_each_side_is_taken_at_its_best():
+    seconds = {"ours bfloat16": 4, "ours bfloat16 compiled": 2, "naive float32": 9, "naive bfloat16": 8}
+    seconds |= {"naive bfloat16 compiled": 5}
+    rows = {name: {"seconds": {"median": x}, "peak_bytes": x} for name, x in seconds.items()}
+    found = suites._ratios(rows, {})["throughput_over_naive"]
+    assert found == {"eager": 2, "ours compiled": 4, "both compiled": 2.5}
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.setattr(clock.shutil, "which", lambda name: None)
+    assert clock.compiler() is None
+    assert "not run" in clock.machine()["compiler"]
 
 
 def test_without_cuda_it_says_so(monkeypatch):
