@@ -1,7 +1,6 @@
 """CUDA graphs: what is computed again and again on tensors of the same shapes is recorded once, and replayed since.
 
-A replay launches all kernels of a fit at once, with no Python, no Pyro and no gaps between them. Not yet run on a CUDA
-device.
+A replay launches all kernels of a fit at once, with no Python, no Pyro and no gaps between them.
 """
 
 from collections import OrderedDict
