@@ -29,7 +29,11 @@ from ltm_pyro.training.recipe import read_recipe
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "studies" / "recipes"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPTIONS = {"cuda": ("--trainer.precision", "bf16-mixed", "--data.batch_size", "64"), "cpu": ()}
+PRECISION, BATCH = ("--trainer.precision", "bf16-mixed"), ("--data.batch_size", "64")
+OPTIONS = {  # by device; on CUDA some thousand steps in all
+    "cuda": (*PRECISION, *BATCH, "--model.compile", "true", "--trainer.val_check_interval", "100"),
+    "cpu": (),
+}
 
 
 def fit(name: str, arguments: argparse.Namespace, *budget: str) -> Path:

@@ -6,7 +6,7 @@ Shapes: N tokens of a batch in a row (particles folded in), D width, V vocabular
 from collections.abc import Callable, Iterator
 from functools import cache
 from inspect import unwrap
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class _Nats(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         lse_N, mean_ND = _expect(hidden_ND.to(dtype), embedding_VD, climbing)
         compared = kernel(_compared, hidden_ND.device.type)
-        nats_N, climb_ND = compared(lse_N, mean_ND, hidden_ND, embedding_VD[value_N])
+        nats_N, climb_ND = compared(lse_N, mean_ND, hidden_ND.detach(), embedding_VD[value_N])
         if climbing:
             ctx.save_for_backward(climb_ND)
         ctx.mark_non_differentiable(lse_N)
@@ -164,11 +164,11 @@ def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Te
 
 def _room(hidden_ND: Tensor, wide: torch.dtype) -> Tensor | None:
     """Where a tile is computed in full precision: on a CPU fresh memory costs more than the work done in it."""
-    if hidden_ND.device.type != "cpu" or hidden_ND.dtype == wide:
-        return None
-    return hidden_ND.new_empty(TILES["cpu"], dtype=wide)
+    tile = TILES.get(hidden_ND.device.type)
+    return None if tile is None or hidden_ND.dtype == wide else hidden_ND.new_empty(tile, dtype=wide)
 
 
+@no_type_check  # of shapes, at run time: torch would compile the check into whoever calls this
 def _exact(logits_RU: Tensor, wide: torch.dtype, room_RU: Tensor | None) -> Tensor:
     if room_RU is None:
         return logits_RU.to(wide)
