@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from ltm_pyro.allocator import keep_freed_memory
-from ltm_pyro.studies.bench.suites import SUITES, How, bench, compiler
+from ltm_pyro.studies.bench.suites import SUITES, How, bench
 
 if __name__ == "__main__":
     keep_freed_memory()  # as every command does
-    report = bench(SUITES, How(compiled=compiler() is not None))
+    report = bench(SUITES, How(compiled=True))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(__file__).parent / "results" / f"{report['machine']['date']}-bench-{device}.json"
     path.parent.mkdir(exist_ok=True)

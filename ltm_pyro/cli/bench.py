@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"Rounds and threads must be at least 1, got {args.rounds} and {args.threads}.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {}
-    with Console(stderr=True).status("measuring; leave the machine alone meanwhile …"):
-        how = study.How(args.rounds, args.clock, compiled=study.compiler() is not None and not args.eager)
-        report = study.bench(chosen, how, settings)
+    how = study.How(args.rounds, args.clock, compiled=not args.eager)
+    with Console(stderr=True).status("measuring") as status:
+        report = study.bench(
+            chosen, how, settings, lambda what: status.update(f"measuring {what}; leave the machine alone meanwhile …")
+        )
     if args.json:
         print(json.dumps(report))
     else:

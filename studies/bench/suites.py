@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ltm_pyro.attention import BACKENDS, backend
 from ltm_pyro.models import Decoder
-from ltm_pyro.studies.bench.clock import How, in_turn, machine, matrix_rate, peak_bytes, seconds, spread
+from ltm_pyro.studies.bench.clock import How, compiler, in_turn, machine, matrix_rate, peak_bytes, seconds, spread
 from ltm_pyro.studies.bench.head import head
 from ltm_pyro.studies.bench.methods import Attention, Kind, Method, Precision, make
 from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, SETTINGS, SWEEP_BASE, SWEEPS, Setting
@@ -29,23 +29,32 @@ ALL_SETTINGS = (*SETTINGS, *CUDA_SETTINGS)
 Report = dict[str, Any]
 
 
-def bench(suites: Iterable[str], how: How, settings: Iterable[str] = ALL_SETTINGS) -> Report:
-    """The report of some of the `SUITES`, behind a description of the machine; training steps of some ``settings``."""
+def bench(
+    suites: Iterable[str], how: How, settings: Iterable[str] = ALL_SETTINGS, tell: Callable[[str], Any] = lambda _: None
+) -> Report:
+    """The report of some of the `SUITES`, behind a description of the machine; training steps of some ``settings``.
+
+    Args:
+        tell: is given what is measured next.
+    """
+    how = how._replace(compiled=how.compiled and compiler() is not None)
     report: Report = {"machine": machine(), "how": how._asdict()}
     for name in suites:
-        report[name] = steps(how, settings) if name == "steps" else SUITES[name](how)
+        tell(name)
+        report[name] = steps(how, settings, tell) if name == "steps" else SUITES[name](how)
     return report
 
 
-def steps(how: How, settings: Iterable[str] = ALL_SETTINGS) -> Report:
+def steps(how: How, settings: Iterable[str] = ALL_SETTINGS, tell: Callable[[str], Any] = lambda _: None) -> Report:
     """Training steps of every setting; the published sizes where there is a CUDA device."""
     methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
     methods += [Method("ours", "bfloat16", True), Method("naive", "float32", True), Method("naive", "bfloat16", True)]
     on_cuda = partial(_on_cuda, how=how) if torch.cuda.is_available() else lambda setting: NOT_RUN
-    return {
-        name: compare(SETTINGS[name], methods, how) if name in SETTINGS else on_cuda(CUDA_SETTINGS[name])
-        for name in settings
-    }
+    report: Report = {}
+    for name in settings:
+        tell(f"steps of {name}")
+        report[name] = compare(SETTINGS[name], methods, how) if name in SETTINGS else on_cuda(CUDA_SETTINGS[name])
+    return report
 
 
 def compare(setting: Setting, methods: list[Method], how: How, device: str = "cpu") -> Report:

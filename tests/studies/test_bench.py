@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from ltm_pyro.cli.arguments import Parser
+from ltm_pyro.cli.bench import add_arguments, run
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.studies.bench import clock, suites
@@ -133,12 +135,22 @@ def test_exponent_and_spread():
     assert rounds == {"ab", "ba"}
 
 
-def test_an_unknown_suite():
-    from ltm_pyro.cli.arguments import Parser
-    from ltm_pyro.cli.bench import add_arguments, run
-
+@pytest.fixture
+def parser():
     parser = Parser(prog="ltm bench")
     add_arguments(parser)
+    return parser
+
+
+def test_the_command_prints_one_object(parser, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(parser.parse_args(["steps", "--settings", "cuda-small", "--json"])) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == {"cuda-small": "not run: no CUDA device"}
+    assert found["how"]["compiled"] == (clock.compiler() is not None)
+
+
+def test_an_unknown_suite(parser):
     with pytest.raises(UsageError, match="no suite 'speed': choose from steps"):
         run(parser.parse_args(["speed"]))
     with pytest.raises(UsageError, match="at least 1, got 0"):
