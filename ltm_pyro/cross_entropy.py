@@ -154,11 +154,11 @@ def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Te
     absorb, room_RU = kernel(_absorb, hidden_ND.device.type), _room(hidden_ND, wide)
     for place, part_UD in _columns(embedding_VD, dtype):
         for rows in _rows(hidden_ND):
-            logits_RU, real = hidden_ND[rows] @ part_UD.T, place.stop - place.start
-            found = absorb(logits_RU, real, top_N1[rows], total_N1[rows], room_RU)
-            top_N1[rows], total_N1[rows], shrunk_R1, weights_RU = found
+            tile = hidden_ND[rows] @ part_UD.T, place.stop - place.start, top_N1[rows], total_N1[rows], room_RU
+            top_N1[rows], total_N1[rows], shrunk_R1, weights_RU = absorb(*tile)
             if climbing:
                 mean_ND[rows].mul_(shrunk_R1).add_(weights_RU @ part_UD)
+            del tile, weights_RU  # the next one may take their place
     return (top_N1 + total_N1.log())[:, 0], mean_ND.div_(total_N1)
 
 
