@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--settings",
         nargs="+",
         metavar="NAME",
-        help="of the training steps: tiny, wide, ltm-small, cuda-small, cuda-large",
+        help="of the training steps: tiny, wide, ltm-small, cuda-small, cuda-large, cuda-graph",
     )
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="of torch; all cores when not given")
     about = "wall, or cpu: processor time, for a machine with other work (then with --threads 1)"

@@ -23,7 +23,6 @@ from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, SETTINGS, SWEEP_BASE,
 KINDS: tuple[Kind, ...] = ("ours", "handwritten", "naive")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 ATTENTIONS: tuple[Attention, ...] = ("sdpa", "xformers", "flex")
-SMALL_BATCH = 8  # on CUDA
 NOT_RUN = "not run: no CUDA device"
 ALL_SETTINGS = (*SETTINGS, *CUDA_SETTINGS)
 Report = dict[str, Any]
@@ -49,11 +48,15 @@ def steps(how: How, settings: Iterable[str] = ALL_SETTINGS, tell: Callable[[str]
     """Training steps of every setting; the published sizes where there is a CUDA device."""
     methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
     methods += [Method("ours", "bfloat16", True), Method("naive", "float32", True), Method("naive", "bfloat16", True)]
-    on_cuda = partial(_on_cuda, how=how) if torch.cuda.is_available() else lambda setting: NOT_RUN
     report: Report = {}
     for name in settings:
         tell(f"steps of {name}")
-        report[name] = compare(SETTINGS[name], methods, how) if name in SETTINGS else on_cuda(CUDA_SETTINGS[name])
+        if name in SETTINGS:
+            report[name] = compare(SETTINGS[name], methods, how)
+        elif torch.cuda.is_available():
+            report[name] = _fitting(CUDA_SETTINGS[name], _cuda_methods(name), how)
+        else:
+            report[name] = NOT_RUN
     return report
 
 
@@ -155,14 +158,17 @@ def _median(row: Report) -> float:
     return row["seconds"]["median"]
 
 
-def _on_cuda(setting: Setting, how: How) -> Report:
-    """A batch that fills the card, and a small one, whose steps are mostly launches: there CUDA graphs take part."""
-    usable = [Method("ours", "bfloat16", attention=x) for x in ATTENTIONS if _usable(x, setting)]
-    ours = [*usable, Method("ours", "bfloat16", compiled=True)]
-    replayed = [Method("ours", "bfloat16", compiled, graph=x) for compiled in (False, True) for x in (False, True)]
+def _cuda_methods(name: str) -> list[Method]:
+    """Ours and naive, eager and compiled; and every attention that runs here, or replayed CUDA graphs."""
     naive = [Method("naive", "bfloat16", compiled) for compiled in (False, True)]
-    small = setting._replace(batch=SMALL_BATCH)
-    return {"filled": _fitting(setting, ours + naive, how), "small": _fitting(small, replayed + naive, how)}
+    if name == "cuda-graph":
+        choices = product((False, True), (False, True))
+        return [Method("ours", "bfloat16", compiled, graph=graph) for compiled, graph in choices] + naive
+    ours = [Method("ours", "bfloat16", compiled) for compiled in (False, True)]
+    if name == "cuda-small":
+        chosen = [x for x in ATTENTIONS if _usable(x, CUDA_SETTINGS[name])]
+        ours[:1] = [Method("ours", "bfloat16", attention=x) for x in chosen]
+    return ours + naive
 
 
 def _fitting(setting: Setting, methods: list[Method], how: How) -> Report:

@@ -14,7 +14,7 @@ from ltm_pyro.studies.bench import head as heads
 from ltm_pyro.studies.bench.clock import How, in_turn, spread
 from ltm_pyro.studies.bench.methods import Method, make
 from ltm_pyro.studies.bench.naive import NaiveLTM
-from ltm_pyro.studies.bench.settings import Setting
+from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, Setting
 
 SETTING = Setting(width=16, layers=2, heads=2, vocabulary=50, length=12, window=4, thoughts=3, steps=2, batch=2)
 
@@ -97,21 +97,24 @@ def test_without_cuda_it_says_so(monkeypatch):
     assert report["cuda-small"] == report["cuda-large"] == "not run: no CUDA device"
 
 
-def test_on_cuda_the_batch_shrinks_until_it_fits_and_graphs_have_small_ones(monkeypatch):
+def test_on_cuda_the_batch_shrinks_until_it_fits(monkeypatch):
     seen = []
 
     def compare(setting, methods, how, device):
-        seen.append((setting.batch, any(method.graph for method in methods)))
-        if setting.batch > 32:
+        seen.append(setting.batch)
+        if setting.batch > 16:
             raise torch.cuda.OutOfMemoryError
         return {str(method): {} for method in methods}
 
     monkeypatch.setattr(suites, "compare", compare)
     monkeypatch.setattr(suites, "_usable", lambda name, setting: name != "flex")
-    report = suites._on_cuda(SETTING._replace(batch=128), How())
-    assert seen == [(128, False), (64, False), (32, False), (8, True)]
-    assert {"ours bfloat16 xformers", "ours bfloat16 compiled", "naive bfloat16 compiled"} < set(report["filled"])
-    assert {"ours bfloat16", "ours bfloat16 graph", "ours bfloat16 graph compiled"} < set(report["small"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    report = {name: set(rows) for name, rows in suites.steps(How(), CUDA_SETTINGS).items()}
+    assert seen == [64, 32, 16, 16, 8]
+    both = {"ours bfloat16 compiled", "naive bfloat16", "naive bfloat16 compiled"}
+    assert report["cuda-small"] == both | {"ours bfloat16 sdpa", "ours bfloat16 xformers"}
+    assert report["cuda-large"] == both | {"ours bfloat16"}
+    assert report["cuda-graph"] > report["cuda-large"] | {"ours bfloat16 graph"}
 
 
 def test_tiles_are_tried_and_put_back(monkeypatch):
