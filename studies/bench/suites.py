@@ -72,13 +72,13 @@ def compare(setting: Setting, methods: list[Method], how: How, device: str = "cp
     flops = {kind: _flops_per_token(kind, setting) for kind in {method.kind for method in runs}}
     rows = {}
     for method, values in times.items():
-        tokens_per_second = setting.tokens / spread(values)["median"]
+        middle, spent = spread(values)["median"], flops[method.kind]
         rows[str(method)] = {
             "seconds": spread(values),
-            "tokens_per_second": tokens_per_second,
-            "ms_per_fast_step": 1000 * setting.tokens / tokens_per_second / (setting.steps + 1),
-            "flops_per_token": flops[method.kind],
-            "of_matrix_rate": flops[method.kind] * tokens_per_second / rates[method.precision],
+            "tokens_per_second": setting.tokens / middle,
+            "ms_per_fast_step": 1000 * middle / (setting.steps + 1),
+            "flops_per_token": spent,
+            "of_matrix_rate": spent * setting.tokens / middle / rates[method.precision],
             "peak_bytes": peaks[method],
         }
     return {"setting": setting._asdict(), "matrix_rate": rates, "methods": rows, "ratios": _ratios(rows, times)}
