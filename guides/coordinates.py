@@ -16,7 +16,7 @@ from torch.distributions import (
     transforms,
 )
 
-from ltm_pyro.contracts import SEQUENCES, Batch, Guide, LocalParameters, Model, Start
+from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, sequences
 from ltm_pyro.sites import Sites, bijections, prior_moments, prior_sites, unconstrained
 
 
@@ -59,7 +59,7 @@ class Coordinates(Guide):
 
     def __call__(self, batch: Batch, local: LocalParameters) -> dict[str, Tensor]:
         """Samples every site from q, reparameterised."""
-        with pyro.plate(SEQUENCES, batch.size, dim=-1):
+        with sequences(batch.size):
             return {name: pyro.sample(name, self.posterior(name, local)) for name in self.sites}
 
     def posterior(self, name: str, local: LocalParameters) -> Any:

@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pyro
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -22,6 +24,15 @@ SEQUENCES = "sequences"  # the plate of one batch, dim -1
 PARTICLES = "particles"  # the plate of posterior samples, dim -2
 
 LocalParameters = dict[str, Tensor]  # q's parameters by name, each with leading axis B
+
+
+@lru_cache(maxsize=64)
+def sequences(size: int) -> pyro.plate:
+    """The plate `SEQUENCES`, at dim −1: entered again at every fast step, and made once.
+
+    To make one is a statement of its own, which passes through all handlers and draws indices for a subsample.
+    """
+    return pyro.plate(SEQUENCES, size, dim=-1)
 
 
 class UsageError(ValueError):

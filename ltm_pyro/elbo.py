@@ -131,12 +131,12 @@ def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, dra
     S particles become a plate left of the sequences.
     """
     mirror = Antithetic() if draws.antithetic else nullcontext()
-    with full_precision(batch.inputs_BT), mirror, _particles(draws):  # mirror outside, to see the plate
-        q = poutine.trace(guide).get_trace(batch, local)
-    with _particles(draws):
-        p = poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
-    check_sites(_latent(q), _latent(p))
-    return q, p
+    with full_precision(batch.inputs_BT), mirror, _particles(draws), poutine.trace() as q:  # mirror sees the plate
+        guide(batch, local)
+    with _particles(draws), poutine.trace() as p, poutine.replay(trace=q.trace):
+        model(batch)
+    check_sites(_latent(q.trace), _latent(p.trace))
+    return q.trace, p.trace
 
 
 def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:

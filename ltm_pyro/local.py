@@ -158,7 +158,7 @@ class _Climb:
         state, info = self._climb(batch, state, steps if guide.climbs else 0)
         if not steps:
             return state, info
-        with frozen(self.model):
+        with frozen(self.model) if self.average else nullcontext():  # elsewhere it is frozen from the first step on
             found = guide.settle(self.model, _cut(batch), state.parameters, steps, inference.rate)
         return state._replace(parameters=found), info
 

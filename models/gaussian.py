@@ -19,14 +19,15 @@ class GaussianPrior(PyroModule):
         shape: (L, K, D) of one sequence's thoughts.
     """
 
-    zero: Tensor
+    zeros: Tensor
+    ones: Tensor
 
     def __init__(self, shape: ThoughtShape) -> None:
         super().__init__()
         self.shape = shape
-        self.register_buffer("zero", torch.zeros(()), persistent=False)  # carries dtype and device
+        self.register_buffer("zeros", torch.zeros(shape), persistent=False)
+        self.register_buffer("ones", torch.ones(shape), persistent=False)
 
     def forward(self) -> Float[Tensor, "... L K D"]:
         """Samples the site ``z`` inside the surrounding plate."""
-        standard = dist.Normal(self.zero, torch.ones_like(self.zero))
-        return pyro.sample(Z, standard.expand(list(self.shape)).to_event(3))
+        return pyro.sample(Z, dist.Normal(self.zeros, self.ones).to_event(3))

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ltm_pyro.contracts import SEQUENCES, TOKENS, Batch, Prior
+from ltm_pyro.contracts import TOKENS, Batch, Prior, sequences
 from ltm_pyro.cross_entropy import LateGradient
 from ltm_pyro.likelihood import TokenCategorical
 from ltm_pyro.models.decoder import Decoder
@@ -35,7 +35,7 @@ class LatentThoughtModel(PyroModule):
 
     def think(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples the thoughts of ``size`` sequences."""
-        with pyro.plate(SEQUENCES, size, dim=-1), full_precision(next(self.decoder.parameters())):
+        with sequences(size), full_precision(next(self.decoder.parameters())):
             return self.prior()
 
     def prepare(self, batch: Batch) -> Batch:
@@ -47,7 +47,7 @@ class LatentThoughtModel(PyroModule):
 
         With ``batch.targets_BT`` set to None the tokens are sampled, each given the inputs before it.
         """
-        with pyro.plate(SEQUENCES, batch.size, dim=-1):
+        with sequences(batch.size):
             with full_precision(batch.inputs_BT):
                 z_BLKD = self.prior()
             pyro.sample(TOKENS, self.observation(z_BLKD, batch), obs=self.observed(batch))

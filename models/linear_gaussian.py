@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ltm_pyro.contracts import SEQUENCES, TOKENS, Batch, ThoughtShape, make_batch
+from ltm_pyro.contracts import TOKENS, Batch, ThoughtShape, make_batch, sequences
 from ltm_pyro.models.gaussian import GaussianPrior
 
 
@@ -56,7 +56,7 @@ class LinearGaussianModel(PyroModule):
 
     def think(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples the thoughts of ``size`` sequences."""
-        with pyro.plate(SEQUENCES, size, dim=-1):
+        with sequences(size):
             return self.prior()
 
     def prepare(self, batch: Batch) -> Batch:
@@ -65,7 +65,7 @@ class LinearGaussianModel(PyroModule):
 
     def forward(self, batch: Batch) -> Float[Tensor, "... L K D"]:
         """Samples z, observes the values, and returns z."""
-        with pyro.plate(SEQUENCES, batch.size, dim=-1):
+        with sequences(batch.size):
             z_BLKD = self.prior()
             pyro.sample(TOKENS, self.observation(z_BLKD, batch), obs=self.observed(batch))
         return z_BLKD

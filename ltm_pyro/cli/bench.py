@@ -17,7 +17,7 @@ STUDY = "ltm_pyro.studies.bench.suites"  # by dotted path: the command line impo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm bench`."""
-    about = "steps, attention, generation, sweeps, head; the first three when none is named"
+    about = "steps, pyro, attention, generation, sweeps, head; the first four when none is named"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=about)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is timed, in turn")
     parser.add_argument(
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_reader(args.data, args.clock)))
         return 0
     study = import_module(STUDY)
-    chosen = args.suites or ["steps", "attention", "generation"]
+    chosen = args.suites or ["steps", "pyro", "attention", "generation"]
     if unknown := [name for name in chosen if name not in study.SUITES]:
         raise UsageError(f"There is no suite '{unknown[0]}': choose from {', '.join(study.SUITES)}.")
     settings = args.settings or study.ALL_SETTINGS

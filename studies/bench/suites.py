@@ -15,7 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ltm_pyro.attention import BACKENDS, backend
 from ltm_pyro.models import Decoder
-from ltm_pyro.studies.bench.clock import How, compiler, in_turn, machine, matrix_rate, peak_bytes, seconds, spread
+from ltm_pyro.studies.bench.clock import (
+    How,
+    compiler,
+    in_turn,
+    machine,
+    matrix_rate,
+    median_interval,
+    peak_bytes,
+    seconds,
+    spread,
+)
 from ltm_pyro.studies.bench.head import head
 from ltm_pyro.studies.bench.methods import Attention, Kind, Method, Precision, make
 from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, SETTINGS, SWEEP_BASE, SWEEPS, Setting
@@ -130,8 +140,7 @@ def _two_steps(method: Method, setting: Setting) -> None:
 def _ratios(rows: Report, times: Mapping[Method, list[float]]) -> Report:
     """Ours against the published structure, each at its own best precision, and against ours without Pyro.
 
-    Throughput stands in three lines: nothing compiled, ours compiled where that is faster, and both where it is. What
-    Pyro costs is a small difference: it is taken round by round.
+    Throughput stands in three lines: nothing compiled, ours compiled where that is faster, and both where it is.
     """
     eager = {name: row for name, row in rows.items() if not name.endswith("compiled")}
     ours, naive = _best(eager, "ours"), _best(eager, "naive")
@@ -143,11 +152,16 @@ def _ratios(rows: Report, times: Mapping[Method, list[float]]) -> Report:
         },
         "memory_of_naive": ours["peak_bytes"] / naive["peak_bytes"],
         "pyro_costs": {
-            bare.precision: spread([a / b - 1 for a, b in zip(times[bare._replace(kind="ours")], values, strict=True)])
+            bare.precision: _excess(times[bare._replace(kind="ours")], values)
             for bare, values in times.items()
             if bare.kind == "handwritten"
         },
     }
+
+
+def _excess(ours: list[float], bare: list[float]) -> dict[str, float]:
+    """How much longer ours take: a small difference, taken round by round."""
+    return median_interval([a / b - 1 for a, b in zip(ours, bare, strict=True)])
 
 
 def _best(rows: Report, kind: str) -> Report:
@@ -187,6 +201,18 @@ def _usable(attention: str, setting: Setting) -> bool:
     except ValueError:
         return False
     return True
+
+
+def pyro(how: How) -> Report:
+    """What Pyro costs the smallest model, where a step does the least beside it: of many rounds, for it is little."""
+    many = how._replace(rounds=20 * how.rounds)
+    runs = {kind: make(Method(kind, "bfloat16"), SETTINGS["tiny"]) for kind in KINDS[:2]}
+    times = in_turn(runs, many)
+    return {
+        "rounds": many.rounds,
+        "seconds": {kind: spread(values) for kind, values in times.items()},
+        "pyro_costs": _excess(times["ours"], times["handwritten"]),
+    }
 
 
 def attention(how: How) -> Report:
@@ -292,6 +318,7 @@ def _medians(setting: Setting, methods: list[Method], how: How) -> dict[str, flo
 
 SUITES: dict[str, Callable[[How], Report]] = {
     "steps": steps,
+    "pyro": pyro,
     "attention": attention,
     "generation": generation,
     "sweeps": sweeps,

@@ -1,11 +1,14 @@
 """Guides where the posterior is known: what they should find, what they must not claim."""
 
+import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import kl_divergence
 
 from ltm_pyro.contracts import Start, ThoughtShape, UsageError
 from ltm_pyro.elbo import Draws, elbo_terms
 from ltm_pyro.guides import FlowGuide, Langevin, Laplace, LowRank, MeanField, Point
+from ltm_pyro.guides.mean_field import Factorised
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
 from ltm_pyro.models import EnergyPrior, LinearGaussianModel, TwoModesModel
@@ -21,6 +24,19 @@ def known():
 def honest(model, guide, batch, state, draws=2000):
     with torch.no_grad():
         return elbo_terms(model, guide, batch, state.parameters, Draws(draws)).elbo_B.mean(0)
+
+
+@pytest.mark.parametrize("learned", [2, 4])  # q's parameters alone, or the prior's too
+def test_the_kl_of_normals_is_torchs(learned):
+    normals = torch.randn(2, 5, 1, 3), torch.rand(2, 5, 1, 3) + 0.1, torch.randn(4, 3), torch.rand(4, 3) + 0.1
+    for x in normals[:learned]:
+        x.requires_grad_()
+    found = []
+    for family in (Factorised, dist.Normal):
+        kl = kl_divergence(family(*normals[:2]).expand([2, 5, 4, 3]).to_event(1), dist.Normal(*normals[2:]).to_event(1))
+        found.append([kl, *torch.autograd.grad((kl * torch.arange(4.0)).sum(), normals[:learned])])
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs)
 
 
 def test_laplace_is_exact_where_the_posterior_is_gaussian(known):

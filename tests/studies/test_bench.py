@@ -11,7 +11,7 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.studies.bench import clock, suites
 from ltm_pyro.studies.bench import head as heads
-from ltm_pyro.studies.bench.clock import How, in_turn, spread
+from ltm_pyro.studies.bench.clock import How, in_turn, median_interval, spread
 from ltm_pyro.studies.bench.methods import Method, make
 from ltm_pyro.studies.bench.naive import NaiveLTM
 from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, Setting
@@ -76,6 +76,14 @@ def test_rows_and_ratios(monkeypatch):
     json.dumps(report)
 
 
+def test_what_pyro_costs_takes_many_rounds(monkeypatch):
+    monkeypatch.setitem(suites.SETTINGS, "tiny", SETTING)
+    report = suites.SUITES["pyro"](How(rounds=1))
+    assert report["rounds"] == 20
+    assert report["pyro_costs"]["low"] <= report["pyro_costs"]["median"] <= report["pyro_costs"]["high"]
+    assert set(report["seconds"]) == {"ours", "handwritten"}
+
+
 def test_each_side_is_taken_at_its_best():
     seconds = {"ours bfloat16": 4, "ours bfloat16 compiled": 2, "naive float32": 9, "naive bfloat16": 8}
     seconds |= {"naive bfloat16 compiled": 5}
@@ -132,6 +140,10 @@ def test_tiles_are_tried_and_put_back(monkeypatch):
 def test_exponent_and_spread():
     assert suites.exponent({n: 3.0 * n**1.5 for n in (1, 2, 8)}) == pytest.approx(1.5)
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    assert median_interval([3.0, 1.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+    draws = torch.randn(2000, 101)  # of median 0
+    within = [found["low"] <= 0 <= found["high"] for found in map(median_interval, draws.tolist())]
+    assert 0.94 < sum(within) / len(within) < 0.98
     calls = []
     in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, How(rounds=20))
     rounds = {"".join(calls[n : n + 2]) for n in range(0, len(calls), 2)}
