@@ -6,7 +6,7 @@ Shapes: N tokens of a batch in a row (particles folded in), D width, V vocabular
 from collections.abc import Callable, Iterator
 from functools import cache
 from inspect import unwrap
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,17 @@ from ltm_pyro.allocator import make_room
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.precision import matrix_dtype
 
-TILES = {"cpu": (1024, 1024)}  # tokens and vocabulary entries of a tile: so many float32 stay in a core's cache
-LARGE_TILE = (8192, 65_536)  # of an accelerator: whole rows, so that few and large kernels run; 1 GB
-ALIGNED = {"cpu": 1}  # entries, to a multiple of which a tile is padded
-LARGE_ALIGNED = 64  # of an accelerator, whose wide loads and fast products need it
+
+class Tile(NamedTuple):
+    """How many tokens and vocabulary entries a tile has, and to a multiple of how many entries it is padded."""
+
+    rows: int
+    columns: int
+    multiple: int = 1
+
+
+TILES = {"cpu": Tile(1024, 1024)}  # so many float32 stay in a core's cache
+LARGE_TILE = Tile(8192, 65_536, 64)  # of an accelerator: few, large and aligned kernels on whole rows; 1 GB
 
 
 class LateGradient:
@@ -129,15 +136,18 @@ def _compared(lse_N: Tensor, mean_ND: Tensor, hidden_ND: Tensor, own_ND: Tensor)
     return lse_N - (hidden_ND.to(lse_N.dtype) * wide_ND).sum(-1), (mean_ND - wide_ND).to(hidden_ND.dtype)
 
 
+def _tile(x: Tensor) -> Tile:
+    return TILES.get(x.device.type, LARGE_TILE)
+
+
 def _rows(hidden_ND: Tensor) -> Iterator[slice]:
-    size = TILES.get(hidden_ND.device.type, LARGE_TILE)[0]
+    size = _tile(hidden_ND).rows
     return (slice(first, first + size) for first in range(0, len(hidden_ND), size))
 
 
 def _columns(embedding_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Parts of E with their place; on an accelerator padded by rows of zeros."""
-    device = embedding_VD.device.type
-    size, multiple = TILES.get(device, LARGE_TILE)[1], ALIGNED.get(device, LARGE_ALIGNED)
+    _, size, multiple = _tile(embedding_VD)
     for left in range(0, len(embedding_VD), size):
         place = slice(left, min(left + size, len(embedding_VD)))
         part_UD = embedding_VD[place].to(dtype)
@@ -164,8 +174,10 @@ def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Te
 
 def _room(hidden_ND: Tensor, wide: torch.dtype) -> Tensor | None:
     """Where a tile is computed in full precision: on a CPU fresh memory costs more than the work done in it."""
-    tile = TILES.get(hidden_ND.device.type)
-    return None if tile is None or hidden_ND.dtype == wide else hidden_ND.new_empty(tile, dtype=wide)
+    if hidden_ND.device.type not in TILES or hidden_ND.dtype == wide:
+        return None
+    rows, columns, _ = _tile(hidden_ND)
+    return hidden_ND.new_empty(rows, columns, dtype=wide)
 
 
 @no_type_check  # of shapes, at run time: torch would compile the check into whoever calls this

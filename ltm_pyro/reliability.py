@@ -24,10 +24,10 @@ def pareto_k(log_weights_SB: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:
     tail = int(min(0.2 * samples, 3 * samples**0.5))
     if tail < 5:
         raise UsageError(f"Pareto k-hat needs at least 25 samples, got {samples}: draw more.")
-    log_weights_SB = log_weights_SB.double()  # the tail of a bad q underflows in float32
-    sorted_SB = (log_weights_SB - log_weights_SB.max(0).values).sort(0).values.exp()
+    exact_SB = log_weights_SB.double().cpu()  # double: the tail of a bad q underflows in float32; cpu: by sequence
+    sorted_SB = (exact_SB - exact_SB.max(0).values).sort(0).values.exp()
     excess_tB = sorted_SB[-tail:] - sorted_SB[-tail - 1]
-    return torch.stack([_shape(excess_t) for excess_t in excess_tB.unbind(1)])
+    return torch.stack([_shape(excess_t) for excess_t in excess_tB.unbind(1)]).to(log_weights_SB.device)
 
 
 def _shape(excess_t: Tensor) -> Tensor:
@@ -37,4 +37,4 @@ def _shape(excess_t: Tensor) -> Tensor:
         return excess_t.new_tensor(-torch.inf)
     if excess_t[len(excess_t) // 4] <= 0:
         return excess_t.new_tensor(torch.inf)
-    return torch.as_tensor(fit_generalized_pareto(excess_t)[0], dtype=excess_t.dtype, device=excess_t.device)
+    return torch.as_tensor(fit_generalized_pareto(excess_t)[0], dtype=excess_t.dtype)

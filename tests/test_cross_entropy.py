@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltm_pyro import cross_entropy
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.cross_entropy import LateGradient, kernel, token_nats
+from ltm_pyro.cross_entropy import LateGradient, Tile, kernel, token_nats
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
@@ -20,7 +20,7 @@ B, T, D, V = 3, 7, 16, 50
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in both directions, the last ones cut."""
-    monkeypatch.setitem(cross_entropy.TILES, "cpu", (8, 12))
+    monkeypatch.setitem(cross_entropy.TILES, "cpu", Tile(8, 12))
 
 
 def leaves(dtype=torch.float64, scale=1.0):
@@ -44,8 +44,7 @@ LIMITS = [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 @pytest.mark.parametrize("wanted", [[0], [1], [0, 1]])
 @pytest.mark.parametrize(("columns", "multiple"), [(12, 1), (16, 8)])  # as on a CPU, and padded as elsewhere
 def test_values_and_gradients_are_the_dense_ones(columns, multiple, dtype, limit, wanted, monkeypatch):
-    monkeypatch.setitem(cross_entropy.TILES, "cpu", (8, columns))
-    monkeypatch.setitem(cross_entropy.ALIGNED, "cpu", multiple)
+    monkeypatch.setitem(cross_entropy.TILES, "cpu", Tile(8, columns, multiple))
     hidden, embedding, value = leaves()
     weight = torch.randn(B, T)
     inputs = [x.detach().to(dtype).requires_grad_(i in wanted) for i, x in enumerate((hidden, embedding))]
@@ -175,8 +174,7 @@ def test_an_accelerator_says_the_same(dtype, monkeypatch):
         f: kernel(f, "not a cpu") for f in (cross_entropy._absorb, cross_entropy._compared, cross_entropy._slopes)
     }
     monkeypatch.setattr(cross_entropy, "TILES", {})
-    monkeypatch.setattr(cross_entropy, "ALIGNED", {})
-    monkeypatch.setattr(cross_entropy, "LARGE_TILE", (8, 1000))
+    monkeypatch.setattr(cross_entropy, "LARGE_TILE", Tile(8, 1000, 64))
     monkeypatch.setattr(cross_entropy, "kernel", lambda function, device: compiled[function])
     for case, before in zip(cases, expected, strict=True):
         for ours, theirs in zip(found(*case), before, strict=True):

@@ -184,7 +184,7 @@ def _ranked(
     nats_RB = torch.cat([truth.log_likelihood_SBT, drawn.log_likelihood_SBT]).sum(-1)
     kept, names = _spread(z_RBLKD, coordinates)
     values_RBC = torch.cat([kept, nats_RB[..., None]], dim=-1)
-    return values_RBC.transpose(0, 1).double().numpy(), (*names, LOG_LIKELIHOOD)
+    return values_RBC.transpose(0, 1).double().cpu().numpy(), (*names, LOG_LIKELIHOOD)
 
 
 def _spread(z_RBLKD: Tensor, most: int) -> tuple[Tensor, list[str]]:
@@ -205,6 +205,7 @@ def simulate_texts(run: Run) -> Simulate:
         rows_BT = written(run, trace.nodes["_RETURN"]["value"], run.length)
         lengths_B = (rows_BT != MISSING).sum(1)
         batch = make_batch(rows_BT.masked_fill(rows_BT == MISSING, run.start_token), lengths_B, run.start_token)
-        return Simulation({name: trace.nodes[name]["value"] for name in prior_sites(run.model, 1)}, batch)
+        sites = {name: trace.nodes[name]["value"] for name in prior_sites(run.model, 1)}
+        return Simulation(sites, batch.to(run.device))
 
     return simulate

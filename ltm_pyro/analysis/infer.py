@@ -88,7 +88,7 @@ def infer(
     groups = []
     for index, chunk in enumerate(_shown(chunks)):
         with seeded(seed, index):
-            batch = batch_of(chunk, run.start_token, length)
+            batch = batch_of(chunk, run.start_token, length).to(run.device)
             part = _groups(run.model, run.guide, batch, run.inference, drawing)
             for name, data in _texts(run, chunk).items():
                 part[name] = part[name].assign(data)
@@ -263,7 +263,7 @@ def _texts(run: Run, found: Sequence[Piece]) -> Groups:
 
 def _replicas(run: Run, z: xr.DataArray, replicas: int, length: int) -> Groups:
     """Texts written from the first draws of z, as rows of tokens."""
-    z_RBLKD = torch.from_numpy(z.values[0, :replicas])
+    z_RBLKD = torch.from_numpy(z.values[0, :replicas]).to(run.device)
     rows = [written(run, z_BLKD, length) for z_BLKD in z_RBLKD]
     tokens = np.stack([_numpy(row) for row in rows])[None]
     return {"posterior_predictive": xr.Dataset({"tokens": ((*SAMPLES, "sequence", "token"), tokens)})}

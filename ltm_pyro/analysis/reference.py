@@ -78,5 +78,5 @@ def convergence(z_CSBLKD: Tensor) -> dict[str, np.ndarray]:
     """Rank-normalised split R-hat and bulk effective sample size (Vehtari et al. 2021, arXiv 1903.08008)."""
     from ltm_pyro.analysis.arviz import ess, rhat
 
-    z = z_CSBLKD.numpy()
+    z = z_CSBLKD.cpu().numpy()
     return {"r_hat": rhat(z), "ess": ess(z)}

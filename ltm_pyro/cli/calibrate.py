@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.cli.posterior import check_out
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="rank histogram, ECDF and coverage (.png, .svg, …)"
     )
+    add_device(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
     from ltm_pyro.runs import load_run
 
-    trained = load_run(args.run)
+    trained = load_run(args.run, args.device)
     inference = trained.inference
     if args.fast_steps is not None:
         inference = replace(inference, steps=args.fast_steps)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.contracts import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chains", type=at_least(2), default=2, metavar="C", help="chains of a reference method")
     parser.add_argument("--warmup", type=at_least(1), default=200, metavar="N", help="steps a chain throws away")
+    add_device(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     chains = Chains(chains=args.chains, warmup=args.warmup)
     drawing = Drawing(method=args.method, samples=args.samples, chains=chains, replicas=args.replicas)
     texts = read_texts(args.input)[: args.limit]
-    posterior = infer(load_run(args.run), texts, drawing, args.fast_steps, longer=args.longer, seed=args.seed)
+    trained = load_run(args.run, args.device)
+    posterior = infer(trained, texts, drawing, args.fast_steps, longer=args.longer, seed=args.seed)
     posterior.tree.attrs["run"] = str(Path(args.run).resolve())
     posterior.save(args.out)
     figures = summary(posterior)

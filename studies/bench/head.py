@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltm_pyro.cross_entropy import TILES, token_nats
+from ltm_pyro.cross_entropy import LARGE_TILE, TILES, Tile, token_nats
 from ltm_pyro.studies.bench.clock import How, in_turn, matrix_rate, spread
 
 WIDTH, VOCABULARY = 512, 50_257
@@ -37,7 +37,7 @@ def head(how: How) -> dict[str, Any]:
 
 def _gradient(hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, tile: tuple[int, int]) -> None:
     device, before = hidden_ND.device.type, dict(TILES)
-    TILES[device] = tile
+    TILES[device] = Tile(*tile, before.get(device, LARGE_TILE).multiple)
     try:
         leaf_1ND = (hidden_ND[None] / WIDTH**0.5).requires_grad_()
         torch.autograd.grad(token_nats(leaf_1ND, embedding_VD, value_N[None]).sum(), leaf_1ND)

@@ -87,6 +87,8 @@ def test_what_cannot_be_inferred(run, thoughtless, texts, refused, tmp_path):
     assert "no folder" in refused("posterior", run, "--input", texts, "--out", tmp_path / "no" / "out.nc")
     assert "20 simulations, got 3" in refused("calibrate", run, "--simulations", 3)
     assert "multiple of 10" in refused("calibrate", run, "--samples", 8)
+    assert "no device 'cuda:99'" in refused("calibrate", run, "--device", "cuda:99")
+    assert "no device 'cuda:99'" in refused("posterior", run, "--input", texts, *out, "--device", "cuda:99")
     assert "--force" in refused("posterior", run, "--input", texts, "--out", texts)
     assert not (tmp_path / "out.nc").exists()
 
