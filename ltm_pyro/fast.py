@@ -1,51 +1,66 @@
-"""Fast optimisers: one step on local parameters, every sequence with moments and a step count of its own.
+"""Fast optimisers: steps on local parameters, every sequence with moments and a step count of its own.
 
 State goes in and comes out, all of it with a leading axis B, so that sequences can stop, be stored and be taken up
-again one by one; torch's optimisers share one step count among all rows of a tensor. Shapes: B sequences.
+again one by one; torch's optimisers share one step count among all rows of a tensor. An optimiser is told of all steps
+to come, and gives an update for each. Shapes: N steps, B sequences, P parameters of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
 
 Moments = dict[str, Tensor]  # running averages of one parameter's gradient, by name
 Rate = float | Tensor  # on the device where a recorded fit reads it
+Update = Callable[[Tensor, Tensor, Moments, Rate], tuple[Tensor, Moments]]  # of x; the gradient; what multiplies lr
 
 
 def adam(
-    x: Tensor,
-    gradient: Tensor,
-    moments: Moments,
-    count_B: Int[Tensor, " B"],
-    lr: Rate,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> tuple[Tensor, Moments]:
+    counts_NB: Float[Tensor, "N B"], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> Iterator[Update]:
     r"""x − lr · m̂ / (√v̂ + ε), step for step `torch.optim.Adam` (Kingma & Ba 2015, arXiv 1412.6980).
 
+    m̂ = m / (1 − β₁^t) and v̂ = v / (1 − β₂^t), m and v the moments ``mean`` and ``square``.
+
     Args:
-        count_B: this step's number for each sequence, from 1.
+        counts_NB: t, the number of each step to come, from 1, for each sequence.
     """
-    mean = torch.lerp(gradient, moments["mean"], betas[0])
-    square = (moments["square"] * betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    count = count_B.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-    scale = (square / (1 - betas[1] ** count)).sqrt_().add_(eps)
-    return torch.addcdiv(x, mean * (-lr / (1 - betas[0] ** count)), scale), {"mean": mean, "square": square}
+    root_NB1 = (1 - betas[1] ** counts_NB[..., None]).sqrt()
+    size_NB1 = lr * root_NB1 / (1 - betas[0] ** counts_NB[..., None])
+    return (partial(_adam, betas, *of_step) for of_step in zip(size_NB1, eps * root_NB1, strict=True))
 
 
-def adamw(
-    x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: Rate, weight_decay: float = 0.01, **more: Any
+def _adam(
+    betas: tuple[float, float],
+    size_B1: Tensor,
+    eps_B1: Tensor,
+    x_BP: Tensor,
+    gradient_BP: Tensor,
+    moments: Moments,
+    rate: Rate,
 ) -> tuple[Tensor, Moments]:
+    mean = torch.lerp(gradient_BP, moments["mean"], betas[0])
+    square = (moments["square"] * betas[1]).addcmul_(gradient_BP, gradient_BP, value=1 - betas[1])
+    moved_BP = torch.addcdiv(x_BP, mean * (-rate * size_B1), square.sqrt().add_(eps_B1))
+    return moved_BP, {"mean": mean, "square": square}
+
+
+def adamw(counts_NB: Float[Tensor, "N B"], lr: float, weight_decay: float = 0.01, **more: Any) -> Iterator[Update]:
     """`adam` after x has shrunk by lr · weight_decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
-    return adam(x * (1 - lr * weight_decay), gradient, moments, count_B, lr, **more)
+
+    def update(step: Update, x: Tensor, gradient: Tensor, moments: Moments, rate: Rate) -> tuple[Tensor, Moments]:
+        return step(x * (1 - rate * lr * weight_decay), gradient, moments, rate)
+
+    return (partial(update, step) for step in adam(counts_NB, lr, **more))
 
 
-def sgd(x: Tensor, gradient: Tensor, moments: Moments, count_B: Tensor, lr: Rate) -> tuple[Tensor, Moments]:
+def sgd(counts_NB: Float[Tensor, "N B"], lr: float) -> Iterator[Update]:
     """x − lr · gradient."""
-    return x - lr * gradient, {}
+    return repeat(lambda x, gradient, moments, rate: (x - rate * lr * gradient, {}), len(counts_NB))
 
 
 class Groups:
@@ -82,9 +97,9 @@ class Groups:
 
 
 class Optimizer(NamedTuple):
-    """An update, and the names of the moments it keeps of every parameter."""
+    """The updates of all steps to come, and the names of the moments they keep of every parameter."""
 
-    update: Callable[..., tuple[Tensor, Moments]]
+    updates: Callable[..., Iterator[Update]]
     moments: tuple[str, ...] = ()
 
     def begin(self, x: Tensor) -> Moments:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, UsageError, seeded
 from ltm_pyro.elbo import ElboTerms, average_terms, quiet
-from ltm_pyro.fast import OPTIMIZERS, Groups, Rate
+from ltm_pyro.fast import OPTIMIZERS, Groups, Rate, Update
 from ltm_pyro.graphs import recordings
 from ltm_pyro.inference import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.precision import rounded
@@ -219,12 +219,13 @@ class _Climb:
         """Some consecutive steps of some sequences, without waiting for the device."""
         record, groups = [], Groups(state.parameters, self.rates)
         joined = _regrouped(state, groups.join)
-        for step in steps:
+        for step, updates in zip(steps, self._updates(joined, groups, len(steps)), strict=True):
             terms, gradients = self._gradients(batch, joined, groups)
             if self.on_step:
                 self.on_step(step, groups.split(joined.parameters), terms)
-            joined = self._update(joined, gradients, groups, rate * self.inference.factor(step))
+            joined = self._moved(joined, gradients, groups, updates, rate * self.inference.factor(step))
             record.append(terms)
+        joined = joined._replace(steps_B=state.steps_B + len(steps))
         return _regrouped(joined, lambda whole: {n: x.contiguous() for n, x in groups.split(whole).items()}), record
 
     def _gradients(self, batch: Batch, state: LocalState, groups: Groups) -> tuple[ElboTerms, LocalParameters]:
@@ -241,16 +242,24 @@ class _Climb:
             group: torch.zeros_like(x) if gradient is None else gradient for (group, x), gradient in found
         }
 
-    def _update(self, state: LocalState, gradients: LocalParameters, groups: Groups, rate: Rate) -> LocalState:
-        update, steps_B = self.optimizer.update, state.steps_B + 1
+    def _updates(self, state: LocalState, groups: Groups, steps: int) -> Iterator[dict[str, Update]]:
+        """Of every group, for each of the next steps."""
+        counts_NB = state.steps_B + torch.arange(1, steps + 1, device=state.steps_B.device)[:, None]
+        by_group = {
+            group: self.optimizer.updates(counts_NB.to(x.dtype), **groups.arguments[group])
+            for group, x in state.parameters.items()
+        }
+        return (dict(zip(by_group, step, strict=True)) for step in zip(*by_group.values(), strict=True))
+
+    def _moved(
+        self, state: LocalState, gradients: LocalParameters, groups: Groups, updates: dict[str, Update], rate: Rate
+    ) -> LocalState:
         if self.inference.optimizer == "natural":
             gradients = groups.join(self.guide.natural(groups.split(state.parameters), groups.split(gradients)))
         parameters, moments = {}, {}
         for group, x in state.parameters.items():
-            arguments = {**groups.arguments[group]}
-            arguments["lr"] *= rate
-            parameters[group], moments[group] = update(x, gradients[group], state.moments[group], steps_B, **arguments)
-        return LocalState(parameters, moments, steps_B, state.noise)
+            parameters[group], moments[group] = updates[group](x, gradients[group], state.moments[group], rate)
+        return state._replace(parameters=parameters, moments=moments)
 
 
 def _tensors(part: nn.Module) -> Iterator[Tensor]:

@@ -18,11 +18,11 @@ def test_a_step_is_torchs(name, reference, options):
     theirs = torch.randn(3, 2, requires_grad=True)
     ours, optimizer = theirs.detach().clone(), OPTIMIZERS[name]
     moments, torchs = optimizer.begin(ours), reference([theirs], **options)
-    for step in range(1, 6):
+    for update in optimizer.updates(torch.arange(1.0, 6.0)[:, None].expand(5, 3), **options):
         gradient = torch.randn(3, 2)
         theirs.grad = gradient
         torchs.step()
-        ours, moments = optimizer.update(ours, gradient, moments, torch.full((3,), step), **options)
+        ours, moments = update(ours, gradient, moments, 1.0)
         torch.testing.assert_close(ours, theirs.detach())
 
 
@@ -30,7 +30,8 @@ def test_sequences_count_their_steps_alone():
     optimizer, x = OPTIMIZERS["adam"], torch.zeros(2, 4)
     moments = {"mean": torch.zeros(2, 4), "square": torch.zeros(2, 4)}
     gradient = torch.ones(2, 4)
-    moved, _ = optimizer.update(x, gradient, moments, torch.tensor([1, 50]), lr=0.1)
+    (update,) = optimizer.updates(torch.tensor([[1.0, 50.0]]), lr=0.2)
+    moved, _ = update(x, gradient, moments, 0.5)
     torch.testing.assert_close(moved[0], torch.full((4,), -0.1))
     torch.testing.assert_close(
         moved[1].abs(), torch.full((4,), 0.1 * 0.1 / (1 - 0.9**50) / (0.001 / (1 - 0.999**50)) ** 0.5)

@@ -208,8 +208,12 @@ def test_one_bad_sequence_is_reported_and_the_others_finish(known):
 def test_one_update_moves_all_local_parameters(tiny_model, tiny_batch, monkeypatch):
     model, calls = tiny_model(), []
     adam = OPTIMIZERS["adam"]
-    counted = adam._replace(update=lambda *a, **k: calls.append(a[0].shape) or adam.update(*a, **k))
-    monkeypatch.setitem(OPTIMIZERS, "adam", counted)
+
+    def counted(*arguments, **options):
+        for update in adam.updates(*arguments, **options):
+            yield lambda x, *rest, update=update: calls.append(x.shape) or update(x, *rest)
+
+    monkeypatch.setitem(OPTIMIZERS, "adam", adam._replace(updates=counted))
     state, _ = fit(model, MeanField(model), tiny_batch(), LocalInference(steps=3))
     assert calls == [(3, 2 * 2 * 3 * 8)] * 3  # means and log-variances side by side
     assert all(x.is_contiguous() for x in state.parameters.values())
