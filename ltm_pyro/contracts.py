@@ -15,6 +15,7 @@ import numpy as np
 import pyro
 import torch
 from jaxtyping import Bool, Float, Int
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -30,9 +31,11 @@ LocalParameters = dict[str, Tensor]  # q's parameters by name, each with leading
 def sequences(size: int) -> pyro.plate:
     """The plate `SEQUENCES`, at dim −1: entered again at every fast step, and made once.
 
-    To make one is a statement of its own, which passes through all handlers and draws indices for a subsample.
+    To make one is a statement of its own, which draws indices for a subsample. No handler sees it, or traces would
+    depend on whether they are the first.
     """
-    return pyro.plate(SEQUENCES, size, dim=-1)
+    with poutine.block():
+        return pyro.plate(SEQUENCES, size, dim=-1)
 
 
 class UsageError(ValueError):

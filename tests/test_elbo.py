@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-from ltm_pyro.contracts import Start, ThoughtShape, UsageError, make_batch
+from ltm_pyro.contracts import Start, ThoughtShape, UsageError, make_batch, sequences
 from ltm_pyro.elbo import Draws, elbo_terms, log_weights
 from ltm_pyro.guides import FullCovariance, MeanField
 from ltm_pyro.inference import LocalInference, LocalState
@@ -34,6 +35,13 @@ def test_the_elbo_is_pyros_at_the_same_draws(fitted, estimator):
     pyro.set_rng_seed(3)
     terms = elbo_terms(model, guide, batch, state.parameters, Draws(path=estimator is Trace_ELBO))
     assert -terms.elbo_B.sum().item() == pytest.approx(theirs, abs=1e-6)
+
+
+def test_a_trace_does_not_depend_on_earlier_ones(tiny_model, tiny_batch):
+    sequences.cache_clear()
+    model, batch = tiny_model(), tiny_batch()
+    first, second = ([*poutine.trace(model).get_trace(batch).nodes] for _ in range(2))
+    assert first == second
 
 
 def test_particles_are_pyros_vectorised_particles(fitted):
