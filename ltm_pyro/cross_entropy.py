@@ -174,10 +174,8 @@ def _expect(hidden_ND: Tensor, embedding_VD: Tensor, climbing: bool) -> tuple[Te
 
 def _room(hidden_ND: Tensor, wide: torch.dtype) -> Tensor | None:
     """Where a tile is computed in full precision: on a CPU fresh memory costs more than the work done in it."""
-    if hidden_ND.device.type not in TILES or hidden_ND.dtype == wide:
-        return None
-    rows, columns, _ = _tile(hidden_ND)
-    return hidden_ND.new_empty(rows, columns, dtype=wide)
+    tile = TILES.get(hidden_ND.device.type)
+    return None if tile is None or hidden_ND.dtype == wide else hidden_ND.new_empty(tile[:2], dtype=wide)
 
 
 @no_type_check  # of shapes, at run time: torch would compile the check into whoever calls this

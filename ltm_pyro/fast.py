@@ -16,7 +16,7 @@ from torch import Tensor
 
 Moments = dict[str, Tensor]  # running averages of one parameter's gradient, by name
 Rate = float | Tensor  # on the device where a recorded fit reads it
-Update = Callable[[Tensor, Tensor, Moments, Rate], tuple[Tensor, Moments]]  # of x; the gradient; what multiplies lr
+Update = Callable[[Tensor, Tensor, Moments, Rate], tuple[Tensor, Moments]]  # x, gradient, moments, factor on lr
 
 
 def adam(
