@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from collections.abc import Collection, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--settings",
         nargs="+",
         metavar="NAME",
-        help="of the training steps: tiny, wide, ltm-small, cuda-small, cuda-large, cuda-graph",
+        help="of steps and pyro: tiny, wide, ltm-small, cuda-small, cuda-large, cuda-graph",
     )
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="of torch; all cores when not given")
     about = "wall, or cpu: processor time, for a machine with other work (then with --threads 1)"
@@ -41,25 +42,29 @@ def run(args: argparse.Namespace) -> int:
         return 0
     study = import_module(STUDY)
     chosen = args.suites or ["steps", "pyro", "attention", "generation"]
-    if unknown := [name for name in chosen if name not in study.SUITES]:
-        raise UsageError(f"There is no suite '{unknown[0]}': choose from {', '.join(study.SUITES)}.")
-    settings = args.settings or study.ALL_SETTINGS
-    if unknown := [name for name in settings if name not in study.ALL_SETTINGS]:
-        raise UsageError(f"There is no setting '{unknown[0]}': choose from {', '.join(study.ALL_SETTINGS)}.")
+    _check("suite", chosen, [*study.BY_SETTING, *study.SUITES])
+    _check("setting", args.settings or [], study.ALL_SETTINGS)
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):
         raise UsageError(f"Rounds and threads must be at least 1, got {args.rounds} and {args.threads}.")
     if args.threads:
         torch.set_num_threads(args.threads)
     how = study.How(args.rounds, args.clock, compiled=not args.eager)
     with Console(stderr=True).status("measuring") as status:
-        report = study.bench(
-            chosen, how, settings, lambda what: status.update(f"measuring {what}; leave the machine alone meanwhile …")
-        )
+
+        def tell(what: str) -> None:
+            status.update(f"measuring {what}; leave the machine alone meanwhile …")
+
+        report = study.bench(chosen, how, args.settings, tell)
     if args.json:
         print(json.dumps(report))
     else:
         Console().print_json(data=report, indent=2)
     return 0
+
+
+def _check(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"There is no {what} '{unknown[0]}': choose from {', '.join(known)}.")
 
 
 def _reader(place: str, clock: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import product
@@ -39,35 +39,47 @@ Report = dict[str, Any]
 
 
 def bench(
-    suites: Iterable[str], how: How, settings: Iterable[str] = ALL_SETTINGS, tell: Callable[[str], Any] = lambda _: None
+    suites: Iterable[str],
+    how: How,
+    settings: Sequence[str] | None = None,
+    tell: Callable[[str], Any] = lambda _: None,
 ) -> Report:
-    """The report of some of the `SUITES`, behind a description of the machine; training steps of some ``settings``.
+    """The report of some of the `SUITES`, behind a description of the machine.
 
     Args:
+        settings: those that `steps` and `pyro` measure, instead of their own choice.
         tell: is given what is measured next.
     """
     how = how._replace(compiled=how.compiled and compiler() is not None)
     report: Report = {"machine": machine(), "how": how._asdict()}
     for name in suites:
         tell(name)
-        report[name] = steps(how, settings, tell) if name == "steps" else SUITES[name](how)
+        if name in BY_SETTING:
+            measure, own = BY_SETTING[name]
+            report[name] = by_setting(name, partial(measure, how), settings or own, tell)
+        else:
+            report[name] = SUITES[name](how)
     return report
 
 
-def steps(how: How, settings: Iterable[str] = ALL_SETTINGS, tell: Callable[[str], Any] = lambda _: None) -> Report:
-    """Training steps of every setting; the published sizes where there is a CUDA device."""
-    methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
-    methods += [Method("ours", "bfloat16", True), Method("naive", "float32", True), Method("naive", "bfloat16", True)]
+def by_setting(
+    what: str, measure: Callable[[str], Report], settings: Iterable[str], tell: Callable[[str], Any] = lambda _: None
+) -> Report:
+    """What is measured at every setting; the published sizes where there is a CUDA device."""
     report: Report = {}
     for name in settings:
-        tell(f"steps of {name}")
-        if name in SETTINGS:
-            report[name] = compare(SETTINGS[name], methods, how)
-        elif torch.cuda.is_available():
-            report[name] = _fitting(CUDA_SETTINGS[name], _cuda_methods(name), how)
-        else:
-            report[name] = NOT_RUN
+        tell(f"{what} of {name}")
+        report[name] = measure(name) if name in SETTINGS or torch.cuda.is_available() else NOT_RUN
     return report
+
+
+def steps(how: How, name: str) -> Report:
+    """Training steps of a setting, ours and others'."""
+    if name in CUDA_SETTINGS:
+        return _fitting(CUDA_SETTINGS[name], _cuda_methods(name), how)
+    methods = [Method(kind, precision) for kind, precision in product(KINDS, PRECISIONS)]
+    methods += [Method("ours", "bfloat16", True), Method("naive", "float32", True), Method("naive", "bfloat16", True)]
+    return compare(SETTINGS[name], methods, how)
 
 
 def compare(setting: Setting, methods: list[Method], how: How, device: str = "cpu") -> Report:
@@ -203,10 +215,10 @@ def _usable(attention: str, setting: Setting) -> bool:
     return True
 
 
-def pyro(how: How) -> Report:
-    """What Pyro costs the smallest model, where a step does the least beside it: of many rounds, for it is little."""
-    many = how._replace(rounds=20 * how.rounds)
-    runs = {kind: make(Method(kind, "bfloat16"), SETTINGS["tiny"]) for kind in KINDS[:2]}
+def pyro(how: How, name: str) -> Report:
+    """What Pyro costs a training step: of many rounds, for it is little."""
+    many, device = how._replace(rounds=20 * how.rounds), "cpu" if name in SETTINGS else "cuda"
+    runs = {kind: make(Method(kind, "bfloat16"), (SETTINGS | CUDA_SETTINGS)[name], device) for kind in KINDS[:2]}
     times = in_turn(runs, many)
     return {
         "rounds": many.rounds,
@@ -316,9 +328,11 @@ def _medians(setting: Setting, methods: list[Method], how: How) -> dict[str, flo
     return {name: spread(values)["median"] for name, values in times.items()}
 
 
+BY_SETTING: dict[str, tuple[Callable[[How, str], Report], tuple[str, ...]]] = {
+    "steps": (steps, ALL_SETTINGS),
+    "pyro": (pyro, ("tiny",)),  # where a step does the least beside it
+}
 SUITES: dict[str, Callable[[How], Report]] = {
-    "steps": steps,
-    "pyro": pyro,
     "attention": attention,
     "generation": generation,
     "sweeps": sweeps,

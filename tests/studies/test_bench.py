@@ -78,7 +78,9 @@ def test_rows_and_ratios(monkeypatch):
 
 def test_what_pyro_costs_takes_many_rounds(monkeypatch):
     monkeypatch.setitem(suites.SETTINGS, "tiny", SETTING)
-    report = suites.SUITES["pyro"](How(rounds=1))
+    told = []
+    report = suites.bench(["pyro"], How(rounds=1), tell=told.append)["pyro"]["tiny"]
+    assert told == ["pyro", "pyro of tiny"]
     assert report["rounds"] == 20
     assert report["pyro_costs"]["low"] <= report["pyro_costs"]["median"] <= report["pyro_costs"]["high"]
     assert set(report["seconds"]) == {"ours", "handwritten"}
@@ -101,7 +103,7 @@ def test_without_a_compiler_it_says_so(monkeypatch):
 def test_without_cuda_it_says_so(monkeypatch):
     monkeypatch.setattr(suites, "compare", lambda *_: {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    report = suites.steps(How())
+    report = suites.bench(["steps"], How())["steps"]
     assert report["cuda-small"] == report["cuda-large"] == "not run: no CUDA device"
 
 
@@ -117,7 +119,8 @@ def test_on_cuda_the_batch_shrinks_until_it_fits(monkeypatch):
     monkeypatch.setattr(suites, "compare", compare)
     monkeypatch.setattr(suites, "_usable", lambda name, setting: name != "flex")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    report = {name: set(rows) for name, rows in suites.steps(How(), CUDA_SETTINGS).items()}
+    found = suites.by_setting("steps", lambda name: suites.steps(How(), name), CUDA_SETTINGS)
+    report = {name: set(rows) for name, rows in found.items()}
     assert seen == [64, 32, 16, 16, 8]
     both = {"ours bfloat16 compiled", "naive bfloat16", "naive bfloat16 compiled"}
     assert report["cuda-small"] == both | {"ours bfloat16 sdpa", "ours bfloat16 xformers"}
