@@ -169,5 +169,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The sublayer's output for normalised input; the caller adds the residual."""
-        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        gate_HD, up_HD = self.gate_up.weight.chunk(2)  # two products: halves of one lie apart, and are gathered again
+        return self.down(F.silu(F.linear(x_BTD, gate_HD)) * F.linear(x_BTD, up_HD))
