@@ -3,7 +3,7 @@
 Shapes: B sequences, T tokens.
 """
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,11 +11,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ltm_pyro.contracts import Batch, UsageError, make_batch
-from ltm_pyro.data.documents import read_documents
+from ltm_pyro.data.documents import input_files, read_documents
+from ltm_pyro.data.formats import read_records
 from ltm_pyro.runs import Run
 
 Longer = Literal["refuse", "cut", "split"]
 LONGER: tuple[Longer, ...] = ("refuse", "cut", "split")
+_NAME = re.compile(r"(?!(?:document|sequence|\.\.?)\Z)[^/\\\0\ud800-\udfff]+")  # of a variable in netCDF and in zarr
+_VALUE = re.compile(r"[^\0\ud800-\udfff]*")
 
 
 class Text(NamedTuple):
@@ -34,15 +37,14 @@ class Piece(NamedTuple):
 
 
 def read_texts(path: str | Path) -> list[Text]:
-    """The documents of a file or folder (`read_documents`); a JSONL file's other plain values become labels."""
+    """The documents of a file or folder (`read_documents`); other plain values in JSON lines become labels."""
     documents = [*read_documents([path])]
-    labels = _labels(Path(path)) if Path(path).suffix == ".jsonl" else [{}] * len(documents)
-    return [Text(document.text, document.id, found) for document, found in zip(documents, labels, strict=True)]
-
-
-def _labels(path: Path) -> list[dict[str, str]]:
-    records = (json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip())
-    return [_plain(record) for record in records if record["text"].strip()]
+    labels = {
+        f"{name}:{index}": _plain(record)
+        for file, name in input_files(path)
+        for index, record in enumerate(record for record in read_records(file) if record["text"].strip())
+    }
+    return [Text(document.text, document.id, labels.get(document.id, {})) for document in documents]
 
 
 def _plain(record: dict[str, Any]) -> dict[str, str]:
@@ -50,13 +52,30 @@ def _plain(record: dict[str, Any]) -> dict[str, str]:
 
 
 def as_texts(texts: Sequence[str | Text]) -> list[Text]:
-    """Plain strings become texts without labels; one without a letter is refused."""
+    """Plain strings become texts without labels; what is empty, or no posterior can store, is refused."""
     if not texts:
         raise UsageError("No text was given: a posterior needs at least one.")
     found = [Text(x, f"text:{index}") if isinstance(x, str) else x for index, x in enumerate(texts)]
     if empty := [text.document for text in found if not text.text.strip()]:
         raise UsageError(f"Text {empty[0]} is empty: leave it out.")
+    for text in found:
+        _check_storable(text)
     return found
+
+
+def _check_storable(text: Text) -> None:
+    """Before the work and not after it, when the file is written."""
+    for name, value in {"text": text.text, **text.labels}.items():
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"Text {text.document} has the label {name!r}, which no posterior can store: rename it, without / and "
+                f"\\, and neither document nor sequence, which are taken."
+            )
+        if not _VALUE.fullmatch(value):
+            raise UsageError(
+                f"Text {text.document} has a NUL or half of a surrogate pair under {name!r}, which no posterior can "
+                f"store: remove that character."
+            )
 
 
 def pieces(run: Run, texts: Sequence[Text], longer: Longer) -> list[Piece]:

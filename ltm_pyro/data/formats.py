@@ -23,8 +23,13 @@ _BREAK = re.compile(r"\r?\n(?:\r?\n){2,}")  # a line's end and two or more empty
 
 def read_texts(file: Path) -> Iterator[Text]:
     """The texts of one file, by its extension; raises `UsageError` where it cannot be read as such."""
-    base = Path(file.stem) if file.suffix in (".gz", ".zst") else file
-    yield from _READERS[base.suffix](file)
+    yield from _READERS[_format(file)](file)
+
+
+def read_records(file: Path) -> Iterator[Any]:
+    """The objects of a file of JSON lines, compressed or not, with all their keys; none of another format's."""
+    if _format(file) == ".jsonl":
+        yield from (record for record, _ in _records(file))
 
 
 def read_hub(name: str) -> Iterator[Text]:
@@ -55,6 +60,10 @@ def text_of(record: Any, where: str) -> Text:
     return text, source if isinstance(source, str) else None
 
 
+def _format(file: Path) -> str:
+    return Path(file.stem if file.suffix in (".gz", ".zst") else file).suffix
+
+
 def _txt(file: Path) -> Iterator[Text]:
     pending = ""
     for chunk in _decoded(file):
@@ -71,6 +80,11 @@ def _txt(file: Path) -> Iterator[Text]:
 
 
 def _jsonl(file: Path) -> Iterator[Text]:
+    yield from (text_of(record, where) for record, where in _records(file))
+
+
+def _records(file: Path) -> Iterator[tuple[Any, str]]:
+    """Each line's object, and where it stands."""
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
             where = f"{file} line {number}"
@@ -78,7 +92,7 @@ def _jsonl(file: Path) -> Iterator[Text]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{where} is not valid JSON ({error}); write one JSON object on each line.") from error
-            yield text_of(record, where)
+            yield record, where
 
 
 def _parquet(file: Path) -> Iterator[Text]:

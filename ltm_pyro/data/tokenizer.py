@@ -54,6 +54,11 @@ def load_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
     tokenizer = _as_plain_text(tokenizer)
     if not _is_byte_level(tokenizer):
         raise UsageError(f"tokenizer {path} does not keep every byte of a text; give a byte-level BPE or use bpe:SIZE.")
+    if missing := {*pre_tokenizers.ByteLevel.alphabet()} - tokenizer.get_vocab(with_added_tokens=False).keys():
+        raise UsageError(
+            f"tokenizer {path} has no token for {len(missing)} of the 256 bytes, which texts would lose; "
+            f"train it with initial_alphabet=ByteLevel.alphabet() or use bpe:SIZE."
+        )
     return tokenizer
 
 

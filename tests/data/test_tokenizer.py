@@ -100,12 +100,19 @@ def _lowercasing(raw):
     raw["normalizer"] = {"type": "Lowercase"}
 
 
+def _without_letters(raw):
+    """As of training without an alphabet: the letters of bytes that the texts do not have."""
+    for letter in "\u00d0\u00d1":
+        del raw["model"]["vocab"][letter]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_without_end, "has no token <|endoftext|>; add it as a special token or use bpe:SIZE."),
         (_with_prefix_space, "does not keep every byte of a text; give a byte-level BPE or use bpe:SIZE."),
         (_lowercasing, "does not keep every byte of a text; give a byte-level BPE or use bpe:SIZE."),
+        (_without_letters, "has no token for 2 of the 256 bytes, which texts would lose; train it with"),
     ],
 )
 def test_unfit_tokenizers_are_refused(tmp_path, change, message):
