@@ -1,6 +1,7 @@
 """Random variables that all sequences share, and what training has come to believe of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -10,7 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
-from ltm_pyro.contracts import Model
+from ltm_pyro.contracts import Model, seeded
 from ltm_pyro.precision import full_precision
 
 
@@ -41,6 +42,7 @@ class Shared(PyroModule):
             self.register_buffer(f"argument_{index}", argument, persistent=False)
         self.loc = nn.Parameter(biject_to(self.prior().support).inv(start))
         self.log_scale = nn.Parameter(torch.full_like(self.loc, scale).log())
+        self.held: Tensor | None = None  # a draw, inside `held`
 
     def prior(self) -> Any:
         """p(g), every number of g independent."""
@@ -48,7 +50,11 @@ class Shared(PyroModule):
 
     def forward(self) -> Tensor:
         """A draw from q(g)."""
-        return pyro.deterministic(self.name, self._draw(self.loc.new_zeros(())))
+        return pyro.deterministic(self.name, self.draw() if self.held is None else self.held)
+
+    def draw(self) -> Tensor:
+        """g ~ q(g), unseen by Pyro."""
+        return biject_to(self.prior().support)(self._unconstrained(self.loc.new_zeros(())))
 
     @property
     def median(self) -> Tensor:
@@ -66,12 +72,23 @@ class Shared(PyroModule):
             log_p = prior.log_prob(g) + place.log_abs_det_jacobian(unconstrained, g)
             return -(entropy + log_p.mean(0)).sum()
 
-    def _draw(self, like: Tensor) -> Tensor:
-        return biject_to(self.prior().support)(self._unconstrained(like))
-
     def _unconstrained(self, like: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(like.shape, self.loc.shape)
         return self.loc + self.log_scale.exp() * torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+@contextmanager
+def held(model: Model, seed: int) -> Iterator[None]:
+    """Inside, what all sequences share is one draw, which depends on the seed alone."""
+    parts = [part for part in model.modules() if isinstance(part, Shared)]
+    with seeded(seed), torch.no_grad():
+        for part in parts:
+            part.held = part.draw()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.held = None
 
 
 def global_kl(model: Model) -> Float[Tensor, ""] | float:

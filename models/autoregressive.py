@@ -55,7 +55,8 @@ class AutoregressivePrior(PyroModule):
 
     def log_density(self, z_BLKD: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B"]:
         """log p(z) in nats."""
-        z_BND = z_BLKD.reshape(-1, self.shape.layers * self.shape.thoughts, self.shape.width)
+        size, number = z_BLKD.shape[:-3].numel(), self.shape.layers * self.shape.thoughts
+        z_BND = z_BLKD.reshape(size, number, self.shape.width)
         mean_BND, log_scale_BND = self.thinker(z_BND[:, :-1])
         log_prob_BND = torch.distributions.Normal(mean_BND, log_scale_BND.exp(), validate_args=False).log_prob(z_BND)
         return log_prob_BND.sum((-2, -1)).view(z_BLKD.shape[:-3])

@@ -9,7 +9,7 @@ from ltm_pyro.contracts import ThoughtShape, UsageError
 from ltm_pyro.guides import FullCovariance, MeanField
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
-from ltm_pyro.models import LinearGaussianModel
+from ltm_pyro.models import AutoregressivePrior, GaussianPrior, LinearGaussianModel
 from ltm_pyro.protocols import PROTOCOLS, Problem, evaluate
 from ltm_pyro.reliability import TRUSTED, pareto_k
 
@@ -84,8 +84,10 @@ def test_causal_does_not_look_ahead(tiny_model, tiny_batch):
     torch.testing.assert_close(first_blocks(batch.targets_BT), first_blocks(changed))
 
 
-def test_without_thoughts_every_protocol_is_the_autoregressive_loss(tiny_model, tiny_batch):
+@pytest.mark.parametrize("prior", [GaussianPrior, AutoregressivePrior])
+def test_without_thoughts_every_protocol_is_the_autoregressive_loss(tiny_model, tiny_batch, prior):
     model, batch = tiny_model(thoughts=0), tiny_batch()
+    model.prior = prior(model.decoder.thought_shape)
     scores = evaluate(model, MeanField(model), [batch], LocalInference(steps=4), tuple(PROTOCOLS), samples=3).protocols
     assert len({round(score.nats_per_token, 10) for score in scores.values()}) == 1
 

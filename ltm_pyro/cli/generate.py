@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     thoughts.add_argument("--fast-steps", type=at_least(0), metavar="N", help="per fit; the recipe's by default")
     thoughts.add_argument("--candidates", type=at_least(1), default=1, metavar="N", help="draws of z to choose from")
     thoughts.add_argument("--refit-every", type=at_least(0), default=0, metavar="N", help="think again every N tokens")
-    thoughts.add_argument("--layers", type=_layers, metavar="1,2,…", help="only these hear their thoughts")
+    thoughts.add_argument("--layers", type=_layers, metavar="1,2,…", help="which hear thoughts, of those with thoughts")
 
 
 def run(args: argparse.Namespace) -> int:

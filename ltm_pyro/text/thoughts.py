@@ -4,8 +4,8 @@ All noise belongs to its row, so that no row's thoughts depend on the rows besid
 Shapes: B rows, L layers, K thoughts per layer, D width.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from ltm_pyro.elbo import Draws, quiet, traces, weigh
 from ltm_pyro.inference import LocalInference, LocalState
 from ltm_pyro.local import begin, fit
 from ltm_pyro.runs import Run
+from ltm_pyro.shared import held
 from ltm_pyro.text.row_noise import ByRow, Key, RowNoise, uniform
 from ltm_pyro.text.sampling import Sampling, choose
 
@@ -35,7 +36,7 @@ class Thinking:
         candidates: draws of z per text; one is kept with probability proportional to its importance weight
             p(x, z) / q(z | x), so that with many z comes from the posterior (sampling importance resampling).
         refit_every: fits q again, and draws z anew, after so many new tokens; 0 for never.
-        layers: the layers that hear their thoughts, counted from 1; all when not given.
+        layers: which of the layers that have thoughts hear them, counted among themselves from 1; all when not given.
     """
 
     inference: LocalInference | None = None
@@ -55,7 +56,7 @@ class Thinking:
             return z_BLKD
         layers = z_BLKD.shape[-3]
         if wrong := [layer for layer in self.layers if not 1 <= layer <= layers]:
-            raise UsageError(f"There is no layer {wrong[0]}: the model's layers are 1 to {layers}.")
+            raise UsageError(f"There is no layer {wrong[0]}: those that hear thoughts are counted from 1 to {layers}.")
         heard_L = torch.tensor([layer + 1 in self.layers for layer in range(layers)], device=z_BLKD.device)
         return z_BLKD * heard_L[:, None, None]
 
@@ -89,10 +90,17 @@ def infer(
     A stopping rule is left out: it would move rows to other places.
     """
     inference = replace(inference, stop=None)
-    with ByRow([(START, *key) for key in keys]):
+    with held(run.model, keys[0][0]), ByRow([(START, *key) for key in keys]):
         state = state or begin(run.model, run.guide, batch, inference)
-    with RowNoise([(FIT, *key) for key in keys]):
+    with _noise(run, FIT, keys):
         return fit(run.model, run.guide, batch, inference, state)[0]
+
+
+@contextmanager
+def _noise(run: Run, purpose: int, keys: Sequence[Key]) -> Iterator[None]:
+    """Each row's from its own key, and what all sequences share from the seed that every key begins with."""
+    with held(run.model, keys[0][0]), RowNoise([(purpose, *key) for key in keys]):
+        yield
 
 
 def draw(
@@ -103,7 +111,7 @@ def draw(
     Args:
         keys: of the rows' noise; torch's own when not given.
     """
-    with torch.no_grad(), quiet(), RowNoise([(DRAW, *key) for key in keys]) if keys else nullcontext():
+    with torch.no_grad(), quiet(), _noise(run, DRAW, keys) if keys else nullcontext():
         q, p = traces(run.model, run.guide, batch, state.parameters, Draws(particles))
         z_BLKD, log_weight_B = poutine.replay(run.model.think, trace=q)(batch.size), weigh(q, p)
         prior_BLKD = run.model.think(log_weight_B.numel()).view(z_BLKD.shape)

@@ -22,7 +22,7 @@ from ltm_pyro.studies.search.process import Task, ended, start
 from ltm_pyro.studies.search.watch import Watch
 
 POLL = 1.0  # seconds
-BASELINE = {"model.decoder.init_args.thoughts": 0}  # the autoregressive twin: same trunk, same budget
+THINKING = {"model.prior": "ltm_pyro.models.GaussianPrior", "model.guide": "ltm_pyro.guides.MeanField"}
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Worker:
             return self.definition.settings(parameters), parameters, trials.seen_before(study, trial)
         noted = trial.user_attrs
         if noted["role"] == "baseline":
-            return {**noted["settings of"], **BASELINE}, {"baseline of": noted["of"]}, 0
+            return twin(noted["settings of"]), {"baseline of": noted["of"]}, 0
         return noted["settings of"], {"repeat of": noted["of"]}, noted["repeat"]
 
     def _listen(self) -> None:
@@ -187,6 +187,12 @@ class Worker:
             if time.monotonic() - job.heard > trials.HEARTBEAT / 2:
                 trials.beat(job.study, job.trial)
                 job.heard = time.monotonic()
+
+
+def twin(settings: Values) -> Values:
+    """The autoregressive baseline's: same trunk, no thoughts, and nothing of a prior or a guide left to learn."""
+    kept = {name: x for name, x in settings.items() if not name.startswith(tuple(THINKING))}
+    return {**kept, **THINKING, "model.decoder.init_args.thoughts": 0}
 
 
 def _stop(job: Job) -> None:

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.tokenizer import train_tokenizer
+from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
+from ltm_pyro.models import SparsePrior
 from ltm_pyro.text import generation, thoughts
 from ltm_pyro.text.generation import decode, generate, interpolate
 from ltm_pyro.text.sampling import Sampling
@@ -42,6 +44,16 @@ def test_a_seed_gives_one_text(run, prompt):
     first, again, other = (generate(run, prompt, Sampling(num_return_sequences=3), seed=seed) for seed in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[:3]])
+def test_what_all_sequences_share_depends_on_the_seed_alone(run, prompts):
+    run.model.prior = SparsePrior(run.model.decoder.thought_shape)
+    run = run._replace(guide=MeanField(run.model))
+    first, *_ = generate(run, prompts, seed=3)
+    torch.manual_seed(5)
+    assert generate(run, PROMPT, seed=3) == [first]
+    assert run.model.prior.scale.held is None
 
 
 def test_a_generator_draws_the_seed(run):
@@ -191,7 +203,7 @@ def test_layers_without_their_thoughts_hear_nothing(tiny_run, written):
         ("one at a time", lambda run: generate(run, PROMPTS, streamer=TextStreamer(run.tokenizer))),
         ("at least 2 texts", lambda run: interpolate(run, (PROMPT, PROMPT), 1)),
         (
-            "no layer 3: the model's layers are 1 to 2",
+            "no layer 3: those that hear thoughts are counted from 1 to 2",
             lambda run: generate(run, PROMPT, thinking=Thinking(layers=(3,))),
         ),
         ("candidates must be at least 1", lambda run: Thinking(candidates=0)),
@@ -202,3 +214,8 @@ def test_layers_without_their_thoughts_hear_nothing(tiny_run, written):
 def test_refusals(run, message, call):
     with pytest.raises(UsageError, match=message):
         call(run)
+
+
+def test_layers_are_counted_among_those_with_thoughts(tiny_run):
+    with pytest.raises(UsageError, match="no layer 2: those that hear thoughts are counted from 1 to 1"):
+        generate(tiny_run(thought_layers=[2]), PROMPT, thinking=Thinking(layers=(2,)))
