@@ -203,8 +203,8 @@ def evaluate(
         block: tokens of one block of ``causal``.
     """
     check_protocols(protocols, samples)
-    unavailable = _unavailable(model, guide, protocols)
-    protocols = [name for name in protocols if name not in unavailable]
+    missing = unavailable(model, guide, protocols)
+    protocols = [name for name in protocols if name not in missing]
     charged: dict[str, list[Totals]] = {name: [] for name in protocols}
     counts: list[tuple[Tensor, ...]] = []
     for index, batch in enumerate(batches):
@@ -217,10 +217,11 @@ def evaluate(
     summary = _summary(totals, tokens_B, bytes_B, ids_B, samples)
     if normalisers(model):  # an estimate at best, so that nothing is known to bound anything
         summary.protocols.update({n: replace(score, is_bound=False) for n, score in summary.protocols.items()})
-    return replace(summary, unavailable=unavailable)
+    return replace(summary, unavailable=missing)
 
 
-def _unavailable(model: Model, guide: Guide, protocols: Sequence[str]) -> dict[str, str]:
+def unavailable(model: Model, guide: Guide, protocols: Sequence[str]) -> dict[str, str]:
+    """Why some of the protocols have no figure for this model and guide; `UsageError` where none has."""
     reason = missing_bound(model, guide)
     found = {name: reason for name in protocols if reason and name in NEED_DENSITY}
     if found and len(found) == len(protocols):

@@ -37,7 +37,7 @@ def objective(setting: Setting) -> dict[str, float]:
     """What `train_and_score` says, and the bound after every number of fast steps at test time (``bound_at_16``)."""
     figures = train_and_score(setting)
     run = load_run(setting.run)
-    tested = TESTED if setting.parameters["steps"] else ()
+    tested = TESTED if setting.parameters["steps"] and "bound" in figures else ()
     return figures | {f"bound_at_{steps}": score(run, setting, steps)["bound"] for steps in tested}
 
 

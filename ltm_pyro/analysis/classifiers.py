@@ -14,6 +14,8 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ltm_pyro.contracts import UsageError
+
 FOLDS = 5
 
 
@@ -28,14 +30,21 @@ def c2st(a_ND: Float[np.ndarray, "n D"], b_ND: Float[np.ndarray, "m D"], seed: i
     """How well a classifier tells two sets of draws apart: 0.5 if they are of one distribution, 1 if of two.
 
     The classifier is the best one between two Gaussians, a quadratic discriminant with shrunk covariances, scored on
-    held-out draws (Lopez-Paz & Oquab 2017, arXiv 1610.06545). Draws within a set must be independent.
+    held-out draws (Lopez-Paz & Oquab 2017, arXiv 1610.06545). Draws within a set must be independent, and not all the
+    same.
     """
     size = min(len(a_ND), len(b_ND))
     x_ND = np.concatenate([a_ND[:size], b_ND[:size]])
     y_N = np.repeat([0, 1], size)
-    model = make_pipeline(StandardScaler(), QuadraticDiscriminantAnalysis(solver="eigen", shrinkage="auto"))
+    discriminant = QuadraticDiscriminantAnalysis(solver="eigen", shrinkage="auto", tol=0.0)  # a narrow set has rank too
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    return _accuracy(cross_val_predict(model, x_ND, y_N, cv=folds), y_N)
+    try:
+        said_N = cross_val_predict(make_pipeline(StandardScaler(), discriminant), x_ND, y_N, cv=folds)
+    except np.linalg.LinAlgError:
+        raise UsageError(
+            f"The {size} draws of one set do not vary, so no Gaussian fits them: take a guide that is no point."
+        ) from None
+    return _accuracy(said_N, y_N)
 
 
 def linear_probe(x_ND: Any, y_N: Int[np.ndarray, " N"], groups_N: Int[np.ndarray, " N"]) -> Accuracy:

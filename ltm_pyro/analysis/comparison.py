@@ -73,9 +73,14 @@ def spread(x_SN: Float[np.ndarray, "S N"], count: int) -> Float[np.ndarray, "s N
 
 
 def correlation(x_SN: Float[np.ndarray, "S N"]) -> float:
-    """The root mean square correlation of two different coordinates, less what S draws show of it by chance."""
-    corr_NN = np.corrcoef(x_SN.T)
+    """The root mean square correlation of two different coordinates, less what S draws show of it by chance.
+
+    0 where there is one coordinate.
+    """
+    corr_NN = np.atleast_2d(np.corrcoef(x_SN.T))
     squares = corr_NN[~np.eye(len(corr_NN), dtype=bool)] ** 2
+    if not squares.size:
+        return 0.0
     return float(max(squares.mean() - 1 / (len(x_SN) - 1), 0) ** 0.5)
 
 

@@ -12,6 +12,7 @@ import xarray as xr
 from ltm_pyro.analysis.draws import draw, token_log_likelihood
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.contracts import Batch, Guide, Model, UsageError, seeded
+from ltm_pyro.elbo import missing_bound
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
 
@@ -28,6 +29,8 @@ def shift(
     """
     if len(lengths) < 2 or min(lengths) < 1 or max(lengths) > batch.inputs_BT.shape[1]:
         raise UsageError(f"Context needs two or more lengths from 1 to {batch.inputs_BT.shape[1]}, got {[*lengths]}.")
+    if reason := missing_bound(model, guide):
+        raise UsageError(f"There is no KL to the prior: {reason}.")
     kl, means, rest = [], [], []
     with torch.no_grad():
         batch = model.prepare(batch)

@@ -16,12 +16,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ltm_pyro.analysis.draws import Described, Sites, draw
+from ltm_pyro.analysis.draws import Described, Drawn, Sites, draw
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.analysis.reference import Chains, sample
 from ltm_pyro.analysis.storage import stamp
 from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, batch_of, pieces
 from ltm_pyro.contracts import Batch, Guide, Model, UsageError, seeded
+from ltm_pyro.elbo import missing_bound
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
 from ltm_pyro.reliability import pareto_k
@@ -153,22 +154,27 @@ def _guide(model: Model, guide: Guide, batch: Batch, inference: LocalInference, 
     drawn = draw(model, guide, batch, state.parameters, drawing.samples)
     sites = {name: x[None] for name, x in drawn.sites.items()}
     groups = _described(sites, Described._make(x[None] for x in drawn.described), batch)
-    stats, weights_SB = groups["sample_stats"], drawn.described.log_prior_SB - drawn.log_q_SB
-    stats["log_q"] = (("chain", "draw", "sequence"), _numpy(drawn.log_q_SB)[None])
-    log_weights_SB = weights_SB + drawn.described.log_likelihood_SBT.sum(-1)
-    summary = {
-        "elbo": log_weights_SB.mean(0),
-        "iwae": log_weights_SB.logsumexp(0) - np.log(drawing.samples),
-        "kl": -weights_SB.mean(0),
-        "pareto_k": pareto_k(log_weights_SB),
-    }
-    for name, x_B in summary.items():
-        stats[name] = ("sequence", _numpy(x_B))
+    stats = groups["sample_stats"]
+    if guide.has_density:
+        stats["log_q"] = (("chain", "draw", "sequence"), _numpy(drawn.log_q_SB)[None])
+        for name, x_B in _weighed(drawn, bounded=missing_bound(model, guide) is None).items():
+            stats[name] = ("sequence", _numpy(x_B))
     _moments(stats, model, drawn.described.z_SBLKD, drawn.sites, guide, state.parameters)
     groups["local"] = xr.Dataset(
         {name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()}
     )
     return groups
+
+
+def _weighed(drawn: Drawn, bounded: bool) -> dict[str, Float[Tensor, " B"]]:
+    """k-hat, and, if log p(z) is known and not only up to a constant, the bounds and the KL in nats."""
+    weights_SB = drawn.described.log_prior_SB - drawn.log_q_SB
+    log_weights_SB = weights_SB + drawn.described.log_likelihood_SBT.sum(-1)
+    found = {"pareto_k": pareto_k(log_weights_SB)}
+    if not bounded:
+        return found
+    iwae_B = log_weights_SB.logsumexp(0) - np.log(len(log_weights_SB))
+    return found | {"elbo": log_weights_SB.mean(0), "iwae": iwae_B, "kl": -weights_SB.mean(0)}
 
 
 class Moments(NamedTuple):
@@ -181,7 +187,10 @@ class Moments(NamedTuple):
 def _moments(
     stats: xr.Dataset, model: Model, z_SBLKD: Tensor, sites: Sites, guide: Guide | None = None, local: Any = None
 ) -> None:
-    """Mean and scale of z under q, and the KL of its coordinates' Gaussian marginals, summed over each thought."""
+    """Mean and scale of z under q, and the KL of its coordinates' Gaussian marginals, summed over each thought.
+
+    A guide without a density has no KL.
+    """
     own = next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
     in_closed_form = getattr(guide, "posterior", None)
     q = exact_moments(in_closed_form(own, local)) if own and in_closed_form else None
@@ -191,7 +200,8 @@ def _moments(
     kl_BLKD = (p.variance / q.variance).log() + (q.variance + (q.mean - p.mean) ** 2) / p.variance - 1
     axes = ("sequence", *THOUGHTS)
     stats["mean"], stats["sd"] = (axes, _numpy(q.mean)), (axes, _numpy(q.variance.sqrt()))
-    stats["kl_by_thought"] = (axes[:-1], _numpy(kl_BLKD.sum(-1) / 2))
+    if guide is None or guide.has_density:
+        stats["kl_by_thought"] = (axes[:-1], _numpy(kl_BLKD.sum(-1) / 2))
 
 
 def exact_moments(distribution: Distribution) -> Moments | None:

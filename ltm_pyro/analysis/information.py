@@ -57,6 +57,7 @@ def decompose(model: Model, guide: Guide, posterior: Posterior) -> Decomposition
     the aggregated posterior would save.
     """
     _need(posterior, 2, "The decomposition")
+    posterior.check_normalised()
     draws = min(MOST_DRAWS, posterior.z.sizes["draw"])
     log_q_SN = posterior.stats.log_q.values[0, :draws]
     log_p_SN = posterior.stats.log_prior.values[0, :draws]

@@ -28,7 +28,7 @@ def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int 
     .. math:: E_q[\log p(x \mid z)] - E_q[\log p(x \mid z_{\setminus k}, \tilde z_k)], \qquad \tilde z_k \sim p(z_k)
 
     The thoughts in question are drawn from the prior instead of q. ``by_layer`` and ``by_thought`` are averages over
-    sequences and ``draws`` draws, ``*_stderr`` their standard errors over sequences.
+    sequences and ``draws`` draws, ``*_stderr`` their standard errors over sequences; NaN for one.
     """
     z_SBLKD = torch.from_numpy(posterior.z.values[0, :draws])
     prior_SLKD = torch.from_numpy(posterior.group("prior")["z"].values[0])
@@ -50,11 +50,15 @@ def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int 
 
 
 def _averages(by_layer_LB: Tensor, by_thought_LKB: Tensor) -> xr.Dataset:
-    axes, root = ("layer", "thought"), by_layer_LB.shape[-1] ** 0.5
+    axes = ("layer", "thought")
     found = {"by_layer": (axes[:1], by_layer_LB), "by_thought": (axes, by_thought_LKB)}
     means = {name: (at, x.mean(-1).numpy()) for name, (at, x) in found.items()}
-    errors = {f"{name}_stderr": (at, x.std(-1).numpy() / root) for name, (at, x) in found.items()}
+    errors = {f"{name}_stderr": (at, _stderr(x).numpy()) for name, (at, x) in found.items()}
     return xr.Dataset(means | errors)
+
+
+def _stderr(x: Tensor) -> Tensor:
+    return (x.var(-1, correction=0) / (x.shape[-1] - 1)).sqrt()  # of one sequence NaN, without torch's warning
 
 
 def _nats(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def loo_by_sequence(posterior: Posterior) -> Loo:
     .. math:: \log E_{p(z)}[p(x \mid z)] \approx \log \tfrac1S \textstyle\sum_s \tilde w_s, \qquad
         w_s = p(x, z_s) / q(z_s \mid x)
     """
+    posterior.check_normalised()
     raw = _rows(posterior.log_weights())
     smooth, k_hat = psis(raw)
     lowest = raw.argmin(-1)[:, None]  # not in the tail, so left as it is: there the normaliser shows

@@ -90,8 +90,16 @@ class Posterior:
     def log_weights(self) -> xr.DataArray:
         """log p(x, z) − log q(z | x) of every draw, in nats; only a guide's draws have them."""
         if "log_q" not in self.stats:
-            raise UsageError(f"Draws by {self.attrs['method']} have no density q: use a posterior of --method guide.")
+            raise UsageError("The draws have no density q: infer with a guide that has one (--method guide).")
         return self.stats.lp - self.stats.log_q
+
+    def check_normalised(self) -> None:
+        """Refuses what needs log p(z) and log q(z | x) themselves, not up to a constant."""
+        if "kl" not in self.stats:
+            raise UsageError(
+                "This posterior has no bound: its draws have no density q, or its prior no known normaliser; "
+                "infer with another guide or prior."
+            )
 
     def local(self) -> LocalParameters:
         """q's parameters by name, each with leading axis N; a fit can go on from them."""

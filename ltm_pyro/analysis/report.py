@@ -33,15 +33,15 @@ def report(of: Material) -> str:
     cards = [card(posterior, sequence) for sequence in range(min(posterior.size, MOST_CARDS))]
     for one in cards:
         one["neighbours"] = neighbours(posterior, one["index"], 3)
-    kl_NLK = posterior.stats["kl_by_thought"].values
+    kl_NLK = posterior.stats["kl_by_thought"].values if "kl_by_thought" in posterior.stats else None
     environment = Environment(
         loader=PackageLoader("ltm_pyro.analysis", "."), autoescape=select_autoescape(default=True), trim_blocks=True
     )
     return environment.get_template("report.html.j2").render(
         sections=made,
         cards=cards,
-        thoughts=_thoughts(kl_NLK[: len(cards)]),
-        most_kl=float(kl_NLK.max()) or 1.0,
+        thoughts=[] if kl_NLK is None else _thoughts(kl_NLK[: len(cards)]),
+        most_kl=1.0 if kl_NLK is None else float(kl_NLK.max()) or 1.0,
         attrs=posterior.attrs,
         size=posterior.size,
         tokens=posterior.tokens,
@@ -53,10 +53,11 @@ def _figures(posterior: Posterior) -> dict[str, str]:
     """What a reader wants to know first."""
     stats, tokens = posterior.stats, posterior.tokens
     found: dict[str, str] = {}
-    if "log_q" in stats:
+    if "elbo" in stats:
         found["ELBO, nats per token"] = f"{float(stats['elbo'].sum()) / tokens:.3f}"
         found["importance-weighted bound, nats per token"] = f"{float(stats['iwae'].sum()) / tokens:.3f}"
         found["KL, nats per sequence"] = f"{float(stats['kl'].mean()):.2f}"
+    if "pareto_k" in stats:
         found[f"sequences with k-hat ≤ {TRUSTED}"] = f"{int((stats['pareto_k'] <= TRUSTED).sum())} of {posterior.size}"
     if "r_hat" in stats:
         found["largest R-hat"] = f"{float(stats['r_hat'].max()):.3f}"

@@ -70,17 +70,20 @@ def trust(of: Material) -> Section:
     """Pareto k-hat and the gap between the bounds."""
     stats, size = of.posterior.stats, of.posterior.size
     if "pareto_k" not in stats:
-        raise UsageError(f"Draws by {of.posterior.attrs['method']} have no density q.")
+        raise UsageError("The draws have no density q.")
     bad = int((stats["pareto_k"] > TRUSTED).sum())
-    gap = float((stats["iwae"] - stats["elbo"]).mean())
     verdict = f"q is close enough to the posterior for all {size} sequences: k-hat ≤ {TRUSTED}."
     if bad:
         verdict = (
             f"q is too narrow, or misses part of the posterior, for {bad} of {size} sequences: k-hat > {TRUSTED}. "
             f"Read their intervals with care, and do not reweight their draws."
         )
-    verdict += f" The importance-weighted bound is {gap:.2f} nats per sequence above the ELBO."
-    return Section(verdict, (draw_pareto_k(of.posterior), draw_bounds(of.posterior)), good=not bad)
+    pictures = [draw_pareto_k(of.posterior)]
+    if "elbo" in stats:
+        gap = float((stats["iwae"] - stats["elbo"]).mean())
+        verdict += f" The importance-weighted bound is {gap:.2f} nats per sequence above the ELBO."
+        pictures.append(draw_bounds(of.posterior))
+    return Section(verdict, tuple(pictures), good=not bad)
 
 
 def calibration(of: Material) -> Section:
@@ -136,16 +139,15 @@ def reference(of: Material) -> Section:
 def information(of: Material) -> Section:
     """KL and active units by thought, and what the KL is made of."""
     posterior, stats = of.posterior, of.posterior.stats
-    by_thought = stats["kl_by_thought"].mean("sequence")
     units = active_units(posterior)
     coordinates = posterior.draws.sizes["coordinate"]
     verdict = f"{int(units.sum())} of {coordinates} coordinates move with the text (active units)."
-    pictures = (
-        draw_by_thought(by_thought, "KL by thought", "nats per sequence"),
-        draw_by_thought(units, "Active units", "coordinates"),
-    )
-    if of.run is None or "log_q" not in stats:
-        return Section(verdict, pictures)
+    pictures = [draw_by_thought(units, "Active units", "coordinates")]
+    if "kl_by_thought" in stats:
+        by_thought = stats["kl_by_thought"].mean("sequence")
+        pictures.insert(0, draw_by_thought(by_thought, "KL by thought", "nats per sequence"))
+    if of.run is None or "kl" not in stats:
+        return Section(verdict, tuple(pictures))
     parts = decompose(of.run.model, of.run.guide, posterior)
     verdict += (
         f" Of {parts.average_kl:.2f} nats of KL per sequence, {parts.mutual_information:.2f} say which text it is "
@@ -157,7 +159,7 @@ def information(of: Material) -> Section:
         ("mutual information", f"{parts.mutual_information:.3f}", f"{parts.mutual_information_stderr:.3f}"),
         ("marginal KL", f"{parts.marginal_kl:.3f}", f"{parts.marginal_kl_stderr:.3f}"),
     ]
-    return Section(verdict, pictures, (Table(("nats per sequence", "", "± s.e."), rows),))
+    return Section(verdict, tuple(pictures), (Table(("nats per sequence", "", "± s.e."), rows),))
 
 
 def aggregated(of: Material) -> Section:
@@ -205,7 +207,7 @@ def ablation(of: Material) -> Section:
     worth = lost["by_layer"].values
     verdict = f"Without the thoughts of layer {int(worth.argmax())} a sequence costs {worth.max():.1f} nats more."
     rows = [
-        (str(layer), f"{value:.2f}", f"{error:.2f}")
+        (str(layer), f"{value:.2f}", "" if np.isnan(error) else f"{error:.2f}")
         for layer, (value, error) in enumerate(zip(worth, lost["by_layer_stderr"].values, strict=True))
     ]
     picture = draw_by_thought(lost["by_thought"], "Cost of losing one thought", "nats per sequence")
@@ -309,5 +311,5 @@ def card(posterior: Posterior, sequence: int) -> dict[str, Any]:
         "text": posterior.texts[sequence],
         "labels": {name: values[sequence] for name, values in posterior.labels.items() if values[sequence]},
         "figures": figures,
-        "kl": stats["kl_by_thought"].values.tolist(),
+        "kl": stats["kl_by_thought"].values.tolist() if "kl_by_thought" in stats else [],
     }

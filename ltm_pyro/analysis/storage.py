@@ -15,6 +15,8 @@ FORMAT = 1
 def write_tree(tree: xr.DataTree, path: str | Path) -> None:
     """Writes netCDF, or zarr where the name ends in ``.zarr``; it takes its place once it is whole."""
     path = Path(path)
+    if path.is_dir() and not is_store(path):
+        raise UsageError(f"{path} is a folder: choose another --out.")
     beside = path.with_name(f".{path.name}.new")
     try:
         if path.suffix == ".zarr":
@@ -27,6 +29,11 @@ def write_tree(tree: xr.DataTree, path: str | Path) -> None:
         _remove(beside)
         reason = error.strerror or error
         raise UsageError(f"Cannot write {path}: {reason}; make room there or choose another --out.") from None
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder is a zarr store, which takes a file's place."""
+    return path.suffix == ".zarr" and any((path / name).exists() for name in ("zarr.json", ".zgroup"))
 
 
 def _remove(path: Path) -> None:

@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.elbo import missing_bound
 from ltm_pyro.evaluation import held_out
 from ltm_pyro.runs import Run, load_run
 from ltm_pyro.suites.features import extractor
@@ -72,15 +73,23 @@ def figures_of(texts: list[str], others: list[str], options: Options) -> Figures
     figures["self_bleu_4"], figures["self_bleu_4_stderr"] = _mean(self_bleu(words))
     figures["compression_ratio"] = compression_ratio(texts)
     if options.judge:
-        scores = score(_loaded(options.judge), texts, Scoring(protocol="bound", samples=1, seed=options.seed))
-        nats, tokens = math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
-        figures["judged_perplexity"] = math.exp(nats / tokens)
-        figures["judged_bits_per_byte"] = nats / math.log(2) / sum(s.bytes for s in scores)
+        figures |= judged(_loaded(options.judge), texts, options.seed)
     if options.features:
         features = extractor(options.features)
         p_NF, q_MF = features(texts, options.seed), features(others, options.seed)
         figures["mauve"] = mauve(p_NF, q_MF, options.seed)
     return {**figures, "texts": len(texts), "blank": blank, "words": sum(map(len, words))}
+
+
+def judged(judge: Run, texts: list[str], seed: int) -> Figures:
+    """How likely texts are under the judge's bound; the reason where it has none."""
+    if reason := missing_bound(judge.model, judge.guide):
+        why = f"the judge has no bound ({reason.partition(';')[0]})"
+        return {"unavailable": dict.fromkeys(("judged_perplexity", "judged_bits_per_byte"), why)}
+    scores = score(judge, texts, Scoring(protocol="bound", samples=1, seed=seed))
+    nats, tokens = math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
+    bits = nats / math.log(2) / sum(s.bytes for s in scores)
+    return {"judged_perplexity": math.exp(nats / tokens), "judged_bits_per_byte": bits}
 
 
 def distinct(texts: Sequence[Words], n: int) -> float:

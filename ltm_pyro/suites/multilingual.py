@@ -23,7 +23,10 @@ def parts(options: Options) -> list[Part]:
 
 
 def bits_per_byte(file: Path, options: Options) -> Callable[[Run], Figures]:
-    """Bits per UTF-8 byte, which no tokenizer changes; what thinking is worth, in the same unit."""
+    """Bits per UTF-8 byte, which no tokenizer changes; what thinking is worth, in the same unit.
+
+    What needs a bound is None for a run that has none.
+    """
 
     def figures(run: Run) -> Figures:
         found = evaluate_run(
@@ -31,13 +34,14 @@ def bits_per_byte(file: Path, options: Options) -> Callable[[Run], Figures]:
         ).as_dict()
         protocols = found.pop("protocols")
         bits = {name: score["bits_per_byte"] for name, score in protocols.items()}
-        scale = bits["bound"] / protocols["bound"]["nats_per_token"]
-        stderr = protocols["bound"]["stderr_nats_per_token"]
+        bound = bits.get("bound")
+        scale = bits["prior"] / protocols["prior"]["nats_per_token"]
+        stderr = protocols.get("bound", {}).get("stderr_nats_per_token")
         return {
-            "bits_per_byte": bits["bound"],
+            "bits_per_byte": bound,
             "stderr": stderr and stderr * scale,
-            "iwae": bits["iwae"],
-            "thinking_gain": bits["prior"] - bits["bound"],
+            "iwae": bits.get("iwae"),
+            "thinking_gain": None if bound is None else bits["prior"] - bound,
             "bytes_per_token": found["bytes"] / found["tokens"],
             **found,
         }

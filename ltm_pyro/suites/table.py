@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.runs import beside, checkpoint_path, load_run
+from ltm_pyro.runs import WEIGHTS, beside, checkpoint_path, load_run
 from ltm_pyro.suites import generation, gsm8k, multilingual, reconstruction, zero_shot
 from ltm_pyro.suites.suite import Options, Part, Suite
 
@@ -90,8 +90,13 @@ def evaluate_suites(
 
 def _settings(paths: dict[str, str], options: Options) -> dict[str, Any]:
     """What the figures depend on."""
-    digests = {name: hashlib.sha256(checkpoint_path(path).read_bytes()).hexdigest() for name, path in paths.items()}
+    digests = {name: hashlib.sha256(_weights(path).read_bytes()).hexdigest() for name, path in paths.items()}
     return json.loads(json.dumps({**asdict(options), **paths, "sha256": digests}, default=str))
+
+
+def _weights(run: str) -> Path:
+    exported = Path(run) / WEIGHTS
+    return exported if exported.is_file() else checkpoint_path(run)
 
 
 class _Book:
@@ -161,6 +166,7 @@ def markdown(content: dict[str, Any]) -> str:
             "",
             *_table(name, parts),
             "",
+            *_missing(parts),
         ]
     return "\n".join(lines)
 
@@ -182,6 +188,16 @@ def _table(suite: str, parts: dict[str, Any]) -> list[str]:
         cells += ["; ".join(f"{model} {value}" for model, value in paper.items())] if theirs else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _missing(parts: dict[str, Any]) -> list[str]:
+    """Why some cells are empty, once for each run."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for column, figures in (item for row in parts.values() for item in row.items()):
+        for name, reason in figures.get("unavailable", {}).items():
+            found.setdefault((column, reason.partition(";")[0]), []).append(name)  # no suite heeds the way out
+    lines = [f"{column}: {', '.join(dict.fromkeys(x))} unavailable, for {why}." for (column, why), x in found.items()]
+    return [part for line in lines for part in (line, "")]
 
 
 def _cell(value: Any) -> str:

@@ -43,21 +43,25 @@ def parts(options: Options) -> list[Part]:
 
 
 def perplexity(place: str, options: Options) -> Callable[[Run], Figures]:
-    """Every protocol's figures for a text; perplexity is exp(nats / tokens), over the run's own tokens."""
+    """Every protocol's figures for a text; perplexity is exp(nats / tokens), over the run's own tokens.
+
+    What needs a bound is None for a run that has none.
+    """
 
     def figures(run: Run) -> Figures:
         found = evaluate_run(
             run, place, PROTOCOLS, options.samples, options.fast_steps, options.limit, options.seed
         ).as_dict()
         protocols = found.pop("protocols")
-        bound = protocols["bound"]
-        words = {"perplexity": bound["perplexity"], "nats_per_token": bound["nats_per_token"]}
-        gain = protocols["prior"]["nats_per_token"] - bound["nats_per_token"]
-        shown = {**words, "stderr": bound["stderr_nats_per_token"], "iwae": protocols["iwae"]["nats_per_token"]}
+        bound, iwae = (protocols.get(name, {}) for name in ("bound", "iwae"))  # empty where q has no density
+        nats = bound.get("nats_per_token")
         return {
-            **shown,
-            "bits_per_byte": bound["bits_per_byte"],
-            "thinking_gain": gain,
+            "perplexity": bound.get("perplexity"),
+            "nats_per_token": nats,
+            "stderr": bound.get("stderr_nats_per_token"),
+            "iwae": iwae.get("nats_per_token"),
+            "bits_per_byte": bound.get("bits_per_byte"),
+            "thinking_gain": None if nats is None else protocols["prior"]["nats_per_token"] - nats,
             **found,
             "protocols": protocols,
         }

@@ -17,7 +17,7 @@ from torch import Tensor
 from ltm_pyro.contracts import UsageError, seeded
 from ltm_pyro.inference import LocalInference, LocalState
 from ltm_pyro.local import fit
-from ltm_pyro.protocols import charge, check_protocols, pose
+from ltm_pyro.protocols import charge, check_protocols, pose, unavailable
 from ltm_pyro.runs import Run
 from ltm_pyro.text.thoughts import Tokens, draw, encode, read
 
@@ -46,6 +46,8 @@ class Scoring:
 
     def __post_init__(self) -> None:
         check_protocols([self.protocol], self.samples)
+        if self.block < 1 or self.batch_size < 1:
+            raise UsageError(f"Scoring needs block and batch_size ≥ 1, got {self.block} and {self.batch_size}.")
 
 
 class TextScore(NamedTuple):
@@ -79,6 +81,7 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
     A text longer than the model is cut into pieces of T tokens with thoughts of their own, as packed data are.
     """
     scoring = scoring or Scoring()
+    unavailable(run.model, run.guide, [scoring.protocol])
     rows = [encode(run, text) for text in texts]
     if empty := [index for index, row in enumerate(rows) if not row]:
         raise UsageError(f"Text {empty[0]} is empty: there is nothing to score; leave it out.")

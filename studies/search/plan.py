@@ -7,9 +7,11 @@ from typing import Any
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
+from ltm_pyro.elbo import missing_bound
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import Definition
-from ltm_pyro.studies.search.objective import Values, configure, options_of
+from ltm_pyro.studies.search.objective import NEED_BOUND, Values, configure, options_of
+from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.recipe import build_module, check_budget, dump_recipe, take_vocabulary
 
 
@@ -75,8 +77,9 @@ def base_recipe(recipe: str, changes: Values) -> str:
 
 
 def check(plan: Plan, definition: Definition, recipe: Path) -> None:
-    """Refuses what no trial could run: a setting that the recipe lacks, a budget below one step."""
+    """Refuses what no trial could run or be judged by: a setting that the recipe lacks, a budget below one step."""
     budget = parse_budget(plan.budget)
+    pairs: dict[str, Any] = {}
     for point in definition.points or (definition.example,):
         if unknown := point.keys() - definition.space.keys():
             raise UsageError(
@@ -84,16 +87,36 @@ def check(plan: Plan, definition: Definition, recipe: Path) -> None:
             )
         config = configure(str(recipe), options_of(budget, definition.settings(point), recipe.parent, plan.seed))
         check_budget(config)
+        pairs[str((config.model.prior, config.model.guide))] = config
+    for pair in pairs.values():
+        _check_bound(plan, pair)
     if budget.unit == "flops":
         step = _one_step(config)
         if step > budget.amount:
             raise UsageError(f"The budget {plan.budget} is less than one step, which costs {step:.3g}flops: raise it.")
 
 
+def _check_bound(plan: Plan, config: Any) -> None:
+    """Refuses to judge a prior and a guide by what they do not have."""
+    asked = [name for name in (*plan.minimise, *plan.at_most, *["bound"] * plan.pruned) if name in NEED_BOUND]
+    if not asked:
+        return
+    module = _module(config)
+    if reason := missing_bound(module.model, module.guide):
+        raise UsageError(
+            f"No trial can have `{asked[0]}`, for {reason.partition(';')[0]}: choose another prior or guide, or "
+            f"--minimise prior without --prune."
+        )
+
+
+def _module(config: Any) -> LTMModule:
+    take_vocabulary(config)
+    return build_module(config)
+
+
 def _one_step(config: Any) -> float:
     """FLOPs of the first step."""
-    take_vocabulary(config)
-    module = build_module(config)
+    module = _module(config)
     length = read_manifest(config.data.directory).seq_len
     cost = partial(module.cost, length)
     return config.data.batch_size * length * cost(module.curriculum.at(0.0, module.inference, cost))

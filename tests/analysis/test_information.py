@@ -63,6 +63,17 @@ def test_a_classifier_tells_apart_what_differs(shift, scale, low, high):
     assert low <= c2st(a, b).mean <= high
 
 
+@pytest.mark.parametrize("scale", [0.1, 1e-3, 1e-6])
+def test_a_classifier_tells_what_is_far_too_narrow(scale):
+    a, b = np.random.default_rng(0).normal(size=(2, 100, 4))
+    assert c2st(scale * a, b).mean > 0.95
+
+
+def test_draws_that_do_not_vary_are_refused():
+    with pytest.raises(UsageError, match="The 100 draws of one set do not vary"):
+        c2st(np.zeros((100, 4)), np.random.default_rng(0).normal(size=(100, 4)))
+
+
 def test_a_classifier_sees_correlation_alone():
     random = np.random.default_rng(0)
     b = random.multivariate_normal([0, 0], [[1, 0.9], [0.9, 1]], 1000)

@@ -9,11 +9,14 @@ import xarray as xr
 
 from ltm_pyro.analysis import Posterior
 from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.analysis.loo import loo_by_sequence
 from ltm_pyro.analysis.reference import Chains
+from ltm_pyro.analysis.sections import Material, sections
 from ltm_pyro.analysis.storage import write_tree
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.guides import MeanField
+from ltm_pyro.guides import Langevin, MeanField, Point
 from ltm_pyro.inference import LocalInference
+from ltm_pyro.models import EnergyPrior
 
 
 @pytest.fixture
@@ -124,3 +127,27 @@ def test_draws_that_are_not_finite(right, tmp_path):
 def test_too_few_draws():
     with pytest.raises(UsageError, match="25 samples, got 10"):
         Drawing(samples=10)
+
+
+@pytest.mark.parametrize(("guide", "found"), [(MeanField, {"log_q", "pareto_k"}), (Point, set()), (Langevin, set())])
+def test_what_is_no_bound_is_not_called_one(tiny_model, tiny_batch, guide, found):
+    """A prior known up to a constant leaves k-hat, which needs no constant; a guide without density leaves nothing."""
+    model = tiny_model()
+    model.prior = EnergyPrior(model.decoder.thought_shape, width=8, steps=2)
+    result = infer_batch(model, guide(model), tiny_batch(), LocalInference(steps=2, rate=0.01), Drawing(samples=25))
+    assert {"log_q", "pareto_k", "elbo", "iwae", "kl"} & set(result.stats.data_vars) == found
+    assert ("kl_by_thought" in result.stats) == guide.has_density
+    with pytest.raises(UsageError, match="has no bound"):
+        loo_by_sequence(result)
+    _, trust = next(iter(sections(Material(result))))
+    assert "ELBO" not in trust.verdict
+    assert ("no density q" in trust.verdict) != guide.has_density
+
+
+@pytest.mark.parametrize("name", ["folder", "folder.zarr"])
+def test_a_folder_is_not_replaced(right, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="is a folder"):
+        right[1].save(tmp_path / name)
+    assert (tmp_path / name / "thesis.txt").exists()

@@ -82,6 +82,14 @@ def test_root_mean_square_correlation():
     assert correlation(draws) == pytest.approx((0.64 / 3) ** 0.5, abs=0.01)
 
 
+def test_one_coordinate_is_compared(exact, posterior):
+    one = LinearGaussianModel(ThoughtShape(1, 1, 1))
+    batch = one.draw(1)
+    found = compare(posterior(one, exact(one), batch), chains(one, batch, samples=50, warmup=20, method="langevin"))
+    assert (found.correlation, found.correlation_q) == (0, 0)
+    assert np.isfinite(found.c2st)
+
+
 def test_what_cannot_be_compared(known, exact, posterior):
     q = posterior(known, exact(known), known.draw(2))
     with pytest.raises(UsageError, match="no Markov chain"):

@@ -9,6 +9,7 @@ from ltm_pyro.analysis.context import shift
 from ltm_pyro.analysis.infer import Drawing, infer_batch
 from ltm_pyro.analysis.interventions import ablate
 from ltm_pyro.analysis.loo import loo_by_sequence, loo_by_token
+from ltm_pyro.analysis.pictures.thoughts import draw_map
 from ltm_pyro.analysis.predictive import check
 from ltm_pyro.analysis.probes import neighbours, probable_labels, probe
 from ltm_pyro.contracts import ThoughtShape, UsageError
@@ -82,6 +83,20 @@ def test_ablation_costs_what_the_quadratic_form_says(exact, posterior):
     assert lost.by_layer.values[1] == pytest.approx(0, abs=1e-9)
     assert abs(lost.by_layer[0] - ((blind - fitted) / 2).item()) < 4 * lost.by_layer_stderr[0]
     np.testing.assert_allclose(lost.by_thought[:, 0], lost.by_layer)
+
+
+def test_one_sequence_has_no_standard_error(known, exact, posterior):
+    lost = ablate(known, posterior(known, exact(known), known.draw(1), 25))
+    assert lost.by_layer.notnull().all()
+    assert lost.by_layer_stderr.isnull().all()
+
+
+def test_one_coordinate_has_a_map(exact, posterior):
+    one = LinearGaussianModel(ThoughtShape(1, 1, 1))
+    found = labelled(posterior(one, exact(one), one.draw(6), 25), list("aabbab"))
+    points = np.concatenate([x.get_offsets() for x in draw_map(found, "kind").collections])
+    spread = found.stats["mean"].values.ravel()
+    np.testing.assert_allclose(np.ptp(points, axis=0), [np.ptp(spread), 0])
 
 
 def test_belief_moves_as_the_exact_posterior_does(known, exact):

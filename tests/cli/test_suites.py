@@ -96,6 +96,22 @@ def test_a_broken_file_leaves_what_is_finished(run, ltm, data, tmp_path):
     assert list(json.loads((tmp_path / "out" / RESULTS).read_text())["results"]["multilingual"]) == ["english"]
 
 
+def test_a_run_without_a_bound_says_so(run, recipe, ltm, data, tmp_path):
+    point, quick = tmp_path / "point", ("--trainer.max_steps", 1, "--trainer.limit_val_batches", 0)
+    assert ltm("fit", "--config", recipe, "--run", point, *quick, "--model.guide", "ltm_pyro.guides.Point")[0] == 0
+    options, names = ("--baseline", point, "--json"), "zero-shot,multilingual,generation"
+    code, out, err = evaluate(ltm, run, data, tmp_path / "out", *options, suites=names)
+    assert code == 0, err
+    found = json.loads(out)["results"]
+    for name, part, figure in (("zero-shot", "ptb", "perplexity"), ("multilingual", "french", "bits_per_byte")):
+        row = found[name][part]
+        assert row["baseline"][figure] is row["baseline"]["thinking_gain"] is None
+        assert row["model"][figure] > 1
+    report = (tmp_path / "out" / REPORT).read_text()
+    assert report.count("\nbaseline: bound, iwae, reused_noise unavailable, for Point has no density.\n") == 1
+    assert "judged_bits_per_byte unavailable, for the judge has no bound (Point has no density)." in report
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -107,6 +123,8 @@ def test_a_broken_file_leaves_what_is_finished(run, ltm, data, tmp_path):
         (("--suite", "multilingual", "--suite-dir", "."), ("multilingual",)),
         (("--suite", "zero-shot", "--source", "ptb"), ("NAME=PLACE",)),
         (("--suite", "reconstruction", "--data", "x.txt"), ("--data",)),
+        (("--suite", "reconstruction", "--normaliser", 9, "--block", 8), ("--block, --normaliser",)),
+        (("--features", "x", "--shots", 0), ("Without --suite", "--shots, --features, --out")),
         (("--suite", "reconstruction", "--baseline", "nowhere"), ("nowhere",)),
     ],
     ids=str,

@@ -7,6 +7,7 @@ import torch
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import pack_texts
+from ltm_pyro.guides import Point
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.protocols import PROTOCOLS, evaluate
 from ltm_pyro.text import scoring
@@ -147,9 +148,18 @@ def test_q_starts_where_inference_says(run):
         ("length is 24: shorten the context", lambda run: score_continuations(run, [("the old" * 9, " model")])),
         ("Unknown protocol 'elbo'", lambda run: Scoring(protocol="elbo")),
         ("Samples must be at least 1", lambda run: Scoring(samples=0)),
+        ("≥ 1, got 0 and 32", lambda run: Scoring(block=0)),
+        ("≥ 1, got 16 and 0", lambda run: Scoring(batch_size=0)),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_refusals(run, message, call):
     with pytest.raises(UsageError, match=message):
         call(run)
+
+
+def test_without_a_density_there_is_no_bound(run):
+    run = run._replace(guide=Point(run.model))
+    with pytest.raises(UsageError, match="No figure for bound: Point has no density; ask for prior, causal"):
+        score(run, ["short"], Scoring(protocol="bound"))
+    assert score(run, ["short"], Scoring(protocol="causal"))[0].nats > 0

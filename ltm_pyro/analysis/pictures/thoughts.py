@@ -52,7 +52,8 @@ def draw_map(posterior: Posterior, label: str | None = None, ax: Axes | None = N
     ax = axes_of(ax)
     means_ND = posterior.stats["mean"].values.reshape(posterior.size, -1)
     left, scale, _ = np.linalg.svd(means_ND - means_ND.mean(0), full_matrices=False)
-    plane = left[:, :2] * scale[:2]
+    plane = np.zeros((posterior.size, 2))  # one coordinate, or one sequence, has one direction
+    plane[:, : len(scale)] = left[:, :2] * scale[:2]
     values = np.array(posterior.labels[label]) if label else np.full(posterior.size, "")
     for colour, name in zip(CYCLE, sorted({*values}), strict=False):
         ax.scatter(

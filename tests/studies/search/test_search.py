@@ -9,7 +9,8 @@ from ltm_pyro.studies.search import study as search
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import SHIPPED, load_definition
-from ltm_pyro.studies.search.objective import Setting, configure, options_of, train_and_score
+from ltm_pyro.studies.search.objective import NEED_BOUND, Setting, configure, options_of, train_and_score
+from ltm_pyro.studies.search.runner import THINKING, twin
 
 HALVING = """
 from optuna.distributions import FloatDistribution
@@ -82,6 +83,14 @@ def test_a_trial_spends_its_budget_and_reports_a_bound(recipe, tmp_path):
     assert heard[-1] == 1
 
 
+def test_without_a_bound_there_are_the_other_figures(recipe, tmp_path):
+    options = options_of(parse_budget("1e8flops"), {"model.guide": "ltm_pyro.guides.Point"}, tmp_path / "run", 0)
+    setting = Setting(recipe=str(recipe), options=options, parameters={}, run=tmp_path / "run", samples=2, limit=4)
+    figures = train_and_score(setting)
+    assert figures["prior"] > 3
+    assert not figures.keys() & {*NEED_BOUND}
+
+
 def test_the_best_is_trained_again_and_beside_a_baseline(run, study_file):
     found = run(4, study_file(), repeats=2)
     *searched, baseline, first, second = found["trials"]
@@ -92,6 +101,14 @@ def test_the_best_is_trained_again_and_beside_a_baseline(run, study_file):
     assert f"Trial {best['number']} has the lowest bound" in found["recommendation"]
     assert "standard deviation over 2 seeds" in found["recommendation"]
     assert "autoregressive baseline" in found["recommendation"]
+
+
+def test_the_baseline_has_no_prior_and_no_guide_of_its_own(recipe):
+    prior = {"model.prior": "ltm_pyro.models.AutoregressivePrior", "model.prior.init_args.layers": 1}
+    settings = {**prior, "model.guide": "ltm_pyro.guides.FlowGuide", "data.batch_size": 2}
+    found = configure(str(recipe), twin(settings))
+    assert (found.model.prior.class_path, found.model.guide.class_path) == tuple(THINKING.values())
+    assert (found.model.decoder.init_args.thoughts, found.data.batch_size) == (0, 2)
 
 
 def test_of_two_baselines_made_at_once_the_first_counts(run, study_file, tmp_path):
