@@ -27,7 +27,10 @@ def save_pretrained(
     texts = checkpoint["ltm_pyro"]
     loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run)
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not force:
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{folder} is there and no export, for it has no {WEIGHTS}: choose another --out.")
+    if taken and not force:
         raise UsageError(f"{folder} exists already: choose another --out, or add --force.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

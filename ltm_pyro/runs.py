@@ -144,11 +144,14 @@ def add_thoughts(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
 
 
 def check_run(path: Path, force: bool, resumed: bool) -> None:
-    """Refuses a directory that holds an earlier run, unless it is the one ``resumed``; other files there stay."""
+    """Refuses a directory with files of a run, unless it is the one ``resumed``; other files there stay."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a run directory: choose another --run.")
-    if not (force or resumed) and any((path / name).exists() for name in (RECIPE, METRICS, CHECKPOINT)):
-        raise UsageError(f"{path} holds a run already: choose another --run, resume with --ckpt_path, or add --force.")
+    there = [str(name) for name in (RECIPE, METRICS, CHECKPOINT, TOKENIZER) if (path / name).exists()]
+    if there and not (force or resumed):
+        raise UsageError(
+            f"{path} holds a {there[0]} already: choose another --run, resume with --ckpt_path, or add --force."
+        )
 
 
 def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.cli.posterior import check_out
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.extras import extra
 
 if TYPE_CHECKING:
     from ltm_pyro.analysis.calibration import Calibration
@@ -41,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Simulates, ranks and prints; returns 0."""
     for path in filter(None, (args.out, args.picture)):
         check_out(path, args.force)
+    if args.picture:
+        _check_format(args.picture)
     from dataclasses import replace
 
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
@@ -61,6 +65,12 @@ def run(args: argparse.Namespace) -> int:
     figures = summary(found)
     print(json.dumps(figures)) if args.json else Console().print(_table(figures, args.run))
     return 0
+
+
+def _check_format(picture: Path) -> None:
+    formats = extra("matplotlib.backend_bases", "plots", "A picture").FigureCanvasBase.get_supported_filetypes()
+    if picture.suffix.lower().removeprefix(".") not in formats:
+        raise UsageError(f"No picture can be written as {picture}: end its name in .{', .'.join(sorted(formats))}.")
 
 
 def summary(found: "Calibration") -> dict[str, Any]:

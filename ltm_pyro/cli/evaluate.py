@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,19 +13,26 @@ from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.protocols import DEFAULT, PROTOCOLS, Evaluation, check_protocols
 
+# options that one of the two uses heeds, and their defaults
+OF_PROTOCOLS: dict[str, Any] = {"data": None, "protocols": ",".join(DEFAULT), "block": 16, "normaliser": None}
+OF_SUITES: dict[str, Any] = {
+    **{"suite_dir": None, "source": [], "baseline": None, "shots": 3, "attempts": 5},
+    **{"features": None, "out": None, "force": False},
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm evaluate`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; the run's own by default")
-    parser.add_argument("--protocols", default=",".join(DEFAULT), metavar="A,B,…", help=f"of {', '.join(PROTOCOLS)}")
+    parser.add_argument("--protocols", metavar="A,B,…", help=f"of {', '.join(PROTOCOLS)}")
     parser.add_argument(
         "--samples", type=at_least(1), default=16, metavar="S", help="draws per sequence after q is final"
     )
     parser.add_argument(
         "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; the recipe's by default"
     )
-    parser.add_argument("--block", type=at_least(1), default=16, metavar="N", help="tokens of a block of `causal`")
+    parser.add_argument("--block", type=at_least(1), metavar="N", help="tokens of a block of `causal`")
     parser.add_argument(
         "--normaliser", type=at_least(2), metavar="N", help="draws to estimate an unnormalised prior's constant with"
     )
@@ -37,19 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite", metavar="A,B,…", help="of zero-shot, multilingual, gsm8k, reconstruction, generation"
     )
     suites.add_argument("--suite-dir", type=Path, metavar="DIR", help="where the data are")
-    suites.add_argument("--source", action="append", default=[], metavar="NAME=PLACE", help="one data set elsewhere")
+    suites.add_argument("--source", action="append", metavar="NAME=PLACE", help="one data set elsewhere")
     suites.add_argument("--baseline", metavar="RUN", help="an autoregressive run, for a column of its own")
-    suites.add_argument(
-        "--shots", type=at_least(0), default=3, metavar="N", help="worked examples of gsm8k, if they fit"
-    )
-    suites.add_argument("--attempts", type=at_least(1), default=5, metavar="N", help="answers per question of gsm8k")
+    suites.add_argument("--shots", type=at_least(0), metavar="N", help="worked examples of gsm8k, if they fit")
+    suites.add_argument("--attempts", type=at_least(1), metavar="N", help="answers per question of gsm8k")
     suites.add_argument("--features", metavar="DIR", help="run or Hugging Face model whose states MAUVE compares")
     suites.add_argument("--out", type=Path, metavar="DIR", help="results and report; RUN/suites by default")
     suites.add_argument("--force", action="store_true", help="begin anew where --out has results of other settings")
+    parser.set_defaults(**OF_PROTOCOLS, **OF_SUITES)
 
 
 def run(args: argparse.Namespace) -> int:
     """Scores, then prints a table or one JSON object; returns 0."""
+    _check(args)
     if args.suite:
         return _suites(args)
     protocols = args.protocols.split(",")
@@ -68,9 +76,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that the other use of the command alone would heed."""
+    ignored = OF_PROTOCOLS if args.suite else OF_SUITES
+    given = [f"--{name.replace('_', '-')}" for name, default in ignored.items() if getattr(args, name) != default]
+    if given and args.suite:
+        raise UsageError(f"The suites choose their own data and protocols: leave out {', '.join(given)}.")
+    if given:
+        raise UsageError(f"Without --suite nothing heeds {', '.join(given)}: name a suite, or leave that out.")
+
+
 def _suites(args: argparse.Namespace) -> int:
-    if args.data or args.protocols != ",".join(DEFAULT):
-        raise UsageError("The suites choose their own data and protocols: leave out --data and --protocols.")
     from ltm_pyro.suites.suite import Options
     from ltm_pyro.suites.table import evaluate_suites, markdown
 

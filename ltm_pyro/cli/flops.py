@@ -2,9 +2,12 @@
 
 import argparse
 import json
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from ltm_pyro.contracts import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.training.recipe import build_module, read_recipe
 
     config = read_recipe(["--config", args.config])
+    _take_vocabulary(config, args.config)
     module = build_module(config)
     decoder, inference = module.model.decoder, module.inference
     theirs = published(decoder, decoder.length, inference.steps)
@@ -38,3 +42,18 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(name.replace("_", " "), f"{value:,.0f}")
         Console().print(table)
     return 0
+
+
+def _take_vocabulary(config: Any, recipe: str) -> None:
+    """The packed data's, where the recipe says none and they are here."""
+    from ltm_pyro.data import read_manifest
+    from ltm_pyro.data.manifest import is_pack
+
+    if config.model.vocabulary is not None:
+        return
+    if not is_pack(config.data.directory):
+        raise UsageError(
+            f"{recipe} says no vocabulary, and there is no pack at {config.data.directory} to take one from: add "
+            f"`model.vocabulary` to the recipe."
+        )
+    config.model.vocabulary = read_manifest(config.data.directory).vocabulary

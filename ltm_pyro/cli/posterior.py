@@ -70,6 +70,11 @@ def check_out(path: Path, force: bool) -> None:
     """Refuses to replace a file, or to begin hours of work whose result has no place to go."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists already: choose another --out, or add --force.")
+    if path.is_dir():
+        from ltm_pyro.analysis.storage import is_store
+
+        if not is_store(path):
+            raise UsageError(f"{path} is a folder, which --force does not replace: choose another --out.")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"There is no folder {path.absolute().parent}: make it, or choose another --out.")
 

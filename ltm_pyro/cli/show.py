@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm show`."""
     parser.add_argument("source", metavar="RUN_OR_CONFIG", help="run directory, checkpoint, or recipe (YAML)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="where the plate diagram goes; NAME.svg by default")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         trace = poutine.trace(model).get_trace(batch)
         local = begin(model, guide, batch, LocalInference()).parameters
     svg = args.svg or Path(Path(args.source).stem + ".svg")
-    _write(svg, plate_diagram(model, batch))
+    _write(svg, plate_diagram(model, batch), args.force)
     if args.json:
         print(json.dumps(_summary(trace, local, batch) | {"svg": str(svg)}))
         return 0
@@ -77,8 +78,11 @@ def _summary(trace: Any, local: dict[str, Any], batch: Batch) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, force: bool) -> None:
+    """Writes; refuses to replace a file in which there is anything else."""
     try:
+        if not force and path.exists() and path.read_bytes() != text.encode():
+            raise UsageError(f"{path} exists already: choose another --svg, or add --force.")
         path.write_text(text, "utf-8")
     except OSError as error:
         raise UsageError(f"Cannot write {path}: {error.strerror}; choose another --svg.") from None

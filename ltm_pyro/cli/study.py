@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     definition, plan = study.prepare(
         args.study,
         args.base_config,
-        {key: yaml.safe_load(value) for key, value in _pairs("--set", args.set)},
+        {key: _value(key, text) for key, text in _pairs("--set", args.set)},
         budget=args.budget,
         minimise=tuple(args.minimise.split(",")),
         at_most={figure: _number("--at-most", value) for figure, value in _pairs("--at-most", args.at_most)},
@@ -99,6 +99,13 @@ def _pairs(option: str, given: list[str]) -> list[list[str]]:
         if "=" not in text:
             raise UsageError(f"{option} {text!r} is not NAME=VALUE: write the name, an equals sign and the value.")
     return [text.split("=", 1) for text in given]
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {key} needs a value in YAML, got {text!r}: close its brackets and quotes.") from None
 
 
 def _number(option: str, text: str) -> float:

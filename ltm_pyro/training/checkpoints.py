@@ -50,9 +50,10 @@ class Checkpoints(Callback):
         """Adds the texts."""
         checkpoint["ltm_pyro"] = self._texts
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Listens to signals; a step that has begun is finished before they end it."""
         self._step = self._saved = trainer.global_step
+        self._flops = module.flops.clone()
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 

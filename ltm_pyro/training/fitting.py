@@ -126,3 +126,8 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
         raise UsageError(
             f"The disk under {run} is full at step {trainer.global_step}: free some room and {advice}."
         ) from None
+    if trainer.is_global_zero and not (run / CHECKPOINT).exists():
+        raise UsageError(
+            f"{run} holds no checkpoint, for at step {trainer.global_step} no step was left to take: raise what ends "
+            f"the training, and add --force."
+        )

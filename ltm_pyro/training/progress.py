@@ -18,6 +18,7 @@ from ltm_pyro.contracts import Batch
 SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
 
 FORESEEN = 10  # steps after which the time is told
+REFRESHED = 10  # steps between two lines of a training that logs nothing
 
 
 def _memory() -> float:
@@ -57,7 +58,7 @@ class Progress(Callback):
         if not trainer.is_global_zero:
             return
         self._foresee(module)
-        if index % trainer.log_every_n_steps:
+        if index % (trainer.log_every_n_steps or REFRESHED):
             return
         figures = trainer.callback_metrics
         text = "  ".join(f"{name} {figures[k]:.3f}" for k, name in SHOWN.items() if k in figures)

@@ -27,6 +27,7 @@ DEFAULTS = {  # by dotted path: this room imports no model and no guide
     "trainer.max_epochs": -1,
 }
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "32", "64", "bf16")
+LARGEST_SEED = 2**32 - 1  # of NumPy
 OURS = {  # settings of Lightning's trainer that `build` decides
     *(
         "use_distributed_sampler",
@@ -88,7 +89,7 @@ def complaint(message: str) -> str:
 
 
 def check_budget(config: Namespace) -> None:
-    """Refuses a training without an end: neither its schedules nor the user would know how far it is."""
+    """Refuses a training without a step, or without an end: neither schedules nor user would know how far it is."""
     trainer = config.trainer
     budgets = (trainer.max_steps > 0, trainer.max_time, (trainer.max_epochs or 0) > 0, config.model.max_flops)
     if not any(budgets):
@@ -96,6 +97,8 @@ def check_budget(config: Namespace) -> None:
             "The training has no end: set `trainer.max_time` (DD:HH:MM:SS), `trainer.max_steps`, `trainer.max_epochs` "
             "or `model.max_flops` to more than 0."
         )
+    if trainer.limit_train_batches == 0:
+        raise UsageError("`trainer.limit_train_batches` is 0, so that there is no step to take: leave it out.")
 
 
 def take_vocabulary(config: Namespace) -> None:
@@ -128,6 +131,8 @@ def build_module(config: Namespace) -> LTMModule:
 def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.Trainer]:
     """Module, data and trainer; ``trainer`` adds to the recipe's own settings."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advertisements would hide our plan
+    if not 0 <= config.seed_everything <= LARGEST_SEED:
+        raise UsageError(f"`seed_everything` is {config.seed_everything}: choose a seed from 0 to {LARGEST_SEED}.")
     pl.seed_everything(config.seed_everything, verbose=False)
     objects = _instantiate(config)
     settings = {**objects.trainer.as_dict(), **trainer}
@@ -140,12 +145,17 @@ def _listed(value: Any) -> list[Any]:
     return [] if value in (None, True, False) else value if isinstance(value, list) else [value]
 
 
-def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
+def _check_trainer(settings: dict[str, Any]) -> None:
     strategy = settings["strategy"] if isinstance(settings["strategy"], str) else type(settings["strategy"]).__name__
     if not strategy.lower().startswith(("auto", "ddp", "single")):
         raise UsageError(
             f"`trainer.strategy` is {strategy}, but fast steps go backward inside the forward pass, which "
             f"sharded parameters do not survive: choose ddp, and where a model does not fit lower data.batch_size."
+        )
+    if settings["overfit_batches"]:  # no key of `OURS`, for the recipes of earlier runs say that it is 0
+        raise UsageError(
+            f"`trainer.overfit_batches` is {settings['overfit_batches']}, which would replace the order that our data "
+            f"are read in: leave it out, and pack a few texts to overfit them."
         )
     if settings["val_check_interval"] == 0:
         raise UsageError("`trainer.val_check_interval` is 0: set `trainer.limit_val_batches` to 0 for no validation.")
@@ -154,6 +164,10 @@ def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
             f"`trainer.precision` is {settings['precision']}, but thoughts, KL and optimiser states need float32: "
             f"choose one of {', '.join(PRECISIONS)}."
         )
+
+
+def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
+    _check_trainer(settings)
     try:
         return pl.Trainer(
             **settings,

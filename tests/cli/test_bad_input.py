@@ -117,7 +117,7 @@ def test_text_that_cannot_be_written(here, run, refused, option, value, words):
     ("options", "word"),
     [
         (("--greedy", "--top-k", 5), "top_k 5"),
-        (("--layers", 3), "no layer 3"),
+        (("--layers", 3), "no layer 3: those that hear thoughts are counted from 1 to 2"),
         (("--layers", "two"), "two"),
         (("--stream", "--json"), "--stream"),
         (("--stream", "--num-samples", 2), "one at a time"),
@@ -168,6 +168,9 @@ def test_recipes_that_cannot_be_read(here, refused, arguments, words):
         ("trainer.max_steps", "-1", ("no end", "trainer.max_time")),
         ("trainer.max_time", "soon", ("soon", "DD:HH:MM:SS")),
         ("trainer.val_check_interval", "0", ("val_check_interval", "limit_val_batches")),
+        ("trainer.overfit_batches", "2", ("overfit_batches", "2", "pack a few texts")),
+        ("trainer.limit_train_batches", "0", ("limit_train_batches", "0", "leave it out")),
+        ("seed_everything", "-1", ("seed_everything", "-1", "from 0 to 4294967295")),
         ("colour", "red", ("--colour red",)),
         ("ckpt_path", "nowhere", ("nowhere", "ltm fit")),
         ("ckpt_path", "foreign.ckpt", ("foreign.ckpt", "ltm fit")),
@@ -176,6 +179,12 @@ def test_recipes_that_cannot_be_read(here, refused, arguments, words):
 def test_settings_that_cannot_be_trained(here, recipe, refused, key, value, words):
     message = refused("fit", "--config", recipe, "--run", "run", f"--{key}", value)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["ranks.foo", "ranks"])
+def test_a_picture_of_no_known_format_is_refused_before_the_simulations(here, refused, name):
+    message = refused("calibrate", "nowhere", "--picture", name)
+    assert all(word in message for word in (f"as {name}:", ".png, ", ".svg")), message
 
 
 def test_a_checkpoint_of_another_architecture(here, run, recipe, refused):
@@ -205,6 +214,8 @@ def test_an_existing_output_is_never_replaced(here, corpus, packed, recipe, run,
     shutil.copy(run / "checkpoints" / "last.ckpt", copy)
     assert "--force" in refused("fit", "--config", recipe, "--run", run, "--ckpt_path", copy)
     assert {path: path.read_bytes() for path in files} == files
+    shutil.copy(run / "tokenizer.json", copy.with_name("tokenizer.json"))
+    assert "holds a tokenizer.json already" in refused("fit", "--config", recipe, "--run", copy.parent)
 
 
 def test_data_that_holds_nothing_out(here, corpus, recipe, ltm, refused):

@@ -1,5 +1,6 @@
 """`ltm export`: the same bounds from the folder, and nothing that is not whole and safe."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -22,6 +23,14 @@ def test_bounds_are_identical(run, ltm, exported):
     options = ("--limit", 4, "--samples", 2, "--json")
     assert ltm("evaluate", exported, *options)[1] == ltm("evaluate", run, *options)[1]
     assert ltm("generate", exported, "--json")[1] == ltm("generate", run, "--json")[1]
+
+
+def test_suites_take_it(exported, ltm, tmp_path):
+    options = ("--suite", "reconstruction", "--limit", 2, "--fast-steps", 1, "--out", tmp_path / "out", "--json")
+    code, out, err = ltm("evaluate", exported, *options)
+    assert code == 0, err
+    weights = (exported / "model.safetensors").read_bytes()
+    assert json.loads(out)["settings"]["sha256"] == {"model": hashlib.sha256(weights).hexdigest()}
 
 
 def test_the_card_says_what_it_is(exported):
@@ -76,3 +85,10 @@ def test_an_existing_folder_is_not_replaced(run, ltm, exported, refused):
     assert ltm("export", run, "--out", exported, "--force")[0] == 0
     assert (exported / "notes.txt").read_text() == "mine"
     shutil.rmtree(exported)
+
+
+def test_a_folder_that_is_no_export_is_left_alone(run, refused, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    assert "no model.safetensors" in refused("export", run, "--out", tmp_path, "--force")
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

@@ -84,6 +84,14 @@ def test_the_plan_comes_first(recipe, ltm, tmp_path):
     assert err.index("plan") < err.index("training 100%") < err.index("Run written")
 
 
+def test_a_training_that_logs_nothing_still_shows_how_far_it_is(recipe, ltm, tmp_path):
+    quiet = ("--trainer.log_every_n_steps", 0, "--trainer.limit_val_batches", 0)
+    code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path / "run", *quiet, "--trainer.max_steps", 11)
+    assert code == 0, err
+    assert "training 100%" in err
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
 def test_the_same_seed_gives_the_same_weights(recipe, run, ltm, tmp_path):
     assert ltm("fit", "--config", recipe, "--run", tmp_path / "again")[0] == 0
     first, second = (load_run(path).model.state_dict() for path in (run, tmp_path / "again"))
@@ -211,10 +219,14 @@ def test_a_read_only_folder(corpus, recipe, refused, small_disk):
     assert "Read-only" in refused("fit", "--config", recipe, "--run", disk / "run")
 
 
-def test_flops_counts_what_the_recipe_costs(run, recipe, ltm, refused):
-    code, out, _ = ltm("flops", "--config", run / "config.yaml", "--json")
-    assert (code, json.loads(out)["parameters"]) == (0, sum(p.numel() for p in load_run(run).model.parameters()))
-    assert "model.vocabulary" in refused("flops", "--config", recipe)
+def test_flops_counts_what_the_recipe_costs(run, recipe, packed, ltm, refused, tmp_path):
+    parameters = sum(p.numel() for p in load_run(run).model.parameters())
+    for config in (run / "config.yaml", recipe):  # whose vocabulary is the data's
+        code, out, _ = ltm("flops", "--config", config, "--json")
+        assert (code, json.loads(out)["parameters"]) == (0, parameters)
+    moved = tmp_path / "moved.yaml"
+    moved.write_text(recipe.read_text().replace(str(packed), "nowhere"))
+    assert "no pack at nowhere to take one from: add `model.vocabulary`" in refused("flops", "--config", moved)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it can run")

@@ -51,6 +51,14 @@ def test_a_posterior_with_labels_and_replicas(run, texts, ltm, tmp_path):
     assert ltm("posterior", run, "--input", texts, "--out", out, *options, "--force")[1] == printed
 
 
+def test_a_folder_is_not_replaced(run, texts, ltm, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    code, _, err = ltm("posterior", run, "--input", texts, "--out", folder, "--force")
+    assert (code, folder.is_dir()) == (2, True)
+    assert "folder is a folder, which --force does not replace" in " ".join(err.split())
+
+
 @pytest.mark.parametrize("method", ["langevin", pytest.param("nuts", marks=pytest.mark.slow)])
 def test_a_reference(run, texts, ltm, tmp_path, method):
     out = tmp_path / "chains.nc"

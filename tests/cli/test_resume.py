@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 
+from ltm_pyro.data import PackedDataset
 from ltm_pyro.runs import load_run
 from ltm_pyro.training import module
 
@@ -103,6 +104,27 @@ def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkey
     code, _, err = ltm("fit", "--config", run / "config.yaml", "--ckpt_path", "last")
     assert code == 0, err
     assert curve(run) == curve(tmp_path / "whole")
+
+
+def test_an_error_at_the_first_batch_after_a_resume_is_told(recipe, ltm, tmp_path, monkeypatch):
+    again = ("fit", "--config", recipe, "--run", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps")
+    assert ltm(*again, 2)[0] == 0
+
+    def fail(*arguments):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(PackedDataset, "collate", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        ltm(*again, 4)
+    monkeypatch.undo()
+    code, _, err = ltm(*again, 4)
+    assert code == 0, err
+
+
+def test_a_finished_run_has_no_step_for_another_directory(recipe, run, ltm, tmp_path):
+    code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path / "other", "--ckpt_path", run)
+    assert code == 2
+    assert f"{tmp_path / 'other'} holds no checkpoint, for at step 3" in err.splitlines()[-1]
 
 
 def killed(command, run, after, number):

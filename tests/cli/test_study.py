@@ -69,6 +69,12 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("odd.py",), "model.inference.speed"),
         (("rate.py", "--set", "model.no=1"), "model.no"),
         (("rate.py", "--set", "model.no"), "not NAME=VALUE"),
+        (("rate.py", "--set", "model.no=["), "--set model.no needs a value in YAML, got '['"),
+        (("rate.py", "--set", "model.guide=ltm_pyro.guides.Point"), "`bound`, for Point has no density"),
+        (
+            ("rate.py", "--set", "model.prior=ltm_pyro.models.EnergyPrior", "--prune", "--minimise", "prior"),
+            "`bound`, for the prior's normaliser is unknown: choose another",
+        ),
         (("rate.py", "--set", "data.directory=nowhere"), "no packed data at nowhere"),
         (("rate.py", "--at-most", "k_hat=low"), "needs a number, got 'low'"),
         (("rate.py", "--budget", "5"), "not an amount of training"),

@@ -111,6 +111,17 @@ def test_show_prints_sites_and_draws_the_plates(run, recipe, ltm, refused, tmp_p
     assert "choose another --svg" in refused("show", run, "--svg", tmp_path / "no" / "where.svg")
 
 
+def test_show_replaces_no_file_but_its_own(run, ltm, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [ltm("show", run)[0] for _ in range(2)] == [0, 0]
+    own = Path("run.svg").read_text()
+    Path("run.svg").write_text("mine")
+    assert "run.svg exists already: choose another --svg, or add --force" in refused("show", run)
+    assert Path("run.svg").read_text() == "mine"
+    assert ltm("show", run, "--force")[0] == 0
+    assert Path("run.svg").read_text() == own
+
+
 def test_compare_puts_pairs_side_by_side_and_goes_on_where_it_was(recipe, ltm, refused, tmp_path):
     words = ("compare", "--config", recipe, "--priors", "GaussianPrior", "--guides", "MeanField,Point")
     more = ("--minutes", 0.02, "--samples", 2, "--limit", 4, "--out", tmp_path / "out", "--json")
