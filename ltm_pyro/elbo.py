@@ -115,7 +115,7 @@ def missing_bound(model: Model, guide: Guide) -> str | None:
     if not guide.has_density:
         return f"{type(guide).__name__} has no density"
     if any(x.isnan() for x in normalisers(model)):
-        return "the prior's normaliser is unknown; ask for an estimate with --normaliser SAMPLES"
+        return "the prior's normaliser is unknown"
     return None
 
 

@@ -223,6 +223,8 @@ def evaluate(
 def unavailable(model: Model, guide: Guide, protocols: Sequence[str]) -> dict[str, str]:
     """Why some of the protocols have no figure for this model and guide; `UsageError` where none has."""
     reason = missing_bound(model, guide)
+    if reason and guide.has_density:
+        reason += "; ask for an estimate with --normaliser SAMPLES"
     found = {name: reason for name in protocols if reason and name in NEED_DENSITY}
     if found and len(found) == len(protocols):
         raise UsageError(f"No figure for {', '.join(found)}: {reason}; ask for {', '.join(NEED_NONE)}.")

@@ -105,7 +105,7 @@ class LTMModule(pl.LightningModule):
         """The fraction of ``max_time`` that this rank has used."""
         timers = [c for c in cast(Any, self.trainer).callbacks if isinstance(c, Timer)]
         times = [(timer.time_elapsed(), timer.time_remaining()) for timer in timers]
-        return max((used / (used + left) for used, left in times if left is not None), default=0.0)
+        return max((used / (used + left or 1.0) for used, left in times if left is not None), default=0.0)
 
     def configure_optimizers(self) -> Any:
         """AdamW with the slow schedule, moved by `progress`; fused, but where float16's gradients are scaled."""

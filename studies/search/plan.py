@@ -104,8 +104,8 @@ def _check_bound(plan: Plan, config: Any) -> None:
     module = _module(config)
     if reason := missing_bound(module.model, module.guide):
         raise UsageError(
-            f"No trial can have `{asked[0]}`, for {reason.partition(';')[0]}: choose another prior or guide, or "
-            f"--minimise prior without --prune."
+            f"No trial can have `{asked[0]}`, for {reason}: choose another prior or guide, or --minimise prior "
+            f"without --prune."
         )
 
 

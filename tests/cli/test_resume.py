@@ -127,6 +127,13 @@ def test_a_finished_run_has_no_step_for_another_directory(recipe, run, ltm, tmp_
     assert f"{tmp_path / 'other'} holds no checkpoint, for at step 3" in err.splitlines()[-1]
 
 
+def test_no_time_is_no_step(recipe, ltm, tmp_path):
+    limits = ("--trainer.max_time", "00:00:00:00", "--trainer.max_steps", -1)
+    code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path / "none", *limits)
+    assert code == 2
+    assert "holds no checkpoint, for at step 0" in err.splitlines()[-1]
+
+
 def killed(command, run, after, number):
     """Starts a training and sends it a signal once ``metrics.csv`` has so many lines; its exit code."""
     process = subprocess.Popen([str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "1"})
