@@ -68,10 +68,10 @@ def prior_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
     """Mean and variance of the prior's unconstrained coordinates; 0 and 1 where it has no closed form for them."""
     if unconstrained(prior):
         try:
-            mean, variance = prior.mean.clone(), prior.variance.clone()
+            mean, variance = prior.mean, prior.variance
         except NotImplementedError:
             mean = variance = torch.full_like(prior.sample(), torch.nan)
         known = mean.isfinite() & variance.isfinite() & (variance > 0)
-        return mean.where(known, torch.zeros_like(mean)), variance.where(known, torch.ones_like(variance))
+        return torch.where(known, mean, 0.0), torch.where(known, variance, 1.0)
     sample = biject_to(_support(prior)).inv(prior.sample())
     return torch.zeros_like(sample), torch.ones_like(sample)
