@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ltm_pyro.allocator import make_room
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.precision import matrix_dtype
+from ltm_pyro.precision import full_precision, matrix_dtype
 
 
 class Tile(NamedTuple):
@@ -120,7 +120,7 @@ class _EmbeddingGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         (embedding_VD,), (hidden_ND, value_N, lse_N) = ctx.saved_tensors, ctx.seen
-        with torch.autocast(grad_BT.device.type, enabled=False):
+        with full_precision(grad_BT):
             found_VD = _embedding_gradient(hidden_ND, embedding_VD, value_N, lse_N, grad_BT.flatten())
             return found_VD.to(embedding_VD.dtype), None, None
 
