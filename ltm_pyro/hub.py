@@ -6,7 +6,7 @@ from typing import Any
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.extras import extra
-from ltm_pyro.runs import RECIPE, TOKENIZER, WEIGHTS, Run, beside, build_run, read_checkpoint
+from ltm_pyro.runs import RECIPE, TOKENIZER, WEIGHTS, Run, beside, build_run, is_export, read_checkpoint
 
 CARD = "README.md"
 SAFETENSORS = ("safetensors.torch", "hub", "Sharing a model")
@@ -28,7 +28,7 @@ def save_pretrained(
     loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run)
     folder = Path(folder)
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and not (folder / WEIGHTS).is_file():
+    if taken and not is_export(folder):
         raise UsageError(f"{folder} is there and no export, for it has no {WEIGHTS}: choose another --out.")
     if taken and not force:
         raise UsageError(f"{folder} exists already: choose another --out, or add --force.")

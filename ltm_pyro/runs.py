@@ -66,13 +66,18 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
 
     Nothing in it is unpickled, but its recipe names prior and guide by dotted path, and those modules are imported.
     """
-    if (Path(path) / WEIGHTS).is_file():
+    if is_export(path):
         from ltm_pyro.hub import from_pretrained
 
         return from_pretrained(path).to(device)
     checkpoint = read_checkpoint(path)
     texts = checkpoint["ltm_pyro"]
     return build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], path).to(device)
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether a folder is what `ltm export` wrote."""
+    return (Path(path) / WEIGHTS).is_file()
 
 
 def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], source: str | Path) -> Run:

@@ -16,8 +16,14 @@ from ltm_pyro.protocols import DEFAULT, PROTOCOLS, Evaluation, check_protocols
 # options that one of the two uses heeds, and their defaults
 OF_PROTOCOLS: dict[str, Any] = {"data": None, "protocols": ",".join(DEFAULT), "block": 16, "normaliser": None}
 OF_SUITES: dict[str, Any] = {
-    **{"suite_dir": None, "source": [], "baseline": None, "shots": 3, "attempts": 5},
-    **{"features": None, "out": None, "force": False},
+    "suite_dir": None,
+    "source": [],
+    "baseline": None,
+    "shots": 3,
+    "attempts": 5,
+    "features": None,
+    "out": None,
+    "force": False,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from ltm_pyro.contracts import UsageError
-from ltm_pyro.runs import WEIGHTS, beside, checkpoint_path, load_run
+from ltm_pyro.runs import WEIGHTS, beside, checkpoint_path, is_export, load_run
 from ltm_pyro.suites import generation, gsm8k, multilingual, reconstruction, zero_shot
 from ltm_pyro.suites.suite import Options, Part, Suite
 
@@ -95,8 +95,7 @@ def _settings(paths: dict[str, str], options: Options) -> dict[str, Any]:
 
 
 def _weights(run: str) -> Path:
-    exported = Path(run) / WEIGHTS
-    return exported if exported.is_file() else checkpoint_path(run)
+    return Path(run) / WEIGHTS if is_export(run) else checkpoint_path(run)
 
 
 class _Book:
