@@ -85,7 +85,7 @@ class _NormalKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d, r, p_scale = ctx.saved_tensors
         slope = grad / p_scale
-        to_loc, to_scale = d * slope, (r - 1 / r).mul_(slope)
+        to_loc, to_scale = d * slope, (r - r.reciprocal()).mul_(slope)
         if not any(ctx.needs_input_grad[2:]):
             return to_loc, to_scale, None, None
         return to_loc, to_scale, -to_loc, (1 - d**2 - r**2).mul_(slope)

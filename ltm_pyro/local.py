@@ -220,27 +220,31 @@ class _Climb:
         record, groups = [], Groups(state.parameters, self.rates)
         joined = _regrouped(state, groups.join)
         for step, updates in zip(steps, self._updates(joined, groups, len(steps)), strict=True):
-            terms, gradients = self._gradients(batch, joined, groups)
+            local = groups.split(joined.parameters)
+            terms, gradients = self._gradients(batch, local, state.noise)
             if self.on_step:
-                self.on_step(step, groups.split(joined.parameters), terms)
-            joined = self._moved(joined, gradients, groups, updates, rate * self.inference.factor(step))
+                self.on_step(step, local, terms)
+            joined = _moved(joined, groups.join(gradients), updates, rate * self.inference.factor(step))
             record.append(terms)
         joined = joined._replace(steps_B=state.steps_B + len(steps))
         return _regrouped(joined, lambda whole: {n: x.contiguous() for n, x in groups.split(whole).items()}), record
 
-    def _gradients(self, batch: Batch, state: LocalState, groups: Groups) -> tuple[ElboTerms, LocalParameters]:
-        local = {group: x.detach().requires_grad_() for group, x in state.parameters.items()}
+    def _gradients(self, batch: Batch, local: LocalParameters, noise: int | None) -> tuple[ElboTerms, LocalParameters]:
+        leaves = {name: x.detach().requires_grad_() for name, x in local.items()}
         others = self.average.tensors if self.average else []
-        with torch.enable_grad(), nullcontext() if state.noise is None else seeded(state.noise):
-            terms = average_terms(self.model, self.guide, batch, groups.split(local), self.inference.draws)
-            wanted = [*local.values(), *others]
+        with torch.enable_grad(), nullcontext() if noise is None else seeded(noise):
+            terms = average_terms(self.model, self.guide, batch, leaves, self.inference.draws)
+            wanted = [*leaves.values(), *others]
             gradients = torch.autograd.grad(self.inference.loss(terms), wanted, allow_unused=True)
         if self.average:
             self.average.add(gradients[len(local) :])
-        found = zip(local.items(), gradients, strict=False)
-        return ElboTerms(*(x.detach() for x in terms)), {
-            group: torch.zeros_like(x) if gradient is None else gradient for (group, x), gradient in found
+        found = {
+            name: torch.zeros_like(x) if gradient is None else gradient
+            for (name, x), gradient in zip(local.items(), gradients, strict=False)
         }
+        if self.inference.optimizer == "natural":
+            found = self.guide.natural(local, found)
+        return ElboTerms(*(x.detach() for x in terms)), found
 
     def _updates(self, state: LocalState, groups: Groups, steps: int) -> Iterator[dict[str, Update]]:
         """Of every group, for each of the next steps."""
@@ -251,15 +255,12 @@ class _Climb:
         }
         return (dict(zip(by_group, step, strict=True)) for step in zip(*by_group.values(), strict=True))
 
-    def _moved(
-        self, state: LocalState, gradients: LocalParameters, groups: Groups, updates: dict[str, Update], rate: Rate
-    ) -> LocalState:
-        if self.inference.optimizer == "natural":
-            gradients = groups.join(self.guide.natural(groups.split(state.parameters), groups.split(gradients)))
-        parameters, moments = {}, {}
-        for group, x in state.parameters.items():
-            parameters[group], moments[group] = updates[group](x, gradients[group], state.moments[group], rate)
-        return state._replace(parameters=parameters, moments=moments)
+
+def _moved(state: LocalState, gradients: LocalParameters, updates: dict[str, Update], rate: Rate) -> LocalState:
+    parameters, moments = {}, {}
+    for group, x in state.parameters.items():
+        parameters[group], moments[group] = updates[group](x, gradients[group], state.moments[group], rate)
+    return state._replace(parameters=parameters, moments=moments)
 
 
 def _tensors(part: nn.Module) -> Iterator[Tensor]:

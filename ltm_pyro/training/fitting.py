@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from jsonargparse import Namespace
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -32,7 +33,7 @@ from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.plan import plan
 from ltm_pyro.training.progress import Progress
-from ltm_pyro.training.recipe import build, check_budget, dump_recipe, take_vocabulary
+from ltm_pyro.training.recipe import build, check_budget, dump_recipe, refused, take_vocabulary
 
 NOISE = (  # what Lightning says that no user can act on
     ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
@@ -111,6 +112,8 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except UsageError as error:
         raise UsageError(said(error)) from None
+    except MisconfigurationException as error:
+        raise UsageError(refused(error)) from None
     except SystemExit:  # how Lightning leaves after Ctrl-C
         if not (run / CHECKPOINT).exists():
             raise Interrupted(f"interrupted before the first step; {run} holds no checkpoint yet.") from None

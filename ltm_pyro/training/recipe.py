@@ -180,7 +180,12 @@ def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
             num_sanity_val_steps=0,
         )
     except (MisconfigurationException, ValueError) as error:
-        raise UsageError(f"Lightning refuses the `trainer` settings: {' '.join(str(error).split())}") from None
+        raise UsageError(refused(error)) from None
+
+
+def refused(error: Exception) -> str:
+    """What Lightning finds wrong, in one line."""
+    return f"Lightning refuses the `trainer` settings: {' '.join(str(error).split())}"
 
 
 def _instantiate(config: Namespace) -> Namespace:

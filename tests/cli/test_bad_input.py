@@ -181,6 +181,14 @@ def test_settings_that_cannot_be_trained(here, recipe, refused, key, value, word
     assert all(word in message for word in words), message
 
 
+def test_what_lightning_refuses_once_it_has_counted_the_batches(recipe, ltm, tmp_path):
+    limit = ("--trainer.max_steps", 1, "--trainer.limit_train_batches", 0.001)
+    code, out, err = ltm("fit", "--config", recipe, "--run", tmp_path / "run", *limit)
+    assert (code, out) == (2, "")
+    assert "ltm fit: Lightning refuses the `trainer` settings: You requested to check 0.001" in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("name", ["ranks.foo", "ranks"])
 def test_a_picture_of_no_known_format_is_refused_before_the_simulations(here, refused, name):
     message = refused("calibrate", "nowhere", "--picture", name)
