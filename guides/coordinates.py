@@ -74,6 +74,16 @@ class Coordinates(Guide):
 class Reshaped(dist.TransformedDistribution):
     """A distribution whose event has another shape and nothing else is changed."""
 
+    @property
+    def mean(self) -> Tensor:
+        """The base's."""
+        return self.transforms[0](self.base_dist.mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """The base's, of every coordinate."""
+        return self.transforms[0](self.base_dist.variance)
+
 
 @register_kl(Reshaped, Independent)  # type: ignore[untyped-decorator]
 def kl_of_a_gaussian(q: Any, p: Independent) -> Tensor:
@@ -86,9 +96,7 @@ def kl_of_a_gaussian(q: Any, p: Independent) -> Tensor:
         _innermost(event), MultivariateNormal | LowRankMultivariateNormal
     ):
         raise NotImplementedError
-    (reshape,) = q.transforms
-    mean, variance = reshape(event.mean), reshape(event.variance)
-    cross = normal.log_prob(mean) - variance / (2 * normal.variance)
+    cross = normal.log_prob(q.mean) - q.variance / (2 * normal.variance)
     return -event.entropy() - cross.flatten(-len(p.event_shape)).sum(-1)
 
 

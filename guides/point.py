@@ -10,6 +10,8 @@ from torch import Tensor
 from ltm_pyro.contracts import Batch, LocalParameters, Model
 from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides.coordinates import Coordinates
+from ltm_pyro.shared import held
+from ltm_pyro.sites import prior_moments, prior_sites
 
 
 class Point(Coordinates):
@@ -28,8 +30,8 @@ class Point(Coordinates):
         return {}
 
     def density(self, name: str, local: LocalParameters) -> Any:
-        """All mass at û, as a density of 1 there."""
-        return dist.Delta(local[f"{name}_loc"], event_dim=1)
+        """All mass at û, as a density of 1 there: masked, since a way to the support and back need not end at û."""
+        return dist.Delta(local[f"{name}_loc"], event_dim=1).mask(False)
 
 
 class Laplace(Point):
@@ -37,10 +39,10 @@ class Laplace(Point):
 
     .. math:: q(u \mid x_i) = \mathcal{N}(u; \hat u_i, H_i^{-1}), \quad H_i = -\nabla^2 \log p(x_i, z(u)) |_{\hat u_i}
 
-    The fast steps find û; then 2N gradients give H by central differences, and eigenvalues below 1, the curvature of a
-    standard normal, are raised to 1: where the density is flat or bent the other way H says nothing. The bound is
-    honest: its draws come from this Gaussian. Local parameters: ``{site}_loc``, and once settled ``{site}_factor``, (B,
-    N, N), the Cholesky factor of H⁻¹ of each site alone. Source: MacKay 1992.
+    The fast steps find û; then 2N gradients give H by central differences. In units of the prior's scale eigenvalues
+    below 1, the curvature of the prior alone, are raised to 1: where the density is flat or bent the other way H says
+    nothing. The bound is honest: its draws come from this Gaussian. Local parameters: ``{site}_loc``, and once settled
+    ``{site}_factor``, (B, N, N), the Cholesky factor of H⁻¹ of each site alone. Source: MacKay 1992.
     """
 
     has_density = True
@@ -54,10 +56,13 @@ class Laplace(Point):
 
     def settle(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
         """Adds the factors."""
-        factors = {}
+        factors, sites = {}, prior_sites(model, batch.size)
         for name in self.sites:
-            values, vectors = torch.linalg.eigh(self._curvature(model, batch, local, f"{name}_loc"))
-            root = vectors / values.clamp(min=1.0).sqrt()[..., None, :]
+            with held(model, torch.initial_seed()):  # a difference of gradients of one density
+                curvature_BNN = self._curvature(model, batch, local, f"{name}_loc")
+            scale_BN1 = prior_moments(sites[name])[1].sqrt().flatten(1)[..., None]
+            values, vectors = torch.linalg.eigh(scale_BN1 * curvature_BNN * scale_BN1.mT)
+            root = scale_BN1 * vectors / values.clamp(min=1.0).sqrt()[..., None, :]
             factors[f"{name}_factor"] = torch.linalg.cholesky(root @ root.mT)
         return {**local, **factors}
 

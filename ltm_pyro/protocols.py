@@ -82,20 +82,26 @@ def reused_noise(problem: Problem) -> Totals:
 def causal(problem: Problem) -> Totals:
     r"""−Σ_j log (1/S) Σ_s p(x_j | x_{<j}, z_s), z_s ~ q(z | x_{<j}): block j is scored before q has seen it.
 
-    A true predictive score, as any autoregressive model's; q goes on from block to block. It is no bound on the
-    model's own −log p(x), for it is the score of another distribution over texts.
+    A true predictive score, as any autoregressive model's; z of the first block comes from the prior, and q goes on
+    from block to block. It is no bound on the model's own −log p(x), for it is the score of another distribution over
+    texts.
     """
-    p = problem
+    p, length = problem, problem.batch.inputs_BT.shape[1]
     nats_B, state = torch.zeros_like(p.batch.tokens_B, dtype=torch.get_default_dtype()), None
-    for first in range(0, p.batch.inputs_BT.shape[1], p.block):
-        block = p.batch.crop(first, min(first + p.block, p.batch.inputs_BT.shape[1]))
-        steps = p.inference.steps if first else 0  # before the first block q is the prior
-        inference = replace(p.inference, steps=steps, start=Start())
-        state, _ = fit(p.model, p.guide, p.batch.crop(0, max(first, 1)), inference, state)
-        terms = [elbo_terms(p.model, p.guide, block, state.parameters, Draws(n)) for n in p.draws()]
-        log_likelihood_SB = torch.cat([t.log_likelihood_B for t in terms])
+    for first in range(0, length, p.block):
+        block = p.batch.crop(first, min(first + p.block, length))
+        if first:
+            state, _ = fit(p.model, p.guide, p.batch.crop(0, first), replace(p.inference, start=Start()), state)
+        log_likelihood_SB = torch.cat([_predicted(p, block, state, n) for n in p.draws()])
         nats_B = nats_B + math.log(p.samples) - log_likelihood_SB.logsumexp(0)
     return Totals(nats_B, torch.zeros_like(nats_B))
+
+
+def _predicted(p: Problem, block: Batch, state: LocalState | None, draws: int) -> Float[Tensor, "S B"]:
+    """log p(block | z) at draws of q, of the prior where there is none yet."""
+    if state is None:
+        return prior_log_likelihood(p.model, block, draws)
+    return elbo_terms(p.model, p.guide, block, state.parameters, Draws(draws)).log_likelihood_B
 
 
 class Protocol(NamedTuple):

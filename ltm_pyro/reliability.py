@@ -17,8 +17,8 @@ def pareto_k(log_weights_SB: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:
     r"""k-hat: the shape of a generalised Pareto fitted to each sequence's largest importance weights.
 
     Below 0.5 q is good, above `TRUSTED` it misses mass of the posterior (Yao et al. 2018, arXiv 1802.02538). The tail
-    is the largest min(S / 5, 3 √S) of the S weights; −∞ where they are all equal, as where q is exact; +∞ where nearly
-    all of them vanish beside the largest.
+    is the largest min(S / 5, 3 √S) of the S weights; −∞ where they are equal to a thousandth, as where q is exact up
+    to rounding; +∞ where nearly all of them vanish beside the largest.
     """
     samples = len(log_weights_SB)
     tail = int(min(0.2 * samples, 3 * samples**0.5))
@@ -33,8 +33,8 @@ def pareto_k(log_weights_SB: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:
 def _shape(excess_t: Tensor) -> Tensor:
     if not excess_t.isfinite().all():
         return excess_t.new_tensor(torch.nan)
-    if excess_t[-1] < 1e-10:
+    if excess_t[-1] < 1e-3:
         return excess_t.new_tensor(-torch.inf)
-    if excess_t[len(excess_t) // 4] <= 0:
+    if excess_t[int(len(excess_t) / 4 - 0.5)] <= 0:  # the quartile that Pyro divides by
         return excess_t.new_tensor(torch.inf)
     return torch.as_tensor(fit_generalized_pareto(excess_t)[0], dtype=excess_t.dtype)

@@ -1,7 +1,7 @@
 """Random variables that all sequences share, and what training has come to believe of them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -78,10 +78,10 @@ class Shared(PyroModule):
 
 
 @contextmanager
-def held(model: Model, seed: int) -> Iterator[None]:
-    """Inside, what all sequences share is one draw, which depends on the seed alone."""
-    parts = [part for part in model.modules() if isinstance(part, Shared)]
-    with seeded(seed), torch.no_grad():
+def held(model: Model, *seed: int) -> Iterator[None]:
+    """Inside, what all sequences share is one draw, which depends on the seed alone; what is held already stays."""
+    parts = [part for part in model.modules() if isinstance(part, Shared) and part.held is None]
+    with seeded(*seed) if parts else nullcontext(), torch.no_grad():
         for part in parts:
             part.held = part.draw()
     try:

@@ -1,10 +1,12 @@
 """The latent sites of a model: found by tracing `think` once."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, Transform, biject_to, constraints
 
@@ -14,8 +16,11 @@ Sites = Mapping[str, Distribution]  # name -> the prior's distribution there, ba
 
 
 def prior_sites(model: Model, size: int) -> Sites:
-    """Every latent site inside the plate of sequences, in the order the prior samples it."""
-    with torch.no_grad(), poutine.block():  # a look, which handlers outside need not know of
+    """Every latent site inside the plate of sequences, in the order the prior samples it.
+
+    A site that depends on others is what it is at their means, so that every look finds the same.
+    """
+    with torch.no_grad(), poutine.block(), _AtMean():  # a look, which handlers outside need not know of
         nodes: dict[str, Any] = dict(poutine.trace(model.think).get_trace(size).nodes)
     sites: Sites = {
         name: node["fn"]
@@ -29,6 +34,17 @@ def prior_sites(model: Model, size: int) -> Sites:
                 f"marginalise it inside the prior (see MixtureSameFamily)."
             )
     return sites
+
+
+class _AtMean(Messenger):
+    """Every continuous site takes its mean for its value, where it has one."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["is_observed"] or not _in_sequences(msg) or fn.support is None or fn.support.is_discrete:
+            return
+        with suppress(NotImplementedError, AttributeError):
+            msg["value"] = torch.where(fn.mean.isfinite(), fn.mean, fn.sample())
 
 
 def bijections(sites: Sites) -> dict[str, tuple[Distribution, Transform]]:

@@ -26,6 +26,7 @@ from ltm_pyro.contracts import Batch, Guide, Model, UsageError, make_batch, seed
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
 from ltm_pyro.runs import Run
+from ltm_pyro.shared import held
 from ltm_pyro.sites import prior_sites
 
 BATCH = 16  # simulations fitted together
@@ -161,10 +162,11 @@ def calibrate(
     if (samples + 1) % BINS:
         raise UsageError(f"Samples + 1 must be a multiple of {BINS}, got {samples}: choose 99, for example.")
     found = []
-    for index, first in enumerate(_shown(range(0, simulations, BATCH))):
-        with seeded(seed, index), torch.no_grad():
-            simulated = simulate(min(BATCH, simulations - first))
-            found.append(_ranked(model, guide, inference, simulated, samples, coordinates))
+    with held(model, seed):
+        for index, first in enumerate(_shown(range(0, simulations, BATCH))):
+            with seeded(seed, index), torch.no_grad():
+                simulated = simulate(min(BATCH, simulations - first))
+                found.append(_ranked(model, guide, inference, simulated, samples, coordinates))
     return Calibration(np.concatenate([x for x, _ in found]), found[0][1])
 
 

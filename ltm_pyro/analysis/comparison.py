@@ -23,8 +23,8 @@ def compare(q: Posterior, reference: Posterior) -> xr.Dataset:
 
     By coordinate: ``mean_error``, (μ_q − μ) / σ, and ``scale_ratio``, σ_q / σ, below 1 where q is too narrow. By
     sequence: ``correlation`` and ``correlation_q``, the root mean square correlation of two coordinates; ``c2st`` with
-    ``c2st_stderr``; ``r_hat`` (the largest) and ``ess`` (the smallest). The classifier takes draws for independent, so
-    it sees as many of the reference's as the smallest effective sample size, spread over all chains.
+    ``c2st_stderr``; ``r_hat`` (the largest) and ``ess`` (the smallest). Correlation and classifier take draws for
+    independent, so they see as many of the reference's as the smallest effective sample size, spread over all chains.
     """
     q = _matched(q, reference)
     axes = ("sequence", *THOUGHTS)
@@ -58,9 +58,10 @@ def _trimmed(posterior: Posterior) -> list[np.ndarray]:
 
 
 def _pair(a_SN: Float[np.ndarray, "s N"], b_SN: Float[np.ndarray, "S N"], ess: float) -> dict[str, Any]:
-    accuracy = c2st(a_SN, spread(b_SN, max(FEWEST, min(len(a_SN), int(ess)))))
+    seen_SN = spread(b_SN, max(FEWEST, min(len(a_SN), int(ess))))
+    accuracy = c2st(a_SN, seen_SN)
     return {
-        "correlation": correlation(b_SN),
+        "correlation": correlation(seen_SN),
         "correlation_q": correlation(a_SN),
         "c2st": accuracy.mean,
         "c2st_stderr": accuracy.stderr,

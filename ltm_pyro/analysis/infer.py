@@ -5,7 +5,7 @@ Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.distributions import Distribution
 
 from ltm_pyro.analysis.draws import Described, Drawn, Sites, draw
+from ltm_pyro.analysis.moments import Moments, closed_form, marginal_kl, of_draws
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.analysis.reference import Chains, sample
 from ltm_pyro.analysis.storage import stamp
@@ -27,6 +27,7 @@ from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
 from ltm_pyro.reliability import pareto_k
 from ltm_pyro.runs import Run
+from ltm_pyro.shared import held
 from ltm_pyro.sites import prior_sites
 from ltm_pyro.text.generation import write
 from ltm_pyro.text.sampling import Sampling
@@ -76,7 +77,7 @@ def infer(
         steps: T_fast; what the recipe says under ``evaluation`` when not given.
         guide: another family than the run's own.
         longer: what becomes of texts longer than the model (`pieces`).
-        seed: of all noise.
+        seed: of all noise, and of the one draw of what all sequences share.
     """
     if 0 in run.model.decoder.thought_shape:
         raise UsageError("The run has no thoughts (K = 0), so there is no posterior: give a run with thoughts.")
@@ -87,17 +88,22 @@ def infer(
     size = BATCH if drawing.method == "guide" else 1
     chunks = [found[first : first + size] for first in range(0, len(found), size)]
     groups = []
-    for index, chunk in enumerate(_shown(chunks)):
-        with seeded(seed, index):
-            batch = batch_of(chunk, run.start_token, length).to(run.device)
-            part = _groups(run.model, run.guide, batch, run.inference, drawing)
-            for name, data in _texts(run, chunk).items():
-                part[name] = part[name].assign(data)
-            if drawing.replicas:
-                part |= _replicas(run, part["posterior"]["z"], drawing.replicas, length)
-            groups.append(part)
+    with held(run.model, seed):
+        for index, chunk in enumerate(_shown(chunks)):
+            with seeded(seed, index):
+                batch = batch_of(chunk, run.start_token, length).to(run.device)
+                groups.append(_inferred(run, chunk, batch, drawing))
     attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed}
     return _assemble(groups, drawing.method, attrs)
+
+
+def _inferred(run: Run, chunk: Sequence[Piece], batch: Batch, drawing: Drawing) -> Groups:
+    groups = _groups(run.model, run.guide, batch, run.inference, drawing)
+    for name, data in _texts(run, chunk).items():
+        groups[name] = groups[name].assign(data)
+    if drawing.replicas:
+        groups |= _replicas(run, groups["posterior"]["z"], drawing.replicas, batch.inputs_BT.shape[1])
+    return groups
 
 
 def _shown(chunks: list[list[Piece]]) -> Any:
@@ -112,7 +118,9 @@ def infer_batch(
     drawing = drawing or Drawing()
     alone = [batch.select(torch.tensor([index])) for index in range(batch.size)]
     parts = [batch] if drawing.method == "guide" else alone
-    return _assemble([_groups(model, guide, part, inference, drawing) for part in parts], drawing.method)
+    with held(model, torch.initial_seed()):
+        groups = [_groups(model, guide, part, inference, drawing) for part in parts]
+    return _assemble(groups, drawing.method)
 
 
 def _groups(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
@@ -159,7 +167,10 @@ def _guide(model: Model, guide: Guide, batch: Batch, inference: LocalInference, 
         stats["log_q"] = (("chain", "draw", "sequence"), _numpy(drawn.log_q_SB)[None])
         for name, x_B in _weighed(drawn, bounded=missing_bound(model, guide) is None).items():
             stats[name] = ("sequence", _numpy(x_B))
-    _moments(stats, model, drawn.described.z_SBLKD, drawn.sites, guide, state.parameters)
+    z_SBLKD, own = drawn.described.z_SBLKD, _site(drawn.described.z_SBLKD, drawn.sites)
+    known = closed_form(guide.posterior(own, state.parameters)) if own and hasattr(guide, "posterior") else None
+    q, p = known or of_draws(z_SBLKD), _prior_moments(model, z_SBLKD, drawn.sites)
+    _summarised(stats, q, p, guide.has_density)
     groups["local"] = xr.Dataset(
         {name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()}
     )
@@ -177,43 +188,25 @@ def _weighed(drawn: Drawn, bounded: bool) -> dict[str, Float[Tensor, " B"]]:
     return found | {"elbo": log_weights_SB.mean(0), "iwae": iwae_B, "kl": -weights_SB.mean(0)}
 
 
-class Moments(NamedTuple):
-    """Mean and variance of every coordinate of the thoughts."""
-
-    mean: Float[Tensor, "*B L K D"]
-    variance: Float[Tensor, "*B L K D"]
-
-
-def _moments(
-    stats: xr.Dataset, model: Model, z_SBLKD: Tensor, sites: Sites, guide: Guide | None = None, local: Any = None
-) -> None:
-    """Mean and scale of z under q, and the KL of its coordinates' Gaussian marginals, summed over each thought.
-
-    A guide without a density has no KL.
-    """
-    own = next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
-    in_closed_form = getattr(guide, "posterior", None)
-    q = exact_moments(in_closed_form(own, local)) if own and in_closed_form else None
-    p = exact_moments(prior_sites(model, z_SBLKD.shape[1])[own]) if own else None
-    q = q or Moments(z_SBLKD.mean(0), z_SBLKD.var(0))
-    p = p or Moments(*(x.expand_as(q.mean) for x in _sample_moments(_prior(model, 1000))))
-    kl_BLKD = (p.variance / q.variance).log() + (q.variance + (q.mean - p.mean) ** 2) / p.variance - 1
+def _summarised(stats: xr.Dataset, q: Moments, p: Moments, has_density: bool) -> None:
+    """Adds mean and scale of z under q, and the KL of its coordinates' Gaussian marginals, summed over each thought."""
     axes = ("sequence", *THOUGHTS)
-    stats["mean"], stats["sd"] = (axes, _numpy(q.mean)), (axes, _numpy(q.variance.sqrt()))
-    if guide is None or guide.has_density:
-        stats["kl_by_thought"] = (axes[:-1], _numpy(kl_BLKD.sum(-1) / 2))
+    for name, x_BLKD in {"mean": q.mean, "sd": q.variance.sqrt(), "mcse_mean": q.mcse}.items():
+        stats[name] = (axes, _numpy(x_BLKD))
+    if has_density:
+        stats["kl_by_thought"] = (axes[:-1], _numpy(marginal_kl(q, p).sum(-1)))
 
 
-def exact_moments(distribution: Distribution) -> Moments | None:
-    """Mean and variance where they have a closed form of full shape, else None."""
-    try:
-        return Moments(distribution.mean, distribution.variance)
-    except (NotImplementedError, AttributeError):
-        return None
+def _site(z_SBLKD: Tensor, sites: Sites) -> str | None:
+    """The site that the thoughts are themselves, if there is one."""
+    return next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
 
 
-def _sample_moments(z_SLKD: Tensor) -> Moments:
-    return Moments(z_SLKD.mean(0), z_SLKD.var(0))
+def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites) -> Moments:
+    """Of p(z), which a site knows in closed form if it depends on no other."""
+    own = _site(z_SBLKD, sites) if len(sites) == 1 else None
+    known = closed_form(prior_sites(model, z_SBLKD.shape[1])[own]) if own else None
+    return known or of_draws(_prior(model, 1000))
 
 
 def _prior(model: Model, samples: int) -> Float[Tensor, "S L K D"]:
@@ -226,9 +219,9 @@ def _chains(model: Model, batch: Batch, drawing: Drawing) -> Groups:
     found = sample(model, batch, drawing.method, drawing.samples, drawing.chains)
     groups = _described(found.sites, found.described, batch)
     stats = groups["sample_stats"]
-    z_CSBLKD = found.described.z_SBLKD
-    flat = z_CSBLKD.flatten(0, 1)
-    _moments(stats, model, flat, {name: x.flatten(0, 1) for name, x in found.sites.items()})
+    flat_SBLKD = found.described.z_SBLKD.flatten(0, 1)
+    p = _prior_moments(model, flat_SBLKD, {name: x.flatten(0, 1) for name, x in found.sites.items()})
+    _summarised(stats, of_draws(flat_SBLKD, torch.from_numpy(found.diagnostics["ess"])), p, has_density=True)
     for name, x_BLKD in found.diagnostics.items():
         stats[name] = (("sequence", *THOUGHTS), x_BLKD)
     return groups

@@ -40,11 +40,15 @@ class Decomposition(NamedTuple):
 
 
 def active_units(posterior: Posterior) -> xr.DataArray:
-    """How many coordinates of each thought move with the text: Var_x(E_q[z]) > 0.01 prior variances."""
+    """How many coordinates of each thought move with the text: Var_x(E_q[z]) > 0.01 prior variances.
+
+    Means that were taken from draws differ by chance as well, which is taken off.
+    """
     _need(posterior, 2, "Active units")
     scale = posterior.group("prior")["z"].std(("chain", "draw"))
-    spread = posterior.stats["mean"].var("sequence") / scale**2
-    return (spread > ACTIVE).sum("dim")
+    by_chance = (posterior.stats["mcse_mean"] ** 2).mean("sequence")
+    spread = posterior.stats["mean"].var("sequence", ddof=1) - by_chance
+    return (spread / scale**2 > ACTIVE).sum("dim")
 
 
 def decompose(model: Model, guide: Guide, posterior: Posterior) -> Decomposition:

@@ -25,9 +25,9 @@ class Posterior:
 
     ``tree`` has the groups ``posterior`` (``z``, and the prior's other latent sites), ``prior``, ``log_likelihood``
     (``by_token``, ``by_sequence``; nats), ``sample_stats`` (``lp`` = log p(x, z), ``log_prior``, ``log_q`` of every
-    draw; ``elbo``, ``iwae``, ``kl``, ``pareto_k``, ``mean``, ``sd``, ``kl_by_thought`` of every sequence),
-    ``observed_data`` (tokens and text), ``constant_data`` (document and labels), ``posterior_predictive`` (texts
-    written from draws of z) and ``local``, q's parameters.
+    draw; ``elbo``, ``iwae``, ``kl``, ``pareto_k``, ``mean``, ``sd``, ``mcse_mean``, ``kl_by_thought`` of every
+    sequence), ``observed_data`` (tokens and text), ``constant_data`` (document and labels), ``posterior_predictive``
+    (texts written from draws of z) and ``local``, q's parameters.
     """
 
     tree: xr.DataTree

@@ -15,6 +15,7 @@ from torch import Tensor
 from ltm_pyro.analysis.draws import Described, Sites, describe
 from ltm_pyro.contracts import Batch, Model, UsageError
 from ltm_pyro.local import frozen
+from ltm_pyro.shared import held
 from ltm_pyro.sites import prior_sites
 
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -57,10 +58,10 @@ def sample(model: Model, batch: Batch, method: str, samples: int, chains: Chains
         raise UsageError(f"Unknown method {method!r}: choose from guide, {', '.join(KERNELS)}.")
     if batch.size != 1:
         raise UsageError(f"A chain moves all sequences of a batch as one, got {batch.size}: give one at a time.")
-    with frozen(model):
+    with frozen(model), held(model, torch.initial_seed()):
         found = [_chain(model, batch, method, samples, chains) for _ in range(chains.chains)]
+        parts = [describe(model, batch, chain) for chain in found]
     sites = {name: torch.stack([chain[name] for chain in found]) for name in found[0]}
-    parts = [describe(model, batch, chain) for chain in found]
     described = Described._make(torch.stack(x) for x in zip(*parts, strict=True))
     return Reference(sites, described, convergence(described.z_SBLKD))
 

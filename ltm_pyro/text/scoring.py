@@ -19,6 +19,7 @@ from ltm_pyro.inference import LocalInference, LocalState
 from ltm_pyro.local import fit
 from ltm_pyro.protocols import charge, check_protocols, pose, unavailable
 from ltm_pyro.runs import Run
+from ltm_pyro.shared import held
 from ltm_pyro.text.thoughts import Tokens, draw, encode, read
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MB in float32
@@ -131,7 +132,8 @@ def score_tokens(
     longest = max((len(tokens) for _, tokens in pairs), default=1)
     size = max(1, min(scoring.batch_size, LOGITS_AT_ONCE // (longest * run.model.decoder.vocabulary)))
     for index, first in enumerate(range(0, len(pairs), size)):
-        scores += _Continuations(run, pairs[first : first + size], scoring, index).charge()
+        with held(run.model, scoring.seed):  # z and its weight are of one draw of what all sequences share
+            scores += _Continuations(run, pairs[first : first + size], scoring, index).charge()
     return scores
 
 
