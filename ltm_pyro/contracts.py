@@ -164,10 +164,10 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where q starts: Gaussian guides begin at the prior's mean.
+    """Where q starts: Gaussian guides begin at the prior's mean, and at 0 where it is not known in closed form.
 
     Args:
-        log_var: log-variance relative to the prior's; 0 is the prior itself, −5 the published code's narrow start.
+        log_var: log-variance relative to the prior's; 0 is its own, −5 the published code's narrow start.
         jitter: standard deviation of noise on the means, in prior standard deviations.
     """
 

@@ -71,7 +71,7 @@ def elbo_terms(
 def _terms(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> ElboTerms:
     q, p = traces(model, guide, batch, local, draws)
     prior, posterior = _sampled(p), _latent(q)
-    log_likelihood_B = _total(_log_prob(node) for name, node in prior.items() if name not in posterior)
+    log_likelihood_B = _log_likelihood(prior, posterior)
     if draws.path:
         posterior = _latent(_replayed(guide, q, batch, {name: x.detach() for name, x in local.items()}, draws))
     kl = _sampled_kl if draws.path else _kl
@@ -97,9 +97,10 @@ def log_weights(
 
 def weigh(q: Trace, p: Trace) -> Float[Tensor, "... B"]:
     """log p(x, z) − log q(z | x) of each sequence at the guide's draw, in nats."""
-    log_joint_B = _total(map(_log_prob, _sampled(p).values()))
-    with full_precision(log_joint_B):
-        return log_joint_B - _total(map(_log_prob, _latent(q).values()))
+    prior, posterior = _sampled(p), _latent(q)
+    log_likelihood_B = _log_likelihood(prior, posterior)
+    with full_precision(log_likelihood_B):
+        return log_likelihood_B + _total(_log_prob(prior[name]) - _log_prob(node) for name, node in posterior.items())
 
 
 @quiet()
@@ -165,6 +166,10 @@ def _particles(draws: Draws) -> Any:
 
 def _total(terms: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, terms)
+
+
+def _log_likelihood(prior: dict[str, Any], posterior: Iterable[str]) -> Tensor:
+    return _total(_log_prob(node) for name, node in prior.items() if name not in posterior)
 
 
 def _sampled(trace: Trace) -> dict[str, Any]:

@@ -152,10 +152,10 @@ class Evaluation:
     unavailable: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, ready for JSON: what is undefined (a standard error of one sequence) is None."""
+        """Plain dictionaries, ready for JSON: what is no number (a standard error of one sequence) is None."""
         figures = asdict(self)
         for score in figures["protocols"].values():
-            score.update({k: None for k, v in score.items() if isinstance(v, float) and math.isnan(v)})
+            score.update({k: None for k, v in score.items() if isinstance(v, float) and not math.isfinite(v)})
         return figures
 
 
@@ -268,7 +268,7 @@ def _score(name: str, totals: Totals, tokens_B: Tensor, bytes_B: Tensor, samples
     total_bytes = bytes_B.sum().item()
     return Score(
         nats_per_token=rate,
-        perplexity=math.exp(rate),
+        perplexity=math.exp(rate) if rate < 709 else math.inf,
         bits_per_byte=nats_B.sum().item() / math.log(2) / total_bytes if total_bytes else math.nan,
         stderr_nats_per_token=spread * math.sqrt(len(nats_B)) / tokens_B.sum().item(),
         kl_nats_per_token=(kl_B.sum() / tokens_B.sum()).item(),

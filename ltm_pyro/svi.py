@@ -48,7 +48,10 @@ class DualRateSVI:
         self.state: LocalState | None = None
 
     def step(self, batch: Batch, state: LocalState | None = None) -> float:
-        """One fit and one slow step; returns −Σ ELBO in nats. ``self.state`` is then the batch's local state.
+        """One fit and one slow step; returns the loss it went down, in nats. ``self.state`` is then the batch's state.
+
+        That is `LocalInference.loss`, −Σ ELBO if ``kl_weight`` is 1, at the last q or averaged over the trajectory as
+        ``slow_gradient`` says, and B/N of the KL of what all sequences share.
 
         Args:
             state: where q goes on; by default it starts anew at ``inference.start``.

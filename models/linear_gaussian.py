@@ -85,10 +85,10 @@ class LinearGaussianModel(PyroModule):
             return self.write(self.think(size))
 
     def write(self, z_BLKD: Float[Tensor, "B L K D"]) -> Batch:
-        """A sequence of observations drawn from p(y | z) for each z, rounded to the grid."""
+        """A sequence of observations drawn from p(y | z) for each z, rounded to the nearest on the grid."""
         mean_BT = z_BLKD.flatten(-3) @ self.matrix_TN.T
         y_BT = mean_BT + self.noise * torch.randn_like(mean_BT)
-        tokens_BT = torch.bucketize(y_BT, self.values_V[1:])
+        tokens_BT = torch.bucketize(y_BT, (self.values_V[1:] + self.values_V[:-1]) / 2)
         return make_batch(tokens_BT, torch.full((len(z_BLKD),), self.length), start_token=0)
 
     def posterior(self, batch: Batch) -> Gaussian:

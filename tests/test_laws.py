@@ -101,6 +101,16 @@ def test_prior_and_guide_meet(prior, guide, ground, batch):
     assert set(drawn) >= set(prior_sites(model, 1))
 
 
+@pytest.mark.parametrize("prior", set(PRIORS) - set(UNNORMALISED))
+def test_q_starts_at_the_same_place_whatever_is_drawn(prior, ground, batch):
+    model = ground(prior)
+    guide, starts = make_guide("MeanField", model), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        starts.append(begin(model, guide, batch, LocalInference()).parameters)
+    torch.testing.assert_close(*starts)
+
+
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_slow_step_reaches_every_parameter(prior, slow_gradient, ground, batch):

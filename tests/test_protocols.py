@@ -1,15 +1,17 @@
 """Evaluation protocols: what they charge, and which of them may call themselves bounds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ltm_pyro.contracts import ThoughtShape, UsageError
-from ltm_pyro.guides import FullCovariance, MeanField
+from ltm_pyro.elbo import prior_log_likelihood
+from ltm_pyro.guides import FullCovariance, MeanField, Point
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
-from ltm_pyro.models import AutoregressivePrior, GaussianPrior, LinearGaussianModel
+from ltm_pyro.models import AutoregressivePrior, GaussianPrior, LinearGaussianModel, MixturePrior
 from ltm_pyro.protocols import PROTOCOLS, Problem, evaluate
 from ltm_pyro.reliability import TRUSTED, pareto_k
 
@@ -64,6 +66,21 @@ def test_causal_is_the_evidence_where_q_is_exact(make_problem):
     problem = make_problem(FullCovariance, samples=3000, steps=300, particles=64, kl="path")
     estimate, error = log_probability("causal", problem)
     assert estimate == pytest.approx(problem.model.log_evidence(problem.batch).sum().item(), abs=0.3 + 4 * error)
+
+
+@pytest.mark.parametrize("guide_class", [MeanField, Point])
+def test_before_the_first_block_z_comes_from_the_prior(make_problem, guide_class):
+    """Whatever q is: here one point, there a Gaussian that would start between the prior's two modes."""
+    problem = make_problem(guide_class, steps=0, samples=8)
+    shape = problem.model.prior.shape
+    problem.model.prior = MixturePrior(shape, components=2)
+    problem = replace(problem, block=problem.batch.inputs_BT.shape[1])
+    with torch.no_grad():
+        torch.manual_seed(0)
+        log_likelihood_SB = prior_log_likelihood(problem.model, problem.batch, 8)
+        torch.manual_seed(0)
+        nats_B = PROTOCOLS["causal"].charge(problem).nats_B
+    torch.testing.assert_close(nats_B, math.log(8) - log_likelihood_SB.logsumexp(0))
 
 
 def test_causal_does_not_look_ahead(tiny_model, tiny_batch):
@@ -126,6 +143,12 @@ def test_k_hat_tells_light_tails_from_heavy():
     assert (pareto_k(light) < 0.5).all()
     assert (pareto_k(heavy) > TRUSTED).all()
     assert (pareto_k(torch.zeros(100, 2)) == -torch.inf).all()
+    rounding = 4e-6 * torch.randint(-1, 2, (100, 64))  # an exact q in float32: few values, many ties
+    assert (pareto_k(rounding.float()) == -torch.inf).all()
+    for heaviest in range(1, 20):
+        weights = torch.full((100, 1), -2000.0)
+        weights[:heaviest, 0] = torch.linspace(-5, 0, heaviest)
+        assert pareto_k(weights)[0] > TRUSTED
     assert pareto_k(torch.randn(1000, 1, dtype=torch.float32) * 60)[0] > TRUSTED
     with pytest.raises(UsageError, match="at least 25 samples, got 10"):
         pareto_k(torch.zeros(10, 2))

@@ -32,9 +32,7 @@ def closed_form(distribution: Distribution) -> Moments | None:
         return None
 
 
-def of_draws(
-    z_SBLKD: Float[Tensor, "S *B L K D"], independent: Float[Tensor, "*B L K D"] | None = None
-) -> Moments:
+def of_draws(z_SBLKD: Float[Tensor, "S *B L K D"], independent: Float[Tensor, "*B L K D"] | None = None) -> Moments:
     """The draws' moments; ``independent`` is what they are worth in draws where they follow each other in a chain."""
     return Moments(z_SBLKD.mean(0), z_SBLKD.var(0), len(z_SBLKD) if independent is None else independent)
 

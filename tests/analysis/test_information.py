@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from ltm_pyro.analysis.classifiers import c2st
+from ltm_pyro.analysis.infer import infer_batch
 from ltm_pyro.analysis.information import active_units, aggregate, decompose
 from ltm_pyro.analysis.two_sample import mmd
 from ltm_pyro.contracts import ThoughtShape, UsageError
-from ltm_pyro.guides import MeanField
+from ltm_pyro.guides import FlowGuide, FullCovariance, LowRank, MeanField
 from ltm_pyro.inference import LocalInference
-from ltm_pyro.models import LinearGaussianModel
+from ltm_pyro.models import GaussianPrior, HierarchicalPrior, LinearGaussianModel
 
 
 def test_mutual_information_and_marginal_kl_sum_to_the_average_kl(known, posterior):
@@ -54,6 +55,17 @@ def test_active_units_count_the_coordinates_that_the_data_move(exact, posterior)
     model.matrix_TN[:, [0, 4]] = 0  # what no observation depends on
     found = posterior(model, exact(model), model.draw(50), 400)
     assert active_units(found).values.tolist() == [[2], [2]]
+
+
+@pytest.mark.parametrize("guide", [MeanField, FullCovariance, LowRank, FlowGuide])
+@pytest.mark.parametrize("prior", [GaussianPrior, HierarchicalPrior])
+def test_chance_is_neither_an_active_unit_nor_kl(prior, guide):
+    """Nothing is observed, so that q, which starts at the prior, is the posterior; moments may be from 100 draws."""
+    model = LinearGaussianModel(ThoughtShape(2, 1, 8), noise=1e4)
+    batch, model.prior = model.draw(64), prior(model.prior.shape)
+    found = infer_batch(model, guide(model), batch, LocalInference(steps=0))
+    assert active_units(found).sum() <= (0 if prior is GaussianPrior and guide is not FlowGuide else 1)
+    assert abs(found.stats.kl_by_thought.sum(("layer", "thought")).mean()) < 0.02
 
 
 @pytest.mark.parametrize(("shift", "scale", "low", "high"), [(0, 1, 0.46, 0.54), (3, 1, 0.9, 1), (0, 3, 0.8, 1)])

@@ -6,7 +6,7 @@ import scipy.signal
 import torch
 
 from ltm_pyro.analysis.classifiers import c2st
-from ltm_pyro.analysis.comparison import compare, correlation, narrow_rows, spread
+from ltm_pyro.analysis.comparison import _pair, compare, correlation, narrow_rows, spread
 from ltm_pyro.analysis.infer import Drawing, infer_batch
 from ltm_pyro.analysis.reference import Chains, convergence, sample
 from ltm_pyro.contracts import Start, ThoughtShape, UsageError, make_batch
@@ -99,3 +99,11 @@ def test_what_cannot_be_compared(known, exact, posterior):
         compare(q, chains(other, other.draw(1), samples=25, warmup=5, method="langevin"))
     with pytest.raises(UsageError, match="got 2: give one"):
         sample(known, known.draw(2), "nuts", 25, Chains())
+
+
+def test_the_correlation_of_a_chain_is_that_of_its_independent_draws():
+    """A chain that stands still for twenty steps at a time shows correlations by chance as 40 draws do, not as 800."""
+    draws = np.random.default_rng(0).normal(size=(40, 16))
+    alone, chained = (_pair(draws, rows, 40)["correlation"] for rows in (draws, draws.repeat(20, 0)))
+    assert chained == pytest.approx(alone, abs=0.02)
+    assert correlation(draws.repeat(20, 0)) > alone + 0.1

@@ -1,8 +1,10 @@
 """Guides where the posterior is known: what they should find, what they must not claim."""
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.nn import PyroModule
 from torch.distributions import kl_divergence
 
 from ltm_pyro.contracts import Start, ThoughtShape, UsageError
@@ -11,8 +13,20 @@ from ltm_pyro.guides import FlowGuide, Langevin, Laplace, LowRank, MeanField, Po
 from ltm_pyro.guides.mean_field import Factorised
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit
-from ltm_pyro.models import EnergyPrior, LinearGaussianModel, TwoModesModel
+from ltm_pyro.models import EnergyPrior, LearnedGaussianPrior, LinearGaussianModel, SparsePrior, TwoModesModel
 from ltm_pyro.protocols import evaluate
+from ltm_pyro.shared import held
+
+
+class Positive(PyroModule):
+    """Log-normal thoughts."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self):
+        return pyro.sample("z", dist.LogNormal(torch.zeros(self.shape), 1.0).to_event(3))
 
 
 @pytest.fixture
@@ -49,6 +63,47 @@ def test_laplace_is_exact_where_the_posterior_is_gaussian(known):
     torch.testing.assert_close(factor @ factor.mT, covariance_BNN, atol=1e-6, rtol=1e-4)
     again, _ = fit(model, guide, batch, LocalInference(steps=1, rate=1e-6), state)  # goes on from the settled state
     torch.testing.assert_close(again.parameters["z_factor"], factor, atol=1e-4, rtol=1e-3)
+
+
+def test_laplace_is_as_wide_as_the_prior_where_nothing_is_observed():
+    model = LinearGaussianModel(ThoughtShape(1, 1, 6), length=3)
+    model.prior = LearnedGaussianPrior(model.prior.shape)
+    model.prior.log_scale_LKD.data.fill_(1.1)
+    batch = model.draw(4)
+    state, _ = fit(model, Laplace(model), batch, LocalInference(steps=300, rate=0.2))
+    scale = torch.tensor(1.1).exp()
+    precision_NN = torch.eye(6) / scale**2 + model.matrix_TN.T @ model.matrix_TN / model.noise**2
+    factor = state.parameters["z_factor"]
+    torch.testing.assert_close(factor @ factor.mT, torch.linalg.inv(precision_NN).expand(4, 6, 6), atol=1e-4, rtol=1e-3)
+
+
+def test_laplace_sees_one_draw_of_what_sequences_share():
+    """Its curvature is a difference of gradients, which must be those of one density."""
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3), noise=0.3)
+    model.prior = SparsePrior(model.prior.shape)
+    batch = model.draw(2)
+    with held(model, 0):
+        state, _ = fit(model, Laplace(model), batch, LocalInference(steps=200, rate=0.1))
+        stretched_TN = model.matrix_TN * model.prior.scale.held.flatten()
+    precision_NN = torch.eye(3) + stretched_TN.T @ stretched_TN / model.noise**2
+    torch.manual_seed(1)
+    factor = Laplace(model).settle(model, batch, {"z_unit_loc": state.parameters["z_unit_loc"]}, 1, 0.1)[
+        "z_unit_factor"
+    ]
+    ratio = (factor @ factor.mT).diagonal(dim1=-2, dim2=-1) / torch.linalg.inv(precision_NN).diagonal()
+    assert (ratio.log().abs() < 1).all(), "another draw of scales, and not the difference of two"
+
+
+@pytest.mark.parametrize("guide_class", [Point, Laplace, Langevin])
+@pytest.mark.parametrize("kl", ["exact", "path"])
+def test_points_cover_constrained_priors(guide_class, kl):
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3))
+    batch = model.draw(4)
+    model.prior = Positive(model.prior.shape)
+    guide = guide_class(model)
+    state, info = fit(model, guide, batch, LocalInference(steps=20, rate=0.01, kl=kl))
+    assert info.elbo_NB.isfinite().all()
+    assert honest(model, guide, batch, state, 10).isfinite().all()
 
 
 def test_low_rank_finds_what_mean_field_cannot():

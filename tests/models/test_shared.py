@@ -1,17 +1,22 @@
 """What all sequences share: its KL, its place in the loss, and what a sparse prior makes of it."""
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch.distributions import Normal, kl_divergence
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.analysis.calibration import Simulation, calibrate
+from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.analysis.reference import Chains
+from ltm_pyro.contracts import ThoughtShape, UsageError
 from ltm_pyro.elbo import Draws, elbo_terms
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import begin
-from ltm_pyro.models import MixturePrior, SparsePrior
-from ltm_pyro.shared import Shared, global_kl
+from ltm_pyro.models import LinearGaussianModel, MixturePrior, SparsePrior
+from ltm_pyro.shared import Shared, global_kl, held
 from ltm_pyro.svi import DualRateSVI
 
 
@@ -48,6 +53,46 @@ def test_it_is_charged_once_per_corpus(tiny_model, tiny_batch):
     with torch.no_grad():
         terms = elbo_terms(model, guide, batch, local, Draws(4))
     assert terms.kl_B.abs().max() < 1e-6, "q starts at the prior given the scales"
+
+
+def test_what_is_held_stays_held_and_depends_on_the_seed_alone():
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3))
+    model.prior = SparsePrior(model.prior.shape)
+    shared = model.prior.scale
+    with held(model, 1):
+        first = shared.held
+        with held(model, 2):
+            assert shared.held is first
+        assert shared.held is first
+    assert shared.held is None
+    torch.manual_seed(5)
+    with held(model, 1):
+        torch.testing.assert_close(shared.held, first)
+
+
+@pytest.mark.parametrize("method", ["guide", "langevin"])
+def test_a_posterior_is_given_one_draw_of_what_sequences_share(method):
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3))
+    model.prior = SparsePrior(model.prior.shape)
+    drawing = Drawing(method=method, samples=30, chains=Chains(warmup=5))
+    found = infer_batch(model, MeanField(model), model.draw(2), LocalInference(steps=2), drawing)
+    scale = found.z / found.group("posterior")["z_unit"].values
+    assert float(scale.std(("chain", "draw", "sequence")).max()) < 1e-12
+
+
+def test_calibration_ranks_the_thoughts_that_wrote_the_text():
+    """Nothing is observed and q is the prior: an exact posterior, if all of it is given one draw of the scales."""
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3), noise=1e4)
+    model.prior = SparsePrior(model.prior.shape)
+    model.prior.scale.log_scale.data.fill_(-0.7)
+
+    def simulate(size):
+        trace = poutine.trace(model.think).get_trace(size)
+        return Simulation({"z_unit": trace.nodes["z_unit"]["value"]}, model.write(trace.nodes["_RETURN"]["value"]))
+
+    found = calibrate(model, MeanField(model), LocalInference(steps=0), simulate, 200, samples=19)
+    assert abs(found.coverage(np.array([0.9]))[0] - 0.9) < 4 * (0.09 / 200) ** 0.5
+    assert found.p_value(199) > 0.01
 
 
 def test_responsibilities_say_which_component(tiny_decoder):
