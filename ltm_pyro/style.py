@@ -4,6 +4,7 @@ from typing import Any  # axes are matplotlib's, which not everybody has install
 
 BLUE, ORANGE, GREY, RED = "#0072B2", "#E69F00", "#8A8A8A", "#C8102E"  # Okabe & Ito's, and two for limits
 CYCLE = [BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6A3D9A", "#5B5B5B"]
+MARKERS = "os^DvPX*"  # one a colour, for those who see few
 
 
 def axes_of(ax: Any, width: float = 4.6, height: float = 3.0) -> Any:

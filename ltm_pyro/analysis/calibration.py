@@ -78,17 +78,18 @@ class Calibration:
     def p_value(self, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
         r"""An exact p-value for "q is the posterior", all coordinates together and however they depend.
 
-        The statistic is the sum over coordinates of the chi-squared distance of their rank histograms from uniform.
-        Under the hypothesis any of the S + 1 values could have been the truth, so it is compared with what it is when
-        one of them is chosen at random in every simulation: (1 + #{larger}) / (1 + permutations).
+        Rank histograms are compared with uniform ones by their chi-squared distance, summed over the coordinates of z;
+        log p(x | z), which many coordinates would drown, has a distance of its own. Under the hypothesis any of the
+        S + 1 values could have been the truth, so that both are known as they are when one value is chosen at random in
+        every simulation. The larger of the two, each in its standard deviations from its mean, is the statistic.
         """
         binned, random = _bins(self.all_ranks, self.values.shape[1]), np.random.default_rng(seed)
         simulations, candidates, _ = binned.shape
-        found = _distance(_histogram(binned[:, 0]))
-        rows = np.arange(simulations)
-        chosen = random.integers(candidates, size=(permutations, simulations))
-        larger = sum(_distance(_histogram(binned[rows, pick])) >= found for pick in chosen)
-        return float((1 + larger) / (1 + permutations))
+        rows, truth = np.arange(simulations), np.zeros((1, simulations), int)
+        chosen = np.concatenate([truth, random.integers(candidates, size=(permutations, simulations))])
+        distances = np.stack([_distances(_histogram(binned[rows, pick])) for pick in chosen])
+        unusual = ((distances - distances.mean(0)) / np.maximum(distances.std(0), 1e-12)).max(1)
+        return float((unusual >= unusual[0]).mean())
 
     def p_values(self) -> dict[str, float]:
         """A chi-squared p-value for each coordinate alone, by name."""
@@ -97,8 +98,12 @@ class Calibration:
 
     def coverage(self, levels: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """How often central intervals of these probabilities hold the truth, over all coordinates of z."""
-        position = (self.ranks[:, :-1] + 0.5) / self.values.shape[1]
-        return np.array([(np.abs(position - 0.5) <= level / 2).mean() for level in levels])
+        return _inside(self.ranks[:, :-1], self.values.shape[1], levels)
+
+    def attainable(self, levels: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """How often they would if q were the posterior: S + 1 ranks have no other intervals."""
+        candidates = self.values.shape[1]
+        return _inside(np.arange(candidates), candidates, levels)
 
     def save(self, path: str | Path) -> None:
         """Writes values and ranks as netCDF or zarr, in the group ``prior_sbc``."""
@@ -123,9 +128,18 @@ def _histogram(binned_NC: Int[np.ndarray, "N C"]) -> Int[np.ndarray, "bins C"]:
     return np.stack([(binned_NC == index).sum(0) for index in range(BINS)])
 
 
-def _distance(counts: Int[np.ndarray, "bins C"]) -> float:
+def _distances(counts: Int[np.ndarray, "bins C"]) -> Float[np.ndarray, " 2"]:
+    """From uniform: of all coordinates of z together, and of log p(x | z)."""
     expected = counts.sum(0) / BINS
-    return float(((counts - expected) ** 2 / expected).sum())
+    distance_C = ((counts - expected) ** 2 / expected).sum(0)
+    return np.array([distance_C[:-1].sum(), distance_C[-1]])
+
+
+def _inside(
+    ranks: Int[np.ndarray, "*any"], candidates: int, levels: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    position = (ranks + 0.5) / candidates
+    return np.array([(np.abs(position - 0.5) <= level / 2).mean() for level in levels])
 
 
 def envelope(simulations: int, points: Float[np.ndarray, " n"], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:

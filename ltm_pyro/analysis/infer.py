@@ -153,8 +153,10 @@ def _assemble(groups: Sequence[Groups], method: str, attrs: dict[str, Any] | Non
 
 
 def _counted(data: xr.Dataset) -> xr.Dataset:
-    axes = ("sequence", *SAMPLES, *THOUGHTS, "token")
-    return data.assign_coords({name: np.arange(data.sizes[name]) for name in axes if name in data.sizes})
+    axes = dict.fromkeys(("sequence", *SAMPLES, "dim", "token"), 0) | {"layer": 1, "thought": 1}
+    return data.assign_coords(
+        {name: np.arange(first, first + data.sizes[name]) for name, first in axes.items() if name in data.sizes}
+    )
 
 
 def _guide(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:

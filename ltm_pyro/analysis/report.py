@@ -77,8 +77,8 @@ def _thoughts(kl_NLK: np.ndarray) -> list[dict[str, Any]]:
     places = ((layer, thought) for layer in range(layers) for thought in range(thoughts))
     return [
         {
-            "layer": layer,
-            "thought": thought,
+            "layer": layer + 1,
+            "thought": thought + 1,
             "mean": float(kl_NLK[:, layer, thought].mean()),
             "top": [(int(i), float(kl_NLK[i, layer, thought])) for i in (-kl_NLK[:, layer, thought]).argsort()[:TOP]],
         }

@@ -205,10 +205,10 @@ def ablation(of: Material) -> Section:
     run = of.need_run()
     lost = ablate(run.model, of.posterior, run.start_token)
     worth = lost["by_layer"].values
-    verdict = f"Without the thoughts of layer {int(worth.argmax())} a sequence costs {worth.max():.1f} nats more."
+    verdict = f"Without the thoughts of layer {int(worth.argmax()) + 1} a sequence costs {worth.max():.1f} nats more."
     rows = [
         (str(layer), f"{value:.2f}", "" if np.isnan(error) else f"{error:.2f}")
-        for layer, (value, error) in enumerate(zip(worth, lost["by_layer_stderr"].values, strict=True))
+        for layer, (value, error) in enumerate(zip(worth, lost["by_layer_stderr"].values, strict=True), 1)
     ]
     picture = draw_by_thought(lost["by_thought"], "Cost of losing one thought", "nats per sequence")
     return Section(verdict, (picture,), (Table(("layer", "nats per sequence", "± s.e."), rows),))

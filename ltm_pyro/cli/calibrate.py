@@ -77,13 +77,14 @@ def summary(found: "Calibration") -> dict[str, Any]:
     """p-values and coverage as plain numbers."""
     import numpy as np
 
-    p_values = found.p_values()
+    p_values, levels = found.p_values(), np.array(LEVELS)
     simulations, candidates, _ = found.values.shape
     return {
         "simulations": simulations,
         "samples": candidates - 1,
         "p_value": found.p_value(),
-        "coverage": dict(zip(map(str, LEVELS), found.coverage(np.array(LEVELS)).tolist(), strict=True)),
+        "coverage": dict(zip(map(str, LEVELS), found.coverage(levels).tolist(), strict=True)),
+        "attainable": dict(zip(map(str, LEVELS), found.attainable(levels).tolist(), strict=True)),
         "coordinates": len(p_values),
         "coordinates_below_0.01": sum(p < 0.01 for p in p_values.values()),
         "p_values": p_values,
@@ -91,11 +92,15 @@ def summary(found: "Calibration") -> dict[str, Any]:
 
 
 def _table(figures: dict[str, Any], title: str) -> Table:
+    from ltm_pyro.analysis.calibration import LOG_LIKELIHOOD
+
     heading = f"{title}: {figures['simulations']} texts of the model's own, {figures['samples']} draws of q each"
     table = Table("", "", "what it should be", title=heading, title_justify="left")
     table.add_row("p-value of 'q is the posterior'", f"{figures['p_value']:.3f}", "not small")
     below, of = figures["coordinates_below_0.01"], figures["coordinates"]
+    table.add_row(f"p-value of {LOG_LIKELIHOOD} alone", f"{figures['p_values'][LOG_LIKELIHOOD]:.3f}", "not small")
     table.add_row("coordinates with p < 0.01", f"{below} of {of}", f"about {0.01 * of:.0f}")
     for level, share in figures["coverage"].items():
-        table.add_row(f"{float(level):.0%} intervals hold the truth", f"{share:.1%}", f"{float(level):.0%}")
+        expected = f"{figures['attainable'][level]:.0%}"
+        table.add_row(f"{float(level):.0%} intervals hold the truth", f"{share:.1%}", expected)
     return table

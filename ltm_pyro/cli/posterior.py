@@ -98,5 +98,6 @@ def summary(posterior: "Posterior") -> dict[str, float]:
 def _table(figures: dict[str, float], title: str) -> Table:
     table = Table("", "", title=title, title_justify="left", show_header=False)
     for name, x in figures.items():
-        table.add_row(name.replace("_", " "), f"{x:,}" if isinstance(x, int) else f"{x:,.3f}")
+        unit = ", nats per sequence" if name.startswith("mean_") else ""
+        table.add_row(name.replace("_", " ") + unit, f"{x:,}" if isinstance(x, int) else f"{x:,.3f}")
     return table

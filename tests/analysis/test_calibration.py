@@ -41,6 +41,22 @@ def test_p_values_are_uniform_for_exchangeable_values_however_they_depend():
     assert np.mean(np.array(values) <= 0.05) < 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5
 
 
+def test_many_coordinates_do_not_drown_the_log_likelihood():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(40, 20, 129))
+    values[:, 0, -1] += 1.5
+    assert Calibration(values, tuple(map(str, range(129)))).p_value(199) < 0.02
+
+
+@pytest.mark.parametrize("samples", [9, 19, 29, 99])
+def test_coverage_is_judged_by_what_ranks_can_attain(samples):
+    """Each rank once, as an exact posterior has them."""
+    values = np.arange(samples + 1.0)
+    rows = np.stack([np.roll(values, shift) for shift in range(samples + 1)])[..., None].repeat(2, -1)
+    found, levels = Calibration(rows, ("a", LOG_LIKELIHOOD)), np.array([0.5, 0.8, 0.95])
+    np.testing.assert_allclose(found.coverage(levels), found.attainable(levels))
+
+
 def test_coverage_of_known_scales():
     """If truths are twice as wide as the draws, the 90 % interval holds 59 % of them."""
     random = np.random.default_rng(0)

@@ -52,5 +52,5 @@ def draw_coverage(found: Calibration, ax: Axes | None = None) -> Axes:
     ax = axes_of(ax)
     levels = np.linspace(0.05, 0.95, 19)
     ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-    ax.plot(levels, found.coverage(levels), color=BLUE, marker="o", markersize=3)
+    ax.plot(found.attainable(levels), found.coverage(levels), color=BLUE, marker="o", markersize=3)
     return plain(ax, title="Coverage", xlabel="probability of the interval", ylabel="share that holds the truth")

@@ -3,6 +3,8 @@
 Shapes: N sequences, L layers, K thoughts.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from matplotlib.axes import Axes
 
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.reliability import TRUSTED
-from ltm_pyro.style import BLUE, CYCLE, GREY, ORANGE, RED, axes_of, plain
+from ltm_pyro.style import BLUE, CYCLE, GREY, MARKERS, ORANGE, RED, axes_of, plain
 
 
 def draw_pareto_k(posterior: Posterior, ax: Axes | None = None) -> Axes:
@@ -43,47 +45,51 @@ def draw_by_thought(by_thought: xr.DataArray, title: str, unit: str, ax: Axes | 
         for (layer, thought), value in np.ndenumerate(values_LK):
             colour = "white" if value < middle else "black"
             ax.text(thought, layer, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8)
-    layers, thoughts = (range(size) for size in values_LK.shape)
-    return plain(ax, title=title, xlabel="thought", ylabel="layer", xticks=thoughts, yticks=layers)
+    plain(ax, title=title, xlabel="thought", ylabel="layer")
+    for axis, size in zip((ax.yaxis, ax.xaxis), values_LK.shape, strict=True):
+        axis.set_ticks(range(size), [str(number) for number in range(1, size + 1)])
+    return ax
 
 
 def draw_map(posterior: Posterior, label: str | None = None, ax: Axes | None = None) -> Axes:
-    """The means of q on their two directions of largest variance, coloured by a label."""
+    """The means of q on their two directions of largest variance, the most frequent classes of a label in colour."""
     ax = axes_of(ax)
     means_ND = posterior.stats["mean"].values.reshape(posterior.size, -1)
     left, scale, _ = np.linalg.svd(means_ND - means_ND.mean(0), full_matrices=False)
     plane = np.zeros((posterior.size, 2))  # one coordinate, or one sequence, has one direction
     plane[:, : len(scale)] = left[:, :2] * scale[:2]
-    values = np.array(posterior.labels[label]) if label else np.full(posterior.size, "")
-    for colour, name in zip(CYCLE, sorted({*values}), strict=False):
-        ax.scatter(
-            plane[values == name, 0],
-            plane[values == name, 1],
-            s=10,
-            color=colour,
-            label=name or None,
-            alpha=0.8,
-            linewidth=0,
-        )
+    values, names = _classes(posterior.labels[label] if label else [""] * posterior.size)
+    for colour, marker, name in zip(CYCLE, MARKERS, names, strict=False):
+        x, y = plane[values == name].T
+        ax.scatter(x, y, s=12, marker=marker, color=colour, label=name or None, alpha=0.8, linewidth=0)
     if label:
         beside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
         ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8, **beside)
-    share = (scale[:2] ** 2).sum() / (scale**2).sum()
-    return plain(
-        ax, title="Means of q", xlabel=f"two directions with {share:.0%} of their variance", xticks=[], yticks=[]
-    )
+    first, second, *_ = [*(scale**2 / (scale**2).sum()), 0.0, 0.0]
+    return plain(ax, title="Means of q", xlabel=f"PC 1 ({first:.0%} of the variance)", ylabel=f"PC 2 ({second:.0%})")
+
+
+def _classes(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """The class of every sequence and all classes, the rarest as one, the last, where there are more than colours."""
+    counts = [name for name, _ in Counter(values).most_common()]
+    if len(counts) <= len(CYCLE):
+        return np.array(values), sorted(counts)
+    frequent = sorted(counts[: len(CYCLE) - 1])
+    others = f"{len(counts) - len(frequent)} others"
+    return np.array([name if name in frequent else others for name in values]), [*frequent, others]
 
 
 def draw_attention(weights: xr.DataArray, layer: int, ax: Axes | None = None) -> Axes:
-    """How much each token looks at each thought of a layer, beside looking at all alike, which is white."""
+    """How much each token looks at each thought of a layer (from 0), beside looking at all alike, which is white."""
     ax = axes_of(ax, 9, 2.2)
     of_layer, even = weights.isel(layer=layer).transpose("thought", "token"), 1 / weights.sizes["thought"]
     most = float(abs(weights - even).max()) or 1.0  # one scale for all layers
     image = ax.imshow(of_layer, aspect="auto", cmap="PuOr_r", vmin=even - most, vmax=even + most)
     ax.figure.colorbar(image, ax=ax, label="weight")
-    ticks = range(weights.sizes["thought"])
-    title = f"Attention to the thoughts of layer {layer} (white: 1/{len(ticks)})"
-    return plain(ax, title=title, xlabel="token", ylabel="thought", yticks=ticks)
+    thoughts = weights.sizes["thought"]
+    title = f"Attention to the thoughts of layer {layer + 1} (white: 1/{thoughts})"
+    ax.set_yticks(range(thoughts), [str(number) for number in range(1, thoughts + 1)])
+    return plain(ax, title=title, xlabel="token", ylabel="thought")
 
 
 def draw_shift(shift: xr.Dataset, ax: Axes | None = None) -> Axes:
@@ -111,10 +117,11 @@ def draw_scales(comparison: xr.Dataset, ax: Axes | None = None) -> Axes:
 
 
 def draw_path(path: list[Any], ax: Axes | None = None) -> Axes:
-    """What each of two texts costs along the line between their thoughts."""
+    """What each of two texts costs along the line between their thoughts, more than at its own."""
     ax = axes_of(ax)
     share = [step.share for step in path]
-    ax.plot(share, [step.nats_first for step in path], color=BLUE, marker="o", label="first text")
-    ax.plot(share, [step.nats_second for step in path], color=ORANGE, marker="o", label="second text")
+    ax.plot(share, [x.nats_first - path[0].nats_first for x in path], color=BLUE, marker="o", label="first text")
+    ax.plot(share, [x.nats_second - path[-1].nats_second for x in path], color=ORANGE, marker="s", label="second text")
     ax.legend(fontsize=8, frameon=False)
-    return plain(ax, title="Between two texts", xlabel="share of the second", ylabel="nats per sequence")
+    label = "nats per sequence, over those at its own"
+    return plain(ax, title="Between two texts", xlabel="share of the second", ylabel=label)
