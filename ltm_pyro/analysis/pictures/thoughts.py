@@ -65,7 +65,7 @@ def draw_map(posterior: Posterior, label: str | None = None, ax: Axes | None = N
     if label:
         beside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
         ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8, **beside)
-    first, second, *_ = [*(scale**2 / (scale**2).sum()), 0.0, 0.0]
+    first, second = (plane**2).sum(0) / (scale**2).sum()
     return plain(ax, title="Means of q", xlabel=f"PC 1 ({first:.0%} of the variance)", ylabel=f"PC 2 ({second:.0%})")
 
 
