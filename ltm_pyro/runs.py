@@ -37,6 +37,7 @@ class Run(NamedTuple):
     inference: LocalInference  # of evaluation
     data: str  # the packed directory it was trained on
     length: int  # T, the longest sequence
+    source: str = ""  # where it was loaded from
 
     @property
     def start_token(self) -> int:
@@ -69,10 +70,12 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     if is_export(path):
         from ltm_pyro.hub import from_pretrained
 
-        return from_pretrained(path).to(device)
-    checkpoint = read_checkpoint(path)
-    texts = checkpoint["ltm_pyro"]
-    return build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], path).to(device)
+        run = from_pretrained(path)
+    else:
+        checkpoint = read_checkpoint(path)
+        texts = checkpoint["ltm_pyro"]
+        run = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], path)
+    return run.to(device)._replace(source=str(Path(path).resolve()))
 
 
 def is_export(path: str | Path) -> bool:

@@ -93,7 +93,7 @@ def infer(
             with seeded(seed, index):
                 batch = batch_of(chunk, run.start_token, length).to(run.device)
                 groups.append(_inferred(run, chunk, batch, drawing))
-    attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed}
+    attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed, "run": run.source}
     return _assemble(groups, drawing.method, attrs)
 
 

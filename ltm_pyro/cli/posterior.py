@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
     texts = read_texts(args.input)[: args.limit]
     trained = load_run(args.run, args.device)
     posterior = infer(trained, texts, drawing, args.fast_steps, longer=args.longer, seed=args.seed)
-    posterior.tree.attrs["run"] = str(Path(args.run).resolve())
     posterior.save(args.out)
     figures = summary(posterior)
     if args.json:

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from ltm_pyro.analysis import Posterior
+from ltm_pyro.analysis import Posterior, infer
 from ltm_pyro.analysis.calibration import Calibration
+from ltm_pyro.runs import load_run
 
 TEXTS = [
     {"text": "the small model reads long words", "source": "a", "year": 1999, "more": {"x": 1}},
@@ -48,6 +49,7 @@ def test_a_posterior_with_labels_and_replicas(run, texts, ltm, tmp_path):
     assert "".join(found.texts[1:]).endswith("time of day")
     assert found.tree["posterior_predictive"]["tokens"].shape == (1, 2, found.size, 16)
     assert figures["mean_elbo"] <= figures["mean_iwae"] < 0
+    assert found.attrs["run"] == infer(load_run(run), ["day"]).attrs["run"] == str(run.resolve())
     assert ltm("posterior", run, "--input", texts, "--out", out, *options, "--force")[1] == printed
 
 
