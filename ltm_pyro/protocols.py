@@ -136,10 +136,19 @@ class Score:
     is_bound: bool
 
 
+@dataclass(frozen=True)
+class Rate:
+    """Nats per token over a whole text, and their standard error over sequences."""
+
+    nats_per_token: float
+    stderr_nats_per_token: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What was scored, and every protocol's score.
 
+    ``thinking_gain`` is ``prior`` less ``bound``, what inference is worth; None where one of them was not asked for.
     ``excluded`` are the ids of sequences that a protocol found no finite figure for; they count nowhere.
     ``unavailable`` says of a protocol why this model and guide have no such figure.
     """
@@ -149,12 +158,13 @@ class Evaluation:
     bytes: int
     excluded: tuple[int, ...]
     protocols: dict[str, Score]
+    thinking_gain: Rate | None = None
     unavailable: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, ready for JSON: what is no number (a standard error of one sequence) is None."""
         figures = asdict(self)
-        for score in figures["protocols"].values():
+        for score in (*figures["protocols"].values(), figures["thinking_gain"] or {}):
             score.update({k: None for k, v in score.items() if isinstance(v, float) and not math.isfinite(v)})
         return figures
 
@@ -249,28 +259,33 @@ def _summary(totals: dict[str, Totals], tokens_B: Tensor, bytes_B: Tensor, ids_B
     if not sound_B.any():
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
     tokens_B, bytes_B = tokens_B[sound_B], bytes_B[sound_B]
+    totals = {name: Totals(*(x[sound_B] for x in t)) for name, t in totals.items()}
+    both = {"prior", "bound"} <= totals.keys()
     return Evaluation(
         tokens=int(tokens_B.sum()),
         sequences=len(tokens_B),
         bytes=int(bytes_B.sum()),
         excluded=excluded,
-        protocols={
-            name: _score(name, Totals(*(x[sound_B] for x in t)), tokens_B, bytes_B, samples)
-            for name, t in totals.items()
-        },
+        protocols={name: _score(name, t, tokens_B, bytes_B, samples) for name, t in totals.items()},
+        thinking_gain=_rate(totals["prior"].nats_B - totals["bound"].nats_B, tokens_B) if both else None,
     )
+
+
+def _rate(nats_B: Tensor, tokens_B: Tensor) -> Rate:
+    rate = (nats_B.sum() / tokens_B.sum()).item()
+    spread = (nats_B - rate * tokens_B).std().item() if len(nats_B) > 1 else math.nan
+    return Rate(rate, spread * math.sqrt(len(nats_B)) / tokens_B.sum().item())
 
 
 def _score(name: str, totals: Totals, tokens_B: Tensor, bytes_B: Tensor, samples: int) -> Score:
     nats_B, kl_B = totals
-    rate = (nats_B.sum() / tokens_B.sum()).item()
-    spread = (nats_B - rate * tokens_B).std().item() if len(nats_B) > 1 else math.nan
+    rate = _rate(nats_B, tokens_B)
     total_bytes = bytes_B.sum().item()
     return Score(
-        nats_per_token=rate,
-        perplexity=math.exp(rate) if rate < 709 else math.inf,
+        nats_per_token=rate.nats_per_token,
+        perplexity=math.exp(rate.nats_per_token) if rate.nats_per_token < 709 else math.inf,
         bits_per_byte=nats_B.sum().item() / math.log(2) / total_bytes if total_bytes else math.nan,
-        stderr_nats_per_token=spread * math.sqrt(len(nats_B)) / tokens_B.sum().item(),
+        stderr_nats_per_token=rate.stderr_nats_per_token,
         kl_nats_per_token=(kl_B.sum() / tokens_B.sum()).item(),
         samples=1 if name == "reused_noise" else samples,
         is_bound=PROTOCOLS[name].is_bound,

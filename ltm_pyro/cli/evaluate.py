@@ -131,5 +131,8 @@ def _table(evaluation: Evaluation, title: str) -> Table:
     for name, s in e.protocols.items():
         figures = (s.nats_per_token, s.stderr_nats_per_token, s.perplexity, s.bits_per_byte, s.kl_nats_per_token)
         table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no")
+    if e.thinking_gain:
+        gain = (e.thinking_gain.nats_per_token, e.thinking_gain.stderr_nats_per_token)
+        table.add_row("prior - bound", *(f"{x:.4f}" for x in gain))
     table.caption = " ".join(f"{name}: unavailable, for {reason}." for name, reason in e.unavailable.items()) or None
     return table

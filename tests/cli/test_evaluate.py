@@ -44,6 +44,17 @@ def test_one_sequence_has_no_standard_error(run, ltm):
     found = json.loads(ltm("evaluate", run, "--limit", 1, "--protocols", "bound", "--json")[1])
     assert list(found["protocols"]) == ["bound"]
     assert found["protocols"]["bound"]["stderr_nats_per_token"] is None
+    assert found["thinking_gain"] is None
+    found = json.loads(ltm("evaluate", run, "--limit", 1, "--protocols", "bound,prior", "--json")[1])
+    bound, prior = (found["protocols"][name]["nats_per_token"] for name in ("bound", "prior"))
+    assert found["thinking_gain"] == {"nats_per_token": prior - bound, "stderr_nats_per_token": None}
+
+
+def test_what_thinking_is_worth_has_the_error_of_a_difference(run, ltm):
+    options = ("--limit", 8, "--fast-steps", 0, "--samples", 400, "--protocols", "bound,prior", "--json")
+    found = json.loads(ltm("evaluate", run, *options)[1])
+    gain, bound = found["thinking_gain"], found["protocols"]["bound"]
+    assert 0 < gain["stderr_nats_per_token"] < bound["stderr_nats_per_token"] / 5
 
 
 def test_no_fast_steps_leave_q_at_the_prior(run, ltm):
