@@ -99,11 +99,8 @@ def learn(
     else:
         with frozen(model):
             state, info = climb.run(cut, state)
-    average = climb.average or AverageGradient(model, guide, cut.stem_BTD, prepared.stem_BTD)
-    terms = average_terms(model, guide, cut, state.parameters, inference.draws)
-    loss = inference.loss(terms)
-    average.add(torch.autograd.grad(loss, average.tensors, allow_unused=True) if average.tensors else ())
-    return Learned(average.loss(loss.detach()), state, info, ElboTerms(*(x.detach() for x in terms)))
+    terms = average_terms(model, guide, prepared, state.parameters, inference.draws)
+    return Learned(inference.loss(terms), state, info, ElboTerms(*(x.detach() for x in terms)))
 
 
 def _cut(batch: Batch) -> Batch:
