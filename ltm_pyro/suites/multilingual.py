@@ -32,16 +32,17 @@ def bits_per_byte(file: Path, options: Options) -> Callable[[Run], Figures]:
         found = evaluate_run(
             run, str(file), PROTOCOLS, options.samples, options.fast_steps, options.limit, options.seed
         ).as_dict()
-        protocols = found.pop("protocols")
+        protocols, gain = found.pop("protocols"), found.pop("thinking_gain") or {}
         bits = {name: score["bits_per_byte"] for name, score in protocols.items()}
-        bound = bits.get("bound")
         scale = bits["prior"] / protocols["prior"]["nats_per_token"]
         stderr = protocols.get("bound", {}).get("stderr_nats_per_token")
+        worth, worth_stderr = (x and x * scale for x in map(gain.get, ("nats_per_token", "stderr_nats_per_token")))
         return {
-            "bits_per_byte": bound,
+            "bits_per_byte": bits.get("bound"),
             "stderr": stderr and stderr * scale,
             "iwae": bits.get("iwae"),
-            "thinking_gain": None if bound is None else bits["prior"] - bound,
+            "thinking_gain": worth,
+            "thinking_gain_stderr": worth_stderr,
             "bytes_per_token": found["bytes"] / found["tokens"],
             **found,
         }

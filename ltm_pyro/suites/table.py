@@ -18,12 +18,21 @@ SUITES = {
     "zero-shot": Suite(
         zero_shot.parts,
         "perplexity of texts the run was not trained on; `bound` where nothing else is said",
-        ("perplexity", "nats_per_token", "stderr", "iwae", "thinking_gain", "accuracy", "tokens"),
+        (
+            "perplexity",
+            "nats_per_token",
+            "stderr",
+            "iwae",
+            "thinking_gain",
+            "thinking_gain_stderr",
+            "accuracy",
+            "tokens",
+        ),
     ),
     "multilingual": Suite(
         multilingual.parts,
         "bits per byte of every language file, and what thinking is worth in bits per byte",
-        ("bits_per_byte", "stderr", "iwae", "thinking_gain", "bytes_per_token", "tokens"),
+        ("bits_per_byte", "stderr", "iwae", "thinking_gain", "thinking_gain_stderr", "bytes_per_token", "tokens"),
     ),
     "gsm8k": Suite(
         gsm8k.parts,

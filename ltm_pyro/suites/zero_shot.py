@@ -52,16 +52,16 @@ def perplexity(place: str, options: Options) -> Callable[[Run], Figures]:
         found = evaluate_run(
             run, place, PROTOCOLS, options.samples, options.fast_steps, options.limit, options.seed
         ).as_dict()
-        protocols = found.pop("protocols")
+        protocols, gain = found.pop("protocols"), found.pop("thinking_gain") or {}
         bound, iwae = (protocols.get(name, {}) for name in ("bound", "iwae"))  # empty where q has no density
-        nats = bound.get("nats_per_token")
         return {
             "perplexity": bound.get("perplexity"),
-            "nats_per_token": nats,
+            "nats_per_token": bound.get("nats_per_token"),
             "stderr": bound.get("stderr_nats_per_token"),
             "iwae": iwae.get("nats_per_token"),
             "bits_per_byte": bound.get("bits_per_byte"),
-            "thinking_gain": None if nats is None else protocols["prior"]["nats_per_token"] - nats,
+            "thinking_gain": gain.get("nats_per_token"),
+            "thinking_gain_stderr": gain.get("stderr_nats_per_token"),
             **found,
             "protocols": protocols,
         }

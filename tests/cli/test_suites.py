@@ -41,7 +41,11 @@ def test_every_suite_end_to_end(run, ltm, data, tmp_path):
     for parts in found.values():
         for figures in parts.values():
             assert figures["model"] == figures["baseline"]  # the same run under the same seed
-    assert found["zero-shot"]["ptb"]["paper"]["LTM-Medium"] == 32.06
+    ptb, french = found["zero-shot"]["ptb"], found["multilingual"]["french"]["model"]
+    assert ptb["paper"]["LTM-Medium"] == 32.06
+    nats = {name: score["nats_per_token"] for name, score in ptb["model"]["protocols"].items()}
+    assert ptb["model"]["thinking_gain"] == pytest.approx(nats["prior"] - nats["bound"], abs=1e-6)
+    assert 0 < french["thinking_gain_stderr"] < french["stderr"], "in bits per byte, and of a difference"
     assert found["zero-shot"]["lambada last word"]["model"]["passages"] == 3
     curve = found["reconstruction"]["held-out"]["model"]
     assert [f"accuracy_{layer}" in curve for layer in range(4)] == [True, True, True, False]
