@@ -110,12 +110,13 @@ class Worker:
         return searched, trials.checks_of(self.checks, chosen, self.roles)
 
     def _start(self, study: optuna.Study, trial: optuna.Trial) -> Job:
-        settings, parameters, seed = self._point(study, trial)
+        settings, parameters = self._point(study, trial)
+        seed = self._seed(study, trial)
         slot = min(set(range(self.workplace.workers)) - {job.slot for job in self.jobs})
         run = self.workplace.out / f"{'check' if study is self.checks else 'trial'}-{trial.number:04}"
         setting = {
             "recipe": str(self.workplace.out / "base.yaml"),
-            "options": options_of(parse_budget(self.plan.budget), settings, run, self.plan.seed + seed),
+            "options": options_of(parse_budget(self.plan.budget), settings, run, seed),
             "parameters": parameters,
             "run": run,
             "samples": self.plan.samples,
@@ -132,19 +133,30 @@ class Worker:
             memory_gib=self.workplace.memory_gib,
         )
         trial.set_user_attr(trials.SETTINGS, settings)
-        trial.set_user_attr("seed", self.plan.seed + seed)
+        trial.set_user_attr(trials.SEED, seed)
         self.watch.begin(slot, run.name, parameters)
         return Job(study, trial, *start(task), slot)
 
-    def _point(self, study: optuna.Study, trial: optuna.Trial) -> tuple[Values, Values, int]:
-        """What to try: recipe settings, parameters, and what is added to the seed."""
+    def _point(self, study: optuna.Study, trial: optuna.Trial) -> tuple[Values, Values]:
+        """What to try: recipe settings and parameters."""
         if study is self.study:
             parameters = {name: trials.suggest(trial, name, d) for name, d in self.definition.space.items()}
-            return self.definition.settings(parameters), parameters, trials.seen_before(study, trial)
+            return self.definition.settings(parameters), parameters
         noted = trial.user_attrs
         if noted["role"] == "baseline":
-            return twin(noted["settings of"]), {"baseline of": noted["of"]}, 0
-        return noted["settings of"], {"repeat of": noted["of"]}, noted["repeat"]
+            return twin(noted["settings of"]), {"baseline of": noted["of"]}
+        return noted["settings of"], {"repeat of": noted["of"]}
+
+    def _seed(self, study: optuna.Study, trial: optuna.Trial) -> int:
+        """The training's; a trial that was interrupted keeps its own."""
+        noted = trial.user_attrs
+        if trials.SEED in noted:
+            return int(noted[trials.SEED])
+        if study is self.study:
+            return self.plan.seed + trials.seen_before(study, trial.number)
+        if noted["role"] == "baseline":
+            return self.plan.seed
+        return trials.last_seed(self.study, noted["of"]) + int(noted["repeat"])
 
     def _listen(self) -> None:
         """Hears every process that speaks within a moment, and lets go of those that are done."""

@@ -29,7 +29,8 @@ from ltm_pyro.studies.search.definition import Definition
 from ltm_pyro.studies.search.objective import RUNGS, Values
 from ltm_pyro.studies.search.plan import Plan
 
-PLAN, SOURCE, REASON, FIGURES, SETTINGS = "plan", "source", "reason", "figures", "settings"  # attributes
+PLAN, SOURCE, REASON = "plan", "source", "reason"  # attributes
+FIGURES, SETTINGS, SEED = "figures", "settings", "seed"
 CHECKS = ":checks"  # ends the name of a study's companion
 HEARTBEAT, GRACE = 10, 40  # seconds between signs of life, and without one until a worker counts as dead
 RETRIES = 3
@@ -199,7 +200,7 @@ def points(definition: Definition, trials: int) -> list[Values]:
 def claim(study: optuna.Study, counted: Callable[[], list[FrozenTrial]], seed: int) -> optuna.Trial | None:
     """Takes the first waiting trial among those ``counted``, for this worker alone; None when none waits.
 
-    The sampler is seeded with the study's seed and the trial's number: what it proposes depends on the trials before,
+    The sampler is seeded with the study's seed and the trial's place: what it proposes depends on the trials before,
     not on how often the study was stopped.
     """
     fail_stale_trials(study)
@@ -207,7 +208,7 @@ def claim(study: optuna.Study, counted: Callable[[], list[FrozenTrial]], seed: i
         beat(study, waiting)  # before the claim, so that no claimed trial is ever without one
         try:
             if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
-                mixed = np.random.SeedSequence((seed, waiting.number)).generate_state(1)[0]
+                mixed = np.random.SeedSequence((seed, _place(waiting))).generate_state(1)[0]
                 study.sampler = TPESampler(seed=int(mixed), n_startup_trials=STARTUP)
                 return optuna.Trial(study, waiting._trial_id)
         except UpdateFinishedTrialError:
@@ -232,9 +233,16 @@ def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> A
     raise UsageError(f"The parameter {name} has a distribution that Optuna does not search: {distribution}.")
 
 
-def seen_before(study: optuna.Study, trial: optuna.Trial) -> int:
-    """How many earlier trials have the same parameters: a setting that comes again is trained with another seed."""
-    return sum(t.params == trial.params for t in live(study) if t.number < trial.number)
+def seen_before(study: optuna.Study, number: int) -> int:
+    """How many earlier trials have a trial's parameters: a setting that comes again is trained with another seed."""
+    one = study.get_trials(deepcopy=False)[number]
+    return sum(t.params == one.params for t in live(study) if _place(t) < _place(one))
+
+
+def last_seed(study: optuna.Study, number: int) -> int:
+    """The largest seed with which the search trains a trial's parameters; repeats begin behind it."""
+    params = study.get_trials(deepcopy=False)[number].params
+    return max(t.user_attrs[SEED] for t in live(study) if t.params == params and SEED in t.user_attrs)
 
 
 def finish(study: optuna.Study, trial: optuna.Trial, figures: dict[str, float]) -> None:

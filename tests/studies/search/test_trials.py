@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.plan import Plan
+from ltm_pyro.studies.search.runner import Worker
 
 PLAN = Plan(study="s", question="?", space={}, recipe="", budget="1s", at_most={})
 TROUBLE = """
@@ -67,6 +68,32 @@ def objective(setting):
     tried = [(row["parameters"]["model.inference.steps"], row["seed"]) for row in searched]
     assert len(set(tried)) == 6
     assert all(row["figures"]["bound"] == sum(pair) for row, pair in zip(searched, tried, strict=True))
+
+
+TWICE = """
+from optuna.distributions import CategoricalDistribution
+space = {"model.inference.steps": CategoricalDistribution([2, 4])}
+points = [{"model.inference.steps": steps} for steps in (2, 2, 4, 2)]
+def objective(setting):
+    steps = setting.parameters.get("model.inference.steps", 4)
+    return {"bound": steps - 0.1 * setting.options["seed_everything"]}
+"""
+
+
+def test_an_interrupted_trial_keeps_its_seed_and_the_others_theirs(run, study_file, monkeypatch):
+    source, listen = study_file(TWICE), Worker._listen
+
+    def interrupted(worker):
+        monkeypatch.setattr(Worker, "_listen", listen)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "_listen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(4, source)
+    found = run(4, source, repeats=2)
+    assert [(row["number"], row["seed"]) for row in found["trials"][:4]] == [(4, 0), (1, 1), (2, 0), (3, 2)]
+    repeats = [row["seed"] for row in found["trials"] if row["role"] == "repeat"]
+    assert (found["best"], repeats) == (3, [3, 4])  # other seeds than those of the search
 
 
 def test_trials_die_alone_and_say_why(run, study_file):
