@@ -133,7 +133,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
         "number": trial.number,
         "role": noted.get("role", "trial"),
         "state": trial.state.name.lower(),
-        "seed": noted.get("seed"),
+        "seed": noted.get(trials.SEED),
         "seconds": trial.duration.total_seconds() if trial.duration else None,
         "parameters": dict(trial.params),
         "figures": noted.get(trials.FIGURES, {}),
@@ -196,7 +196,7 @@ def write_best(url: str, name: str | None, file: Path | None, number: int | None
     file = file or Path(f"{name}-best.yaml")
     if file.exists() and not force:
         raise UsageError(f"{file} exists: choose another --out, or add --force.")
-    place = {"run": f"runs/{name}-best", "seed_everything": plan.seed}
+    place = {"run": f"runs/{name}-best", "seed_everything": chosen.user_attrs[trials.SEED]}
     options = parse_budget(plan.budget).options | chosen.user_attrs[trials.SETTINGS] | place
     with base_file(plan) as base:
         text = dump_recipe(configure(str(base), options))

@@ -115,3 +115,16 @@ def test_a_name_with_another_plan_and_a_name_that_is_not_there(refused, tmp_path
     assert "choose another --study-name" in refused(*run)
     assert "no study 'other' in" in refused("study", "show", "--storage", url, "--study-name", "other")
     assert "No trial of 'rate' is complete" in refused("study", "best", "--storage", url)
+
+
+def test_the_written_recipe_trains_the_trial_again(ltm, recipe, search, tmp_path):
+    search.write_text(SPACE + 'points = [{"model.inference.rate": 0.3}] * 2\nchecks = False\n')
+    code, out, err = ltm("study", "run", search, "--base-config", recipe, *SMALL, "--json")
+    assert code == 0, err
+    first, second = (row["figures"]["bound"] for row in json.loads(out)["trials"])
+    assert first != second  # another seed
+    assert ltm("study", "best", "--trial", 1)[0] == 0
+    assert ltm("fit", "--config", "rate-best.yaml", "--trainer.limit_val_batches", 0)[0] == 0
+    code, out, err = ltm("evaluate", "runs/rate-best", *SMALL[2:], "--protocols", "bound", "--json")
+    assert code == 0, err
+    assert json.loads(out)["protocols"]["bound"]["nats_per_token"] == pytest.approx(second, abs=1e-6)
