@@ -1,5 +1,6 @@
 """What a packed folder says about itself: `manifest.json`, against which every shard is checked when it is read."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,11 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
         return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """64 bits, in hexadecimals, of the SHA-256 of the manifest, which holds that of every shard."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def split(self, name: str, place: str | Path) -> Split:
         """One split of the pack at ``place``; `UsageError` where it has no such split."""

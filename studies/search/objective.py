@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from ltm_pyro.data import PackedDataset, load_tokenizer
+from ltm_pyro.data import PackedDataset
+from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.elbo import log_weights
 from ltm_pyro.evaluation import evaluate_run
 from ltm_pyro.flops import ours
@@ -160,7 +161,7 @@ def _judge(config: Namespace, setting: Setting) -> Callable[[LTMModule], float]:
     def bound(module: LTMModule) -> float:
         model: Any = module.model
         model.decoder.listening = True
-        tokenizer = load_tokenizer(Path(config.data.directory) / "tokenizer.json")
+        _, tokenizer = open_pack(config.data.directory)
         run = Run(model, module.guide, tokenizer, module.evaluation, config.data.directory, model.decoder.length)
         scores = evaluate_run(run, protocols=("bound",), samples=setting.samples, limit=setting.limit).protocols
         return scores["bound"].nats_per_token

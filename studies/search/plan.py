@@ -2,11 +2,13 @@
 
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
+from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.elbo import missing_bound
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import Definition
@@ -23,6 +25,7 @@ class Plan:
         study, question: the definition's name, and what it asks.
         space: parameter name to distribution, as plain data.
         recipe: the base recipe's text, every default written out.
+        pack: the digest of the packed data.
         budget: what each trial may spend.
         minimise: the figures that are the objectives; with more than one the result is a Pareto front.
         at_most: figure to limit; a trial above one is infeasible.
@@ -36,6 +39,7 @@ class Plan:
     space: dict[str, Any]
     recipe: str
     budget: str
+    pack: str = "unknown"  # of studies made before it was noted
     minimise: tuple[str, ...] = ("bound",)
     at_most: dict[str, float]
     samples: int = 8
@@ -55,25 +59,38 @@ class Plan:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Plan":
-        """The plan that `as_dict` made."""
+        """The plan that `as_dict` made; `TypeError` or `KeyError` where that was in another version."""
         return cls(**stored | {"minimise": tuple(stored["minimise"])})
 
     def difference(self, other: "Plan") -> str | None:
-        """The first thing in which two plans differ."""
-        return next((f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)), None)
+        """The first thing in which two plans differ, with both values, the other's first."""
+        pairs = ((f.name, getattr(other, f.name), getattr(self, f.name)) for f in fields(self))
+        differing = next(((name, there, here) for name, there, here in pairs if there != here), None)
+        return differing and _told(*differing)
 
 
-def base_recipe(recipe: str, changes: Values) -> str:
-    """The text of a base recipe with some keys changed, complete and ready to train."""
+def _told(name: str, there: Any, here: Any) -> str:
+    """A difference in a few words; of texts the first lines that differ."""
+    lines = zip_longest(str(there).splitlines(), str(here).splitlines(), fillvalue="nothing")
+    one, other = next((pair for pair in lines if pair[0] != pair[1]), (there, here))
+    return f"{name} ({_short(one)}, not {_short(other)})"
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value).strip()) < 60 else f"{text[:57]}…"
+
+
+def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
+    """The text of a base recipe with some keys changed, complete and ready to train; and its data's digest."""
     config = configure(recipe, changes)
-    if not Path(config.data.directory).exists():
+    if not is_pack(config.data.directory):
         raise UsageError(
             f"There is no packed data at {config.data.directory}: name some with --set data.directory=DIR, "
             f"or make the quickstart's with `make quickstart`."
         )
     take_vocabulary(config)
     config.run = "runs/ltm"
-    return dump_recipe(config)
+    return dump_recipe(config), read_manifest(config.data.directory).digest
 
 
 def check(plan: Plan, definition: Definition, recipe: Path) -> None:

@@ -35,12 +35,13 @@ def prepare(source: str, recipe: str | None, changes: dict[str, Any], **planned:
         planned: the further fields of `Plan`.
     """
     definition = load_definition(source)
-    text = base_recipe(recipe or definition.recipe, changes)
+    text, pack = base_recipe(recipe or definition.recipe, changes)
     plan = Plan(
         study=Path(source).stem,
         question=definition.question,
         space=definition.described,
         recipe=text,
+        pack=pack,
         **planned,
     )
     with base_file(plan) as file:

@@ -116,24 +116,24 @@ def open_study(storage: RDBStorage, name: str, plan: Plan) -> optuna.Study:
         directions=["minimize"] * len(plan.minimise),
         load_if_exists=True,
     )
-    stored = study.user_attrs.get(PLAN)
-    if stored is None:
+    if PLAN not in study.user_attrs and not study.get_trials(deepcopy=False):
         study.set_user_attr(PLAN, plan.as_dict())
-    elif differing := plan.difference(Plan.from_dict(stored)):
-        raise UsageError(
-            f"The study '{name}' has another {differing} ({_short(stored[differing])}, not "
-            f"{_short(getattr(plan, differing))}): choose another --study-name."
-        )
+    elif differing := plan.difference(plan_of(study)):
+        raise UsageError(f"The study '{name}' has another {differing}: choose another --study-name.")
     return study
 
 
-def _short(value: Any) -> str:
-    return text if len(text := str(value)) < 60 else f"{text[:57]}…"
-
-
 def plan_of(study: optuna.Study) -> Plan:
-    """The plan that every trial of a study shares."""
-    return Plan.from_dict(study.user_attrs[PLAN])
+    """The plan that every trial of a study shares; `UsageError` where it has none that we understand."""
+    name = study.study_name
+    if PLAN not in study.user_attrs:
+        raise UsageError(f"The study '{name}' was not made by `ltm study run`: choose another --study-name.")
+    try:
+        return Plan.from_dict(study.user_attrs[PLAN])
+    except (TypeError, KeyError):
+        raise UsageError(
+            f"The study '{name}' was made by another version of ltm_pyro: choose another --study-name or --storage."
+        ) from None
 
 
 def load_study(storage: RDBStorage, name: str) -> optuna.Study:

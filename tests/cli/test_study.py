@@ -1,6 +1,7 @@
 """`ltm study` from a user's side: a search, what it shows, a recipe that runs, and one sentence for what is wrong."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -95,6 +96,19 @@ def test_bad_input_is_refused_before_anything_is_written(refused, recipe, search
         "study", "run", *arguments, "--base-config", recipe, *SMALL[: 2 * ("--budget" not in arguments)]
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_study_goes_on_over_its_own_data_only_and_from_an_address(ltm, refused, recipe, search, packed, tmp_path):
+    pack = tmp_path / "pack"
+    shutil.copytree(packed, pack)
+    run = ("study", "run", search, "--base-config", recipe, *SMALL, "--trials", 1, "--repeats", 0, "--prune")
+    run = (*run, "--set", f"data.directory=file://{pack}")
+    code, out, err = ltm(*run, "--json")
+    assert code == 0, err
+    assert json.loads(out)["trials"][0]["state"] == "complete", out
+    manifest = pack / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"dropped": 0', '"dropped": 1'))
+    assert "'rate' has another pack (" in refused(*run)
 
 
 @pytest.mark.parametrize("command", ["list", "show", "best"])

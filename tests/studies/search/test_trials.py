@@ -1,6 +1,7 @@
 """As many trials as asked for, none twice, none lost; and each fails alone."""
 
 import itertools
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.runner import Worker
 
-PLAN = Plan(study="s", question="?", space={}, recipe="", budget="1s", at_most={})
+PLAN = Plan(study="s", question="?", space={}, recipe="model:\n  rate: 1\ndata: x", budget="1s", at_most={})
 TROUBLE = """
 '''What can go wrong?'''
 import os, signal, sys
@@ -171,13 +172,28 @@ def test_a_trial_is_claimed_by_one_of_many(study, url, monkeypatch):
     assert sorted(itertools.chain(*claimed)) == list(range(20))
 
 
-def test_another_plan_is_refused(study, url):
-    other = Plan(**PLAN.as_dict() | {"budget": "2s", "minimise": ("bound",)})
-    with (
-        pytest.raises(UsageError, match=r"another budget \(1s, not 2s\): choose another --study-name"),
-        trials.opened(url) as storage,
-    ):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"budget": "2s"}, "another budget (1s, not 2s): choose another --study-name"),
+        ({"pack": "0fed"}, "another pack (unknown, not 0fed): choose another"),
+        ({"recipe": "model:\n  rate: 2\ndata: x"}, "another recipe (rate: 1, not rate: 2): choose another"),
+    ],
+)
+def test_another_plan_is_refused(study, url, change, said):
+    other = Plan(**PLAN.as_dict() | {"minimise": ("bound",)} | change)
+    with pytest.raises(UsageError, match=re.escape(said)), trials.opened(url) as storage:
         trials.open_study(storage, "s", other)
+
+
+def test_a_plan_of_another_version_and_a_study_of_others_are_refused(study, url):
+    with trials.opened(url) as storage:
+        optuna.create_study(study_name="foreign", storage=storage).enqueue_trial({})
+        with pytest.raises(UsageError, match="'foreign' was not made by `ltm study run`"):
+            trials.open_study(storage, "foreign", PLAN)
+        study.set_user_attr(trials.PLAN, PLAN.as_dict() | {"colour": "red"})
+        with pytest.raises(UsageError, match="'s' was made by another version of ltm_pyro"):
+            trials.open_study(storage, "s", PLAN)
 
 
 def test_no_message_tells_a_password():
