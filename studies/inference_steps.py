@@ -25,6 +25,7 @@ SEEDS = 2
 recipe = recipe_file("scaling.yaml")
 checks = False  # the baseline is on the grid
 space = {"width": CategoricalDistribution(WIDTHS), "steps": CategoricalDistribution(TRAINED)}
+figures = tuple(f"bound_at_{steps}" for steps in TESTED)
 points = tuple({"width": width, "steps": steps} for _, width, steps in product(range(SEEDS), WIDTHS, TRAINED))
 
 

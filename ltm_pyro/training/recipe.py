@@ -101,6 +101,12 @@ def check_budget(config: Namespace) -> None:
         raise UsageError("`trainer.limit_train_batches` is 0, so that there is no step to take: leave it out.")
 
 
+def check_seed(config: Namespace) -> None:
+    """Refuses what is no seed."""
+    if not 0 <= config.seed_everything <= LARGEST_SEED:
+        raise UsageError(f"`seed_everything` is {config.seed_everything}: choose a seed from 0 to {LARGEST_SEED}.")
+
+
 def take_vocabulary(config: Namespace) -> None:
     """Fills in the data's vocabulary; refuses a recipe that says another, rows too long, and data without a split."""
     manifest = read_manifest(config.data.directory)
@@ -131,8 +137,7 @@ def build_module(config: Namespace) -> LTMModule:
 def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.Trainer]:
     """Module, data and trainer; ``trainer`` adds to the recipe's own settings."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advertisements would hide our plan
-    if not 0 <= config.seed_everything <= LARGEST_SEED:
-        raise UsageError(f"`seed_everything` is {config.seed_everything}: choose a seed from 0 to {LARGEST_SEED}.")
+    check_seed(config)
     pl.seed_everything(config.seed_everything, verbose=False)
     objects = _instantiate(config)
     settings = {**objects.trainer.as_dict(), **trainer}

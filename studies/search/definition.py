@@ -31,6 +31,7 @@ class Definition:
         space: parameter name to Optuna distribution; a name is a recipe's key unless ``settings`` translates it.
         settings: a point of the space as recipe settings (dotted key to value).
         objective: trains and judges one `Setting`; returns named figures.
+        figures: the names of those that `train_and_score` does not have, to minimise or limit.
         points: the points to try, where they are chosen beforehand (a grid); none are sampled then.
         first: a point to try first, for example the recipe's own.
         checks: whether the best setting is trained again, and a baseline beside it.
@@ -43,6 +44,7 @@ class Definition:
     space: Mapping[str, BaseDistribution]
     settings: Callable[[Values], Values]
     objective: Objective
+    figures: tuple[str, ...]
     points: tuple[Values, ...]
     first: Values | None
     checks: bool
@@ -58,6 +60,11 @@ class Definition:
     def example(self) -> Values:
         """A point of the space, to check that a recipe takes it."""
         return self.points[0] if self.points else self.first or {n: _lowest(d) for n, d in self.space.items()}
+
+    @property
+    def tried(self) -> tuple[Values, ...]:
+        """The points that are known beforehand."""
+        return self.points or (self.example,)
 
 
 def load_definition(source: str) -> Definition:
@@ -75,6 +82,7 @@ def load_definition(source: str) -> Definition:
         space=space,
         settings=getattr(module, "settings", dict),
         objective=getattr(module, "objective", train_and_score),
+        figures=tuple(getattr(module, "figures", ())),
         points=tuple(getattr(module, "points", ())),
         first=getattr(module, "first", None),
         checks=getattr(module, "checks", True),

@@ -32,6 +32,8 @@ Values = dict[str, Any]
 Figures = dict[str, float]
 RUNGS = (1 / 9, 1 / 3)  # fractions of the budget after which a trial may be given up; Hyperband's with a factor of 3
 NEED_BOUND = ("bound", "bound_stderr", "kl", "thinking_gain", "k_hat")
+COSTS = ("flops", "tokens", "flops_per_token", "inference_flops_per_token", "parameters", "peak_memory_mib")
+RECORDED = (*NEED_BOUND, "prior", *COSTS)  # what `train_and_score` says
 K_HAT_SEQUENCES, K_HAT_DRAWS = 8, 256
 
 

@@ -12,9 +12,9 @@ from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.elbo import missing_bound
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import Definition
-from ltm_pyro.studies.search.objective import NEED_BOUND, Values, configure, options_of
+from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, Values, configure, options_of
 from ltm_pyro.training.module import LTMModule
-from ltm_pyro.training.recipe import build_module, check_budget, dump_recipe, take_vocabulary
+from ltm_pyro.training.recipe import build_module, check_budget, check_seed, dump_recipe, take_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,22 +95,32 @@ def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
 
 def check(plan: Plan, definition: Definition, recipe: Path) -> None:
     """Refuses what no trial could run or be judged by: a setting that the recipe lacks, a budget below one step."""
+    _check_figures(plan, definition)
     budget = parse_budget(plan.budget)
-    pairs: dict[str, Any] = {}
-    for point in definition.points or (definition.example,):
+    configs = []
+    for point in definition.tried:
         if unknown := point.keys() - definition.space.keys():
             raise UsageError(
                 f"The study's point {point} names '{min(unknown)}', which its space does not have: add it."
             )
         config = configure(str(recipe), options_of(budget, definition.settings(point), recipe.parent, plan.seed))
         check_budget(config)
-        pairs[str((config.model.prior, config.model.guide))] = config
-    for pair in pairs.values():
+        check_seed(config)
+        configs.append(config)
+    for pair in {str((c.model.prior, c.model.guide)): c for c in configs}.values():
         _check_bound(plan, pair)
-    if budget.unit == "flops":
-        step = _one_step(config)
-        if step > budget.amount:
-            raise UsageError(f"The budget {plan.budget} is less than one step, which costs {step:.3g}flops: raise it.")
+    for config in configs:
+        _check_one_step(config)
+
+
+def _check_figures(plan: Plan, definition: Definition) -> None:
+    """Refuses a figure that no trial records; they would all be trained, and then fail."""
+    known = (*RECORDED, *definition.figures)
+    if unknown := [name for name in (*plan.minimise, *plan.at_most) if name not in known]:
+        raise UsageError(
+            f"No trial records a figure {unknown[0]!r}: choose from {', '.join(known)}, or name it in `figures` of "
+            f"the study's file."
+        )
 
 
 def _check_bound(plan: Plan, config: Any) -> None:
@@ -131,9 +141,14 @@ def _module(config: Any) -> LTMModule:
     return build_module(config)
 
 
-def _one_step(config: Any) -> float:
-    """FLOPs of the first step."""
+def _check_one_step(config: Any) -> None:
+    """Refuses FLOPs that do not pay for the first step."""
     module = _module(config)
     length = read_manifest(config.data.directory).seq_len
     cost = partial(module.cost, length)
-    return config.data.batch_size * length * cost(module.curriculum.at(0.0, module.inference, cost))
+    tokens = config.data.batch_size * config.trainer.accumulate_grad_batches * length
+    step = tokens * cost(module.curriculum.at(0.0, module.inference, cost))
+    if module.max_flops and step > module.max_flops:
+        raise UsageError(
+            f"The budget {module.max_flops:.4g}flops is less than one step, which costs {step:.3g}flops: raise it."
+        )

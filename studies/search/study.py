@@ -154,13 +154,14 @@ def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Pla
         f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in best["parameters"].items()
     )
     text = f"Trial {best['number']} has the lowest {name}, {best['figures'][name]:.4f}: {setting}."
-    again = [r["figures"][name] for r in rows if r["role"] == "repeat" and name in r["figures"]]
+    done = [row for row in rows if row["state"] == "complete"]
+    again = [r["figures"][name] for r in done if r["role"] == "repeat"]
     if again:
         spread = f" ± {stdev(again):.4f} (standard deviation over {len(again)} seeds)" if len(again) > 1 else ""
         text += f" Trained again with other seeds: {mean(again):.4f}{spread}."
-    twin = [r["figures"][name] for r in rows if r["role"] == "baseline" and name in r["figures"]]
+    twin = [r["figures"][name] for r in done if r["role"] == "baseline"]
     text += f" The autoregressive baseline at the same budget: {twin[0]:.4f}." if twin else ""
-    return text + _unequal([r["figures"]["flops"] for r in rows if "flops" in r["figures"]], plan)
+    return text + _unequal([r["figures"]["flops"] for r in done if r["figures"].get("flops")], plan)
 
 
 def _unequal(flops: list[float], plan: Plan) -> str:

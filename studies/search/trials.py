@@ -246,14 +246,16 @@ def last_seed(study: optuna.Study, number: int) -> int:
 
 
 def finish(study: optuna.Study, trial: optuna.Trial, figures: dict[str, float]) -> None:
-    """Records a trial's figures, and its place relative to every limit."""
+    """Records a trial's figures, and its place relative to every limit; without its objectives it has failed."""
     plan = plan_of(study)
+    trial.set_user_attr(FIGURES, {k: v if math.isfinite(v) else None for k, v in figures.items()})
     objectives = [figures.get(name, math.nan) for name in plan.minimise]
+    if missing := [name for name in plan.minimise if name not in figures]:
+        return fail(study, trial, f"no figure `{missing[0]}`, but {', '.join(figures) or 'none'}")
     if not all(map(math.isfinite, objectives)):
         told = ", ".join(f"{name} is {value}" for name, value in zip(plan.minimise, objectives, strict=True))
         return fail(study, trial, f"no finite objective: {told}")
-    trial.set_user_attr(FIGURES, {k: v if math.isfinite(v) else None for k, v in figures.items()})
-    for name, value in excess(dict(figures), plan).items():
+    for name, value in excess(figures, plan).items():
         trial.set_constraint(name, value)
     study.tell(trial, objectives)
     return None
@@ -274,17 +276,16 @@ def give_back(study: optuna.Study, trial: optuna.Trial) -> None:
     RetryHeartbeatStaleTrialCallback()(study, frozen)
 
 
-def excess(figures: dict[str, float | None], plan: Plan) -> dict[str, float]:
-    """By how much each limited figure is above its limit; infinite where it was not recorded or is not finite."""
-    found = {name: figures.get(name) for name in plan.at_most}
-    return {name: math.inf if x is None or math.isnan(x) else x - plan.at_most[name] for name, x in found.items()}
+def excess(figures: dict[str, float], plan: Plan) -> dict[str, float]:
+    """By how much each limited figure is above its limit; infinite where it was not recorded or is no number."""
+    found = {name: figures.get(name, math.nan) - most for name, most in plan.at_most.items()}
+    return {name: math.inf if math.isnan(x) else x for name, x in found.items()}
 
 
 def feasible(study: optuna.Study) -> list[FrozenTrial]:
     """The completed trials that keep every limit."""
-    plan = plan_of(study)
     done = (t for t in live(study) if t.state == TrialState.COMPLETE)
-    return [t for t in done if all(x <= 0 for x in excess(t.user_attrs[FIGURES], plan).values())]
+    return [t for t in done if all(x <= 0 for x in t.constraints.values())]
 
 
 def best(study: optuna.Study) -> FrozenTrial | None:

@@ -16,6 +16,7 @@ FREE = """
 '''Where is the valley?'''
 from optuna.distributions import FloatDistribution, CategoricalDistribution
 space = {"model.inference.rate": FloatDistribution(0.1, 1.0), "model.inference.steps": CategoricalDistribution([2, 4])}
+figures = ["size"]
 def objective(setting):
     p = setting.parameters
     rate = p.get("model.inference.rate", 0.5)

@@ -15,6 +15,7 @@ MIXED = """
 '''Which of both?'''
 from optuna.distributions import FloatDistribution, IntDistribution
 space = {"model.inference.rate": FloatDistribution(0.1, 1.0), "model.inference.steps": IntDistribution(1, 8)}
+figures = ["cost"]
 def objective(setting):
     rate, steps = setting.parameters.get("model.inference.rate", .3), setting.parameters.get("model.inference.steps", 3)
     if rate > 0.7:

@@ -11,6 +11,7 @@ from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import SHIPPED, load_definition
 from ltm_pyro.studies.search.objective import NEED_BOUND, Setting, configure, options_of, train_and_score
 from ltm_pyro.studies.search.runner import THINKING, twin
+from tests.studies.search.conftest import FREE
 
 HALVING = """
 from optuna.distributions import FloatDistribution
@@ -131,9 +132,23 @@ def test_a_limit_keeps_the_best_within_it(run, study_file):
     limited = run(5, study_file(), "b.db", at_most={"inference_flops_per_token": limit})
     assert min(costs) <= limit
     assert limited["trials"][limited["best"]]["figures"]["inference_flops_per_token"] <= limit
-    nothing = run(2, study_file(), "c.db", at_most={"unheard_of": 1.0})
+    nothing = run(2, study_file(), "c.db", at_most={"k_hat": 1.0})
     assert nothing["best"] is None
     assert nothing["recommendation"].startswith("No trial is complete and within its limits")
+
+
+def test_an_exact_q_keeps_every_limit_on_k_hat(run, study_file):
+    text = FREE.replace('{"bound":', '{"k_hat": float("-inf"), "bound":')
+    found = run(7, study_file(text), at_most={"k_hat": 0.7})
+    assert found["best"] is not None
+    assert found["trials"][0]["figures"]["k_hat"] is None  # JSON has no infinity
+
+
+def test_what_a_trial_recorded_before_it_failed_is_kept(run, study_file):
+    found = run(1, study_file(FREE.replace('{"bound":', '{"loss":')))
+    (row,) = found["trials"]
+    assert (row["state"], row["reason"]) == ("fail", "no figure `bound`, but loss, inference_flops_per_token, size")
+    assert row["figures"]["loss"] > 0
 
 
 def test_several_objectives_give_a_front(run, study_file):
