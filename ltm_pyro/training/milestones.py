@@ -5,6 +5,7 @@ from typing import Any
 
 from pytorch_lightning.callbacks import Callback
 
+from ltm_pyro.contracts import Batch
 from ltm_pyro.training.module import LTMModule
 
 
@@ -27,9 +28,11 @@ class Milestones(Callback):
     ) -> None:
         self._fractions, self._score, self._report, self._tick = fractions, score, report, tick
         self._passed = 0
+        self.tokens = 0  # that training has gone through, of all ranks; places for tokens, as FLOPs count them
 
-    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        """Ticks, and reports what has just been passed."""
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, index: int) -> None:
+        """Counts, ticks, and reports what has just been passed."""
+        self.tokens += trainer.world_size * batch.inputs_BT.numel()
         progress = module.progress
         self._tick(progress)
         passed = sum(fraction <= progress for fraction in self._fractions)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from ltm_pyro.data import PackedDataset
+from ltm_pyro.data import PackedDataset, read_manifest
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.elbo import log_weights
 from ltm_pyro.evaluation import evaluate_run
@@ -93,7 +93,7 @@ def train_and_score(setting: Setting) -> Figures:
     onlooker = Milestones(RUNGS if setting.pruned else (), _judge(config, setting), setting.report, setting.tick)
     path = train(config, [onlooker])
     run = load_run(path)
-    return {**score(run, setting), **costs(run, path, config)}
+    return {**score(run, setting), **costs(run, path, onlooker.tokens)}
 
 
 def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
@@ -115,18 +115,14 @@ def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
     return figures | ({"k_hat": k_hat(run)} if setting.k_hat else {})
 
 
-def costs(run: Run, path: Path, config: Namespace) -> Figures:
-    """What training has spent, and what inference costs per held-out token."""
-    checkpoint = read_checkpoint(path)
-    flops = checkpoint["state_dict"]["flops"].item()
-    length = PackedDataset.open(run.data, "val").manifest.seq_len
-    step = config.data.batch_size * length * config.trainer.accumulate_grad_batches
-    tokens = checkpoint["global_step"] * step
+def costs(run: Run, path: Path, tokens: int) -> Figures:
+    """What training has spent on its ``tokens``, and what inference costs per held-out token."""
+    flops = read_checkpoint(path)["state_dict"]["flops"].item()
     return {
         "flops": flops,
         "tokens": tokens,
         "flops_per_token": flops / tokens,
-        "inference_flops_per_token": inference_flops(run, length),
+        "inference_flops_per_token": inference_flops(run, read_manifest(run.data).seq_len),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "peak_memory_mib": peak_memory(),
     }

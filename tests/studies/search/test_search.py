@@ -11,6 +11,7 @@ from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import SHIPPED, load_definition
 from ltm_pyro.studies.search.objective import NEED_BOUND, Setting, configure, options_of, train_and_score
 from ltm_pyro.studies.search.runner import THINKING, twin
+from ltm_pyro.training.recipe import build_module
 from tests.studies.search.conftest import FREE
 
 HALVING = """
@@ -82,6 +83,16 @@ def test_a_trial_spends_its_budget_and_reports_a_bound(recipe, tmp_path):
     assert said[-1][1] > figures["bound"] - 0.2
     assert heard == sorted(heard)
     assert heard[-1] == 1
+
+
+def test_tokens_are_counted_where_the_last_batch_is_short(recipe, tmp_path):
+    changed = {"data.batch_size": 100, "trainer.accumulate_grad_batches": 2}
+    options = options_of(parse_budget("2e9flops"), changed, tmp_path / "run", 0)
+    setting = Setting(recipe=str(recipe), options=options, parameters={}, run=tmp_path / "run", samples=2, limit=4)
+    figures = train_and_score(setting)
+    module = build_module(configure(str(recipe), {**options, "model.vocabulary": 270}))
+    assert figures["tokens"] % 1600 != 0  # a short batch was among them
+    assert figures["flops_per_token"] == pytest.approx(module.cost(16, module.inference))
 
 
 def test_without_a_bound_there_are_the_other_figures(recipe, tmp_path):
