@@ -1,6 +1,7 @@
 """What the commands' arguments have in common: numbers with a lower limit, and complaints of one sentence."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,6 +26,17 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def positive(text: str) -> float:
+    """The type of a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

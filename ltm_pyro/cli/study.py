@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.arguments import at_least, positive
 from ltm_pyro.contracts import UsageError
 
 SEARCH = "ltm_pyro.studies.search"  # by dotted path: the command line imports no study
@@ -41,7 +42,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--base-config", metavar="FILE", help="the recipe that is varied; the study's own by default")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe in all trials")
-    add("--budget", default="4e12flops", metavar="N[flops|s]", help="training of each trial: 2e13flops or 120s")
+    add("--budget", metavar="N[flops|s]", help="training of each trial: 2e13flops or 120s; 4e12flops by default")
     add("--trials", type=at_least(1), metavar="N", help="in all, over workers and restarts; 20, or the grid's")
     add("--workers", type=at_least(1), default=1, metavar="N", help="trials at a time on this machine")
     add("--study-name", metavar="S", help="in the storage; the study's by default")
@@ -49,7 +50,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--at-most", action="append", default=[], metavar="FIGURE=X", help="a limit, such as peak_memory_mib=4000")
     add("--prune", action="store_true", help="give hopeless trials up early (Hyperband)")
     add("--repeats", type=at_least(0), default=2, metavar="N", help="trainings of the best setting with other seeds")
-    add("--memory", type=float, metavar="GIB", help="the most memory one trial may allocate")
+    add("--memory", type=positive, metavar="GIB", help="the most memory one trial may allocate")
     add("--samples", type=at_least(1), default=8, metavar="S", help="draws per sequence after q is final")
     add("--limit", type=at_least(2), default=64, metavar="N", help="score only the first N held-out sequences")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of the search and of every training")
@@ -74,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
         args.base_config,
         {key: _value(key, text) for key, text in _pairs("--set", args.set)},
         budget=args.budget,
-        minimise=tuple(args.minimise.split(",")),
+        minimise=tuple(name.strip() for name in args.minimise.split(",")),
         at_most={figure: _number("--at-most", value) for figure, value in _pairs("--at-most", args.at_most)},
         samples=args.samples,
         limit=args.limit,
@@ -110,9 +111,12 @@ def _value(key: str, text: str) -> Any:
 
 def _number(option: str, text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise UsageError(f"{option} needs a number, got {text!r}: for example peak_memory_mib=4000.") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"{option} needs a number, got {text!r}: for example peak_memory_mib=4000.")
+    return value
 
 
 def _list(args: argparse.Namespace) -> int:

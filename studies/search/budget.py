@@ -7,6 +7,8 @@ from typing import Any
 
 from ltm_pyro.contracts import UsageError
 
+SPENT = "model.max_flops"  # the recipe's key
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -27,7 +29,7 @@ class Budget:
         days, seconds = divmod(round(self.amount) if self.unit == "s" else 0, 86_400)
         clock = f"{days:02}:{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         return {
-            "model.max_flops": self.amount if self.unit == "flops" else None,
+            SPENT: self.amount if self.unit == "flops" else None,
             "trainer.max_time": clock if self.unit == "s" else None,
             "trainer.max_steps": -1,
             "trainer.max_epochs": -1,

@@ -66,6 +66,15 @@ class Definition:
         """The points that are known beforehand."""
         return self.points or (self.example,)
 
+    def options(self, point: Values) -> Values:
+        """A point as recipe settings; `UsageError` where the study's own function fails."""
+        try:
+            return self.settings(point)
+        except Exception as error:
+            raise UsageError(
+                f"`settings` of the study {self.source} fails at {point}: {type(error).__name__}: {error}; mend it."
+            ) from error
+
 
 def load_definition(source: str) -> Definition:
     """A shipped study by name, or a Python file by path. Raises `UsageError`."""

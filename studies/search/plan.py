@@ -1,5 +1,6 @@
 """What makes a study one study: all of it is stored with the trials, and no trial under another plan joins them."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import zip_longest
@@ -10,7 +11,7 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.elbo import missing_bound
-from ltm_pyro.studies.search.budget import parse_budget
+from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition
 from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, Values, configure, options_of
 from ltm_pyro.training.module import LTMModule
@@ -93,6 +94,34 @@ def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
     return dump_recipe(config), read_manifest(config.data.directory).digest
 
 
+def check_changes(definition: Definition, changes: Values, budget: str | None) -> None:
+    """Refuses changes to the recipe that every trial would overrule, and a budget where the points have their own."""
+    searched = {key for point in definition.tried for key in definition.options(point)}
+    if budget and SPENT in searched:
+        raise UsageError(f"The points of {Path(definition.source).stem} say what they spend: leave --budget out.")
+    own = {*options_of(parse_budget("1s"), {}, Path(), 0), "force", "ckpt_path"}
+    for change in _leaves(changes):
+        key = next((k for k in sorted(searched | own) if f"{_plain(change)}.".startswith(f"{_plain(k)}.")), None)
+        if key:
+            hint = "" if key in searched else ", and see --budget, --seed and --out"
+            raise UsageError(
+                f"--set {change} would change nothing, for the study sets `{key}` in every trial: leave it out{hint}."
+            )
+
+
+def _leaves(values: Values, above: str = "") -> Iterator[str]:
+    """The dotted keys of values within values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
+
+
+def _plain(key: str) -> str:
+    return key.replace(".init_args.", ".")
+
+
 def check(plan: Plan, definition: Definition, recipe: Path) -> None:
     """Refuses what no trial could run or be judged by: a setting that the recipe lacks, a budget below one step."""
     _check_figures(plan, definition)
@@ -103,7 +132,7 @@ def check(plan: Plan, definition: Definition, recipe: Path) -> None:
             raise UsageError(
                 f"The study's point {point} names '{min(unknown)}', which its space does not have: add it."
             )
-        config = configure(str(recipe), options_of(budget, definition.settings(point), recipe.parent, plan.seed))
+        config = configure(str(recipe), options_of(budget, definition.options(point), recipe.parent, plan.seed))
         check_budget(config)
         check_seed(config)
         configs.append(config)

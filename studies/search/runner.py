@@ -141,7 +141,7 @@ class Worker:
         """What to try: recipe settings and parameters."""
         if study is self.study:
             parameters = {name: trials.suggest(trial, name, d) for name, d in self.definition.space.items()}
-            return self.definition.settings(parameters), parameters
+            return self.definition.options(parameters), parameters
         noted = trial.user_attrs
         if noted["role"] == "baseline":
             return twin(noted["settings of"]), {"baseline of": noted["of"]}

@@ -14,27 +14,32 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.studies.search import trials
-from ltm_pyro.studies.search.budget import parse_budget
+from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition, load_definition
 from ltm_pyro.studies.search.objective import Values, configure
-from ltm_pyro.studies.search.plan import Plan, base_recipe, check
+from ltm_pyro.studies.search.plan import Plan, base_recipe, check, check_changes
 from ltm_pyro.studies.search.runner import Worker, Workplace
 from ltm_pyro.studies.search.watch import Watch
 from ltm_pyro.training.recipe import dump_recipe
 
 BASE = "base.yaml"
+BUDGET = "4e12flops"
 TRIALS = 20  # where neither the user nor a grid says how many
 
 
-def prepare(source: str, recipe: str | None, changes: dict[str, Any], **planned: Any) -> tuple[Definition, Plan]:
+def prepare(
+    source: str, recipe: str | None, changes: Values, budget: str | None, **planned: Any
+) -> tuple[Definition, Plan]:
     """A study's definition and plan, checked before anything is written.
 
     Args:
         source: a shipped study's name, or a Python file.
         recipe, changes: the base recipe (the study's own when not given), and what is changed in it.
+        budget: what each trial may spend; `BUDGET` when not given.
         planned: the further fields of `Plan`.
     """
     definition = load_definition(source)
+    check_changes(definition, changes, budget)
     text, pack = base_recipe(recipe or definition.recipe, changes)
     plan = Plan(
         study=Path(source).stem,
@@ -42,6 +47,7 @@ def prepare(source: str, recipe: str | None, changes: dict[str, Any], **planned:
         space=definition.described,
         recipe=text,
         pack=pack,
+        budget=budget or BUDGET,
         **planned,
     )
     with base_file(plan) as file:
@@ -123,7 +129,7 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
 
 def _each(study: optuna.Study, plan: Plan) -> str:
     """What every trial may spend, in words."""
-    chosen = any("model.max_flops" in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.live(study))
+    chosen = any(SPENT in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.live(study))
     return "the FLOPs that its point says" if chosen else plan.budget
 
 

@@ -83,6 +83,15 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--minimise", ""), "No trial records a figure ''"),
         (("rate.py", "--seed", "4294967296"), "`seed_everything` is 4294967296: choose a seed from 0"),
         (("rate.py", "--set", "trainer.accumulate_grad_batches=20", "--budget", "2e8flops"), "less than one step"),
+        (("rate.py", "--at-most", "k_hat=nan"), "--at-most needs a number, got 'nan'"),
+        (("rate.py", "--memory", "nan"), "argument --memory: 'nan' is not a number above 0"),
+        (("rate.py", "--memory", "-1"), "argument --memory: '-1' is not a number above 0"),
+        (("rate.py", "--set", "model.inference={rate: 1}"), "--set model.inference.rate would change nothing"),
+        (("rate.py", "--set", "trainer.max_steps=9"), "`trainer.max_steps` in every trial: leave it out, and see --b"),
+        (("rate.py", "--set", "seed_everything=9"), "--set seed_everything would change nothing"),
+        (("inference_steps", "--set", "model.decoder.width=9"), "`model.decoder.init_args.width` in every trial: le"),
+        (("scaling", "--budget", "1e9flops"), "The points of scaling say what they spend: leave --budget out."),
+        (("failing.py",), "fails at {'model.inference.rate': 0.05}: ValueError: odd; mend it."),
         (("rate.py", "--budget", "5"), "not an amount of training"),
         (("rate.py", "--budget", "10flops"), "less than one step"),
         (("rate.py", "--trials", "0"), "not a whole number of at least 1"),
@@ -95,6 +104,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
 def test_bad_input_is_refused_before_anything_is_written(refused, recipe, search, tmp_path, arguments, said):
     (tmp_path / "broken.py").write_text("space = {")
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "failing.py").write_text(f"{SPACE}def settings(parameters):\n    raise ValueError('odd')\n")
     (tmp_path / "odd.py").write_text(SPACE.replace("rate", "speed"))
     before = sorted(tmp_path.rglob("*"))
     assert said in refused(
