@@ -13,6 +13,7 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from ltm_pyro.contracts import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import Definition
@@ -88,7 +89,10 @@ class Worker:
         self._beat()  # first, since claiming declares silent trials dead
         before = len(self.jobs)
         while len(self.jobs) < self.workplace.workers and (claimed := self._claim()):
-            self.jobs.append(self._start(*claimed))
+            try:
+                self.jobs.append(self._start(*claimed))
+            except UsageError as error:  # of the study's own functions, at this point
+                trials.fail(*claimed, str(error))
         return len(self.jobs) > before
 
     def _claim(self) -> tuple[optuna.Study, optuna.Trial] | None:

@@ -110,6 +110,22 @@ def test_trials_die_alone_and_say_why(run, study_file):
     assert said["exits"] == ("fail", "ended without a result (exit code 3)")
 
 
+def test_a_point_for_which_there_are_no_settings_fails_alone(run, study_file):
+    text = """
+from optuna.distributions import FloatDistribution
+space = {"rate": FloatDistribution(0.1, 1.0)}
+first = {"rate": 0.2}
+def settings(parameters):
+    return {"model.inference.rate": {0.2: 0.2}[parameters["rate"]]}
+def objective(setting):
+    return {"bound": 1.0}
+"""
+    found = run(3, study_file(text))
+    assert [row["state"] for row in found["trials"]] == ["complete", "fail", "fail", "complete"]  # and a baseline
+    assert "`settings` of the study" in found["trials"][1]["reason"]
+    assert "KeyError" in found["trials"][1]["reason"]
+
+
 @pytest.fixture
 def url(tmp_path):
     return f"sqlite:///{tmp_path / 'studies.db'}"
