@@ -10,6 +10,7 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.charts import charts, embedded
 from ltm_pyro.studies.search.definition import Row, load_definition
+from ltm_pyro.studies.search.files import writing
 from ltm_pyro.studies.search.study import describe
 
 PAGE = """<!doctype html>
@@ -50,11 +51,12 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool) -> d
         pictures = charts(study, found["minimise"], trials.live(study))
     own, sentences = _own(study.user_attrs[trials.SOURCE], found["trials"])
     pictures = own | pictures
-    out.mkdir(parents=True, exist_ok=True)
-    for title, image in pictures.items():
-        (out / f"{title.replace(' ', '-')}.png").write_bytes(image)
-    _write_csv(found["trials"], out / "trials.csv")
-    (out / "report.html").write_text(_page(found, pictures, sentences), "utf-8")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for title, image in pictures.items():
+            (out / f"{title.replace(' ', '-')}.png").write_bytes(image)
+        _write_csv(found["trials"], out / "trials.csv")
+        (out / "report.html").write_text(_page(found, pictures, sentences), "utf-8")
     return {"report": str(out / "report.html"), "files": sorted(p.name for p in out.iterdir()), "findings": sentences}
 
 

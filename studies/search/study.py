@@ -16,6 +16,7 @@ from ltm_pyro.contracts import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition, load_definition
+from ltm_pyro.studies.search.files import writing
 from ltm_pyro.studies.search.objective import Values, configure
 from ltm_pyro.studies.search.plan import Plan, base_recipe, check, check_changes
 from ltm_pyro.studies.search.runner import Worker, Workplace
@@ -73,13 +74,15 @@ def run_study(
         repeats: how often the best setting is trained again, each time with another seed, beside the autoregressive
             baseline.
     """
+    trials.check_place(url, name, workplace.out)
     trials.make_folder(url)
     with trials.opened(url) as storage:
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
         study.set_user_attr(trials.SOURCE, definition.source)
-        workplace.out.mkdir(parents=True, exist_ok=True)
-        (workplace.out / BASE).write_text(plan.recipe, "utf-8")
+        with writing(workplace.out):
+            workplace.out.mkdir(parents=True, exist_ok=True)
+            (workplace.out / BASE).write_text(plan.recipe, "utf-8")
         trials.fill(study, trials.points(definition, total))
         again: list[Values] = [{"role": "repeat", "repeat": 1 + index} for index in range(repeats)]
         roles = [{"role": "baseline"}, *again] if definition.checks else []
@@ -208,9 +211,10 @@ def write_best(url: str, name: str | None, file: Path | None, number: int | None
     options = parse_budget(plan.budget).options | chosen.user_attrs[trials.SETTINGS] | place
     with base_file(plan) as base:
         text = dump_recipe(configure(str(base), options))
-    file.parent.mkdir(parents=True, exist_ok=True)
     title = f"# Trial {chosen.number} of the study '{name}': {plan.minimise[0]} {chosen.values[0]:.4f}."
-    file.write_text(f"{title}\n{text}", "utf-8")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{title}\n{text}", "utf-8")
     return _row(chosen) | {"recipe": str(file)}
 
 

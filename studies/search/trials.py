@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.pruners import HyperbandPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
@@ -26,6 +26,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.studies.search.definition import Definition
+from ltm_pyro.studies.search.files import check_folder
 from ltm_pyro.studies.search.objective import RUNGS, Values
 from ltm_pyro.studies.search.plan import Plan
 
@@ -57,9 +58,10 @@ def opened(url: str) -> Iterator[RDBStorage]:
                 f"The storage {shown(url)} cannot be used ({_first_line(error)}): give sqlite:///FILE, or "
                 f"postgresql+psycopg://USER@HOST/DATABASE with ltm-pyro[studies] installed."
             ) from None
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, StorageInternalError) as error:
+            cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
             raise UsageError(
-                f"The storage {shown(url)} does not answer ({_first_line(error)}): check the address and try again."
+                f"The storage {shown(url)} does not answer ({_first_line(cause)}): check the address and try again."
             ) from None
 
 
@@ -68,7 +70,7 @@ def shown(url: str) -> str:
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
@@ -291,6 +293,17 @@ def feasible(study: optuna.Study) -> list[FrozenTrial]:
 def best(study: optuna.Study) -> FrozenTrial | None:
     """The one of them with the lowest first objective."""
     return min(feasible(study), key=lambda t: t.values[0], default=None)
+
+
+def check_place(url: str, name: str, out: Path) -> None:
+    """Refuses a storage in memory, a companion's name, and folders that cannot be made; nothing is made yet."""
+    if name.endswith(CHECKS):
+        raise UsageError(f"'{name}' would be the checks of another study: choose another --study-name.")
+    if url in ("sqlite://", "sqlite:///", "sqlite:///:memory:"):
+        raise UsageError(f"The storage {url} is in memory, where no trial would be kept: give sqlite:///FILE.")
+    check_folder(out, "--out")
+    if url.startswith("sqlite:///"):
+        check_folder(Path(url.removeprefix("sqlite:///")).parent, "--storage")
 
 
 def make_folder(url: str) -> None:

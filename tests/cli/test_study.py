@@ -97,6 +97,11 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--trials", "0"), "not a whole number of at least 1"),
         (("rate.py", "--prune", "--minimise", "bound,flops"), "Pruning needs one objective"),
         (("rate.py", "--storage", "nonsense"), "cannot be used"),
+        (("rate.py", "--storage", "sqlite://"), "The storage sqlite:// is in memory, where no trial would be kept"),
+        (("rate.py", "--storage", "sqlite:///rate.py/s.db"), "for rate.py is not: choose another --storage"),
+        (("rate.py", "--storage", "sqlite:///rate.py", "--out", "."), "does not answer"),
+        (("rate.py", "--out", "rate.py"), "rate.py is no folder that can be written"),
+        (("rate.py", "--study-name", "a:checks"), "'a:checks' would be the checks of another study"),
         (("rate.py", "--storage", "oracles://there"), "cannot be used"),
         (("rate.py", "--storage", "postgresql://nobody@127.0.0.1:1/none"), "does not answer"),
     ],
@@ -139,11 +144,22 @@ def test_a_name_with_another_plan_and_a_name_that_is_not_there(refused, tmp_path
     with trials.opened(url) as storage:
         plan = Plan(study="rate", question="?", space={}, recipe="", budget="1s", at_most={})
         trials.open_study(storage, "rate", plan)
+        trials.open_study(storage, "rate" + trials.CHECKS, plan)
     run = ("study", "run", search, "--base-config", recipe, "--storage", url, *SMALL)
     assert "'rate' has another" in refused(*run)
     assert "choose another --study-name" in refused(*run)
     assert "no study 'other' in" in refused("study", "show", "--storage", url, "--study-name", "other")
     assert "No trial of 'rate' is complete" in refused("study", "best", "--storage", url)
+    with trials.opened(url) as storage:
+        study = trials.load_study(storage, "rate")
+        study.set_user_attr(trials.SOURCE, str(search))
+        trials.fill(study, [{}])
+        trial = trials.claim(study, lambda: trials.live(study), seed=0)
+        trial.set_user_attr(trials.SETTINGS, {})
+        trial.set_user_attr(trials.SEED, 0)
+        trials.finish(study, trial, {"bound": 1.0})
+    assert "Cannot write rate.py: " in refused("study", "report", "--storage", url, "--out", "rate.py", "--force")
+    assert "Cannot write rate.py/x.yaml: " in refused("study", "best", "--storage", url, "--out", "rate.py/x.yaml")
 
 
 def test_the_written_recipe_trains_the_trial_again(ltm, recipe, search, tmp_path):
