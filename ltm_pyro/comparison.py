@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +10,24 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
+from jsonargparse import Namespace
 
-from ltm_pyro.contracts import UsageError, seeded
-from ltm_pyro.data import load_text_or_pack, read_manifest
-from ltm_pyro.elbo import log_weights, missing_bound
-from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.local import fit
-from ltm_pyro.reliability import TRUSTED, pareto_k
-from ltm_pyro.runs import CHECKPOINT, METRICS, Run, beside, load_run
+from ltm_pyro.check import check_model
+from ltm_pyro.contracts import UsageError
+from ltm_pyro.data import read_manifest
+from ltm_pyro.elbo import missing_bound
+from ltm_pyro.evaluation import evaluate_run, k_hat
+from ltm_pyro.reliability import TRUSTED
+from ltm_pyro.runs import CHECKPOINT, METRICS, Run, beside, load_run, read_checkpoint
 from ltm_pyro.training.fitting import train
-from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.training.recipe import build_module, read_recipe, take_vocabulary
 
 RESULT, SETTINGS = "result.json", "compare.json"
 DRAWS, FITTED = 100, 32  # importance weights per sequence, and sequences, for k-hat
+OWN = (  # what every training sets
+    *("run", "force", "ckpt_path", "model.prior", "model.guide"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "model.max_flops"),
+)
 ALONE = ("GaussianPrior", "MeanField", ("--model.decoder.init_args.thoughts", "0"))  # the autoregressive twin
 
 
@@ -54,36 +58,80 @@ class Comparison:
         """(prior, guide, options), the autoregressive twin first."""
         return [ALONE, *((prior, guide, ()) for prior, guide in product(self.priors, self.guides))]
 
+    def check(self) -> None:
+        """Refuses, before the first is trained, a pair that could not be, and two of one name."""
+        for key in (option[2:].split("=")[0] for option in self.options):
+            if any(f"{key}.".startswith(f"{own}.") for own in OWN):
+                raise UsageError(f"--option {key} would change nothing, for every training sets it: leave it out.")
+        names = [_name(*pair) for pair in self.pairs()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"Two pairs are called {twice[0]}: name each prior and guide once.")
+        for prior, guide, options in self.pairs():
+            config = self._config(prior, guide, options)
+            take_vocabulary(config)
+            read_manifest(config.data.directory).split("val", config.data.directory)
+            module = build_module(config)
+            check_model(module.model, module.guide)
+
     def begin(self) -> None:
         """Notes what is compared; refuses a directory in which something else was."""
-        noted = {"config": Path(self.config).read_text("utf-8"), "minutes": self.minutes, "options": [*self.options]}
+        noted = {
+            "config": Path(self.config).read_text("utf-8"),
+            "pack": read_manifest(self._config(*ALONE).data.directory).digest,
+            **{name: getattr(self, name) for name in ("minutes", "samples", "limit")},
+            "options": [*self.options],
+        }
         path = self.out / SETTINGS
-        if path.exists() and json.loads(path.read_text("utf-8")) != noted:
-            raise UsageError(
-                f"{self.out} holds a comparison with another recipe, time or options: choose another --out."
-            )
-        self.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(noted), "utf-8")
+        try:
+            if path.exists() and json.loads(path.read_text("utf-8")) != noted:
+                raise UsageError(
+                    f"{self.out} holds a comparison with another recipe, data, time, samples, limit or options: choose "
+                    f"another --out."
+                )
+            self.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(noted), "utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.out} cannot hold a comparison ({error}): choose another --out.") from None
 
     def row(self, prior: str, guide: str, options: Sequence[str]) -> dict[str, Any]:
         """One pair's figures: read where they are, else measured after training, which goes on where it was."""
-        name = "autoregressive" if options else f"{_short(prior)}-{_short(guide)}"
+        name = _name(prior, guide, options)
         path = self.out / name
+        asked = {"prior": _full(prior, "models"), "guide": _full(guide, "guides")}
         if (path / RESULT).exists():
-            return json.loads((path / RESULT).read_text("utf-8"))
+            found: dict[str, Any] = json.loads((path / RESULT).read_text("utf-8"))
+            if found["asked"] != asked:
+                there = " with ".join(found["asked"].values())
+                raise UsageError(f"{path} holds the figures of {there}: choose another --out.")
+            return found
         self._train(path, prior, guide, options)
-        figures = {"name": name, "prior": _short(prior), "guide": _short(guide), **_measured(path, self)}
+        parts = {"name": name, "prior": _short(prior), "guide": _short(guide), "asked": asked}
+        figures = parts | {k: None if _odd(v) else v for k, v in _measured(path, self).items()}
         beside(path / RESULT).write_text(json.dumps(figures), "utf-8")
         beside(path / RESULT).replace(path / RESULT)
         return figures
 
     def _train(self, path: Path, prior: str, guide: str, options: Sequence[str]) -> None:
+        again = ("--ckpt_path", str(path / CHECKPOINT)) if (path / CHECKPOINT).exists() else ("--force",)
+        train(self._config(prior, guide, (*options, "--run", str(path), *again)))
+
+    def _config(self, prior: str, guide: str, options: Sequence[str]) -> Namespace:
+        """A pair's recipe; time is its only end."""
         hours, seconds = divmod(round(60 * self.minutes), 3600)
         budget = f"{hours // 24:02}:{hours % 24:02}:{seconds // 60:02}:{seconds % 60:02}"
-        again = ("--ckpt_path", str(path / CHECKPOINT)) if (path / CHECKPOINT).exists() else ("--force",)
+        ends = ("--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--model.max_flops=null")
         parts = ("--model.prior", _full(prior, "models"), "--model.guide", _full(guide, "guides"))
-        words = ("--config", self.config, *self.options, *parts, *options, "--run", str(path), *again)
-        train(read_recipe([*words, "--trainer.max_time", budget]))
+        words = ("--config", self.config, *self.options, *parts, *options)
+        return read_recipe([*words, *ends, "--trainer.max_time", budget])
+
+
+def _odd(value: Any) -> bool:
+    """Whether JSON has no such number."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _name(prior: str, guide: str, options: Sequence[str]) -> str:
+    return "autoregressive" if options else f"{_short(prior)}-{_short(guide)}"
 
 
 def _full(name: str, room: str) -> str:
@@ -98,7 +146,8 @@ def _measured(path: Path, comparison: Comparison) -> dict[str, Any]:
     run = load_run(path)
     reason = missing_bound(run.model, run.guide)
     wanted = ["prior"] if reason else ["bound", "iwae", "prior"]
-    scores = evaluate_run(run, protocols=wanted, samples=comparison.samples, limit=comparison.limit).protocols
+    found = evaluate_run(run, protocols=wanted, samples=comparison.samples, limit=comparison.limit)
+    scores, gain = found.protocols, found.thinking_gain
     nats = {name: score.nats_per_token for name, score in scores.items()}
     steps, seconds = _pace(path, run)
     return {
@@ -106,9 +155,12 @@ def _measured(path: Path, comparison: Comparison) -> dict[str, Any]:
         "iwae": nats.get("iwae"),
         "without_thinking": nats["prior"],
         "stderr": scores["bound" if "bound" in scores else "prior"].stderr_nats_per_token,
-        "thinking_gain": nats["prior"] - nats["bound"] if "bound" in nats else None,
+        "thinking_gain": gain and gain.nats_per_token,
+        "thinking_gain_stderr": gain and gain.stderr_nats_per_token,
         "kl": scores["bound"].kl_nats_per_token if "bound" in scores else None,
         **({"k_hat": None, "trusted": None} if reason else _k_hat(run)),
+        "sequences": found.sequences,
+        "tokens": found.tokens,
         "seconds_per_step": seconds,
         "steps": steps,
         "no_bound": reason,
@@ -118,23 +170,17 @@ def _measured(path: Path, comparison: Comparison) -> dict[str, Any]:
 def _pace(path: Path, run: Run) -> tuple[int, float]:
     with (path / METRICS).open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["train/tokens_per_second"]]
-    config = read_recipe(["--config", str(path / "config.yaml")])
-    tokens = config.data.batch_size * read_manifest(run.data).seq_len
     if not rows:
         raise UsageError(f"{path} has logged no step: give more --minutes, or log more often.")
+    config = read_recipe(["--config", str(path / "config.yaml")])
+    batches = config.data.batch_size * config.trainer.accumulate_grad_batches
     speed = statistics.median(float(row["train/tokens_per_second"]) for row in rows)
-    return int(rows[-1]["step"]) + 1, tokens / speed
+    return read_checkpoint(path)["global_step"], batches * read_manifest(run.data).seq_len / speed
 
 
 def _k_hat(run: Run) -> dict[str, float | None]:
     """The median of Pareto k-hat over some held-out sequences, and the share of them below 0.7."""
     if not run.model.decoder.thought_shape.thoughts:
         return {"k_hat": None, "trusted": None}
-    dataset = load_text_or_pack(run.data, run.tokenizer, run.length)
-    batch = next(iter(DataLoader(dataset, batch_size=FITTED, collate_fn=dataset.collate)))
-    with seeded(0), torch.no_grad():
-        batch = run.model.prepare(batch)
-        state, _ = fit(run.model, run.guide, batch, run.inference)
-        weights = [log_weights(run.model, run.guide, batch, state.parameters, DRAWS // 20) for _ in range(20)]
-        k_B = pareto_k(torch.cat(weights))
+    k_B = k_hat(run, FITTED, DRAWS)
     return {"k_hat": k_B.median().item(), "trusted": (k_B < TRUSTED).double().mean().item()}

@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ltm_pyro.contracts import UsageError, seeded
 from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.manifest import is_pack
-from ltm_pyro.protocols import DEFAULT, Evaluation, evaluate
+from ltm_pyro.elbo import log_weights
+from ltm_pyro.protocols import DEFAULT, Evaluation, evaluate, pose
+from ltm_pyro.reliability import pareto_k
 from ltm_pyro.runs import Run
 
 BATCH = 32  # sequences fitted together
+TOGETHER = 8  # draws of all of them that are held in memory at once
 
 
 def evaluate_run(
@@ -61,6 +66,17 @@ def _estimate(model: Any, samples: int) -> None:
             value, error = part.estimate_normaliser(samples)
             text = f"log normaliser of {type(part).__name__}: {value:.4f} ± {error:.4f} nats per sequence, estimated"
             Console(stderr=True).print(text)
+
+
+def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
+    """Pareto k-hat of the first held-out ``sequences`` (B), each from so many draws after q is final: shape (B,)."""
+    dataset = held_out(run)
+    batch = dataset.collate([dataset[i] for i in range(min(sequences, len(dataset)))]).to(run.device)
+    problem = pose(run.model, run.guide, batch, run.inference, draws, (seed,))
+    sizes = [min(TOGETHER, draws - done) for done in range(0, draws, TOGETHER)]
+    with seeded(seed), torch.no_grad():
+        parts = [log_weights(run.model, run.guide, problem.batch, problem.state.parameters, n) for n in sizes]
+    return pareto_k(torch.cat(parts))
 
 
 def held_out(run: Run) -> PackedDataset:

@@ -9,10 +9,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.arguments import at_least, positive
 from ltm_pyro.contracts import UsageError
 
-COLUMNS = ("bound", "iwae", "without_thinking", "thinking_gain", "kl", "k_hat", "seconds_per_step")
+COLUMNS = {  # figure to head, and the figure that is its standard error
+    "bound": ("bound", "stderr"),
+    "iwae": ("iwae", None),
+    "thinking_gain": ("thinking\ngain", "thinking_gain_stderr"),
+    "kl": ("kl", None),
+    "k_hat": ("k-hat", None),
+    "seconds_per_step": ("s/step", None),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--priors", default="GaussianPrior", metavar="A,B,…", help="names, dotted paths or file.py:Name"
     )
     parser.add_argument("--guides", default="MeanField", metavar="A,B,…", help="the same for guides")
-    parser.add_argument("--minutes", type=float, default=2.0, metavar="X", help="of training for each pair")
+    parser.add_argument("--minutes", type=positive, default=2.0, metavar="X", help="of training for each pair")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="where the runs go")
     parser.add_argument(
         "--samples", type=at_least(1), default=16, metavar="S", help="draws per sequence for the bounds"
@@ -36,26 +43,30 @@ def run(args: argparse.Namespace) -> int:
     """Trains, scores, and prints one table; returns 0. The same command goes on after an interruption."""
     from ltm_pyro.comparison import Comparison  # here, so that --help need not wait for Lightning
 
-    if not args.minutes > 0:
-        raise UsageError(f"--minutes is {args.minutes}: give each pair some time, such as 2.")
+    if round(60 * args.minutes) < 1:
+        raise UsageError(f"--minutes is {args.minutes}: give each pair a second at least, such as 2 minutes.")
     if not Path(args.config).is_file():
         raise UsageError(f"There is no recipe {args.config}: give a YAML file.")
     comparison = Comparison(
         config=args.config,
-        priors=args.priors.split(","),
-        guides=args.guides.split(","),
+        priors=[name.strip() for name in args.priors.split(",")],
+        guides=[name.strip() for name in args.guides.split(",")],
         minutes=args.minutes,
         out=args.out,
         samples=args.samples,
         limit=args.limit,
         options=[f"--{option}" for option in args.option],
     )
+    comparison.check()
     comparison.begin()
     pairs, rows, console = comparison.pairs(), [], Console(stderr=True)
     for index, (prior, guide, options) in enumerate(pairs):
         title = "autoregressive twin" if options else f"{prior} with {guide}"
         console.print(f"{index + 1} of {len(pairs)}: {title}, {args.minutes:g} minutes", soft_wrap=True)
-        rows.append(comparison.row(prior, guide, options))
+        try:
+            rows.append(comparison.row(prior, guide, options))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on where it stopped.") from None
     if args.json:
         print(json.dumps({"minutes": args.minutes, "out": str(args.out), "rows": rows}))
     else:
@@ -64,12 +75,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(rows: list[dict[str, Any]], minutes: float) -> Table:
-    title = f"nats per held-out token after {minutes:g} minutes each"
-    table = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for column in COLUMNS:
-        table.add_column(f" {column.replace('_', ' ')}", justify="right")
+    title = (
+        f"nats per held-out token ± s.e. after {minutes:g} minutes each; {rows[0]['sequences']:,} sequences, "
+        f"{rows[0]['tokens']:,} tokens"
+    )
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("prior", overflow="fold")
+    table.add_column("guide", overflow="fold")
+    for head, _ in COLUMNS.values():
+        table.add_column(head, justify="right")
     for row in rows:
-        table.add_row(row["name"], *("-" if row[c] is None else f"{row[c]:.3f}" for c in COLUMNS))
-    for row in (row for row in rows if row["no_bound"]):
-        table.caption = f"{table.caption or ''}{row['name']}: no bound, for {row['no_bound']}. "
+        pair = ("autoregressive", "") if row["name"] == "autoregressive" else (row["prior"], row["guide"])
+        table.add_row(*pair, *(_cell(row, figure, error) for figure, (_, error) in COLUMNS.items()))
+    table.caption = "\n".join(
+        f"{row['name']}: no bound, for {row['no_bound']}; {row['without_thinking']:.3f} without thinking."
+        for row in rows
+        if row["no_bound"]
+    )
     return table
+
+
+def _cell(row: dict[str, Any], figure: str, error: str | None) -> str:
+    if row[figure] is None:
+        return "-"
+    spread = row[error] if error else None
+    return f"{row[figure]:.3f}" + (f"\n±{spread:.3f}" if spread is not None else "")

@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from ltm_pyro.data import PackedDataset, read_manifest
+from ltm_pyro.data import read_manifest
 from ltm_pyro.data.dataset import open_pack
-from ltm_pyro.elbo import log_weights
-from ltm_pyro.evaluation import evaluate_run
+from ltm_pyro.evaluation import evaluate_run, k_hat
 from ltm_pyro.flops import ours
-from ltm_pyro.local import fit
-from ltm_pyro.reliability import pareto_k
 from ltm_pyro.runs import Run, load_run, read_checkpoint
 from ltm_pyro.studies.search.budget import Budget
 from ltm_pyro.training.fitting import train
@@ -47,7 +44,7 @@ class Setting:
         parameters: the study's own parameters behind the options.
         run: where the run is written.
         samples, limit: S draws per sequence after q is final, and how many held-out sequences are scored.
-        k_hat: whether Pareto k-hat is recorded; it costs 256 draws for each of 8 sequences.
+        k_hat: whether the median Pareto k-hat is recorded; it costs 256 draws for each of 8 sequences.
         pruned: whether the bound is reported at `RUNGS`.
         tick, report: called with the progress, and with a rung and the bound there.
     """
@@ -112,7 +109,7 @@ def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
         "prior": prior.nats_per_token,
         "thinking_gain": prior.nats_per_token - bound.nats_per_token,
     }
-    return figures | ({"k_hat": k_hat(run)} if setting.k_hat else {})
+    return figures | ({"k_hat": k_hat(run, K_HAT_SEQUENCES, K_HAT_DRAWS).median().item()} if setting.k_hat else {})
 
 
 def costs(run: Run, path: Path, tokens: int) -> Figures:
@@ -140,17 +137,6 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def k_hat(run: Run) -> float:
-    """The median Pareto k-hat of the first held-out sequences: above 0.7, q misses mass that the bound would need."""
-    dataset = PackedDataset.open(run.data, "val")
-    batch = dataset.collate([dataset[i] for i in range(min(K_HAT_SEQUENCES, len(dataset)))])
-    with torch.no_grad():
-        batch = run.model.prepare(batch)
-        state, _ = fit(run.model, run.guide, batch, run.inference)
-        weights = [log_weights(run.model, run.guide, batch, state.parameters, 8) for _ in range(K_HAT_DRAWS // 8)]
-    return pareto_k(torch.cat(weights)).median().item()
 
 
 def _judge(config: Namespace, setting: Setting) -> Callable[[LTMModule], float]:

@@ -91,7 +91,9 @@ def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
         )
     take_vocabulary(config)
     config.run = "runs/ltm"
-    return dump_recipe(config), read_manifest(config.data.directory).digest
+    manifest = read_manifest(config.data.directory)
+    manifest.split("val", config.data.directory)  # every trial is scored on it
+    return dump_recipe(config), manifest.digest
 
 
 def check_changes(definition: Definition, changes: Values, budget: str | None) -> None:

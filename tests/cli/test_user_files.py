@@ -139,5 +139,41 @@ def test_compare_puts_pairs_side_by_side_and_goes_on_where_it_was(recipe, ltm, r
     assert code == 0, err
     assert {row["name"]: row for row in json.loads(out)["rows"]}["GaussianPrior-Point"] == rows["GaussianPrior-Point"]
     assert "choose another --out" in refused(*words, *more[2:], "--minutes", 1)
-    assert "There is no recipe nowhere.yaml" in refused("compare", "--config", "nowhere.yaml")
-    assert "--minutes is 0" in refused("compare", "--config", recipe, "--minutes", 0)
+    assert "choose another --out" in refused(*words, *more[2:], "--minutes", 0.02, "--samples", 3)
+    code, out, _ = ltm(*words, *more[:-1])
+    assert max(map(len, out.splitlines())) <= 80
+    text = " ".join(out.split())
+    assert "4 sequences, 64 tokens" in text
+    assert "GaussianPrior Point" in text
+    assert f"no bound, for Point has no density; {rows['GaussianPrior-Point']['without_thinking']:.3f} without" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--config", "nowhere.yaml"), "There is no recipe nowhere.yaml"),
+        (("--minutes", 0), "'0' is not a number above 0"),
+        (("--minutes", "inf"), "'inf' is not a number above 0"),
+        (("--minutes", 0.001), "--minutes is 0.001: give each pair a second at least"),
+        (("--guides", "MeanField,MeanFeild"), "ltm_pyro.guides.MeanFeild"),
+        (("--priors", "GaussianPrior,nowhere.py:Mine"), "The file nowhere.py is missing"),
+        (("--priors", "GaussianPrior,ltm_pyro.models.GaussianPrior"), "Two pairs are called GaussianPrior-MeanField"),
+        (("--option", "data.directory=nowhere"), "nowhere is not a packed corpus"),
+        (("--option", "data.directory=whole", "--option", "trainer.limit_val_batches=0"), "has no split 'val'"),
+        (("--option", "trainer.max_steps=3"), "--option trainer.max_steps would change nothing"),
+    ],
+)
+def test_compare_refuses_before_it_trains(recipe, corpus, ltm, refused, elsewhere, options, said):
+    words = ("--tokenizer", "bpe:280", "--seq-len", 16, "--val-fraction", 0)
+    assert ltm("data", "pack", corpus, "--out", "whole", *words)[0] == 0
+    before = sorted(elsewhere.rglob("*"))
+    assert said in refused("compare", "--config", recipe, *options)
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_a_comparison_has_no_figure_that_json_lacks(recipe, ltm, elsewhere):
+    code, out, err = ltm("compare", "--config", recipe, "--minutes", 0.02, "--samples", 2, "--limit", 1, "--json")
+    assert code == 0, err
+    rows = json.loads(out, parse_constant=pytest.fail)["rows"]
+    assert [row["stderr"] for row in rows] == [None, None]  # one sequence has none
+    assert min(row["steps"] for row in rows) > 3  # the recipe's own end: time is the only one here
