@@ -7,6 +7,7 @@ baseline and the repeats of the best setting are waiting trials too, in a compan
 
 import math
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -35,6 +36,8 @@ FIGURES, SETTINGS, SEED = "figures", "settings", "seed"
 CHECKS = ":checks"  # ends the name of a study's companion
 HEARTBEAT, GRACE = 10, 40  # seconds between signs of life, and without one until a worker counts as dead
 RETRIES = 3
+MADE_TWICE = "already exists|no such table|UNIQUE constraint failed|duplicate key"  # what SQLite and PostgreSQL say
+ATTEMPTS, PAUSE = 5, 0.5  # to open a storage that another worker is making; seconds in between
 STARTUP = 5  # trials drawn at random before the sampler looks back
 
 
@@ -77,13 +80,21 @@ def _first_line(error: BaseException) -> str:
 def _open(url: str) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sqlite = url.startswith("sqlite")
-    storage = RDBStorage(
-        url,
-        engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
-        heartbeat_interval=HEARTBEAT,
-        grace_period=GRACE,
-        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-    )
+    options = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
+    for attempt in range(ATTEMPTS):
+        try:
+            storage = RDBStorage(
+                url,
+                engine_kwargs=options,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+            )
+            break
+        except (SQLAlchemyError, StorageInternalError) as error:  # another makes the tables at this moment
+            if attempt == ATTEMPTS - 1 or not re.search(MADE_TWICE, f"{error} {error.__cause__}"):
+                raise
+            time.sleep(PAUSE)
     if sqlite:
         _lock_before_reading(storage.engine)
     return storage

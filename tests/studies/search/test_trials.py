@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -177,6 +179,14 @@ def test_a_surplus_of_two_machines_that_fill_at_once_is_never_claimed(study):
     study.enqueue_trial({})
     claimed = [claim(study) for _ in range(4)]
     assert [t and t.number for t in claimed] == [0, 1, 2, None]
+
+
+def test_a_storage_is_made_by_several_at_once(tmp_path):
+    code = "import sys; from ltm_pyro.studies.search import trials\nwith trials.opened(sys.argv[1]): pass"
+    words = [sys.executable, "-P", "-c", code]
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    workers = [subprocess.Popen([*words, url], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [worker.communicate()[1] for worker in workers] == [""] * 3
 
 
 def test_a_trial_is_claimed_by_one_of_many(study, url, monkeypatch):
