@@ -52,8 +52,8 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Listens to signals; a step that has begun is finished before they end it."""
-        self._step = self._saved = trainer.global_step
-        self._flops = module.flops.clone()
+        self._saved = trainer.global_step
+        self._whole(trainer, module)
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -66,24 +66,34 @@ class Checkpoints(Callback):
         """Ends a training that was told to end: here, where the last step's figures are logged already."""
         if self._stopping:
             raise KeyboardInterrupt
-        self._flops = module.flops.clone()
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """From here to the end of the batch the weights may be half updated."""
         self._updating = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
         """Saves at every so many steps, and when a signal has come to any rank."""
         self._updating = False
         if trainer.global_step == self._step:  # gradients are still accumulated
             return
-        self._step = trainer.global_step
+        self._whole(trainer, module)
         self._stopping = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
         if self._stopping or self._step % self._saving.every == 0:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Saves the result."""
+        """Saves the result as if it were no end, so that more steps may follow.
+
+        Lightning would skip the rest of an epoch that the end cuts, and the whole epoch behind one that is over.
+        """
+        self._rewind(trainer, module)
+        loop: Any = trainer.fit_loop
+        batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
+        if batches.current.processed < loop.max_batches:
+            for count in (epochs.total, epochs.current):
+                count.processed = count.completed = count.started - 1
+        else:
+            batches.reset_on_run()
         self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
@@ -93,11 +103,22 @@ class Checkpoints(Callback):
         """
         half = self._updating and not isinstance(exception, UsageError)
         if self._step and not half and trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt):
-            module.flops.copy_(self._flops)
-            progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-            for count in (progress.total, progress.current):  # the step that failed has not begun
-                count.ready = count.started = count.processed
+            self._rewind(trainer, module)
             self._save(trainer)
+
+    def _whole(self, trainer: Any, module: Any) -> None:
+        """Notes where the last whole step ended."""
+        self._step, self._flops = trainer.global_step, module.flops.clone()
+        self._batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _rewind(self, trainer: Any, module: Any) -> None:
+        """Goes back there: of a step that failed, or that time ended amid its batches, nothing has begun."""
+        module.flops.copy_(self._flops)
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        begun = progress.total.processed - self._batches
+        for count in (progress.total, progress.current):
+            count.ready = count.started = count.processed = count.processed - begun
+            count.completed = min(count.completed, count.processed)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Gives the signals back."""

@@ -1,6 +1,7 @@
 """The Lightning module: the fast loop inside `training_step`, the slow step Lightning's. No mathematics here."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -95,8 +96,9 @@ class LTMModule(pl.LightningModule):
         done = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else [0.0]
         done.append(self._time_used if trainer.world_size > 1 else self._clock())
         if (trainer.max_epochs or 0) > 0:
-            batches = trainer.max_epochs * trainer.num_training_batches
-            done.append(trainer.global_step * trainer.accumulate_grad_batches / batches)
+            batches = trainer.num_training_batches  # infinite before they are counted
+            steps = math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else batches
+            done.append(trainer.global_step / (trainer.max_epochs * steps))
         if self.max_flops:
             done.append(self.flops.item() / self.max_flops)
         return min(max(done), 1.0)
@@ -230,9 +232,11 @@ class LTMModule(pl.LightningModule):
         warnings.warn(f"{problem}: the batch is skipped.", stacklevel=2)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
-        """Ends training at ``max_flops``."""
-        if self.max_flops and self.progress >= 1:
-            self.trainer.should_stop = True
+        """Ends training at ``max_flops``, once the step is whole."""
+        trainer: Any = self.trainer
+        whole = (index + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if self.max_flops and whole and self.progress >= 1:
+            trainer.should_stop = True
 
     def on_validation_start(self) -> None:
         """The bound is of the whole model, also while it trains without thoughts."""

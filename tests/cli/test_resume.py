@@ -25,7 +25,7 @@ def options(slow_gradient, workers, **changes):
     given = {
         "model.inference.slow_gradient": slow_gradient,
         "data.workers": workers,
-        "data.batch_size": 60,
+        "data.batch_size": 150,
         "trainer.max_steps": STEPS,
         "trainer.val_check_interval": 5,
         "checkpoints.every": 3,
@@ -51,12 +51,17 @@ def same(first, second):
 
 
 @pytest.mark.parametrize(
-    ("slow_gradient", "workers", "steps"),
-    [("last", 2, (9,)), ("trajectory", 0, (6,)), pytest.param("last", 0, (3, 6, 9, 12), marks=pytest.mark.slow)],
+    ("slow_gradient", "workers", "batches", "steps"),
+    [
+        ("last", 2, 1, (9,)),
+        ("trajectory", 0, 1, (6,)),
+        ("last", 0, 3, (9,)),  # of seven batches an epoch
+        pytest.param("last", 0, 1, (3, 6, 9, 12), marks=pytest.mark.slow),
+    ],
 )
-def test_every_checkpoint_leads_to_the_same_end(recipe, ltm, tmp_path, slow_gradient, workers, steps):
-    run = tmp_path / "run"
-    assert ltm("fit", "--config", recipe, "--run", run, *options(slow_gradient, workers))[0] == 0
+def test_every_checkpoint_leads_to_the_same_end(recipe, ltm, tmp_path, slow_gradient, workers, batches, steps):
+    run, given = tmp_path / "run", options(slow_gradient, workers, **{"trainer.accumulate_grad_batches": batches})
+    assert ltm("fit", "--config", recipe, "--run", run, *given)[0] == 0
     whole, final = curve(run), weights(run)
     older = sorted((run / "checkpoints").glob("step-*.ckpt"))
     assert [path.name for path in older] == [f"step-{step:09d}.ckpt" for step in (3, 6, 9, 12)]
@@ -85,8 +90,10 @@ def test_last_is_the_runs_own_checkpoint_if_there_is_one(recipe, ltm, refused, t
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
-def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkeypatch):
-    run, few = tmp_path / "run", options("last", 0, **{"trainer.max_steps": 6})
+@pytest.mark.parametrize(("batches", "step"), [(1, 4), (3, 1)])
+def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkeypatch, batches, step):
+    few = options("last", 0, **{"trainer.max_steps": 6, "trainer.accumulate_grad_batches": batches})
+    run = tmp_path / "run"
     assert ltm("fit", "--config", recipe, "--run", tmp_path / "whole", *few)[0] == 0
     original, calls = module.learn, []
 
@@ -100,7 +107,7 @@ def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkey
     with pytest.raises(MemoryError):
         ltm("fit", "--config", recipe, "--run", run, *few)
     monkeypatch.undo()
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
     code, _, err = ltm("fit", "--config", run / "config.yaml", "--ckpt_path", "last")
     assert code == 0, err
     assert curve(run) == curve(tmp_path / "whole")
@@ -127,11 +134,37 @@ def test_a_finished_run_has_no_step_for_another_directory(recipe, run, ltm, tmp_
     assert f"{tmp_path / 'other'} holds no checkpoint, for at step 3" in err.splitlines()[-1]
 
 
-def test_no_time_is_no_step(recipe, ltm, tmp_path):
-    limits = ("--trainer.max_time", "00:00:00:00", "--trainer.max_steps", -1)
-    code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path / "none", *limits)
-    assert code == 2
-    assert "holds no checkpoint, for at step 0" in err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("budget", "steps"), [({"max_epochs": 2}, 6), ({"max_epochs": 2, "max_flops": 1e15}, 6), ({"max_flops": 1}, 1)]
+)
+def test_budgets_end_with_whole_steps(recipe, ltm, tmp_path, budget, steps):
+    given = {("model." if name == "max_flops" else "trainer.") + name: value for name, value in budget.items()}
+    of_three = {"trainer.max_steps": -1, "trainer.accumulate_grad_batches": 3, "trainer.limit_val_batches": 0}
+    code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path, *options("last", 0, **of_three, **given))
+    assert code == 0, err
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert [int(row[0]) for row in rows[1:]] == list(range(steps))
+
+
+@pytest.mark.parametrize(("batches", "end"), [(1, 4), (1, 7), (1, 9), (3, 3), (3, 5), (3, 7)])
+def test_a_training_that_has_ended_goes_on_where_it_ended(recipe, ltm, tmp_path, monkeypatch, batches, end):
+    """As if ``max_time`` were up: in an epoch or behind it; what a step has read before it is whole comes again."""
+    given = {"trainer.max_steps": 12, "trainer.accumulate_grad_batches": batches, "trainer.limit_val_batches": 0}
+    few, seen = options("last", 0, **given), []
+    assert ltm("fit", "--config", recipe, "--run", tmp_path / "whole", *few)[0] == 0
+
+    def count(self, outputs, batch, index):
+        seen.append(index)
+        self.trainer.should_stop = len(seen) == end
+
+    monkeypatch.setattr(module.LTMModule, "on_train_batch_end", count)
+    assert ltm("fit", "--config", recipe, "--run", tmp_path / "run", *few)[0] == 0
+    assert len(seen) == end
+    monkeypatch.undo()
+    code, _, err = ltm("fit", "--config", tmp_path / "run" / "config.yaml", "--ckpt_path", "last")
+    assert code == 0, err
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
 def killed(command, run, after, number):
