@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from typing import Any
 
 from ltm_pyro.contracts import Start, UsageError
@@ -33,12 +34,17 @@ class SlowRate:
 
     def arguments(self, name: str) -> dict[str, Any]:
         """The optimiser's arguments for a parameter."""
-        rate = self.prior_rate if self.prior_rate and name.startswith("prior.") else self.rate
+        rate = self.prior_rate if self.prior_rate is not None and name.startswith("prior.") else self.rate
         return {"lr": rate, **decay(self.weight_decay)(name)}
 
     def __post_init__(self) -> None:
-        if not (self.rate > 0 and (self.prior_rate or 1) > 0 and 0 <= self.warmup < 1 and 0 <= self.floor <= 1):
-            raise UsageError(f"`slow` needs rate > 0, warmup in [0, 1) and floor in [0, 1], got {self}.")
+        rates = (self.rate, self.rate if self.prior_rate is None else self.prior_rate)
+        factors = (*self.betas, self.warmup)
+        finite = all(0 < x < inf for x in rates) and 0 <= self.weight_decay < inf
+        if not (finite and all(0 <= x < 1 for x in factors) and 0 <= self.floor <= 1):
+            raise UsageError(
+                f"`slow` needs rate > 0, weight_decay ≥ 0, warmup and betas in [0, 1) and floor in [0, 1], got {self}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

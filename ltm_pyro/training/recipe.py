@@ -1,11 +1,13 @@
 """Recipes: a YAML file and command-line options become module, data and Lightning trainer."""
 
 import logging
+import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from yaml import YAMLError
 
@@ -78,7 +80,7 @@ def complaint(message: str) -> str:
     """jsonargparse's message in one sentence: the key, its value, and what was expected there."""
     message = " ".join(message.split())
     found = re.fullmatch(
-        r'(?:Parser key "(?P<key>[^"]*)": )?(?P<problem>.*?)(?:\.? Got value: (?P<value>.*))?', message
+        r'(?:Parser key "(?P<key>[^"]*)": )?(?P<problem>.*?)(?:\.? (?:Got|Given) value: (?P<value>.*))?', message
     )
     key, problem, value = found.group("key", "problem", "value") if found else (None, message, None)
     problem = problem.rsplit(" expects a function or a callable class: ", 1)[-1]
@@ -91,14 +93,23 @@ def complaint(message: str) -> str:
 def check_budget(config: Namespace) -> None:
     """Refuses a training without a step, or without an end: neither schedules nor user would know how far it is."""
     trainer = config.trainer
-    budgets = (trainer.max_steps > 0, trainer.max_time, (trainer.max_epochs or 0) > 0, config.model.max_flops)
-    if not any(budgets):
+    budgets = {
+        "trainer.max_steps": (trainer.max_steps, (None, -1)),  # -1 is Lightning's word for no limit
+        "trainer.max_epochs": (trainer.max_epochs, (None, -1)),
+        "model.max_flops": (config.model.max_flops, (None,)),
+    }
+    given = {name: value for name, (value, unlimited) in budgets.items() if value not in unlimited}
+    for name, value in given.items():
+        if not 0 < value < math.inf:
+            raise UsageError(f"`{name}` is {value}, no budget to train for: give a number above 0, or leave it out.")
+    if not given and trainer.max_time is None:
         raise UsageError(
             "The training has no end: set `trainer.max_time` (DD:HH:MM:SS), `trainer.max_steps`, `trainer.max_epochs` "
             "or `model.max_flops` to more than 0."
         )
-    if trainer.limit_train_batches == 0:
-        raise UsageError("`trainer.limit_train_batches` is 0, so that there is no step to take: leave it out.")
+    for name in ("limit_train_batches", "accumulate_grad_batches"):
+        if (value := trainer[name]) is not None and not value > 0:
+            raise UsageError(f"`trainer.{name}` is {value}, so that there is no step to take: leave it out.")
 
 
 def check_seed(config: Namespace) -> None:
@@ -162,6 +173,8 @@ def _check_trainer(settings: dict[str, Any]) -> None:
             f"`trainer.overfit_batches` is {settings['overfit_batches']}, which would replace the order that our data "
             f"are read in: leave it out, and pack a few texts to overfit them."
         )
+    if not (settings["gradient_clip_val"] or 0) >= 0:
+        raise UsageError(f"`trainer.gradient_clip_val` is {settings['gradient_clip_val']}: give 0 or more.")
     if settings["val_check_interval"] == 0:
         raise UsageError("`trainer.val_check_interval` is 0: set `trainer.limit_val_batches` to 0 for no validation.")
     if str(settings["precision"] or "32-true") not in PRECISIONS:
@@ -174,7 +187,7 @@ def _check_trainer(settings: dict[str, Any]) -> None:
 def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
     _check_trainer(settings)
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **settings,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -184,8 +197,12 @@ def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
             inference_mode=False,  # validation fits q, which needs gradients
             num_sanity_val_steps=0,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, TypeError) as error:
         raise UsageError(refused(error)) from None
+    times = [timer.time_remaining() for timer in cast(Any, trainer).callbacks if isinstance(timer, Timer)]
+    if any(left is not None and left <= 0 for left in times):
+        raise UsageError(f"`trainer.max_time` is {settings['max_time']}, no time to train in: give a second at least.")
+    return trainer
 
 
 def refused(error: Exception) -> str:
