@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError, seeded
 from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.manifest import is_pack

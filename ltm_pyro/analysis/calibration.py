@@ -14,7 +14,6 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from pyro import poutine
-from rich.console import Console
 from rich.progress import track
 from scipy import stats
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from ltm_pyro.analysis.draws import Sites, describe, draw, evenly
 from ltm_pyro.analysis.infer import MISSING, written
 from ltm_pyro.analysis.storage import read_tree, stamp, write_tree
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import Batch, Guide, Model, UsageError, make_batch, seeded
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.local import fit

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.analysis.reference import Chains, sample
 from ltm_pyro.analysis.storage import stamp
 from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, batch_of, pieces
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import Batch, Guide, Model, UsageError, seeded
 from ltm_pyro.elbo import missing_bound
 from ltm_pyro.inference import LocalInference

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.axes import Axes
-from rich.console import Console
 from rich.progress import track
 
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.probes import neighbours
 from ltm_pyro.analysis.sections import SECTIONS, Material, card, sections
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.reliability import TRUSTED
 

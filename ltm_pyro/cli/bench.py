@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -5,8 +5,9 @@ import json
 from importlib import import_module
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from ltm_pyro.console import Console
 
 STUDY = "ltm_pyro.studies.check_inference"  # by dotted path: the command line imports no model and no guide
 

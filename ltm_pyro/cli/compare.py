@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import at_least, positive
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 
 COLUMNS = {  # figure to head, and the figure that is its standard error

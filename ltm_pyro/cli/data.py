@@ -4,11 +4,11 @@ import argparse
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.console import Console
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import pack
 

@@ -3,13 +3,13 @@
 import argparse
 import json
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from ltm_pyro.cli.arguments import at_least
 from ltm_pyro.cli.data import counts, summary
+from ltm_pyro.console import Console
 from ltm_pyro.data.describe import Description, describe
 from ltm_pyro.data.manifest import read_manifest
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(_histogram(found))
     for sample in found.samples:
         title = f"sequence {sample['id']}: {', '.join(sample['documents'])}"
-        console.print(Panel(Text(sample["text"]), title=title, title_align="left"))
+        console.print(Panel(Text(sample["text"]), title=Text(title), title_align="left"))
     return 0
 
 

@@ -3,9 +3,9 @@
 import argparse
 import json
 
-from rich.console import Console
 from rich.progress import track
 
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.data.shards import damage

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.protocols import DEFAULT, PROTOCOLS, Evaluation, check_protocols
 

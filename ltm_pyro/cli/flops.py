@@ -4,9 +4,9 @@ import argparse
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 
 

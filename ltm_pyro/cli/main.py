@@ -3,6 +3,7 @@
 import sys
 import warnings
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from ltm_pyro.allocator import keep_freed_memory
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     from ltm_pyro.contracts import UsageError  # brings torch, for which `ltm --help` need not wait
 
     keep_freed_memory()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no UTF-8, and a terminal know fewer letters
     warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
     try:
         sys.exit(_call(name, rest))

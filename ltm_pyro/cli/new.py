@@ -5,8 +5,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from rich.console import Console
-
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 
 TEMPLATES = files("ltm_pyro") / "templates"  # KIND.txt and KIND_test.txt; MyName and my_name stand for the user's

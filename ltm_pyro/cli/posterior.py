@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 
 if TYPE_CHECKING:

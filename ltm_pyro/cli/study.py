@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import at_least, positive
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 
 SEARCH = "ltm_pyro.studies.search"  # by dotted path: the command line imports no study

@@ -6,6 +6,7 @@ What is written survives an interruption: the same command goes on from the last
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ def staged(out: str | Path, force: bool, settings: dict[str, Any]) -> Iterator[S
 def _folder(out: Path) -> Path:
     """In the nearest existing folder above ``out``: on the same file system, so that the move is one rename."""
     home = next(parent for parent in out.parents if parent.exists())
-    return home / f".{out.name}.{hashlib.sha256(str(out).encode()).hexdigest()[:8]}.partial"
+    return home / f".{out.name}.{hashlib.sha256(os.fsencode(out)).hexdigest()[:8]}.partial"
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.runs import WEIGHTS, beside, checkpoint_path, is_export, load_run
 from ltm_pyro.suites import generation, gsm8k, multilingual, reconstruction, zero_shot
@@ -92,7 +91,7 @@ def evaluate_suites(
         for column, trained in runs.items():
             if book.has(name, part, column):
                 continue
-            console.print(f"[{index} of {len(plan)}] {name}, {part.name}: {column}", markup=False, highlight=False)
+            console.print(f"[{index} of {len(plan)}] {name}, {part.name}: {column}", highlight=False)
             book.keep(name, part, column, part.figures(trained))
     return book.content
 
@@ -157,7 +156,7 @@ class _Book:
 
     def _write(self, name: str, text: str) -> None:
         file = self.out / name
-        beside(file).write_text(text, "utf-8")
+        beside(file).write_text(text, "utf-8", "backslashreplace")  # a path may be no UTF-8
         beside(file).replace(file)
 
 

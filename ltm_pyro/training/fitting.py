@@ -9,10 +9,10 @@ from typing import Any, cast
 from jsonargparse import Namespace
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
-from rich.console import Console
 from tokenizers import Tokenizer
 
 from ltm_pyro.check import check_model
+from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.data.tokenizer import tokenizer_hash

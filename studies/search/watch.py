@@ -5,9 +5,9 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ltm_pyro.console import Console
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.trials import REASON, best, live, plan_of
 

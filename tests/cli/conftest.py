@@ -3,7 +3,7 @@
 import json
 import random
 import sys
-from io import StringIO
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
@@ -48,14 +48,20 @@ RECIPE = {
 def call(*arguments):
     """Exit code, standard output and standard error of ``ltm`` with ``arguments``."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = out, err = StringIO(), StringIO()
+    out, err = (TextIOWrapper(BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
+    sys.stdout, sys.stderr = out, err
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as end:
-        return end.code, out.getvalue(), err.getvalue()
+        return end.code, *(_written(stream) for stream in (out, err))
     finally:
         sys.stdout, sys.stderr = streams
     raise AssertionError("ltm did not exit")
+
+
+def _written(stream):
+    stream.flush()
+    return stream.buffer.getvalue().decode()
 
 
 @pytest.fixture(autouse=True)
