@@ -219,6 +219,7 @@ def evaluate(
         block: tokens of one block of ``causal``.
     """
     check_protocols(protocols, samples)
+    protocols = [*dict.fromkeys(protocols)]
     missing = unavailable(model, guide, protocols)
     protocols = [name for name in protocols if name not in missing]
     charged: dict[str, list[Totals]] = {name: [] for name in protocols}

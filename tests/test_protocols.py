@@ -115,6 +115,7 @@ def test_figures_do_not_depend_on_company(tiny_model, tiny_batch):
     together = evaluate(model, guide, batches, inference, samples=4)
     alone = evaluate(model, guide, batches, inference, ["iwae"], samples=4)
     assert together.protocols["iwae"] == alone.protocols["iwae"]
+    assert evaluate(model, guide, batches, inference, ["iwae", "iwae"], samples=4) == alone
     assert together == evaluate(model, guide, batches, inference, samples=4)
 
 

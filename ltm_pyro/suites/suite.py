@@ -42,8 +42,8 @@ class Options:
 
     def found(self, name: str, *patterns: str) -> str | None:
         """The place given for a data set, or what in ``directory`` fits the first pattern that anything fits."""
-        if self.sources and name in self.sources:
-            return self.sources[name]
+        if self.sources and (name in self.sources or self.directory is None):
+            return self.sources.get(name)
         matches = (path for pattern in patterns for path in sorted(self.folder.rglob(pattern)))
         return next((str(path) for path in matches), None)
 
@@ -82,4 +82,5 @@ class Suite(NamedTuple):
 
 def none_found(suite: str, expected: str, options: Options) -> UsageError:
     """No data: which files the suite looks for."""
-    return UsageError(f"{options.directory} has no data for the suite {suite}: it looks for {expected}.")
+    place = options.directory or f"--source {', '.join(options.sources or ())}"
+    return UsageError(f"{place} has no data for the suite {suite}: it looks for {expected}.")
