@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ltm_pyro.contracts import Guide, UsageError
-from ltm_pyro.data import end_of_text
+from ltm_pyro.data import end_of_text, load_tokenizer
 from ltm_pyro.inference import LocalInference
 from ltm_pyro.training.recipe import build_module, parse_recipe
 
@@ -93,7 +92,7 @@ def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], 
     return Run(
         model=module.model,
         guide=module.guide,
-        tokenizer=Tokenizer.from_str(tokenizer),
+        tokenizer=load_tokenizer(f"{source}: its {TOKENIZER}", tokenizer.encode()),
         inference=replace(module.evaluation, cuda_graph=False),  # that too, and it may be loaded onto a CPU
         data=config.data.directory,
         length=config.model.decoder.init_args.length,
@@ -105,13 +104,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     file = checkpoint_path(path)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+    except Exception:  # a file that is cut or changed leads the unpickler to any
         raise UsageError(
             f"{file} is not a checkpoint that can be loaded safely: give one that `ltm fit` wrote."
         ) from None
     if not isinstance(checkpoint, dict) or "ltm_pyro" not in checkpoint:
         raise UsageError(f"{file} was not written by `ltm fit`: it holds no recipe; give one that was.")
+    if not _is_whole(checkpoint):
+        raise UsageError(f"{file} is damaged, for recipe, tokenizer or weights are missing: give one that is whole.")
     return checkpoint
+
+
+def _is_whole(checkpoint: dict[Any, Any]) -> bool:
+    texts, weights = checkpoint["ltm_pyro"], checkpoint.get("state_dict")
+    if not isinstance(texts, dict) or not isinstance(weights, dict):
+        return False
+    said = all(isinstance(texts.get(name), str) for name in ("recipe", "tokenizer"))
+    return said and all(isinstance(weight, torch.Tensor) for weight in weights.values())
 
 
 def checkpoint_path(path: str | Path) -> Path:

@@ -15,7 +15,7 @@ from ltm_pyro.check import check_model
 from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import open_pack
-from ltm_pyro.data.tokenizer import tokenizer_hash
+from ltm_pyro.data.tokenizer import load_tokenizer, tokenizer_hash
 from ltm_pyro.runs import (
     CHECKPOINT,
     METRICS,
@@ -67,7 +67,7 @@ def train(config: Namespace, onlookers: Sequence[Any] = ()) -> Path:
     callbacks = [Progress(), *onlookers, Checkpoints(run / CHECKPOINT, recipe, text, saving)]
     module, data, trainer = build(config, callbacks=callbacks, logger=[log])
     if resumed:
-        data.check(content.get("PackedData", {}), trainer.world_size)
+        data.check(content.get("PackedData") or {}, trainer.world_size)
         load_weights(module, content["state_dict"], resumed)
     elif config.warm_start:
         add_thoughts(module, content["state_dict"], config.warm_start)
@@ -93,8 +93,11 @@ def _resumed(config: Namespace) -> Path | None:
 
 def _content(checkpoint: str | Path | None, tokenizer: Tokenizer) -> dict[str, Any]:
     """A checkpoint; refuses one that has learned another vocabulary than the data's."""
-    content = read_checkpoint(checkpoint) if checkpoint else {}
-    if content and tokenizer_hash(Tokenizer.from_str(content["ltm_pyro"]["tokenizer"])) != tokenizer_hash(tokenizer):
+    if not checkpoint:
+        return {}
+    content = read_checkpoint(checkpoint)
+    learned = load_tokenizer(f"{checkpoint}: its {TOKENIZER}", content["ltm_pyro"]["tokenizer"].encode())
+    if tokenizer_hash(learned) != tokenizer_hash(tokenizer):
         raise UsageError(
             f"The checkpoint {checkpoint} was trained with another tokenizer than the data's: pack the data again "
             f"with --tokenizer and the run's {TOKENIZER}."

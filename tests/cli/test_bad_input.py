@@ -19,6 +19,7 @@ CONTENT = {  # file -> what is in it
     "unknown.yaml": b"model: {decodr: 1}\n",
     "text.ckpt": b"hello",
     "empty.ckpt": b"",
+    "cut.ckpt": b"\x80\x02.",  # as far as the unpickler is concerned
 }
 
 
@@ -73,6 +74,7 @@ def test_text_that_cannot_be_packed(here, refused, arguments, words):
         (["pickled.ckpt"], ("pickled.ckpt", "loaded safely")),
         (["text.ckpt"], ("text.ckpt", "loaded safely")),
         (["empty.ckpt"], ("empty.ckpt", "loaded safely")),
+        (["cut.ckpt"], ("cut.ckpt", "loaded safely")),
         (["RUN", "--protocols", "bound,truth"], ("'truth'", "bound, iwae")),
         (["RUN", "--protocols", ""], ("''", "bound, iwae")),
         (["RUN", "--samples", "0"], ("--samples", "'0'", "at least 1")),
@@ -214,6 +216,32 @@ def test_a_checkpoint_of_another_architecture(here, run, recipe, refused):
     message = refused("fit", "--config", recipe, "--run", "run", "--ckpt_path", run, *larger)
     assert "another architecture" in message
     assert "absent" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ltm_pyro": None},
+        {"ltm_pyro": {"recipe": "{}"}},
+        {"ltm_pyro": {"recipe": "{}", "tokenizer": 1}},
+        {"state_dict": None},
+        {"state_dict": {"flops": 1}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_which_a_part_is_missing(run, recipe, refused, tmp_path, change):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save(content | change, tmp_path / "x.ckpt")
+    for command in (("evaluate",), ("fit", "--config", recipe, "--run", tmp_path / "run", "--ckpt_path")):
+        assert "x.ckpt is damaged, for recipe, tokenizer or weights are" in refused(*command, tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_whose_tokenizer_is_none(run, recipe, refused, tmp_path):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    content["ltm_pyro"]["tokenizer"] = "{}"
+    torch.save(content, tmp_path / "x.ckpt")
+    for command in (("evaluate",), ("fit", "--config", recipe, "--run", tmp_path / "run", "--ckpt_path")):
+        assert "x.ckpt: its tokenizer.json is not" in refused(*command, tmp_path / "x.ckpt")
 
 
 def test_another_vocabulary_and_longer_sequences(here, corpus, run, recipe, ltm, refused):

@@ -40,6 +40,12 @@ def test_text_is_packed_on_the_fly(run, ltm, tmp_path):
     assert found["bytes"] == len(text)
 
 
+def test_a_text_that_spells_a_special_token_loses_no_byte(run, ltm, tmp_path):
+    text = "every document ends with <|endoftext|>, it says"
+    (tmp_path / "text.txt").write_text(text)
+    assert json.loads(ltm("evaluate", run, "--data", tmp_path / "text.txt", "--json")[1])["bytes"] == len(text)
+
+
 def test_one_sequence_has_no_standard_error(run, ltm):
     found = json.loads(ltm("evaluate", run, "--limit", 1, "--protocols", "bound", "--json")[1])
     assert list(found["protocols"]) == ["bound"]
