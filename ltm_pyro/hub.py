@@ -1,6 +1,7 @@
 """A trained model to share: weights as safetensors, recipe, tokenizer, and a card that says what the figures mean."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,20 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.contiguous() for name, weight in checkpoint["state_dict"].items()}
-        data = torch_file.save(weights, metadata={"format": "pt"})  # its save_file makes a file that only we may read
-        beside(folder / WEIGHTS).write_bytes(data)
-        beside(folder / WEIGHTS).replace(folder / WEIGHTS)
-        (folder / RECIPE).write_text(texts["recipe"], "utf-8")
-        (folder / TOKENIZER).write_text(texts["tokenizer"], "utf-8")
-        (folder / CARD).write_text(card(loaded, figures or {}), "utf-8")
+        files = {
+            RECIPE: texts["recipe"].encode(),
+            TOKENIZER: texts["tokenizer"].encode(),
+            CARD: card(loaded, figures or {}).encode(),
+            WEIGHTS: torch_file.save(weights, metadata={"format": "pt"}),  # its save_file's only we may read
+        }
+        for name, content in files.items():
+            beside(folder / name).write_bytes(content)
+        for name in files:
+            beside(folder / name).replace(folder / name)
     except OSError as error:
+        with suppress(OSError):
+            for name in (RECIPE, TOKENIZER, CARD, WEIGHTS):
+                beside(folder / name).unlink(missing_ok=True)
         raise UsageError(f"Cannot write {folder}: {error.strerror}; make room there or choose another --out.") from None
     return folder
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -85,6 +86,20 @@ def test_an_existing_folder_is_not_replaced(run, ltm, exported, refused):
     assert ltm("export", run, "--out", exported, "--force")[0] == 0
     assert (exported / "notes.txt").read_text() == "mine"
     shutil.rmtree(exported)
+
+
+def test_an_export_that_fails_changes_nothing(run, exported, refused, monkeypatch):
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    original = Path.write_bytes
+
+    def full(path, content):
+        if path.name.startswith("model"):
+            raise OSError(28, "No space left on device")
+        return original(path, b"new" + content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "No space left" in refused("export", run, "--out", exported, "--force")
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
 
 
 def test_a_folder_that_is_no_export_is_left_alone(run, refused, tmp_path):
