@@ -72,8 +72,9 @@ class PackedData(pl.LightningDataModule):
             raise UsageError(f"all shards of {self.directory} are damaged: {problems[0]}")
         if problems:
             lost, first = sum(dataset.shards[number].sequences for number in problems), next(iter(problems.values()))
+            names = ", ".join(dataset.shards[number].file for number in problems)
             count = f"{len(problems)} of {len(dataset.shards)} shards skipped, {lost} of {len(dataset)} sequences"
-            warnings.warn(f"{count}: {first}", stacklevel=2)
+            warnings.warn(f"{count} ({names}): {first}", stacklevel=2)
         return problems
 
     def train_dataloader(self) -> DataLoader[Any]:

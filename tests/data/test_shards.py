@@ -117,10 +117,13 @@ def test_damage_found_by_a_worker_is_one_sentence(copy, loader):
 
 def test_damaged_shards_are_skipped_and_counted_on_demand(copy, loader):
     (copy / "train-000001.tar").unlink()
+    flip(copy / "train-000002.tar", 900)
     whole = read_manifest(copy).splits["train"]
-    with pytest.warns(UserWarning, match=r"1 of \d+ shards skipped, 20 of \d+ sequences: cannot read .*000001"):
+    with pytest.warns(
+        UserWarning, match=r"2 of \d+ shards skipped, 40 of \d+ sequences \(\S+1.tar, \S+2.tar\): .*1.tar"
+    ):
         ids = [i for batch in loader(copy, on_damage="skip") for i in batch.ids_B.tolist()]
-    assert sorted(ids) == [*range(20), *range(40, whole.sequences)]
+    assert sorted(ids) == [*range(20), *range(60, whole.sequences)]
     for path in copy.glob("train-*.tar"):
         path.unlink()
     with pytest.raises(UsageError, match="all shards of"):
