@@ -98,7 +98,7 @@ def _suites(args: argparse.Namespace) -> int:
 
     options = Options(
         directory=args.suite_dir,
-        sources=dict(map(_source, args.source)),
+        sources=_sources(args.source),
         limit=args.limit,
         samples=args.samples,
         fast_steps=args.fast_steps,
@@ -115,11 +115,20 @@ def _suites(args: argparse.Namespace) -> int:
     return 0
 
 
-def _source(text: str) -> tuple[str, str]:
-    name, found, place = text.partition("=")
-    if not (name and found and place):
-        raise UsageError(f"--source {text} is not NAME=PLACE: write for example ptb=/data/ptb.test.txt.")
-    return name, place
+def _sources(given: list[str]) -> dict[str, str]:
+    from ltm_pyro.suites.table import SOURCES
+
+    sources: dict[str, str] = {}
+    for text in given:
+        name, found, place = text.partition("=")
+        if not (name and found and place):
+            raise UsageError(f"--source {text} is not NAME=PLACE: write for example ptb=/data/ptb.test.txt.")
+        if name not in SOURCES:
+            raise UsageError(f"--source {text} names no data set of the suites: choose from {', '.join(SOURCES)}.")
+        if name in sources:
+            raise UsageError(f"--source {name} is given twice, as {sources[name]} and {place}: leave one out.")
+        sources[name] = place
+    return sources
 
 
 def _table(evaluation: Evaluation, title: str) -> Table:

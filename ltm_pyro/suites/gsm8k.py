@@ -52,6 +52,7 @@ def _problem(line: str, where: str) -> Problem:
     try:
         record = json.loads(line)
         problem = Problem(record["question"], record["answer"])
+        "".join(problem).encode()  # both are text, of whole characters
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{where} is not an object with "question" and "answer" ({error}): mend the line.') from None
     if result(problem.answer) is None:

@@ -62,6 +62,7 @@ SUITES = {
         ),
     ),
 }
+SOURCES = (*zero_shot.DATA, "multilingual", "gsm8k")  # data sets that may be elsewhere
 RESULTS, REPORT, PICTURE = "results.json", "report.md", "reconstruction.png"
 
 
@@ -82,7 +83,7 @@ def evaluate_suites(
     for name in names:
         if name not in SUITES:
             raise UsageError(f"Unknown suite '{name}': choose from {', '.join(SUITES)}.")
-    plan = [(name, part) for name in names for part in SUITES[name].parts(options)]
+    plan = [(name, part) for name in dict.fromkeys(names) for part in SUITES[name].parts(options)]
     paths = {"model": run, **({"baseline": baseline} if baseline else {})}
     runs = {column: load_run(path, device) for column, path in paths.items()}
     book = _Book(out, _settings(paths, options), force)
@@ -228,4 +229,5 @@ def draw(parts: dict[str, Any], file: Path) -> None:
     axes.set(xlabel="layers 1 … l hear their thoughts", ylabel="token accuracy", title="Progressive reconstruction")
     axes.set_xticks(range(len(curve)))
     axes.legend()
-    figure.savefig(file, dpi=150)
+    figure.savefig(beside(file), dpi=150, format="png")
+    beside(file).replace(file)

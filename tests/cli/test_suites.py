@@ -126,6 +126,8 @@ def test_a_run_without_a_bound_says_so(run, recipe, ltm, data, tmp_path):
         (("--suite", "gsm8k", "--suite-dir", "."), ("gsm8k*.jsonl",)),
         (("--suite", "multilingual", "--suite-dir", "."), ("multilingual",)),
         (("--suite", "zero-shot", "--source", "ptb"), ("NAME=PLACE",)),
+        (("--suite", "zero-shot", "--source", "pbt=x.txt"), ("--source pbt=x.txt", "ptb, wikitext-2")),
+        (("--suite", "zero-shot", "--source", "ptb=x", "--source", "ptb=y"), ("ptb is given twice", "x and y")),
         (("--suite", "gsm8k", "--source", "ptb=x.txt"), ("--source ptb has no data", "gsm8k*.jsonl")),
         (("--suite", "reconstruction", "--data", "x.txt"), ("--data",)),
         (("--suite", "reconstruction", "--normaliser", 9, "--block", 8), ("--block, --normaliser",)),

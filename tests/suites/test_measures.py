@@ -165,7 +165,14 @@ def test_wilson():
 
 @pytest.mark.parametrize(
     ("line", "word"),
-    [("{", "line 2"), ('{"question": "q"}', "'answer'"), ('{"question": "q", "answer": "x"}', "number")],
+    [
+        ("{", "line 2"),
+        ('{"question": "q"}', "'answer'"),
+        ('{"question": "q", "answer": "x"}', "number"),
+        ('{"question": "q", "answer": 4}', "expected str instance, int found"),
+        ('{"question": ["q"], "answer": "4"}', "expected str instance, list found"),
+        (r'{"question": "\ud800", "answer": "4"}', "surrogates not allowed"),
+    ],
 )
 def test_a_line_that_is_no_problem(tmp_path, line, word):
     file = tmp_path / "gsm8k.jsonl"
