@@ -99,7 +99,8 @@ def open_pack(place: str | Path) -> tuple[Manifest, Tokenizer]:
     """Manifest and tokenizer of a pack; `UsageError` where they do not belong together."""
     manifest = read_manifest(place)
     tokenizer = load_tokenizer(f"{place}/{TOKENIZER}", read(place, TOKENIZER))
-    if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+    known = (manifest.tokenizer_hash, manifest.vocabulary)
+    if (tokenizer_hash(tokenizer), vocabulary_size(tokenizer)) != known:
         raise UsageError(f"{place}/{TOKENIZER} is not the tokenizer of its manifest; pack the text again.")
     return manifest, tokenizer
 

@@ -94,7 +94,9 @@ def read_manifest(place: str | Path) -> Manifest:
         raw = json.loads(read(place, MANIFEST))
         _check_format(raw["format"], path)
         splits = {name: _split(split) for name, split in raw.pop("splits").items()}
-        return Manifest(**raw, splits=splits)
+        manifest = Manifest(**raw, splits=splits)
+        _check_counts(manifest)
+        return manifest
     except UsageError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -106,6 +108,15 @@ def _check_format(found: int, path: str) -> None:
         raise UsageError(f"{path} has format {found}, newer than the {FORMAT} of this version: update ltm_pyro.")
     if found < FORMAT:
         raise UsageError(f"{path} has format {found}, and this version reads {FORMAT}; pack the text again.")
+
+
+def _check_counts(manifest: Manifest) -> None:
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    counts = (manifest.seq_len, manifest.vocabulary, *(x for s in shards for x in (s.size, s.sequences, s.tokens)))
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ValueError("a count is no whole number above 0")
+    if not all(split.shards and split == Split.of(split.documents, split.shards) for split in manifest.splits.values()):
+        raise ValueError("a split's counts are not its shards'")
 
 
 def _split(raw: dict[str, Any]) -> Split:

@@ -7,6 +7,7 @@ openers and decoders, which run commands and unpickle, are never called.
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,15 @@ def _content(place: str | Path, shard: Shard, cache: Path | None) -> bytes:
     if cache is None:
         return read(place, shard.file)
     kept = cache / shard.sha256
-    if not kept.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        new = kept.with_suffix(f".{id(shard)}.new")  # other processes may fetch the same
-        new.write_bytes(read(place, shard.file))
-        new.replace(kept)
-    return kept.read_bytes()
+    try:
+        if not kept.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            new = kept.with_suffix(f".{os.getpid()}.new")  # other processes may fetch the same
+            new.write_bytes(read(place, shard.file))
+            new.replace(kept)
+        return kept.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot keep shards in {cache}: {error.strerror}; choose another data.cache.") from error
 
 
 def _encode(block: Rows) -> dict[str, Any]:

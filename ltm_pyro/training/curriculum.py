@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 from ltm_pyro.contracts import Start, UsageError
@@ -68,6 +68,9 @@ class Curriculum:
     flops_per_token: Points | None = None
 
     def __post_init__(self) -> None:
+        for name, points in asdict(self).items():
+            if not all(isfinite(number) for point in points or () for number in point):
+                raise UsageError(f"`curriculum.{name}` is {points}: give finite numbers.")
         if self.steps and self.flops_per_token:
             raise UsageError("`curriculum` has both steps and flops_per_token, which each decide T_fast: give one.")
 

@@ -121,6 +121,7 @@ def check_seed(config: Namespace) -> None:
 def take_vocabulary(config: Namespace) -> None:
     """Fills in the data's vocabulary; refuses a recipe that says another, rows too long, and data without a split."""
     manifest = read_manifest(config.data.directory)
+    manifest.split("train", config.data.directory)
     vocabulary, length = config.model.vocabulary, config.model.decoder.init_args.get("length")
     if vocabulary not in (None, manifest.vocabulary):
         raise UsageError(

@@ -1,6 +1,8 @@
 """What a user can get wrong: one sentence with the value and the way out, exit code 2, nothing lost, nothing left."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +169,7 @@ def test_recipes_that_cannot_be_read(here, refused, arguments, words):
         ("model.prior", "nowhere.Prior", ("model.prior", "nowhere")),
         ("model.inference.schedule", "linear", ("model.inference.schedule = linear", "'cosine'")),
         ("model.slow.warmup", "1", ("warmup=1.0",)),
+        ("model.curriculum.steps", "[[0,.nan]]", ("`curriculum.steps` is", "nan", "finite")),
         ("model.slow.betas", "[0.9,1]", ("betas in [0, 1)", "betas=(0.9, 1.0)")),
         ("model.slow.rate", ".inf", ("rate > 0", "rate=inf")),
         ("model.slow.prior_rate", "0", ("rate > 0", "prior_rate=0.0")),
@@ -274,6 +277,15 @@ def test_data_that_holds_nothing_out(here, corpus, recipe, ltm, refused):
     message = refused("fit", "--config", recipe, "--run", "run", "--data.directory", "train")
     assert "--val-fraction" in message
     shutil.rmtree("train")
+
+
+def test_data_without_a_training_split(here, packed, recipe, refused):
+    shutil.copytree(packed, "val")
+    raw = json.loads(Path("val/manifest.json").read_text())
+    del raw["splits"]["train"]
+    Path("val/manifest.json").write_text(json.dumps(raw))
+    assert "no split 'train'" in refused("fit", "--config", recipe, "--run", "run", "--data.directory", "val")
+    shutil.rmtree("val")
 
 
 @pytest.mark.parametrize("arguments", [["evalute"], ["data", "unpack"], ["data", "unpack", "x"], ["Fit"]], ids=str)

@@ -138,6 +138,32 @@ def test_counts_are_checked_at_the_end(copy, count):
         list(read_shard(copy, wrong))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seq_len": 0}, "a count is no whole number above 0"),
+        ({"vocabulary": 99}, "tokenizer.json is not the tokenizer of its manifest"),
+        ({"splits": {"train": {"sequences": 9}}}, "a split's counts are not its shards'"),
+        ({"splits": {"train": {"shards": []}}}, "a split's counts are not its shards'"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_contradicts_itself_is_refused(copy, change, words):
+    def contradict(raw):
+        raw["splits"]["train"].update(change.get("splits", {}).get("train", {}))
+        raw.update({name: value for name, value in change.items() if name != "splits"})
+
+    rewrite(copy, contradict)
+    with pytest.raises(UsageError, match=words):
+        PackedDataset.open(copy)
+
+
+def test_a_cache_that_is_no_folder_is_refused(copy, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match=r"cannot keep shards in \S+/file: .* choose another data.cache"):
+        PackedDataset.open(copy, "val", tmp_path / "file")[0]
+
+
 @pytest.mark.parametrize("name", ["pipe:cat x", "../train-000000.tar", "/etc/passwd"])
 def test_shards_outside_the_pack_are_refused(copy, name):
     rewrite(copy, lambda raw: raw["splits"]["train"]["shards"][0].update(file=name))
