@@ -69,7 +69,7 @@ def from_pretrained(folder: str | Path) -> Run:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} has no {name}: give a folder that `ltm export` wrote, whole.")
     try:
-        weights = extra(*SAFETENSORS).load((folder / WEIGHTS).read_bytes())  # its load_file takes no path but UTF-8
+        weights = extra(*SAFETENSORS).load_file(folder / WEIGHTS)
         recipe, tokenizer = ((folder / name).read_text("utf-8") for name in (RECIPE, TOKENIZER))
     except Exception as error:  # safetensors raises its own, which is no ValueError
         raise UsageError(f"{folder} cannot be read ({error}): export the run again.") from None
