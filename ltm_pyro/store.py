@@ -25,6 +25,8 @@ class LocalStore:
     """
 
     def __init__(self, sequences: int, directory: Path | None = None) -> None:
+        if directory and directory.exists() and not directory.is_dir():
+            raise UsageError(f"{directory} is a file, and local parameters need a folder: choose another keep_local.")
         self.sequences, self.directory = sequences, directory
         self._arrays: dict[str, np.ndarray] = {}
 

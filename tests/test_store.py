@@ -48,6 +48,8 @@ def test_files_of_other_data_are_refused(problem, tmp_path):
     LocalStore(5, tmp_path).keep(torch.tensor([0, 1, 2]), fresh)
     with pytest.raises(UsageError, match=r"has shape \(5,\).*need \(6,\)"):
         LocalStore(6, tmp_path).recall(torch.tensor([0, 1, 2]), fresh)
+    with pytest.raises(UsageError, match="is a file, and local parameters need a folder"):
+        LocalStore(5, next(tmp_path.iterdir()))
 
 
 def test_a_state_that_is_not_finite_is_not_kept(problem):
