@@ -12,7 +12,7 @@ import yaml
 
 from ltm_pyro.contracts import UsageError
 
-IN_FILE = re.compile(r"(?P<file>[^\s:]+\.py):(?P<name>\w+)")  # some/folder/my_prior.py:SpikeAndSlab
+IN_FILE = re.compile(r"(?P<file>[^:]+\.py):(?P<name>\w+)")  # some/folder/my_prior.py:SpikeAndSlab
 PLACES = [Path(x).resolve() for x in (*getsitepackages(), get_paths()["stdlib"])]  # what is installed has its name
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import re
+import shlex
 from importlib.resources import files
+from importlib.util import find_spec
+from keyword import iskeyword
 from pathlib import Path
 
-from ltm_pyro.console import Console
 from ltm_pyro.contracts import UsageError
 
 TEMPLATES = files("ltm_pyro") / "templates"  # KIND.txt and KIND_test.txt; MyName and my_name stand for the user's
@@ -27,20 +29,31 @@ def run(args: argparse.Namespace) -> int:
     """Writes both files; returns 0."""
     module = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", args.name).lower()
     title = "".join(part[:1].upper() + part[1:] for part in args.name.split("_"))
-    if not title.isidentifier():
-        raise UsageError(f"{args.name!r} is no name in Python: give one such as SpikeAndSlab.")
-    written = {args.out / f"{module}.py": f"{args.kind}.txt", args.out / f"test_{module}.py": f"{args.kind}_test.txt"}
-    for path in written:
-        if path.exists():
-            raise UsageError(f"{path} exists already: choose another NAME or --out.")
+    templates = {name: (TEMPLATES / f"{name}.txt").read_text("utf-8") for name in (args.kind, f"{args.kind}_test")}
+    _check_name(args.name, module, title, "".join(templates.values()))
+    path, test = written = (args.out / f"{module}.py", args.out / f"test_{module}.py")
+    for file in written:
+        if file.exists():
+            raise UsageError(f"{file} exists already: choose another NAME or --out.")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        for path, template in written.items():
-            text = (TEMPLATES / template).read_text("utf-8")
-            path.write_text(text.replace("MyName", title).replace("my_name", module), "utf-8")
+        for file, text in zip(written, templates.values(), strict=True):
+            file.write_text(text.replace("MyName", title).replace("my_name", module), "utf-8")
     except OSError as error:
         raise UsageError(f"Cannot write into {args.out}: {error.strerror}; choose another --out.") from None
-    path, test = written
-    use = f"study run {path}" if args.kind == "study" else f"fit … --model.{args.kind} {path}:{title}"
-    Console(soft_wrap=True).print(f"Written: {path} and {test}. Try it: pytest {test}; then ltm {use}")
+    use = ["study", "run", path] if args.kind == "study" else ["fit", "…", f"--model.{args.kind}", f"{path}:{title}"]
+    steps = (("python", "-m", "pytest", test), ("ltm", *use))
+    tried, used = (" ".join(word if word == "…" else shlex.quote(str(word)) for word in step) for step in steps)
+    print(f"Written: {path} and {test}. Try it: {tried}; then {used}")
     return 0
+
+
+def _check_name(name: str, module: str, title: str, templates: str) -> None:
+    """Refuses a name of which no file, no module or no class can be made."""
+    if not name.isidentifier() or name.startswith("_") or iskeyword(module) or iskeyword(title):
+        raise UsageError(f"{name!r} is no name for a file and a class in Python: give one such as SpikeAndSlab.")
+    if re.search(rf"\b{title}\b", templates.replace("MyName", "")) or module.startswith(("test_", "conftest")):
+        raise UsageError(f"{name!r} is a name that the new files or pytest use themselves: choose another NAME.")
+    found = find_spec(module)
+    if found and found.origin:
+        raise UsageError(f"{name!r} would hide the module {module} ({found.origin}): choose another NAME.")

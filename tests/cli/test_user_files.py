@@ -67,16 +67,45 @@ def test_a_faulty_prior_is_refused_before_anything_is_written(elsewhere, recipe,
     )
 
 
+WRONG_NAMES = {
+    **dict.fromkeys(("my-prior", "class", "1prior", "none", "", "_x", "sub/mine", "mine.py"), "no name for a file"),
+    **dict.fromkeys(("json", "Torch", "ltm_pyro"), "would hide the module"),
+    **dict.fromkeys(("TestMine", "conftest"), "choose another NAME"),
+}
+
+
+@pytest.mark.parametrize("kind", ["prior", "guide", "study"])
+@pytest.mark.parametrize("name", WRONG_NAMES)
+def test_a_name_of_which_no_module_can_be_made_is_refused(kind, name, refused, tmp_path):
+    assert WRONG_NAMES[name] in refused("new", kind, name, "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["prior", "guide", "study"])
+def test_what_is_written_anew_keeps_the_style_whatever_it_is_called(kind, ltm, tmp_path):
+    folder = tmp_path / "my models"
+    for name in ("aaa", "definition", "Zz", "MyName"):
+        code, out, err = ltm("new", kind, name, "--out", folder)
+        assert code == 0, err
+    assert f"python -m pytest '{folder}/test_my_name.py'" in out
+    assert subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=folder, capture_output=True).returncode == 0
+    config = ("--config", ROOT / "pyproject.toml")
+    tests = ("--per-file-ignores", "test_*.py:ANN", "--per-file-ignores", "test_*.py:D")
+    for words in (("check", *config, *tests), ("format", "--check", *config)):
+        done = subprocess.run([sys.executable, "-m", "ruff", *words], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("kind", ["prior", "guide"])
 def test_what_is_written_anew_passes_its_test(kind, tmp_path, ltm, refused, recipe):
-    code, out, err = ltm("new", kind, "SpikeAndSlab2", "--out", tmp_path / "mine")
+    code, out, err = ltm("new", kind, "SpikeAndSlab2", "--out", tmp_path / "my own")
     assert code == 0, err
-    file, test = tmp_path / "mine" / "spike_and_slab2.py", tmp_path / "mine" / "test_spike_and_slab2.py"
+    file, test = tmp_path / "my own" / "spike_and_slab2.py", tmp_path / "my own" / "test_spike_and_slab2.py"
     assert str(test) in out
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=file.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "exists already" in refused("new", kind, "SpikeAndSlab2", "--out", tmp_path / "mine")
-    assert "no name in Python" in refused("new", kind, "2 x", "--out", tmp_path)
+    assert "exists already" in refused("new", kind, "SpikeAndSlab2", "--out", file.parent)
+    assert "the new files or pytest use themselves" in refused("new", kind, "Decoder", "--out", tmp_path)
     place = (f"--model.{kind}", f"{file}:SpikeAndSlab2", f"--model.{kind}.scale", 0.5)
     assert ltm("fit", "--config", recipe, "--run", tmp_path / "run", *QUICK, *place)[0] == 0
 
