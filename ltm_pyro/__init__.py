@@ -4,6 +4,7 @@ What is random in the world is in `ltm_pyro.models`, what we believe after seein
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ltm_pyro.text.scoring import Scoring, score, score_continuations
     from ltm_pyro.text.streaming import TextStreamer
     from ltm_pyro.text.thoughts import Thinking
+
+    __version__: str
 
 __all__ = [
     "Batch",
@@ -77,6 +80,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:  # so that `ltm --help` and `import ltm_pyro` need not wait for torch and Lightning
+    if name == "__version__":
+        return version("ltm-pyro")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"ltm_pyro.{home}"), name)

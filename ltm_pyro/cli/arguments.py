@@ -17,6 +17,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; `{self.prog} --help` lists the options.")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """The default behind every option that has one and does not speak of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default, said = action.default, action.help or ""
+        if default is None or default is False or default in ([], "") or "default" in said:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def at_least(low: int) -> Callable[[str], int]:
     """The type of a whole number, ``low`` or more."""
 

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from importlib import import_module
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -32,10 +33,16 @@ COMMANDS = {  # name -> module and the line of help
     "study best": ("ltm_pyro.cli.study", "write the recommended setting as a recipe for `ltm fit`"),
 }
 
+PACKAGES = {"ltm_pyro": "ltm-pyro", "torch": "torch", "pyro": "pyro-ppl"}  # module -> distribution
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 2 the user can mend it, 130 interrupted."""
-    name, rest = _split(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--version"]:
+        print(", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items()))
+        sys.exit(0)
+    name, rest = _split(arguments)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # last, for a user's own modules
     from ltm_pyro.contracts import UsageError  # brings torch, for which `ltm --help` need not wait
@@ -62,9 +69,9 @@ def _call(name: str, rest: list[str]) -> int:
     command = import_module(module)
     if name == "fit":  # Lightning's conventions, parsed by jsonargparse
         return command.run(rest)
-    from ltm_pyro.cli.arguments import Parser
+    from ltm_pyro.cli.arguments import Help, Parser
 
-    parser = Parser(prog=f"ltm {name}", description=f"{help_line}.", allow_abbrev=False)
+    parser = Parser(prog=f"ltm {name}", description=f"{help_line}.", allow_abbrev=False, formatter_class=Help)
     command.add_arguments(parser)
     return command.run(parser.parse_args(rest))
 
@@ -80,6 +87,6 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     if said and (not listed or len(said) == 2):
         print(f"ltm: there is no command '{' '.join(said)}'; `ltm --help` lists them.", file=sys.stderr)
         sys.exit(2)
-    print("usage: ltm COMMAND [options]   (ltm COMMAND --help says which)\n")
+    print("usage: ltm COMMAND [options]   (ltm COMMAND --help says which; ltm --version)\n")
     print("\n".join(f"  {name:<17}{line}" for name, line in listed.items()))
     sys.exit(0)

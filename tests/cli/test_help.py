@@ -1,7 +1,9 @@
 """Help that is there at once, and says what there is."""
 
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -42,8 +44,25 @@ def test_every_command_has_help(ltm, name):
     assert out.startswith(f"usage: ltm {name}")
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "default"),
+    [("evaluate", "--samples S", "16"), ("data pack", "--seq-len N", "128"), ("posterior", "--seed N", "0")],
+)
+def test_help_says_defaults_once_and_only_where_there_are_any(ltm, name, option, default):
+    help_of = dict(re.findall(r"^  (--.*?)(?:  +|\n +)(.*(?:\n {20,}.*)*)", ltm(*name.split(), "--help")[1], re.MULTILINE))
+    assert help_of[option].endswith(f"(default: {default})")
+    assert "default" not in help_of["--json"]
+    assert all(text.count("default") <= 1 and "None" not in text for text in help_of.values())
+
+
+def test_versions_are_those_installed(ltm):
+    found = version("ltm-pyro")
+    assert ltm("--version") == (0, f"ltm_pyro {found}, torch {version('torch')}, pyro {version('pyro-ppl')}\n", "")
+    assert ltm_pyro.__version__ == found
+
+
 def test_help_need_not_wait_for_torch():
-    assert not loaded_by("--help")
+    assert not loaded_by("--help") | loaded_by("--version")
     assert "pytorch_lightning" not in loaded_by("evaluate", "--help")
     assert "pytorch_lightning" not in loaded_by("generate", "--help")
 
