@@ -1,4 +1,4 @@
-"""`ltm show RUN_OR_CONFIG`: a model's sites and shapes, its guide's local parameters, and the plate diagram."""
+"""`ltm show RUN_OR_CONFIG`: a model's latent sites, all sites and shapes, its guide's local parameters, and the plate diagram."""
 
 import argparse
 import json
@@ -38,9 +38,14 @@ def run(args: argparse.Namespace) -> int:
         local = begin(model, guide, batch, LocalInference()).parameters
     svg = args.svg or Path(Path(args.source).stem + ".svg")
     _write(svg, plate_diagram(model, batch), args.force)
+    latent = _latent(model)
     if args.json:
-        print(json.dumps(_summary(trace, local, batch) | {"svg": str(svg)}))
+        print(json.dumps({"latent": latent, **_summary(trace, local, batch), "svg": str(svg)}, ensure_ascii=False))
         return 0
+    print(f"Latent sites of {type(model.prior).__name__}: name, shape, prior")
+    for name, site in latent.items():
+        of = "each sequence" if site["of_each_sequence"] else "all sequences"
+        print(f"  {name}  {' '.join(map(str, site['shape']))}  {site['prior']}, of {of}")
     print(
         trace.format_shapes(
             title=f"p: {type(model.prior).__name__} ({SEQUENCES} sequences of {tokens_BT.shape[1]} tokens)"
@@ -63,6 +68,26 @@ def _parts(source: str) -> tuple[Any, Any]:
     config.model.vocabulary = config.model.vocabulary or VOCABULARY
     module = build_module(config)
     return module.model, module.guide
+
+
+def _latent(model: Any) -> dict[str, dict[str, Any]]:
+    from ltm_pyro.shared import Shared
+    from ltm_pyro.sites import prior_sites
+
+    shared = {part.name: part.prior().expand(part.loc.shape) for part in model.modules() if isinstance(part, Shared)}
+    return {
+        name: {"shape": [*fn.shape()], "prior": _family(fn), "of_each_sequence": False} for name, fn in shared.items()
+    } | {
+        name: {"shape": [*fn.event_shape], "prior": _family(fn), "of_each_sequence": True}
+        for name, fn in prior_sites(model, 1).items()
+    }
+
+
+def _family(fn: Any) -> str:
+    """The name of a distribution, whose independent axes have none."""
+    from torch.distributions import Independent
+
+    return _family(fn.base_dist) if isinstance(fn, Independent) else type(fn).__name__
 
 
 def _summary(trace: Any, local: dict[str, Any], batch: Batch) -> dict[str, Any]:

@@ -130,12 +130,18 @@ def test_a_study_written_anew_passes_its_test_and_runs(tmp_path, ltm, recipe, re
 def test_show_prints_sites_and_draws_the_plates(run, recipe, ltm, refused, tmp_path):
     code, out, _ = ltm("show", run, "--svg", tmp_path / "run.svg")
     assert code == 0
+    assert out.startswith("Latent sites of GaussianPrior: name, shape, prior\n  z  2 2 16  Normal, of each sequence\n")
     assert "z dist" in out
     assert "z_log_var  2 2 2 16" in out
     texts = [x.text for x in ET.parse(tmp_path / "run.svg").iter("{http://www.w3.org/2000/svg}text")]
     assert {"z", "tokens", "sequences"} <= set(texts)
     code, out, _ = ltm("show", recipe, "--svg", tmp_path / "recipe.svg", "--json")
     assert json.loads(out)["sites"]["z"] == {"shape": [2, 2, 2, 16], "observed": False}
+    sparse = tmp_path / "sparse.yaml"
+    sparse.write_text(recipe.read_text().replace("\nmodel:\n", "\nmodel:\n  prior: ltm_pyro.models.SparsePrior\n"))
+    latent = json.loads(ltm("show", sparse, "--svg", tmp_path / "sparse.svg", "--json")[1])["latent"]
+    assert latent["z_scale"] == {"shape": [2, 2, 16], "prior": "HalfCauchy", "of_each_sequence": False}
+    assert latent["z_unit"] == {"shape": [2, 2, 16], "prior": "Normal", "of_each_sequence": True}
     assert "There is no run" in refused("show", tmp_path / "nowhere")
     assert "choose another --svg" in refused("show", run, "--svg", tmp_path / "no" / "where.svg")
 
