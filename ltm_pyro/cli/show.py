@@ -1,4 +1,4 @@
-"""`ltm show RUN_OR_CONFIG`: a model's latent sites, all sites and shapes, its guide's local parameters, and the plate diagram."""
+"""`ltm show RUN_OR_CONFIG`: a model's latent sites, all its shapes, its guide's local parameters, the plate diagram."""
 
 import argparse
 import json

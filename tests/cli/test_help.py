@@ -49,7 +49,9 @@ def test_every_command_has_help(ltm, name):
     [("evaluate", "--samples S", "16"), ("data pack", "--seq-len N", "128"), ("posterior", "--seed N", "0")],
 )
 def test_help_says_defaults_once_and_only_where_there_are_any(ltm, name, option, default):
-    help_of = dict(re.findall(r"^  (--.*?)(?:  +|\n +)(.*(?:\n {20,}.*)*)", ltm(*name.split(), "--help")[1], re.MULTILINE))
+    help_of = dict(
+        re.findall(r"^  (--.*?)(?:  +|\n +)(.*(?:\n {20,}.*)*)", ltm(*name.split(), "--help")[1], re.MULTILINE)
+    )
     assert help_of[option].endswith(f"(default: {default})")
     assert "default" not in help_of["--json"]
     assert all(text.count("default") <= 1 and "None" not in text for text in help_of.values())

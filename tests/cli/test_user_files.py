@@ -1,6 +1,7 @@
 """Priors and guides in a user's own files: trained, stored, found again, written anew, shown and compared."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "my_prior.py"
+EXAMPLE, GUIDE = ROOT / "examples" / "my_prior.py", ROOT / "examples" / "my_guide.py"
 QUICK = ("--trainer.max_steps", 1, "--trainer.limit_val_batches", 0)
 
 
@@ -19,7 +20,7 @@ def clean(monkeypatch):
     """No module of a user's stays behind, and no folder on the path."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
-    for name in ("my_prior", "flat", "broken", "spike_and_slab2"):
+    for name in ("my_prior", "my_guide", "flat", "broken", "spike_and_slab2"):
         sys.modules.pop(name, None)
 
 
@@ -49,6 +50,24 @@ def test_a_prior_outside_the_repository_works_everywhere(name, elsewhere, recipe
     (elsewhere / "my_prior.py").rename(elsewhere / "gone.py")
     message = refused("evaluate", "run")
     assert f"The file {elsewhere / 'my_prior.py'} is missing" in message
+
+
+def test_a_guide_of_a_users_own_works_everywhere(recipe, ltm, tmp_path):
+    run, texts = tmp_path / "run", tmp_path / "texts.txt"
+    texts.write_text("every small model reads")
+    for command in (
+        ("fit", "--config", recipe, "--run", run, *QUICK, "--model.guide", f"{GUIDE}:LogisticGuide"),
+        ("evaluate", run, "--samples", 2, "--limit", 2),
+        ("generate", run, "--prompt", "every", "--max-new-tokens", 2),
+        ("posterior", run, "--input", texts, "--out", tmp_path / "q.nc", "--longer", "cut", "--samples", 25),
+    ):
+        code, _, err = ltm(*command)
+        assert code == 0, err
+
+
+def test_the_guide_in_the_docs_is_the_example():
+    shown = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "guides.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert GUIDE.read_text().endswith(shown[1])
 
 
 def test_a_module_that_has_gone_is_named(recipe, refused, tmp_path):
