@@ -1,12 +1,15 @@
-"""What the README says, works."""
+"""What the README and the docs say, works."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+ANALYSIS = (ROOT / "docs" / "analysis.md").read_text()
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [shlex.split(line) for line in re.findall(r"^ltm (.*)$", README, re.MULTILINE)]
 
@@ -21,9 +24,8 @@ def test_the_code_runs_and_learns(code):
 
 def test_the_commands_run_in_order(corpus, run, ltm, tmp_path, monkeypatch):
     """Five commands, smaller than they say: on a corpus of sixteen tokens a sequence, for two steps."""
-    root = Path(__file__).resolve().parents[2]
     (tmp_path / "corpus.jsonl").write_bytes(corpus.read_bytes())
-    (tmp_path / "studies").symlink_to(root / "studies")
+    (tmp_path / "studies").symlink_to(ROOT / "studies")
     monkeypatch.chdir(tmp_path)
     shorter = {
         "fit": ["--trainer.max_time", "null", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"],
@@ -36,7 +38,30 @@ def test_the_commands_run_in_order(corpus, run, ltm, tmp_path, monkeypatch):
         assert code == 0, err
 
 
+def test_the_code_of_the_analysis_runs_beside_what_the_command_wrote(run, ltm, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(run)
+    (tmp_path / "texts.jsonl").write_text('{"text": "every"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert ltm("posterior", "runs/first", "--input", "texts.jsonl", "--out", "posterior.nc", "--samples", 25)[0] == 0
+    written, names = Path("posterior.nc").read_bytes(), {}
+    (code,) = re.findall(r"^```python\n(.*?)^```", ANALYSIS, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "analysis.md", "exec"), names)
+    assert Path("posterior.nc").read_bytes() == written
+    assert names["stored"].size == 1
+    assert names["posterior"].stats["layer"].values.tolist() == [1, 2]
+
+
+def test_the_functions_of_the_analysis_are_there():
+    table = ANALYSIS.split("## What do the thoughts say?")[1].split("##")[0]
+    functions = re.findall(r"`([a-z]+)\.([a-z_]+)`", table)
+    pictures = [("pictures.thoughts", name) for name in re.findall(r"`(draw_[a-z_]+)`", table)]
+    assert len(functions) > 8
+    assert len(pictures) > 4
+    for module, name in [*functions, *pictures]:
+        assert module == "stats" or hasattr(importlib.import_module(f"ltm_pyro.analysis.{module}"), name)
+
+
 def test_links_lead_somewhere():
-    root = Path(__file__).resolve().parents[2]
     links = re.findall(r"\]\(([^)]+)\)", README)
-    assert not [link for link in links if not link.startswith("https://") and not (root / link).exists()]
+    assert not [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
