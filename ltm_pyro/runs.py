@@ -155,7 +155,11 @@ def add_thoughts(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
     own = module.state_dict()
     new = {name for name in own if ".cross_attention." in name or ".norm_cross." in name}
     if not new or new & weights.keys():
-        raise UsageError(f"A warm start adds thoughts to a run without them, but {source} or the recipe does not fit.")
+        thinks = "the recipe has no thoughts" if not new else f"{source} has thoughts"
+        raise UsageError(
+            f"A warm start adds thoughts to a run without them, but {thinks}: set `model.decoder.init_args.thoughts` "
+            f"to 0 for the run to begin from, and to more for the new one."
+        )
     quiet = {n: torch.zeros_like(own[n]) if n.endswith("output.weight") else own[n] for n in new}
     load_weights(module, {**weights, **quiet}, source)
 
