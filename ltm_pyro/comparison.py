@@ -89,7 +89,7 @@ class Comparison:
                     f"another --out."
                 )
             self.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(noted), "utf-8")
+            path.write_text(json.dumps(noted, ensure_ascii=False), "utf-8")
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.out} cannot hold a comparison ({error}): choose another --out.") from None
 
@@ -107,7 +107,7 @@ class Comparison:
         self._train(path, prior, guide, options)
         parts = {"name": name, "prior": _short(prior), "guide": _short(guide), "asked": asked}
         figures = parts | {k: None if _odd(v) else v for k, v in _measured(path, self).items()}
-        beside(path / RESULT).write_text(json.dumps(figures), "utf-8")
+        beside(path / RESULT).write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
         beside(path / RESULT).replace(path / RESULT)
         return figures
 

@@ -82,7 +82,7 @@ def is_pack(place: str | Path) -> bool:
 
 def write_manifest(manifest: Manifest, directory: Path) -> None:
     """Writes `manifest.json` into ``directory``."""
-    (directory / MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", "utf-8")
+    (directory / MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def read_manifest(place: str | Path) -> Manifest:

@@ -88,6 +88,7 @@ def _page(found: dict[str, Any], pictures: dict[str, bytes], sentences: list[str
     said = "".join(f"<p>{escape(sentence)}</p>" for sentence in (found["recommendation"], *sentences))
     complete = sorted((r for r in found["trials"] if r["state"] == "complete"), key=lambda r: _place(r, found))
     lost = [row for row in found["trials"] if row["state"] in ("fail", "pruned")]
+    plan = json.dumps(_plan(found), indent=1, ensure_ascii=False)
     sections = [
         f"<p>{escape(found['question'])}</p>",
         f'<p class="soft">Every trial trains for {escape(found["each"])}; lowest is best: '
@@ -97,7 +98,7 @@ def _page(found: dict[str, Any], pictures: dict[str, bytes], sentences: list[str
         *(_section(title.capitalize(), embedded(image, title)) for title, image in pictures.items()),
         _section("Trials, the lowest first", _table(complete, found)),
         _section("Failed and pruned", _troubles(lost)) if lost else "",
-        f"<details><summary>Plan and base recipe</summary><pre>{escape(json.dumps(_plan(found), indent=1))}</pre>"
+        f"<details><summary>Plan and base recipe</summary><pre>{escape(plan)}</pre>"
         f"<pre>{escape(found['recipe'])}</pre></details>",
     ]
     return PAGE.format(title=f"Study {escape(found['study'])}", body="\n".join(sections))
@@ -127,7 +128,10 @@ def _table(rows: list[Row], found: dict[str, Any]) -> str:
 
 
 def _troubles(rows: list[Row]) -> str:
-    body = [[_label(row), row["state"], str(row["reason"]), json.dumps(row["parameters"])] for row in rows]
+    body = [
+        [_label(row), row["state"], str(row["reason"]), json.dumps(row["parameters"], ensure_ascii=False)]
+        for row in rows
+    ]
     return _html(["trial", "state", "reason", "parameters"], body, kind="table wide")
 
 

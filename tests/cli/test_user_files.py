@@ -177,12 +177,15 @@ def test_show_replaces_no_file_but_its_own(run, ltm, refused, tmp_path, monkeypa
 
 
 def test_compare_puts_pairs_side_by_side_and_goes_on_where_it_was(recipe, ltm, refused, tmp_path):
-    words = ("compare", "--config", recipe, "--priors", "GaussianPrior", "--guides", "MeanField,Point")
+    noted = tmp_path / "noted.yaml"
+    noted.write_text(f"# Prüfung\n{recipe.read_text()}", "utf-8")
+    words = ("compare", "--config", noted, "--priors", "GaussianPrior", "--guides", "MeanField,Point")
     more = ("--minutes", 0.02, "--samples", 2, "--limit", 4, "--out", tmp_path / "out", "--json")
     code, out, err = ltm(*words, *more)
     assert code == 0, err
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
     assert list(rows) == ["autoregressive", "GaussianPrior-MeanField", "GaussianPrior-Point"]
+    assert "# Prüfung" in (tmp_path / "out" / "compare.json").read_text("utf-8")
     thinking = rows["GaussianPrior-MeanField"]
     assert thinking["thinking_gain"] == pytest.approx(thinking["without_thinking"] - thinking["bound"])
     assert thinking["k_hat"] is not None
