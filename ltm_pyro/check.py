@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 
 from ltm_pyro.contracts import PARTICLES, SEQUENCES, Batch, Guide, Start, UsageError, make_batch, seeded
 from ltm_pyro.elbo import elbo_terms, quiet
@@ -72,6 +73,11 @@ def _check_sites(trace: Any, prior: Any, size: int) -> None:
     ]
     for name, node in sites:
         place = _line(prior, f'"{name}"', "pyro.sample")
+        if site_is_subsample(node):
+            raise UsageError(
+                f"The prior opens a plate '{name}' ({place}), but the model has opened the plate of sequences around "
+                f"it: leave it out, and let .to_event say which axes belong to one sequence."
+            )
         if SEQUENCES not in {frame.name for frame in node["cond_indep_stack"]}:
             raise UsageError(
                 f"Site '{name}' ({place}) lies outside the plate of sequences, where no guide goes: sample it in the "
@@ -118,9 +124,19 @@ def _blame(prior: Any) -> Iterator[None]:
     except UsageError as error:
         raise UsageError(f"{error} See {_line(prior, 'pyro.sample')}.") from None
     except Exception as error:
-        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == inspect.getsourcefile(type(prior))]
+        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _file(prior)]
         place = f"{own[-1].filename}:{own[-1].lineno}" if own else _line(prior)
-        raise UsageError(f"{type(prior).__name__} fails at {place}: {type(error).__name__}, {_first(error)}") from error
+        advice = ": add .to_event(3), so that a sequence has one event" if "inside plate" in _first(error) else ""
+        raise UsageError(
+            f"{type(prior).__name__} fails at {place}: {type(error).__name__}, {_first(error)}{advice}"
+        ) from error
+
+
+def _file(part: Any) -> str | None:
+    try:
+        return inspect.getsourcefile(type(part))
+    except (OSError, TypeError):  # written at a prompt
+        return None
 
 
 def _first(error: Exception) -> str:
@@ -130,6 +146,9 @@ def _first(error: Exception) -> str:
 def _line(part: Any, *words: str) -> str:
     """``file:line`` of the forward (or class), at the first line that holds one of the ``words``, tried in turn."""
     code = getattr(type(part), "forward", None) or type(part)
-    lines, first = inspect.getsourcelines(code)
+    try:
+        lines, first = inspect.getsourcelines(code)
+    except (OSError, TypeError):  # written at a prompt
+        return type(part).__name__
     found = [index for word in words for index, line in enumerate(lines) if word in line]
     return f"{inspect.getsourcefile(code)}:{first + (found or [0])[0]}"

@@ -99,6 +99,11 @@ def make_batch(
     bytes_B: Int[Tensor, " B"] | None = None,
 ) -> Batch:
     """A `Batch` of right-padded token rows: inputs shifted right behind ``start_token``, mask from ``lengths_B``."""
+    if tokens_BT.dim() != 2 or tokens_BT.is_floating_point() or lengths_B.shape != tokens_BT.shape[:1]:
+        raise UsageError(
+            f"A batch needs whole-number tokens of shape (B, T) and B lengths, got {tokens_BT.dtype} of shape "
+            f"{tuple(tokens_BT.shape)} and lengths of shape {tuple(lengths_B.shape)}."
+        )
     size, length = tokens_BT.shape
     start_B1 = tokens_BT.new_full((size, 1), start_token)
     return Batch(

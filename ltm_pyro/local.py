@@ -53,6 +53,11 @@ def fit(
 def begin(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
     """The state before the first fast step: q at ``inference.start``."""
     start = guide.start(prior_sites(model, batch.size), inference.start)
+    if wrong := {name: tuple(x.shape) for name, x in start.items() if x.shape[:1] != (batch.size,)}:
+        raise UsageError(
+            f"{type(guide).__name__}.start gives {wrong}: the first axis of every local parameter has to be the "
+            f"{batch.size} sequences of the batch."
+        )
     moments = {name: OPTIMIZERS[inference.optimizer].begin(x) for name, x in start.items()}
     steps_B = torch.zeros(batch.size, dtype=torch.long, device=batch.inputs_BT.device)
     return LocalState({name: x.detach() for name, x in start.items()}, moments, steps_B)

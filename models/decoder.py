@@ -156,8 +156,14 @@ class Decoder(nn.Module):
                 f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
                 f"cut the text, or train with a larger `length`."
             )
+        weight_VD = self.embedding.weight
+        if inputs_BT.device != weight_VD.device:
+            raise UsageError(
+                f"The batch is on {inputs_BT.device}, but the model on {weight_VD.device}: "
+                f'move one of them, such as batch.to("{weight_VD.device}").'
+            )
         turn, first = self.turns[: inputs_BT.shape[1]], self.thought_layers[0] - 1
-        x_BTD = F.embedding(inputs_BT, self.embedding.weight, sparse=True)  # the rows' gradient, not all of V x D
+        x_BTD = F.embedding(inputs_BT, weight_VD, sparse=True)  # the rows' gradient, not all of V x D
         for block in self._layers()[:first]:
             x_BTD = self._through(block, x_BTD, turn, None, False)
         return self._layers()[first].attend_to_tokens(x_BTD, turn)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from ltm_pyro.check import check_prior
 from ltm_pyro.contracts import TOKENS, Batch, Prior, sequences
 from ltm_pyro.cross_entropy import LateGradient
 from ltm_pyro.likelihood import TokenCategorical
@@ -24,6 +25,9 @@ class LatentThoughtModel(PyroModule):
     Args:
         prior: a PyroModule whose forward samples the thoughts ``z_BLKD`` of the sequences of the surrounding plate.
         decoder: the network of p_β; ``decoder.thought_shape`` is (L, K, D).
+
+    Raises:
+        UsageError: the prior's sites or thoughts have not the shapes that `check_prior` asks for.
     """
 
     frozen = False  # True inside `ltm_pyro.local.frozen`
@@ -32,6 +36,7 @@ class LatentThoughtModel(PyroModule):
         super().__init__()
         self.prior = prior
         self.decoder = decoder
+        check_prior(self)
 
     def think(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples the thoughts of ``size`` sequences."""

@@ -11,8 +11,10 @@ from pyro.nn import PyroModule
 from torch.distributions import constraints
 
 from ltm_pyro.check import check_model, check_prior
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.contracts import UsageError, make_batch
 from ltm_pyro.guides import FlowGuide, MeanField
+from ltm_pyro.inference import LocalInference
+from ltm_pyro.local import fit
 from ltm_pyro.models import FlowPrior, LatentThoughtModel
 
 
@@ -62,6 +64,12 @@ class OneBatch(Sound):
         return z.view(z.shape[0], *self.shape) if z.dim() == 4 else z[0]
 
 
+class OwnPlate(Sound):
+    def forward(self):
+        with pyro.plate("mine", 3):
+            return pyro.sample("z", dist.Normal(self.mean, 1.0).to_event(3))
+
+
 class Broken(Sound):
     def forward(self):
         return self.nothing
@@ -95,7 +103,8 @@ def joined(tiny_decoder):
 FAULTS = {
     Flat: (r"Flat returns \(5, 2, 24\)", "return"),
     NoEvent: (r"Site 'z' .* has batch shape .* add .to_event", '"z"'),
-    NoEventEither: (r"NoEventEither fails at .*Shape mismatch inside plate", '"z"'),
+    NoEventEither: (r"NoEventEither fails at .*Shape mismatch inside plate.* add .to_event", '"z"'),
+    OwnPlate: (r"The prior opens a plate 'mine'.* leave it out", "pyro.plate"),
     Discrete: (r"Prior site 'kind' is discrete.*marginalise", "pyro.sample"),
     Sphere: (r"No guide reaches the support of prior site 'z'", "pyro.sample"),
     OneBatch: (r"OneBatch returns .*\(S, B, L, K, D\) = \(2, 7", "return"),
@@ -107,7 +116,7 @@ FAULTS = {
 def test_every_fault_of_a_prior_is_named_with_its_line(prior, joined):
     message, word = FAULTS[prior]
     with pytest.raises(UsageError, match=message) as found:
-        check_prior(joined(prior))
+        joined(prior)
     assert line(prior, word) in str(found.value)
     assert "\n" not in str(found.value)
 
@@ -128,6 +137,34 @@ def test_a_sound_prior_passes(joined):
     model = joined(Sound)
     check_prior(model)
     check_model(model, MeanField(model))
+
+
+def test_a_prior_written_at_a_prompt_is_named_by_its_class(joined):
+    names = {"Sound": Sound, "pyro": pyro, "__name__": "__nowhere__"}
+    exec("class Typed(Sound):\n    def forward(self):\n        return pyro.nothing", names)
+    with pytest.raises(UsageError, match=r"Typed fails at .*: AttributeError"):
+        joined(names["Typed"])
+
+
+def test_a_batch_elsewhere_and_tokens_of_another_shape_are_one_sentence(tiny_model, tiny_batch):
+    model = tiny_model()
+    with pytest.raises(UsageError, match=r'The batch is on meta, but the model on cpu: .* batch.to\("cpu"\)'):
+        model.prepare(tiny_batch().to("meta"))
+    unchecked = inspect.unwrap(make_batch)  # not by beartype, which users do not have
+    tokens_BT, lengths_B = torch.ones(3, 4, dtype=torch.long), torch.full((3,), 4)
+    for tokens, lengths in ((tokens_BT, lengths_B[:2]), (tokens_BT[0], lengths_B), (tokens_BT * 1.0, lengths_B)):
+        with pytest.raises(UsageError, match="whole-number tokens of shape"):
+            unchecked(tokens, lengths, start_token=0)
+
+
+def test_local_parameters_without_an_axis_of_sequences_are_named(tiny_model, tiny_batch):
+    class Bare(MeanField):
+        def start(self, sites, start):
+            return {name: x[0] for name, x in super().start(sites, start).items()}
+
+    model = tiny_model()
+    with pytest.raises(UsageError, match=r"Bare.start gives .*'z_loc': \(2, 3, 8\).* the 3 sequences"):
+        fit(model, Bare(model), tiny_batch(), LocalInference(steps=1))
 
 
 def test_a_missing_extra_is_named(joined, tiny_decoder, monkeypatch):
