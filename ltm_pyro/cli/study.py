@@ -91,8 +91,9 @@ def _run(args: argparse.Namespace) -> int:
         study.run_study(definition, plan, args.storage, name, total, workplace, args.repeats)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped.") from None
-    args.study_name = name
-    return _show(args)
+    found = study.describe(args.storage, name)
+    _print(found, args.json)
+    return 0 if any(row["state"] == "complete" for row in found["trials"]) else 2
 
 
 def _pairs(option: str, given: list[str]) -> list[list[str]]:
@@ -132,14 +133,17 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    found = import_module(f"{SEARCH}.study").describe(args.storage, args.study_name)
-    if args.json:
+    _print(import_module(f"{SEARCH}.study").describe(args.storage, args.study_name), args.json)
+    return 0
+
+
+def _print(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(found))
-        return 0
+        return
     console = Console()
     console.print(_table(found))
     console.print(found["recommendation"], soft_wrap=True, highlight=False)
-    return 0
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -173,3 +173,12 @@ def test_the_written_recipe_trains_the_trial_again(ltm, recipe, search, tmp_path
     code, out, err = ltm("evaluate", "runs/rate-best", *SMALL[2:], "--protocols", "bound", "--json")
     assert code == 0, err
     assert json.loads(out)["protocols"]["bound"]["nats_per_token"] == pytest.approx(second, abs=1e-6)
+
+
+def test_a_study_in_which_nothing_is_complete_says_so_to_scripts(ltm, recipe, search):
+    with search.open("a") as file:
+        file.write("def objective(setting):\n    raise ValueError('odd')\n")
+    code, out, _ = ltm("study", "run", search, "--base-config", recipe, *SMALL, "--trials", 1, "--json")
+    found = json.loads(out)
+    assert (code, found["best"], [row["state"] for row in found["trials"]]) == (2, None, ["fail"])
+    assert "odd" in found["trials"][0]["reason"]
