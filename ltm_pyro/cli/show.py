@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ltm_pyro.contracts import Batch, UsageError
+from ltm_pyro.files import writing
 
 SEQUENCES, TOKENS = 2, 8  # of the batch that is shown
 VOCABULARY = 256  # where a recipe has none yet
@@ -105,9 +106,7 @@ def _summary(trace: Any, local: dict[str, Any], batch: Batch) -> dict[str, Any]:
 
 def _write(path: Path, text: str, force: bool) -> None:
     """Writes; refuses to replace a file in which there is anything else."""
-    try:
+    with writing(path, "--svg"):
         if not force and path.exists() and path.read_bytes() != text.encode():
             raise UsageError(f"{path} exists already: choose another --svg, or add --force.")
         path.write_text(text, "utf-8")
-    except OSError as error:
-        raise UsageError(f"Cannot write {path}: {error.strerror}; choose another --svg.") from None

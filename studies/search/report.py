@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.files import writing
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.charts import charts, embedded
 from ltm_pyro.studies.search.definition import Row, load_definition
-from ltm_pyro.studies.search.files import writing
 from ltm_pyro.studies.search.study import describe
 
 PAGE = """<!doctype html>

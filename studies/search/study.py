@@ -13,10 +13,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.files import writing
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition, load_definition
-from ltm_pyro.studies.search.files import writing
 from ltm_pyro.studies.search.objective import Values, configure
 from ltm_pyro.studies.search.plan import Plan, base_recipe, check, check_changes
 from ltm_pyro.studies.search.runner import Worker, Workplace

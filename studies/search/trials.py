@@ -26,8 +26,8 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from ltm_pyro.contracts import UsageError
+from ltm_pyro.files import check_folder
 from ltm_pyro.studies.search.definition import Definition
-from ltm_pyro.studies.search.files import check_folder
 from ltm_pyro.studies.search.objective import RUNGS, Values
 from ltm_pyro.studies.search.plan import Plan
 
