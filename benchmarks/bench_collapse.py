@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.runs import load_run
+from ltm_pyro.evaluation.evaluate import evaluate_run
+from ltm_pyro.runs.load import load_run
 from ltm_pyro.studies.quickstart import fit, precision, prepare
 
 GUIDES = ("MeanField", "Amortized")

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ltm_pyro.data import load_text_or_pack
-from ltm_pyro.evaluation import held_out
-from ltm_pyro.runs import Run, load_run
+from ltm_pyro.evaluation.evaluate import held_out
+from ltm_pyro.runs.load import load_run
+from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_tokens
 
 Pairs = list[tuple[list[int], list[int]]]

@@ -16,9 +16,9 @@ import torch
 from matplotlib.figure import Figure
 
 from ltm_pyro import DualRateSVI, LocalInference, ThoughtShape, evaluate, fit
-from ltm_pyro.contracts import seeded
 from ltm_pyro.guides import MeanField
 from ltm_pyro.models import GaussianPrior, LearnedGaussianPrior, LinearGaussianModel, MixturePrior, SparsePrior
+from ltm_pyro.utils.rng import seeded
 
 TRAIN, TEST, BATCH = 1024, 512, 128
 LOCAL = LocalInference(steps=16, rate=0.2, slow_gradient="last")  # the prior learns from q where it has settled

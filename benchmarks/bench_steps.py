@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ltm_pyro.allocator import keep_freed_memory
 from ltm_pyro.studies.bench.suites import SUITES, How, bench
+from ltm_pyro.utils.malloc import keep_freed_memory
 
 if __name__ == "__main__":
     keep_freed_memory()  # as every command does

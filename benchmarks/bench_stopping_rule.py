@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from ltm_pyro.contracts import seeded
 from ltm_pyro.data import load_text_or_pack
-from ltm_pyro.elbo import Draws, elbo_terms
-from ltm_pyro.inference import LocalInference, Stop
-from ltm_pyro.local import fit
-from ltm_pyro.runs import Run, load_run
+from ltm_pyro.inference.elbo import Draws, elbo_terms
+from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.state import LocalInference, Stop
+from ltm_pyro.runs.load import load_run
+from ltm_pyro.runs.run import Run
+from ltm_pyro.utils.rng import seeded
 
 RULES = [Stop(window=w, tolerance=t) for w, t in ((4, 0.1), (6, 0.5), (6, 2.0), (8, 0.5), (8, 2.0))]
 

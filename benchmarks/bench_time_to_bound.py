@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltm_pyro.contracts import Start, make_batch, seeded
-from ltm_pyro.cross_entropy import token_nats
+from ltm_pyro.contracts import Start, make_batch
 from ltm_pyro.data import read_manifest
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import learn
+from ltm_pyro.inference.learning_rates import cosine, warmup_cosine
+from ltm_pyro.inference.local import learn
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
-from ltm_pyro.rates import cosine, warmup_cosine
+from ltm_pyro.nn.cross_entropy import token_nats
 from ltm_pyro.studies.bench.clock import CLOCKS, How, machine, seconds
 from ltm_pyro.studies.bench.naive import NaiveLTM, train_step
 from ltm_pyro.training.datamodule import PackedData
+from ltm_pyro.utils.rng import seeded
 
 LAYERS, WIDTH, HEADS, THOUGHTS, WINDOW, LENGTH, BATCH, HELD_OUT = 2, 96, 3, 4, 16, 256, 16, 16
 Curve = list[dict[str, float]]

@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.runs import CHECKPOINT, load_run
-from ltm_pyro.training.fitting import train
+from ltm_pyro.evaluation.evaluate import evaluate_run
+from ltm_pyro.runs.load import load_run
 from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.training.run_directory import CHECKPOINT
+from ltm_pyro.training.train import train
 
 RECIPE = Path(__file__).parents[1] / "studies" / "recipes" / "grid.yaml"
 RATES = {"prior": 0.1, "moving": 0.2, "narrow": 0.3}

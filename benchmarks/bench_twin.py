@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from ltm_pyro.allocator import keep_freed_memory
-from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.runs import load_run, read_checkpoint
-from ltm_pyro.training.fitting import train
+from ltm_pyro.evaluation.evaluate import evaluate_run
+from ltm_pyro.runs.load import load_run
 from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.training.run_directory import read_checkpoint
+from ltm_pyro.training.train import train
+from ltm_pyro.utils.malloc import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "studies" / "recipes"

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.protocols import Score
-from ltm_pyro.runs import Run, load_run
+from ltm_pyro.evaluation.evaluate import evaluate_run
+from ltm_pyro.inference.estimators import Score
+from ltm_pyro.runs.load import load_run
+from ltm_pyro.runs.run import Run
 
 FAST_STEPS, SAMPLES = (0, 4, 16, 64), (1, 8, 64)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
 from ltm_pyro import Batch, Guide, Model, Start
-from ltm_pyro.sites import prior_moments, prior_sites
+from ltm_pyro.inference.latent_sites import prior_moments, prior_sites
 
 
 class LogisticGuide(Guide):

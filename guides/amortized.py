@@ -6,11 +6,13 @@ Shapes: F numbers of all sites together.
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ltm_pyro.contracts import Batch, LocalParameters, Model, Start, UsageError, seeded
+from ltm_pyro.contracts import Batch, LocalParameters, Model, Start
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides.mean_field import MeanField
-from ltm_pyro.precision import full_precision
-from ltm_pyro.sites import Sites, prior_sites
-from ltm_pyro.transformer import Transformer
+from ltm_pyro.inference.latent_sites import Sites, prior_sites
+from ltm_pyro.nn.precision import full_precision
+from ltm_pyro.nn.transformer import Transformer
+from ltm_pyro.utils.rng import seeded
 
 
 class Amortized(MeanField, nn.Module):

@@ -17,7 +17,7 @@ from torch.distributions import (
 )
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, sequences
-from ltm_pyro.sites import Sites, bijections, prior_moments, prior_sites, unconstrained
+from ltm_pyro.inference.latent_sites import Sites, bijections, prior_moments, prior_sites, unconstrained
 
 
 class Coordinates(Guide):

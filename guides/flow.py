@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints, transforms
 
-from ltm_pyro.contracts import LocalParameters, Model, UsageError
-from ltm_pyro.extras import extra
+from ltm_pyro.contracts import LocalParameters, Model
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides.coordinates import Coordinates
+from ltm_pyro.utils.extras import extra
 
 
 class FlowGuide(Coordinates):

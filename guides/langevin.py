@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from ltm_pyro.contracts import Batch, LocalParameters, Model, Start
-from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides.point import Point
-from ltm_pyro.sites import Sites
+from ltm_pyro.inference.elbo import elbo_terms
+from ltm_pyro.inference.latent_sites import Sites
 
 
 class Langevin(Point):

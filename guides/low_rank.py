@@ -6,7 +6,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ltm_pyro.contracts import LocalParameters, Model, UsageError
+from ltm_pyro.contracts import LocalParameters, Model
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides.coordinates import Coordinates
 
 

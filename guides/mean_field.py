@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Normal, register_kl
 
 from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, sequences
-from ltm_pyro.sites import Sites, bijections, prior_moments, prior_sites, unconstrained
+from ltm_pyro.inference.latent_sites import Sites, bijections, prior_moments, prior_sites, unconstrained
 
 
 class MeanField(Guide):

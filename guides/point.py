@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ltm_pyro.contracts import Batch, LocalParameters, Model
-from ltm_pyro.elbo import elbo_terms
 from ltm_pyro.guides.coordinates import Coordinates
-from ltm_pyro.shared import held
-from ltm_pyro.sites import prior_moments, prior_sites
+from ltm_pyro.inference.elbo import elbo_terms
+from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.latent_sites import prior_moments, prior_sites
 
 
 class Point(Coordinates):

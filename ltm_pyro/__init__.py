@@ -8,16 +8,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltm_pyro.contracts import Batch, Guide, Model, Prior, Start, ThoughtShape, UsageError, make_batch
-    from ltm_pyro.elbo import ElboTerms, elbo_terms
-    from ltm_pyro.evaluation import evaluate_run
-    from ltm_pyro.inference import LocalInference, LocalInfo, LocalState
-    from ltm_pyro.local import fit, learn
-    from ltm_pyro.posterior import LocalPosterior
-    from ltm_pyro.protocols import Evaluation, evaluate
-    from ltm_pyro.runs import Run, load_run
-    from ltm_pyro.shared import Shared
-    from ltm_pyro.svi import DualRateSVI
+    from ltm_pyro.contracts import Batch, Guide, Model, Prior, Start, ThoughtShape, make_batch
+    from ltm_pyro.errors import UsageError
+    from ltm_pyro.evaluation.evaluate import evaluate_run
+    from ltm_pyro.inference.elbo import ElboTerms, elbo_terms
+    from ltm_pyro.inference.estimators import Evaluation, evaluate
+    from ltm_pyro.inference.global_latents import Shared
+    from ltm_pyro.inference.local import fit, learn
+    from ltm_pyro.inference.pyro_guide import LocalPosterior
+    from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState
+    from ltm_pyro.inference.svi import DualRateSVI
+    from ltm_pyro.runs.load import load_run
+    from ltm_pyro.runs.run import Run
     from ltm_pyro.text.generation import generate, interpolate
     from ltm_pyro.text.sampling import Sampling
     from ltm_pyro.text.scoring import Scoring, score, score_continuations
@@ -61,20 +63,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "contracts": ("Batch", "Guide", "Model", "Prior", "Start", "ThoughtShape", "UsageError", "make_batch"),
-    "elbo": ("ElboTerms", "elbo_terms"),
-    "evaluation": ("evaluate_run",),
+    "contracts": ("Batch", "Guide", "Model", "Prior", "Start", "ThoughtShape", "make_batch"),
+    "errors": ("UsageError",),
+    "evaluation.evaluate": ("evaluate_run",),
+    "inference.elbo": ("ElboTerms", "elbo_terms"),
+    "inference.estimators": ("Evaluation", "evaluate"),
+    "inference.global_latents": ("Shared",),
+    "inference.local": ("fit", "learn"),
+    "inference.pyro_guide": ("LocalPosterior",),
+    "inference.state": ("LocalInference", "LocalInfo", "LocalState"),
+    "inference.svi": ("DualRateSVI",),
+    "runs.load": ("load_run",),
+    "runs.run": ("Run",),
     "text.generation": ("generate", "interpolate"),
-    "inference": ("LocalInference", "LocalInfo", "LocalState"),
-    "local": ("fit", "learn"),
-    "posterior": ("LocalPosterior",),
-    "protocols": ("Evaluation", "evaluate"),
-    "runs": ("Run", "load_run"),
     "text.sampling": ("Sampling",),
     "text.scoring": ("Scoring", "score", "score_continuations"),
-    "shared": ("Shared",),
     "text.streaming": ("TextStreamer",),
-    "svi": ("DualRateSVI",),
     "text.thoughts": ("Thinking",),
 }
 

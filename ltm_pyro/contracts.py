@@ -6,18 +6,18 @@ samples (particles), N fast steps. A tensor carries its axes as a suffix: ``z_BL
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import pyro
 import torch
 from jaxtyping import Bool, Float, Int
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
+
+from ltm_pyro.errors import UsageError
 
 Z = "z"  # the usual site name of the thoughts; a prior may have others
 TOKENS = "tokens"  # the observed site
@@ -36,10 +36,6 @@ def sequences(size: int) -> pyro.plate:
     """
     with poutine.block():
         return pyro.plate(SEQUENCES, size, dim=-1)
-
-
-class UsageError(ValueError):
-    """What a user can get wrong: one sentence with the value and the way out; the command line exits with 2."""
 
 
 class ThoughtShape(NamedTuple):
@@ -216,18 +212,3 @@ class Guide(ABC):
     def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
         """F⁻¹ ∇: the gradients in the geometry of q, F its Fisher information (Amari 1998)."""
         raise UsageError(f"{type(self).__name__} has no natural gradient: choose the optimizer adam, adamw or sgd.")
-
-
-@contextmanager
-def seeded(*seed: int) -> Iterator[None]:
-    """Draws inside depend on the integers ``seed`` alone; the generators are put back afterwards."""
-    with torch.random.fork_rng():
-        torch.default_generator.manual_seed(mix(*seed))  # torch.manual_seed keeps a stack trace without a CUDA device
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(mix(*seed))
-        yield
-
-
-def mix(*seed: int) -> int:
-    """One seed of 63 bits out of several integers."""
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.contracts import ThoughtShape, Z
 from ltm_pyro.models.density import ThoughtDensity
-from ltm_pyro.transformer import Transformer
+from ltm_pyro.nn.transformer import Transformer
 
 
 class Thinker(nn.Module):

@@ -14,11 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ltm_pyro.attention import KeysValues, ThoughtMemory
-from ltm_pyro.cache import Cache, Reading, reading
-from ltm_pyro.contracts import ThoughtShape, UsageError
-from ltm_pyro.layers import CrossAttention, RMSNorm, SelfAttention, SwiGLU, Turn, rotation
-from ltm_pyro.precision import matrix_dtype
+from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.errors import UsageError
+from ltm_pyro.nn.attention import KeysValues, ThoughtMemory
+from ltm_pyro.nn.kv_cache import Cache, Reading, reading
+from ltm_pyro.nn.layers import CrossAttention, RMSNorm, SelfAttention, SwiGLU, Turn, rotation
+from ltm_pyro.nn.precision import matrix_dtype
 
 
 class Block(nn.Module):
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         quiet_thoughts: the cross-attention's output starts at zero, so that thoughts can be added to a decoder that
             has learned to speak without them: the first bound then equals the autoregressive loss.
         attention: what computes the self-attention: ``dense``, ``sdpa``, ``xformers`` or ``flex``, of which ``auto``
-            takes the fastest that runs here (see `ltm_pyro.attention`).
+            takes the fastest that runs here (see `ltm_pyro.nn.attention`).
         recompute: keeps the hidden states between layers only and computes the rest again in the backward pass: less
             memory, a third more work.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ltm_pyro.contracts import ThoughtShape
-from ltm_pyro.precision import full_precision
+from ltm_pyro.nn.precision import full_precision
 
 
 @runtime_checkable

@@ -8,9 +8,10 @@ from jaxtyping import Float
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ltm_pyro.contracts import ThoughtShape, UsageError, Z
-from ltm_pyro.extras import extra
+from ltm_pyro.contracts import ThoughtShape, Z
+from ltm_pyro.errors import UsageError
 from ltm_pyro.models.density import ThoughtDensity
+from ltm_pyro.utils.extras import extra
 
 
 class FlowPrior(PyroModule):

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ltm_pyro.contracts import ThoughtShape, UsageError
+from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.errors import UsageError
 
 
 class HierarchicalPrior(PyroModule):

@@ -7,12 +7,12 @@ from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ltm_pyro.check import check_prior
 from ltm_pyro.contracts import TOKENS, Batch, Prior, sequences
-from ltm_pyro.cross_entropy import LateGradient
-from ltm_pyro.likelihood import TokenCategorical
+from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.models.decoder import Decoder
-from ltm_pyro.precision import full_precision
+from ltm_pyro.nn.cross_entropy import LateGradient
+from ltm_pyro.nn.precision import full_precision
+from ltm_pyro.nn.token_categorical import TokenCategorical
 
 
 class LatentThoughtModel(PyroModule):
@@ -30,7 +30,7 @@ class LatentThoughtModel(PyroModule):
         UsageError: the prior's sites or thoughts have not the shapes that `check_prior` asks for.
     """
 
-    frozen = False  # True inside `ltm_pyro.local.frozen`
+    frozen = False  # True inside `ltm_pyro.inference.local.frozen`
 
     def __init__(self, prior: Prior, decoder: Decoder) -> None:
         super().__init__()

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ltm_pyro.contracts import ThoughtShape, UsageError, Z
+from ltm_pyro.contracts import ThoughtShape, Z
+from ltm_pyro.errors import UsageError
 
 
 class MixturePrior(PyroModule):

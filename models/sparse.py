@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ltm_pyro.contracts import ThoughtShape, UsageError
-from ltm_pyro.shared import Shared
+from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.global_latents import Shared
 
 
 class SparsePrior(PyroModule):

@@ -19,15 +19,17 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from ltm_pyro.contracts import Batch, Guide, Model, Start, ThoughtShape, UsageError, seeded
-from ltm_pyro.elbo import log_weights
+from ltm_pyro.contracts import Batch, Guide, Model, Start, ThoughtShape
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import BlockCovariance, FlowGuide, FullCovariance, Laplace, LowRank, MeanField
-from ltm_pyro.inference import LocalInference, LocalState
-from ltm_pyro.local import fit
+from ltm_pyro.inference.elbo import log_weights
+from ltm_pyro.inference.estimators import PROTOCOLS, Problem
+from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.pareto import TRUSTED, pareto_k
+from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.models import LinearGaussianModel, TwoModesModel
 from ltm_pyro.models.linear_gaussian import Gaussian
-from ltm_pyro.protocols import PROTOCOLS, Problem
-from ltm_pyro.reliability import TRUSTED, pareto_k
+from ltm_pyro.utils.rng import seeded
 
 SHAPE = ThoughtShape(2, 1, 3)
 SEQUENCES, SAMPLES, REPEATS = 8, 5_000, 10

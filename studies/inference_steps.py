@@ -11,7 +11,7 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 
-from ltm_pyro.runs import load_run
+from ltm_pyro.runs.load import load_run
 from ltm_pyro.studies.scaling import decoder
 from ltm_pyro.studies.search import Setting, score, train_and_score
 from ltm_pyro.studies.search.charts import png

@@ -21,15 +21,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ltm_pyro.allocator import keep_freed_memory
 from ltm_pyro.data import PackedDataset, pack
-from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.protocols import DEFAULT
-from ltm_pyro.runs import Run, load_run
+from ltm_pyro.evaluation.evaluate import evaluate_run
+from ltm_pyro.inference.estimators import DEFAULT
+from ltm_pyro.runs.load import load_run
+from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
-from ltm_pyro.training.fitting import train
 from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.training.train import train
+from ltm_pyro.utils.malloc import keep_freed_memory
 
 PROMPT = "Return a list of"
 FIGURES = (*DEFAULT, "autoregressive", "unigram")  # nats per held-out token

@@ -21,11 +21,11 @@ import torch  # noqa: E402
 from ltm_pyro.contracts import Batch, make_batch  # noqa: E402
 from ltm_pyro.data.tokenizer import end_of_text, train_tokenizer, vocabulary_size  # noqa: E402
 from ltm_pyro.guides import MeanField  # noqa: E402
-from ltm_pyro.inference import LocalInference  # noqa: E402
+from ltm_pyro.inference.state import LocalInference  # noqa: E402
 from ltm_pyro.models.decoder import Decoder  # noqa: E402
 from ltm_pyro.models.gaussian import GaussianPrior  # noqa: E402
 from ltm_pyro.models.latent_thought import LatentThoughtModel  # noqa: E402
-from ltm_pyro.runs import Run  # noqa: E402
+from ltm_pyro.runs.run import Run  # noqa: E402
 
 pyro.enable_validation(True)
 # a busy machine is no failure, and seeds are fixed

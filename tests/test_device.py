@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from ltm_pyro.contracts import make_batch
-from ltm_pyro.elbo import Draws, elbo_terms, log_weights
-from ltm_pyro.evaluation import evaluate_run
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import fit, learn
+from ltm_pyro.evaluation.evaluate import evaluate_run
+from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights
+from ltm_pyro.inference.estimators import PROTOCOLS
+from ltm_pyro.inference.local import fit, learn
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, LatentThoughtModel
-from ltm_pyro.protocols import PROTOCOLS
 from tests.test_laws import PAIRS, make_guide, make_prior
 
 B, T = 3, 7
@@ -35,8 +35,8 @@ def stage(monkeypatch):
     off, dense = torch.autocast("cpu", enabled=False), F.embedding
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: off)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr("ltm_pyro.attention.backend", lambda *case: "sdpa")
-    monkeypatch.setattr("ltm_pyro.cross_entropy.kernel", lambda function, device: function)
+    monkeypatch.setattr("ltm_pyro.nn.attention.backend", lambda *case: "sdpa")
+    monkeypatch.setattr("ltm_pyro.nn.cross_entropy.kernel", lambda function, device: function)
     monkeypatch.setattr(F, "embedding", lambda x, weight, *more, sparse=False: dense(x, weight, *more))
 
 

@@ -6,18 +6,19 @@ import pyro
 import pytest
 import torch
 
-from ltm_pyro.attention import BACKENDS, backend, dense_attention
-from ltm_pyro.contracts import make_batch, seeded
-from ltm_pyro.cross_entropy import token_nats
-from ltm_pyro.evaluation import evaluate_run
+from ltm_pyro.contracts import make_batch
+from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.guides.mean_field import MeanField
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import fit, learn
+from ltm_pyro.inference.local import fit, learn
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.gaussian import GaussianPrior
 from ltm_pyro.models.latent_thought import LatentThoughtModel
+from ltm_pyro.nn.attention import BACKENDS, backend, dense_attention
+from ltm_pyro.nn.cross_entropy import token_nats
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
+from ltm_pyro.utils.rng import seeded
 
 pytestmark = [
     pytest.mark.gpu,

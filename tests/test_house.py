@@ -18,15 +18,15 @@ MAY_IMPORT = {  # room -> rooms it may import from
     "studies": {"studies", "models", "guides", "ltm_pyro"},
 }
 DOORS = {  # outsider -> the files that may know it, and how many of them
-    "xformers": ("ltm_pyro/attention.py", 1),
+    "xformers": ("ltm_pyro/nn/attention.py", 1),
     "pytorch_lightning": ("ltm_pyro/training/*.py", 99),
     "webdataset": ("ltm_pyro/data/*.py", 2),
     "fsspec": ("ltm_pyro/data/*.py", 1),
     "xarray": ("ltm_pyro/analysis/**/*.py", 99),
     "arviz": ("ltm_pyro/analysis/arviz.py", 1),
     "sklearn": ("ltm_pyro/**/*.py", 2),
-    "safetensors": ("ltm_pyro/hub.py", 1),
-    "lm_eval": ("ltm_pyro/harness.py", 1),
+    "safetensors": ("ltm_pyro/runs/*.py", 1),
+    "lm_eval": ("ltm_pyro/evaluation/lm_eval.py", 1),
     "jinja2": ("ltm_pyro/analysis/report.py", 1),
     "optuna": ("studies/**/*.py", 99),
     "sqlalchemy": ("studies/search/trials.py", 1),
@@ -100,7 +100,7 @@ def test_no_bare_import_of_a_room():
 
 
 def test_every_module_loads_once():
-    for path in (path.relative_to(ROOT) for path in FILES if path.name not in ("__main__.py", "harness.py")):
+    for path in (path.relative_to(ROOT) for path in FILES if path.name not in ("__main__.py", "lm_eval.py")):
         parts = path.with_suffix("").parts
         name = ".".join(parts if parts[0] == "ltm_pyro" else ("ltm_pyro", *parts)).removesuffix(".__init__")
         importlib.import_module(name)

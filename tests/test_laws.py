@@ -10,14 +10,14 @@ from pyro.infer import Predictive
 
 from ltm_pyro import guides, models
 from ltm_pyro.contracts import SEQUENCES, Start, ThoughtShape, make_batch
-from ltm_pyro.elbo import Draws, elbo_terms
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import begin, fit, learn
+from ltm_pyro.inference.elbo import Draws, elbo_terms
+from ltm_pyro.inference.global_latents import global_kl
+from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.inference.learning_rates import slow_parameters
+from ltm_pyro.inference.local import begin, fit, learn
+from ltm_pyro.inference.pyro_guide import LocalPosterior
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, LatentThoughtModel
-from ltm_pyro.posterior import LocalPosterior
-from ltm_pyro.rates import slow_parameters
-from ltm_pyro.shared import global_kl
-from ltm_pyro.sites import prior_sites
 
 PRIORS = {
     "GaussianPrior": {},

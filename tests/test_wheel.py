@@ -1,6 +1,7 @@
 """The wheel, installed where no checkout is near: every module imports from it, and the recipes are in it.
 
-``ltm_pyro.harness`` alone is left out: it needs lm-eval, which brings sixty packages (`tests/cli/test_harness.py`).
+``ltm_pyro.evaluation.lm_eval`` alone is left out: it needs lm-eval, which brings sixty packages
+(`tests/cli/test_harness.py`).
 """
 
 import json
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORT_ALL = """
 import importlib, importlib.metadata, importlib.resources, json, pkgutil, ltm_pyro, ltm_pyro.models
 names = [m.name for m in pkgutil.walk_packages(ltm_pyro.__path__, "ltm_pyro.")]
-files = {n: importlib.import_module(n).__file__ for n in names if not n.endswith(("__main__", "harness"))}
+files = {n: importlib.import_module(n).__file__ for n in names if not n.endswith(("__main__", ".lm_eval"))}
 recipes = importlib.resources.files("ltm_pyro.studies").joinpath("recipes").iterdir()
 print(json.dumps({"files": files, "recipes": sorted(r.name for r in recipes), "typed":
     importlib.resources.files("ltm_pyro").joinpath("py.typed").is_file()}))
@@ -54,7 +55,7 @@ def installed(tmp_path_factory) -> Path:
 
 def test_everything_imports_from_the_wheel(installed):
     found = json.loads(run(installed / "bin" / "python", "-P", "-c", IMPORT_ALL, cwd=installed))
-    rooms = ("ltm_pyro.models.decoder", "ltm_pyro.guides.mean_field", "ltm_pyro.local", "ltm_pyro.data")
+    rooms = ("ltm_pyro.models.decoder", "ltm_pyro.guides.mean_field", "ltm_pyro.inference.local", "ltm_pyro.data")
     assert set(rooms) <= set(found["files"])
     assert not {name: file for name, file in found["files"].items() if not Path(file).is_relative_to(installed)}
     assert {"ltm-small.yaml", "ltm-medium.yaml", "ltm-large.yaml"} <= set(found["recipes"])

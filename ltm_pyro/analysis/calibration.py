@@ -18,16 +18,18 @@ from rich.progress import track
 from scipy import stats
 from torch import Tensor
 
+from ltm_pyro.analysis.draw_posterior import MISSING, written
 from ltm_pyro.analysis.draws import Sites, describe, draw, evenly
-from ltm_pyro.analysis.infer import MISSING, written
 from ltm_pyro.analysis.storage import read_tree, stamp, write_tree
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import Batch, Guide, Model, UsageError, make_batch, seeded
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import fit
-from ltm_pyro.runs import Run
-from ltm_pyro.shared import held
-from ltm_pyro.sites import prior_sites
+from ltm_pyro.contracts import Batch, Guide, Model, make_batch
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.runs.run import Run
+from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.rng import seeded
 
 BATCH = 16  # simulations fitted together
 BINS = 10

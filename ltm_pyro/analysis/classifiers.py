@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 FOLDS = 5
 

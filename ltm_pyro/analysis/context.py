@@ -11,10 +11,12 @@ import xarray as xr
 
 from ltm_pyro.analysis.draws import draw, token_log_likelihood
 from ltm_pyro.analysis.posterior import Posterior
-from ltm_pyro.contracts import Batch, Guide, Model, UsageError, seeded
-from ltm_pyro.elbo import missing_bound
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import fit
+from ltm_pyro.contracts import Batch, Guide, Model
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.elbo import missing_bound
+from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.utils.rng import seeded
 
 DRAWS, FEW = 64, 8  # for the KL, and for the rest of the text
 

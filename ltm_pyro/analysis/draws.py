@@ -15,12 +15,13 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model, UsageError
-from ltm_pyro.cross_entropy import token_nats
-from ltm_pyro.elbo import quiet
-from ltm_pyro.likelihood import TokenCategorical
-from ltm_pyro.protocols import TOKENS_AT_ONCE
-from ltm_pyro.sites import prior_sites
+from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.elbo import quiet
+from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
+from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.nn.cross_entropy import token_nats
+from ltm_pyro.nn.token_categorical import TokenCategorical
 
 Sites = dict[str, Tensor]  # a latent site's draws, each (S, B, *event)
 

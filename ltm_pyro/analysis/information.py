@@ -18,9 +18,10 @@ from ltm_pyro.analysis.classifiers import FOLDS, Accuracy, c2st
 from ltm_pyro.analysis.draws import log_density
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.two_sample import Discrepancy, mmd
-from ltm_pyro.contracts import PARTICLES, Batch, Guide, Model, UsageError, make_batch
-from ltm_pyro.elbo import quiet
-from ltm_pyro.sites import prior_sites
+from ltm_pyro.contracts import PARTICLES, Batch, Guide, Model, make_batch
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.elbo import quiet
+from ltm_pyro.inference.latent_sites import prior_sites
 
 ACTIVE = 0.01  # variance of the posterior's mean over sequences, in the prior's (Burda et al. 2016, arXiv 1509.00519)
 MOST_DRAWS = 16

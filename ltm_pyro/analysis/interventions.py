@@ -10,14 +10,16 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from ltm_pyro.analysis.draw_posterior import written
 from ltm_pyro.analysis.draws import token_log_likelihood
-from ltm_pyro.analysis.infer import written
 from ltm_pyro.analysis.information import observed
 from ltm_pyro.analysis.posterior import Posterior
-from ltm_pyro.contracts import Batch, Model, UsageError, seeded
-from ltm_pyro.layers import CrossAttention
-from ltm_pyro.protocols import TOKENS_AT_ONCE
-from ltm_pyro.runs import Run
+from ltm_pyro.contracts import Batch, Model
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
+from ltm_pyro.nn.layers import CrossAttention
+from ltm_pyro.runs.run import Run
+from ltm_pyro.utils.rng import seeded
 
 DRAWS = 4
 

@@ -13,7 +13,8 @@ import torch
 import xarray as xr
 
 from ltm_pyro.analysis.storage import read_tree, write_tree
-from ltm_pyro.contracts import LocalParameters, UsageError
+from ltm_pyro.contracts import LocalParameters
+from ltm_pyro.errors import UsageError
 
 THOUGHTS = ("layer", "thought", "dim")
 SAMPLES = ("chain", "draw")

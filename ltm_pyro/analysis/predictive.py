@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from ltm_pyro.analysis.posterior import Posterior
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 Row = Any  # the tokens of one text, padding left out
 

@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 
 from ltm_pyro.analysis.classifiers import FOLDS, Accuracy, bag_of_tokens, linear_probe
 from ltm_pyro.analysis.posterior import Posterior
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 
 class Probe(NamedTuple):

@@ -13,10 +13,11 @@ from pyro.infer import HMC, MCMC, NUTS
 from torch import Tensor
 
 from ltm_pyro.analysis.draws import Described, Sites, describe
-from ltm_pyro.contracts import Batch, Model, UsageError
-from ltm_pyro.local import frozen
-from ltm_pyro.shared import held
-from ltm_pyro.sites import prior_sites
+from ltm_pyro.contracts import Batch, Model
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.inference.local import frozen
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "nuts": lambda model: NUTS(model, max_tree_depth=6),

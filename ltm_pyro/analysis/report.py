@@ -14,9 +14,9 @@ from rich.progress import track
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.probes import neighbours
 from ltm_pyro.analysis.sections import SECTIONS, Material, card, sections
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.reliability import TRUSTED
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.pareto import TRUSTED
+from ltm_pyro.utils.console import Console
 
 TOP = 5
 MOST_CARDS = 1000  # sequences shown one by one: keeps the page under 10 MB

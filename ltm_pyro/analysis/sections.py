@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from ltm_pyro.analysis.against_reference import CONVERGED, compare, geometric_mean, narrow_rows
 from ltm_pyro.analysis.calibration import Calibration
-from ltm_pyro.analysis.comparison import CONVERGED, compare, geometric_mean, narrow_rows
 from ltm_pyro.analysis.context import default_lengths, shift
 from ltm_pyro.analysis.information import active_units, aggregate, decompose, observed
 from ltm_pyro.analysis.interventions import ablate, attention, interpolate
@@ -27,9 +27,9 @@ from ltm_pyro.analysis.pictures.thoughts import (
 from ltm_pyro.analysis.posterior import THOUGHTS, Posterior
 from ltm_pyro.analysis.predictive import check
 from ltm_pyro.analysis.probes import probable_labels, probe
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.reliability import TRUSTED
-from ltm_pyro.runs import Run
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.pareto import TRUSTED
+from ltm_pyro.runs.run import Run
 
 FEW = 16  # sequences for what costs a fit per length of context
 SIZE = 0.05  # of every test

@@ -7,7 +7,7 @@ from typing import Any
 
 import xarray as xr
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 FORMAT = 1
 

@@ -10,10 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ltm_pyro.contracts import Batch, UsageError, make_batch
+from ltm_pyro.contracts import Batch, make_batch
 from ltm_pyro.data.documents import input_files, read_documents
 from ltm_pyro.data.formats import read_records
-from ltm_pyro.runs import Run
+from ltm_pyro.errors import UsageError
+from ltm_pyro.runs.run import Run
 
 Longer = Literal["refuse", "cut", "split"]
 LONGER: tuple[Longer, ...] = ("refuse", "cut", "split")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import NoReturn
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):

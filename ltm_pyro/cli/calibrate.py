@@ -9,9 +9,9 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.cli.posterior import check_out
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.extras import extra
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.extras import extra
 
 if TYPE_CHECKING:
     from ltm_pyro.analysis.calibration import Calibration
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
-    from ltm_pyro.runs import load_run
+    from ltm_pyro.runs.load import load_run
 
     trained = load_run(args.run, args.device)
     inference = trained.inference

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ltm_pyro.console import Console
+from ltm_pyro.utils.console import Console
 
 STUDY = "ltm_pyro.studies.check_inference"  # by dotted path: the command line imports no model and no guide
 

@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import at_least, positive
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.console import Console
 
 COLUMNS = {  # figure to head, and the figure that is its standard error
     "bound": ("bound", "stderr"),
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, scores, and prints one table; returns 0. The same command goes on after an interruption."""
-    from ltm_pyro.comparison import Comparison  # here, so that --help need not wait for Lightning
+    from ltm_pyro.studies.compare import Comparison
 
     if round(60 * args.minutes) < 1:
         raise UsageError(f"--minutes is {args.minutes}: give each pair a second at least, such as 2 minutes.")

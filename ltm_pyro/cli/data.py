@@ -8,9 +8,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import at_least
-from ltm_pyro.console import Console
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import pack
+from ltm_pyro.utils.console import Console
 
 INPUTS = ".txt, .jsonl (also .gz and .zst) or .parquet file, a folder of them, or hf:NAME[:CONFIG]"
 

@@ -9,9 +9,9 @@ from rich.text import Text
 
 from ltm_pyro.cli.arguments import at_least
 from ltm_pyro.cli.data import counts, summary
-from ltm_pyro.console import Console
 from ltm_pyro.data.describe import Description, describe
 from ltm_pyro.data.manifest import read_manifest
+from ltm_pyro.utils.console import Console
 
 _BAR = 40
 

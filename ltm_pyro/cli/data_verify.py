@@ -5,10 +5,10 @@ import json
 
 from rich.progress import track
 
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.data.shards import damage
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

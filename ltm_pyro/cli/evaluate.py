@@ -9,9 +9,9 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.protocols import DEFAULT, PROTOCOLS, Evaluation, check_protocols
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.estimators import DEFAULT, PROTOCOLS, Evaluation, check_protocols
+from ltm_pyro.utils.console import Console
 
 # options that one of the two uses heeds, and their defaults
 OF_PROTOCOLS: dict[str, Any] = {"data": None, "protocols": ",".join(DEFAULT), "block": 16, "normaliser": None}
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         return _suites(args)
     protocols = args.protocols.split(",")
     check_protocols(protocols)
-    from ltm_pyro.evaluation import evaluate_run  # here, so that --help need not wait for Lightning
-    from ltm_pyro.runs import load_run
+    from ltm_pyro.evaluation.evaluate import evaluate_run
+    from ltm_pyro.runs.load import load_run
 
     trained = load_run(args.run, args.device)
     evaluation = evaluate_run(
@@ -93,8 +93,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _suites(args: argparse.Namespace) -> int:
-    from ltm_pyro.suites.suite import Options
-    from ltm_pyro.suites.table import evaluate_suites, markdown
+    from ltm_pyro.evaluation.suites.suite import Options
+    from ltm_pyro.evaluation.suites.table import evaluate_suites, markdown
 
     options = Options(
         directory=args.suite_dir,
@@ -116,7 +116,7 @@ def _suites(args: argparse.Namespace) -> int:
 
 
 def _sources(given: list[str]) -> dict[str, str]:
-    from ltm_pyro.suites.table import SOURCES
+    from ltm_pyro.evaluation.suites.table import SOURCES
 
     sources: dict[str, str] = {}
     for text in given:

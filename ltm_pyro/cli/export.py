@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder and names its files; returns 0."""
-    from ltm_pyro.hub import save_pretrained  # here, so that --help need not wait for Lightning
+    from ltm_pyro.runs.export import save_pretrained
 
     folder = save_pretrained(args.run, args.out, force=args.force)
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}

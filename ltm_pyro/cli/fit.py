@@ -2,8 +2,8 @@
 
 import sys
 
-from ltm_pyro.training.fitting import train
 from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.training.train import train
 
 
 def run(arguments: list[str]) -> int:

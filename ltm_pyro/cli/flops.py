@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints parameters and FLOPs per token; returns 0."""
-    from ltm_pyro.flops import ours, published  # here, so that --help need not wait for Lightning
+    from ltm_pyro.training.flops import ours, published
     from ltm_pyro.training.recipe import build_module, read_recipe
 
     config = read_recipe(["--config", args.config])

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ltm_pyro.cli.arguments import add_device, at_least
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the texts to standard output; returns 0."""
     _check(args)
-    from ltm_pyro.runs import load_run  # here, so that --help need not wait for Lightning
+    from ltm_pyro.runs.load import load_run
     from ltm_pyro.text.sampling import Sampling
 
     sampling = Sampling(

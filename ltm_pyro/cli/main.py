@@ -7,7 +7,7 @@ from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 
-from ltm_pyro.allocator import keep_freed_memory
+from ltm_pyro.utils.malloc import keep_freed_memory
 
 COMMANDS = {  # name -> module and the line of help
     "data pack": ("ltm_pyro.cli.data", "text, JSONL, Parquet or a data set -> token shards"),
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     name, rest = _split(arguments)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # last, for a user's own modules
-    from ltm_pyro.contracts import UsageError  # brings torch, for which `ltm --help` need not wait
+    from ltm_pyro.errors import UsageError
 
     keep_freed_memory()
     if isinstance(sys.stdout, TextIOWrapper):

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from keyword import iskeyword
 from pathlib import Path
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
-TEMPLATES = files("ltm_pyro") / "templates"  # KIND.txt and KIND_test.txt; MyName and my_name stand for the user's
+TEMPLATES = files("ltm_pyro.cli") / "templates"  # KIND.txt and KIND_test.txt; MyName and my_name stand for the user's
 
 
 def kinds() -> list[str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.console import Console
 
 if TYPE_CHECKING:
     from ltm_pyro.analysis import Posterior
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Infers, writes the file and prints what is in it; returns 0."""
     check_out(args.out, args.force)
     from ltm_pyro.analysis import Chains, Drawing, infer, read_texts  # here, so that --help need not wait
-    from ltm_pyro.runs import load_run
+    from ltm_pyro.runs.load import load_run
 
     chains = Chains(chains=args.chains, warmup=args.warmup)
     drawing = Drawing(method=args.method, samples=args.samples, chains=chains, replicas=args.replicas)
@@ -80,7 +80,7 @@ def check_out(path: Path, force: bool) -> None:
 
 def summary(posterior: "Posterior") -> dict[str, float]:
     """The figures of all sequences together; nats per sequence."""
-    from ltm_pyro.reliability import TRUSTED
+    from ltm_pyro.inference.pareto import TRUSTED
 
     stats = posterior.stats
     figures: dict[str, float] = {"sequences": posterior.size, "tokens": posterior.tokens}

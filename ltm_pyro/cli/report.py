@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.analysis.calibration import Calibration
     from ltm_pyro.analysis.report import write_report
     from ltm_pyro.analysis.sections import Material
-    from ltm_pyro.runs import load_run
+    from ltm_pyro.runs.load import load_run
 
     posterior = Posterior.load(args.posterior)
     known = str(posterior.attrs.get("run", ""))

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.contracts import Batch, UsageError
-from ltm_pyro.files import writing
+from ltm_pyro.contracts import Batch
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import writing
 
 SEQUENCES, TOKENS = 2, 8  # of the batch that is shown
 VOCABULARY = 256  # where a recipe has none yet
@@ -26,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
     from pyro import poutine
 
     from ltm_pyro.contracts import make_batch
-    from ltm_pyro.diagram import plate_diagram
-    from ltm_pyro.elbo import quiet
-    from ltm_pyro.inference import LocalInference
-    from ltm_pyro.local import begin
+    from ltm_pyro.inference.elbo import quiet
+    from ltm_pyro.inference.local import begin
+    from ltm_pyro.inference.plate_diagram import plate_diagram
+    from ltm_pyro.inference.state import LocalInference
 
     model, guide = _parts(args.source)
     tokens_BT = torch.ones(SEQUENCES, min(TOKENS, model.decoder.length), dtype=torch.long)
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _parts(source: str) -> tuple[Any, Any]:
-    from ltm_pyro.runs import load_run
+    from ltm_pyro.runs.load import load_run
     from ltm_pyro.training.recipe import build_module, read_recipe
 
     if not source.endswith((".yaml", ".yml")):
@@ -72,8 +73,8 @@ def _parts(source: str) -> tuple[Any, Any]:
 
 
 def _latent(model: Any) -> dict[str, dict[str, Any]]:
-    from ltm_pyro.shared import Shared
-    from ltm_pyro.sites import prior_sites
+    from ltm_pyro.inference.global_latents import Shared
+    from ltm_pyro.inference.latent_sites import prior_sites
 
     shared = {part.name: part.prior().expand(part.loc.shape) for part in model.modules() if isinstance(part, Shared)}
     return {

@@ -12,8 +12,8 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import at_least, positive
-from ltm_pyro.console import Console
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.console import Console
 
 SEARCH = "ltm_pyro.studies.search"  # by dotted path: the command line imports no study
 STORAGE = "sqlite:///runs/studies.db"

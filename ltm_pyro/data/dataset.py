@@ -11,14 +11,15 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from ltm_pyro.contracts import Batch, UsageError, make_batch
+from ltm_pyro.contracts import Batch, make_batch
+from ltm_pyro.data.batch_sampler import MIXED
 from ltm_pyro.data.documents import Document, read_documents
 from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, is_pack, read_manifest
-from ltm_pyro.data.order import MIXED
-from ltm_pyro.data.places import read
+from ltm_pyro.data.remote import read
 from ltm_pyro.data.rows import Row, Rows, pack_rows
 from ltm_pyro.data.shards import read_shard
 from ltm_pyro.data.tokenizer import end_of_text, load_tokenizer, tokenizer_hash, vocabulary_size
+from ltm_pyro.errors import UsageError
 
 
 class PackedDataset(Dataset[Row]):

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.formats import EXTENSIONS, Text, read_hub, read_texts
+from ltm_pyro.errors import UsageError
 
 HUB = "hf:"
 

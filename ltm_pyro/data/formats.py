@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.extras import extra
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.extras import extra
 
 Text = tuple[str, str | None]  # and where it comes from, if the data say
 LONGEST = 2**22  # characters of a `.txt` document

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.data.places import is_address, read
+from ltm_pyro.data.remote import is_address, read
+from ltm_pyro.errors import UsageError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"

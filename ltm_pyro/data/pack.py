@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tokenizers import Tokenizer
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.documents import Document, input_files, read_documents
 from ltm_pyro.data.duplicates import repeats, signature
 from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, write_manifest
@@ -18,6 +17,7 @@ from ltm_pyro.data.rows import Cutter, Rows, check_seq_len, encode, text_pieces
 from ltm_pyro.data.shards import write_shard
 from ltm_pyro.data.staging import Staging, staged
 from ltm_pyro.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
+from ltm_pyro.errors import UsageError
 
 SHARD_ROWS = 4096
 SAMPLE = 2**27  # bytes of text that a tokenizer learns from: its vocabulary gains nothing from more

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int, UInt
 from tokenizers import Tokenizer
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.documents import Document
 from ltm_pyro.data.tokenizer import end_of_text, token_bytes, token_dtype
+from ltm_pyro.errors import UsageError
 
 _PIECE = 2**16  # characters; the library needs over 100 bytes of memory for each while it encodes
 _BATCH = 2**19  # characters encoded in parallel

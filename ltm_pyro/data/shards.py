@@ -16,10 +16,10 @@ import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.manifest import Manifest, Shard
-from ltm_pyro.data.places import read
+from ltm_pyro.data.remote import read
 from ltm_pyro.data.rows import Rows
+from ltm_pyro.errors import UsageError
 
 BLOCK = 64  # rows of one sample: a member costs a kilobyte and 50 µs, too much for a row of 256 bytes
 _TOKENS, _META = "tokens.npy", "meta.json"

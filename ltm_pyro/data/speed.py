@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
+from ltm_pyro.data.batch_sampler import Order
 from ltm_pyro.data.dataset import Batches, PackedDataset
-from ltm_pyro.data.order import Order
 
 
 def reading_speed(

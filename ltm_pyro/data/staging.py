@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.manifest import MANIFEST, TOKENIZER
+from ltm_pyro.errors import UsageError
 
 _PACKED = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val)-\d+\.tar|journal\.jsonl")
 _JOURNAL = "journal.jsonl"  # the settings on the first line, then one line for every shard

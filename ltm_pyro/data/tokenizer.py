@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"  # stands after every document, and before every sequence as its start token
 SMALLEST_VOCABULARY = 257  # every byte and END_OF_TEXT

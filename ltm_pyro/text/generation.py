@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.runs import Run
+from ltm_pyro.errors import UsageError
+from ltm_pyro.runs.run import Run
 from ltm_pyro.text.row_noise import Key, uniform
 from ltm_pyro.text.sampling import Sampling, choose, penalise
 from ltm_pyro.text.streaming import Streamer, TextDecoder, token_texts

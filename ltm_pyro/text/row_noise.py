@@ -12,7 +12,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ltm_pyro.contracts import SEQUENCES, UsageError, mix
+from ltm_pyro.contracts import SEQUENCES
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.rng import mix
 
 Key = tuple[int, ...]  # what a row's noise depends on
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ltm_pyro.contracts import UsageError, seeded
-from ltm_pyro.inference import LocalInference, LocalState
-from ltm_pyro.local import fit
-from ltm_pyro.protocols import charge, check_protocols, pose, unavailable
-from ltm_pyro.runs import Run
-from ltm_pyro.shared import held
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.estimators import charge, check_protocols, pose, unavailable
+from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.state import LocalInference, LocalState
+from ltm_pyro.runs.run import Run
 from ltm_pyro.text.thoughts import Tokens, draw, encode, read
+from ltm_pyro.utils.rng import seeded
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MB in float32
 

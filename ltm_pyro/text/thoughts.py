@@ -14,12 +14,13 @@ from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
-from ltm_pyro.contracts import Batch, UsageError, make_batch
-from ltm_pyro.elbo import Draws, quiet, traces, weigh
-from ltm_pyro.inference import LocalInference, LocalState
-from ltm_pyro.local import begin, fit
-from ltm_pyro.runs import Run
-from ltm_pyro.shared import held
+from ltm_pyro.contracts import Batch, make_batch
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.elbo import Draws, quiet, traces, weigh
+from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.local import begin, fit
+from ltm_pyro.inference.state import LocalInference, LocalState
+from ltm_pyro.runs.run import Run
 from ltm_pyro.text.row_noise import ByRow, Key, RowNoise, uniform
 from ltm_pyro.text.sampling import Sampling, choose
 

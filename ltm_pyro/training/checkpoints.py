@@ -11,7 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from ltm_pyro.contracts import Batch, UsageError
+from ltm_pyro.contracts import Batch
+from ltm_pyro.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import PackedDataset, read_manifest
+from ltm_pyro.data.batch_sampler import Order
 from ltm_pyro.data.dataset import Batches
-from ltm_pyro.data.order import Order
+from ltm_pyro.errors import UsageError
 
 
 class PackedData(pl.LightningDataModule):

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR
 
-from ltm_pyro.check import check_prior
-from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape, UsageError, seeded
-from ltm_pyro.elbo import elbo_terms, missing_bound
-from ltm_pyro.flops import ours
-from ltm_pyro.graphs import check_device
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import Learned, begin, fit, learn
-from ltm_pyro.rates import parameter_groups, slow_parameters, warmup_cosine
-from ltm_pyro.shared import global_kl
-from ltm_pyro.store import LocalStore
-from ltm_pyro.training.curriculum import Curriculum, SlowRate
+from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.check_prior import check_prior
+from ltm_pyro.inference.cuda_graphs import check_device
+from ltm_pyro.inference.elbo import elbo_terms, missing_bound
+from ltm_pyro.inference.global_latents import global_kl
+from ltm_pyro.inference.learning_rates import parameter_groups, slow_parameters, warmup_cosine
+from ltm_pyro.inference.local import Learned, begin, fit, learn
+from ltm_pyro.inference.local_store import LocalStore
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.training.flops import ours
+from ltm_pyro.training.schedules import Curriculum, SlowRate
+from ltm_pyro.utils.rng import seeded
 
 NONFINITE = "nonfinite.jsonl"  # in the run: the steps and sequences that had no finite ELBO or gradient
 

@@ -12,8 +12,8 @@ from pytorch_lightning.callbacks import Callback
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from ltm_pyro.console import Console
 from ltm_pyro.contracts import Batch
+from ltm_pyro.utils.console import Console
 
 SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
 

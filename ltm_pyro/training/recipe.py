@@ -11,9 +11,9 @@ from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from yaml import YAMLError
 
-from ltm_pyro import lookup
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
+from ltm_pyro.errors import UsageError
+from ltm_pyro.training import plugins as lookup
 from ltm_pyro.training.checkpoints import Saving
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.module import LTMModule

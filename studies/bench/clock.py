@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from ltm_pyro.allocator import keep_freed_memory
+from ltm_pyro.utils.malloc import keep_freed_memory
 
 Key = TypeVar("Key")
 

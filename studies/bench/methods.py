@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ltm_pyro.contracts import Start, make_batch
-from ltm_pyro.cross_entropy import LateGradient, token_nats
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import frozen, learn
+from ltm_pyro.inference.learning_rates import cosine
+from ltm_pyro.inference.local import frozen, learn
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
-from ltm_pyro.rates import cosine
+from ltm_pyro.nn.cross_entropy import LateGradient, token_nats
 from ltm_pyro.studies.bench.naive import NaiveLTM, train_step
 from ltm_pyro.studies.bench.settings import Setting
 
@@ -97,7 +97,7 @@ def _ours(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tenso
 
 
 def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tensor) -> Callable[[], Any]:
-    """What `ltm_pyro.local.learn` does for the paper's prior and guide, in a bare loop."""
+    """What `ltm_pyro.inference.local.learn` does for the paper's prior and guide, in a bare loop."""
     decoder = _decoder(method, setting)
     optimizer, shape = _adamw(decoder), (setting.batch, *decoder.thought_shape)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltm_pyro.attention import BACKENDS, backend
 from ltm_pyro.models import Decoder
+from ltm_pyro.nn.attention import BACKENDS, backend
 from ltm_pyro.studies.bench.clock import (
     How,
     compiler,

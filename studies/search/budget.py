@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 SPENT = "model.max_flops"  # the recipe's key
 

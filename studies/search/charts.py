@@ -15,8 +15,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.importance import get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from ltm_pyro.extras import extra
-from ltm_pyro.style import BLUE, GREY, ORANGE, plain
+from ltm_pyro.utils.extras import extra
+from ltm_pyro.utils.plotting import BLUE, GREY, ORANGE, plain
 
 MOST = 4  # parameters beside each other
 Panels = list[Any]  # of matplotlib

@@ -12,7 +12,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search.files import recipe_file
 from ltm_pyro.studies.search.objective import Objective, Values, train_and_score
 

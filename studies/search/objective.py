@@ -16,14 +16,16 @@ from jsonargparse import Namespace
 
 from ltm_pyro.data import read_manifest
 from ltm_pyro.data.dataset import open_pack
-from ltm_pyro.evaluation import evaluate_run, k_hat
-from ltm_pyro.flops import ours
-from ltm_pyro.runs import Run, load_run, read_checkpoint
+from ltm_pyro.evaluation.evaluate import evaluate_run, k_hat
+from ltm_pyro.runs.load import load_run
+from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.search.budget import Budget
-from ltm_pyro.training.fitting import train
+from ltm_pyro.training.flops import ours
 from ltm_pyro.training.milestones import Milestones
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.training.run_directory import read_checkpoint
+from ltm_pyro.training.train import train
 
 Values = dict[str, Any]
 Figures = dict[str, float]

@@ -7,10 +7,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import read_manifest
 from ltm_pyro.data.manifest import is_pack
-from ltm_pyro.elbo import missing_bound
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition
 from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, Values, configure, options_of

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ltm_pyro.allocator import keep_freed_memory
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search.definition import load_definition
 from ltm_pyro.studies.search.objective import Setting
+from ltm_pyro.utils.malloc import keep_freed_memory
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks before any tensor or device exists
 CONTEXT.set_forkserver_preload([__name__])

@@ -13,7 +13,7 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import Definition

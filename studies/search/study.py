@@ -12,8 +12,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.files import writing
+from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition, load_definition
@@ -22,6 +21,7 @@ from ltm_pyro.studies.search.plan import Plan, base_recipe, check, check_changes
 from ltm_pyro.studies.search.runner import Worker, Workplace
 from ltm_pyro.studies.search.watch import Watch
 from ltm_pyro.training.recipe import dump_recipe
+from ltm_pyro.utils.files import writing
 
 BASE = "base.yaml"
 BUDGET = "4e12flops"

@@ -25,11 +25,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.files import check_folder
+from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search.definition import Definition
 from ltm_pyro.studies.search.objective import RUNGS, Values
 from ltm_pyro.studies.search.plan import Plan
+from ltm_pyro.utils.files import check_folder
 
 PLAN, SOURCE, REASON = "plan", "source", "reason"  # attributes
 FIGURES, SETTINGS, SEED = "figures", "settings", "seed"

@@ -7,9 +7,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ltm_pyro.console import Console
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.trials import REASON, best, live, plan_of
+from ltm_pyro.utils.console import Console
 
 
 class Watch:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ltm_pyro.analysis.calibration import Simulation
-from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.analysis.draw_posterior import Drawing, infer_batch
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.guides import FullCovariance
-from ltm_pyro.inference import LocalInference
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LinearGaussianModel
 
 STILL = LocalInference(steps=0)  # these guides know the answer

@@ -5,8 +5,8 @@ import pytest
 
 from ltm_pyro.analysis.calibration import LOG_LIKELIHOOD, Calibration, calibrate, envelope
 from ltm_pyro.analysis.pictures.calibration import draw_ecdf
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.inference import LocalInference
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.state import LocalInference
 
 STILL = LocalInference(steps=0)
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from ltm_pyro.analysis.classifiers import c2st
-from ltm_pyro.analysis.infer import infer_batch
+from ltm_pyro.analysis.draw_posterior import infer_batch
 from ltm_pyro.analysis.information import active_units, aggregate, decompose
 from ltm_pyro.analysis.two_sample import mmd
-from ltm_pyro.contracts import ThoughtShape, UsageError
+from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FlowGuide, FullCovariance, LowRank, MeanField
-from ltm_pyro.inference import LocalInference
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import GaussianPrior, HierarchicalPrior, LinearGaussianModel
 
 

@@ -9,7 +9,7 @@ from ltm_pyro.analysis import Drawing, infer
 from ltm_pyro.analysis.draws import token_log_likelihood
 from ltm_pyro.analysis.information import observed
 from ltm_pyro.analysis.interventions import attention, interpolate
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 TEXTS = ["the old model reads", "short words about time", "the old model reads"]
 

@@ -8,14 +8,14 @@ import pytest
 import xarray as xr
 
 from ltm_pyro.analysis import Posterior
-from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.analysis.draw_posterior import Drawing, infer_batch
 from ltm_pyro.analysis.loo import loo_by_sequence
 from ltm_pyro.analysis.reference import Chains
 from ltm_pyro.analysis.sections import Material, sections
 from ltm_pyro.analysis.storage import write_tree
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import Langevin, MeanField, Point
-from ltm_pyro.inference import LocalInference
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import EnergyPrior
 
 

@@ -5,13 +5,14 @@ import pytest
 import scipy.signal
 import torch
 
+from ltm_pyro.analysis.against_reference import _pair, compare, correlation, narrow_rows, spread
 from ltm_pyro.analysis.classifiers import c2st
-from ltm_pyro.analysis.comparison import _pair, compare, correlation, narrow_rows, spread
-from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.analysis.draw_posterior import Drawing, infer_batch
 from ltm_pyro.analysis.reference import Chains, convergence, sample
-from ltm_pyro.contracts import Start, ThoughtShape, UsageError, make_batch
+from ltm_pyro.contracts import Start, ThoughtShape, make_batch
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel, LinearGaussianModel
 
 STILL = LocalInference(steps=0)

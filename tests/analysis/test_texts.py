@@ -10,7 +10,7 @@ import zstandard
 
 from ltm_pyro.analysis.storage import read_tree, stamp, write_tree
 from ltm_pyro.analysis.texts import Text, as_texts, read_texts
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 
 RECORDS = [{"text": "one", "kind": "a", "year": 1}, {"text": " "}, {"text": "two", "more": []}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()

@@ -6,15 +6,16 @@ import torch
 import xarray as xr
 
 from ltm_pyro.analysis.context import shift
-from ltm_pyro.analysis.infer import Drawing, infer_batch
+from ltm_pyro.analysis.draw_posterior import Drawing, infer_batch
 from ltm_pyro.analysis.interventions import ablate
 from ltm_pyro.analysis.loo import loo_by_sequence, loo_by_token
 from ltm_pyro.analysis.pictures.thoughts import draw_map
 from ltm_pyro.analysis.predictive import check
 from ltm_pyro.analysis.probes import neighbours, probable_labels, probe
-from ltm_pyro.contracts import ThoughtShape, UsageError
+from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LinearGaussianModel
 
 STILL = LocalInference(steps=0)

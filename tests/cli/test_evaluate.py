@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from ltm_pyro.inference.estimators import DEFAULT, PROTOCOLS
 from ltm_pyro.models import decoder
-from ltm_pyro.protocols import DEFAULT, PROTOCOLS
-from ltm_pyro.runs import build_run, read_checkpoint
+from ltm_pyro.runs.load import build_run
+from ltm_pyro.training.run_directory import read_checkpoint
 
 FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "stderr_nats_per_token", "kl_nats_per_token")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ltm_pyro.runs import load_run
+from ltm_pyro.runs.load import load_run
 
 
 @pytest.fixture

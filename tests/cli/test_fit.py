@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from ltm_pyro.runs import load_run
+from ltm_pyro.runs.load import load_run
 
 LTM = (sys.executable, "-P", "-m", "ltm_pyro.cli")
 

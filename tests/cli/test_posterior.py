@@ -8,7 +8,7 @@ import torch
 
 from ltm_pyro.analysis import Posterior, infer
 from ltm_pyro.analysis.calibration import Calibration
-from ltm_pyro.runs import load_run
+from ltm_pyro.runs.load import load_run
 
 TEXTS = [
     {"text": "the small model reads long words", "source": "a", "year": 1999, "more": {"x": 1}},

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from ltm_pyro.runs import load_run
+from ltm_pyro.runs.load import load_run
 
 CALLBACKS = "pytorch_lightning.callbacks"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ltm_pyro.data import PackedDataset
-from ltm_pyro.runs import load_run
+from ltm_pyro.runs.load import load_run
 from ltm_pyro.training import module
 
 LTM = (sys.executable, "-P", "-m", "ltm_pyro.cli")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ltm_pyro.suites import multilingual, zero_shot
-from ltm_pyro.suites.table import PICTURE, REPORT, RESULTS, SUITES
+from ltm_pyro.evaluation.suites import multilingual, zero_shot
+from ltm_pyro.evaluation.suites.table import PICTURE, REPORT, RESULTS, SUITES
 
 LIMITS = ("--limit", 3, "--samples", 2, "--fast-steps", 1)
 TEXT = "the people read a long text about time. every old day the small model writes short words. "

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import PackedDataset, load_text_or_pack, pack_texts
 from ltm_pyro.data.documents import read_documents
 from ltm_pyro.data.pack import pack
 from ltm_pyro.data.tokenizer import end_of_text, train_tokenizer
+from ltm_pyro.errors import UsageError
 
 
 def tokens(dataset):

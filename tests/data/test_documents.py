@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.documents import read_documents
+from ltm_pyro.errors import UsageError
 
 
 def test_txt_splits_at_two_or_more_empty_lines(tmp_path):

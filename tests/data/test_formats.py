@@ -11,9 +11,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import formats
 from ltm_pyro.data.documents import read_documents
+from ltm_pyro.errors import UsageError
 
 TEXTS = ["one é", "two 😀\nlines", "three"]
 JSONL = "".join(json.dumps({"text": text, "source": f"s{i}"}) + "\n" for i, text in enumerate(TEXTS)).encode()

@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.pack import pack
 from ltm_pyro.data.rows import Cutter
 from ltm_pyro.data.shards import TarWriter
 from ltm_pyro.data.staging import staged
+from ltm_pyro.errors import UsageError
 
 SETTINGS = {"tokenizer": "bpe:300", "seq_len": 16, "val_fraction": 0.2, "shard_rows": 20}
 

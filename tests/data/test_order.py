@@ -4,8 +4,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ltm_pyro.contracts import UsageError
-from ltm_pyro.data.order import Order
+from ltm_pyro.data.batch_sampler import Order
+from ltm_pyro.errors import UsageError
 
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import PackedDataset
 from ltm_pyro.data.documents import Document, read_documents
 from ltm_pyro.data.manifest import read_manifest
 from ltm_pyro.data.pack import pack
 from ltm_pyro.data.rows import Rows, pack_rows
 from ltm_pyro.data.tokenizer import end_of_text, load_tokenizer, train_tokenizer
+from ltm_pyro.errors import UsageError
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat"], 270)
 END = end_of_text(TOKENIZER)

@@ -16,12 +16,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.dataset import PackedDataset
 from ltm_pyro.data.manifest import read_manifest, write_manifest
 from ltm_pyro.data.shards import damage, read_shard
+from ltm_pyro.errors import UsageError
 from ltm_pyro.training.datamodule import PackedData
-from ltm_pyro.training.fitting import said
+from ltm_pyro.training.train import said
 
 
 @pytest.fixture

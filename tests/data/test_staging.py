@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.pack import pack
 from ltm_pyro.data.shards import TarWriter
 from ltm_pyro.data.staging import staged
+from ltm_pyro.errors import UsageError
 
 
 def small(corpus, out, **settings):

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.rows import text_pieces
 from ltm_pyro.data.tokenizer import (
     END_OF_TEXT,
@@ -20,6 +19,7 @@ from ltm_pyro.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from ltm_pyro.errors import UsageError
 
 TEXTS = ["the cat sat on the mat, the cat sat", "naïve café 你好 😀"] * 3
 TOKENIZER = train_tokenizer(TEXTS, 280)

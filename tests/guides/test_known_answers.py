@@ -7,15 +7,16 @@ import torch
 from pyro.nn import PyroModule
 from torch.distributions import kl_divergence
 
-from ltm_pyro.contracts import Start, ThoughtShape, UsageError
-from ltm_pyro.elbo import Draws, elbo_terms
+from ltm_pyro.contracts import Start, ThoughtShape
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FlowGuide, Langevin, Laplace, LowRank, MeanField, Point
 from ltm_pyro.guides.mean_field import Factorised
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import fit
+from ltm_pyro.inference.elbo import Draws, elbo_terms
+from ltm_pyro.inference.estimators import evaluate
+from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import EnergyPrior, LearnedGaussianPrior, LinearGaussianModel, SparsePrior, TwoModesModel
-from ltm_pyro.protocols import evaluate
-from ltm_pyro.shared import held
 
 
 class Positive(PyroModule):

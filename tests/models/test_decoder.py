@@ -8,13 +8,14 @@ import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 
-from ltm_pyro.contracts import TOKENS, UsageError, Z
-from ltm_pyro.elbo import elbo_terms
+from ltm_pyro.contracts import TOKENS, Z
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import begin
+from ltm_pyro.inference.elbo import elbo_terms
+from ltm_pyro.inference.local import begin
+from ltm_pyro.inference.pyro_guide import LocalPosterior
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import GaussianPrior, LatentThoughtModel
-from ltm_pyro.posterior import LocalPosterior
 
 
 def thoughts(decoder, *lead):

@@ -7,7 +7,7 @@ import torch
 
 from ltm_pyro.cli.arguments import Parser
 from ltm_pyro.cli.bench import add_arguments, run
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.studies.bench import clock, suites
 from ltm_pyro.studies.bench import head as heads

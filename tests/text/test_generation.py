@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data.tokenizer import train_tokenizer
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import SparsePrior
 from ltm_pyro.text import generation, thoughts
 from ltm_pyro.text.generation import decode, generate, interpolate

@@ -5,7 +5,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from ltm_pyro.contracts import SEQUENCES, UsageError
+from ltm_pyro.contracts import SEQUENCES
+from ltm_pyro.errors import UsageError
 from ltm_pyro.text.row_noise import RowNoise
 
 LOC = torch.linspace(-1, 1, 60, dtype=torch.float64).view(5, 3, 4)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import pack_texts
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import Point
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.protocols import PROTOCOLS, evaluate
+from ltm_pyro.inference.estimators import PROTOCOLS, evaluate
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.text import scoring
 from ltm_pyro.text.scoring import Scoring, score, score_continuations, score_tokens
 from ltm_pyro.text.thoughts import encode
@@ -98,7 +98,7 @@ def test_a_leak_would_be_seen(run, monkeypatch):
     draw = scoring.draw
     whole = {}
     monkeypatch.setattr(scoring, "fit", lambda m, g, context, *rest: whole["fit"](m, g, whole["batch"], *rest))
-    from ltm_pyro.local import fit
+    from ltm_pyro.inference.local import fit
     from ltm_pyro.text.thoughts import read
 
     context, tokens = encode(run, CONTEXTS[2]), encode(run, CONTINUATIONS[2])

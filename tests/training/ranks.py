@@ -11,7 +11,7 @@ import torch
 from torch.distributions import normal
 
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.module import LTMModule

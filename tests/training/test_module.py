@@ -7,18 +7,19 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 
-from ltm_pyro.contracts import Start, UsageError
+from ltm_pyro.contracts import Start
 from ltm_pyro.data import pack
-from ltm_pyro.elbo import elbo_terms
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import begin, learn
+from ltm_pyro.inference.elbo import elbo_terms
+from ltm_pyro.inference.local import begin, learn
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
-from ltm_pyro.runs import add_thoughts
-from ltm_pyro.training.curriculum import Curriculum
 from ltm_pyro.training.datamodule import PackedData
-from ltm_pyro.training.fitting import NOISE
 from ltm_pyro.training.module import NONFINITE, LTMModule
+from ltm_pyro.training.run_directory import add_thoughts
+from ltm_pyro.training.schedules import Curriculum
+from ltm_pyro.training.train import NOISE
 
 VOCABULARY = 280
 

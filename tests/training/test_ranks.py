@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from ltm_pyro.contracts import UsageError
 from ltm_pyro.data import pack, read_manifest
-from ltm_pyro.runs import load_run
+from ltm_pyro.errors import UsageError
+from ltm_pyro.runs.load import load_run
 from ltm_pyro.training.recipe import build, read_recipe
 
 SCRIPT = Path(__file__).parent / "ranks.py"

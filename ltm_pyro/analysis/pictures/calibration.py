@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ltm_pyro.analysis.calibration import BINS, LOG_LIKELIHOOD, Calibration, envelope
-from ltm_pyro.style import BLUE, GREY, ORANGE, axes_of, plain
+from ltm_pyro.utils.plotting import BLUE, GREY, ORANGE, axes_of, plain
 
 
 def figure(found: Calibration) -> Figure:

@@ -12,8 +12,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from ltm_pyro.analysis.posterior import Posterior
-from ltm_pyro.reliability import TRUSTED
-from ltm_pyro.style import BLUE, CYCLE, GREY, MARKERS, ORANGE, RED, axes_of, plain
+from ltm_pyro.inference.pareto import TRUSTED
+from ltm_pyro.utils.plotting import BLUE, CYCLE, GREY, MARKERS, ORANGE, RED, axes_of, plain
 
 
 def draw_pareto_k(posterior: Posterior, ax: Axes | None = None) -> Axes:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 from ltm_pyro.studies import inference_steps, scaling
 from ltm_pyro.studies.search.fits import power_law
 from ltm_pyro.studies.search.report import write_report

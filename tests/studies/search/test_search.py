@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search import study as search
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import parse_budget

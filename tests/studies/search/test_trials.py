@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from ltm_pyro.contracts import UsageError
+from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.runner import Worker

@@ -1,0 +1,30 @@
+"""Where a pack is: a folder, or an address that fsspec can read (https, s3, gs and others)."""
+
+from pathlib import Path
+
+import fsspec
+
+from ltm_pyro.errors import UsageError
+
+
+def is_address(place: str | Path) -> bool:
+    """Whether ``place`` is an address instead of a path."""
+    return "://" in str(place)
+
+
+def read(place: str | Path, name: str) -> bytes:
+    """The file ``name`` at ``place``, whole; raises `UsageError` where it cannot be read.
+
+    Nothing is executed to read it: ``pipe:`` and chained addresses are refused.
+    """
+    path = f"{str(place).rstrip('/')}/{name}"
+    if path.startswith("pipe:") or "::" in path:
+        raise UsageError(
+            f"{place} is neither a folder nor a plain address; give a path or https://, s3:// or the like."
+        )
+    try:
+        with fsspec.open(path, "rb") if is_address(place) else Path(place, name).open("rb") as stream:
+            return stream.read()
+    except (OSError, ValueError, ImportError) as error:  # ValueError: fsspec knows no such protocol
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"cannot read {path}: {reason}; restore it or check the place.") from error

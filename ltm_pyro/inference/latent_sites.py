@@ -1,0 +1,94 @@
+"""The latent sites of a model: found by tracing `think` once."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MixtureSameFamily, Transform, biject_to, constraints
+
+from ltm_pyro.contracts import SEQUENCES, Model
+from ltm_pyro.errors import UsageError
+
+Sites = Mapping[str, Distribution]  # name -> the prior's distribution there, batch shape (B,)
+
+
+def prior_sites(model: Model, size: int) -> Sites:
+    """Every latent site inside the plate of sequences, in the order the prior samples it.
+
+    A site that depends on others is what it is at their means, so that every look finds the same.
+    """
+    with torch.no_grad(), poutine.block(), _AtMean():  # a look, which handlers outside need not know of
+        nodes: dict[str, Any] = dict(poutine.trace(model.think).get_trace(size).nodes)
+    sites: Sites = {
+        name: node["fn"]
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and _in_sequences(node)
+    }
+    for name, fn in sites.items():
+        if fn.support is not None and fn.support.is_discrete:
+            raise UsageError(
+                f"Prior site '{name}' is discrete, and no guide can follow a gradient there: "
+                f"marginalise it inside the prior (see MixtureSameFamily)."
+            )
+    return sites
+
+
+class _AtMean(Messenger):
+    """Every continuous site takes its mean for its value, where it has one."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["is_observed"] or not _in_sequences(msg) or fn.support is None or fn.support.is_discrete:
+            return
+        with suppress(NotImplementedError, AttributeError):
+            msg["value"] = torch.where(fn.mean.isfinite(), fn.mean, fn.sample())
+
+
+def bijections(sites: Sites) -> dict[str, tuple[Distribution, Transform]]:
+    """Every site with the map from unconstrained coordinates to its support."""
+    found = {}
+    for name, fn in sites.items():
+        try:
+            found[name] = (fn, biject_to(_support(fn)))
+        except NotImplementedError:
+            raise UsageError(
+                f"No guide reaches the support of prior site '{name}', {fn.support}: sample unconstrained numbers "
+                f"there and transform them inside the prior."
+            ) from None
+    return found
+
+
+def _support(fn: Distribution) -> constraints.Constraint | None:
+    """A distribution's support; a mixture's is that of its components."""
+    if isinstance(fn, Independent):
+        return constraints.independent(_support(fn.base_dist), fn.reinterpreted_batch_ndims)
+    return getattr(fn.support, "base_constraint", fn.support) if isinstance(fn, MixtureSameFamily) else fn.support
+
+
+def _in_sequences(node: Any) -> bool:
+    return any(frame.name == SEQUENCES for frame in node["cond_indep_stack"])
+
+
+def unconstrained(fn: Distribution) -> bool:
+    """Whether the distribution's support is all of the reals."""
+    support = _support(fn)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def prior_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the prior's unconstrained coordinates; 0 and 1 where it has no closed form for them."""
+    if unconstrained(prior):
+        try:
+            mean, variance = prior.mean, prior.variance
+        except NotImplementedError:
+            mean = variance = torch.full_like(prior.sample(), torch.nan)
+        known = mean.isfinite() & variance.isfinite() & (variance > 0)
+        return torch.where(known, mean, 0.0), torch.where(known, variance, 1.0)
+    sample = biject_to(_support(prior)).inv(prior.sample())
+    return torch.zeros_like(sample), torch.ones_like(sample)

@@ -1,0 +1,173 @@
+"""The decoder's parts: rotary positions, attention sublayers and the gated feed-forward. Tensors in, tensors out.
+
+Shapes: B sequences (particles folded in), T tokens, K thoughts, D width, H heads, C channels of a head.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ltm_pyro.nn.attention import KeysValues, ThoughtMemory, cross_attention, ring_attention, window_attention
+from ltm_pyro.nn.kv_cache import Reading
+from ltm_pyro.nn.precision import matrix_dtype
+
+Turn = Tensor  # (..., T, 1, C/2, 2): cosine and sine of every position's angles, one per pair of channels
+
+
+def rotation(position: Int[Tensor, "*T"], channels: int, base: float = 10_000.0) -> Turn:
+    """Channel pair c of position t turns by the angle t · base^(−2c/C) (RoFormer, arXiv 2104.09864)."""
+    half = torch.arange(0, channels, 2, device=position.device, dtype=torch.float32)
+    angle = position.float()[..., None, None] * base ** (-half / channels)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+def rotary(x_BTHC: Float[Tensor, "B T H C"], turn: Turn) -> Float[Tensor, "B T H C"]:
+    """The vectors turned, each by its position's angles; what two of them then share depends on their distance.
+
+    Neighbouring channels are a complex number each, of which torch's compiler knows nothing.
+    """
+    wide = x_BTHC.to(torch.promote_types(x_BTHC.dtype, turn.dtype)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = wide.unbind(-1), turn.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        angle = torch.view_as_complex(turn.to(wide.dtype))
+        turned = torch.view_as_real(torch.view_as_complex(wide) * angle)
+    return turned.flatten(-2).to(x_BTHC.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + ε) ⊙ w, computed in at least float32, for a matrix product (arXiv 1910.07467)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """The normalised input, in the type of the product that follows."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return normalised(x_BTD, self.weight).to(matrix_dtype(x_BTD))
+        out: Tensor = _Normalised.apply(x_BTD, self.weight, matrix_dtype(x_BTD))
+        return out
+
+
+def normalised(x_BTD: Float[Tensor, "*B D"], weight_D: Float[Tensor, " D"]) -> Float[Tensor, "*B D"]:
+    """The formula of `RMSNorm`."""
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    return F.rms_norm(x_BTD.to(wide), weight_D.shape, weight_D.to(wide), torch.finfo(wide).eps)
+
+
+class _Normalised(torch.autograd.Function):
+    """`normalised` in half the passes over memory that autograd needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = (length.square() / x.shape[-1]).add_(torch.finfo(wide.dtype).eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, scale)
+        return (wide * scale).mul_(weight_D).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: by autograd, so that it can go on
+            wanted = [x for x, need in zip((x, weight_D), ctx.needs_input_grad, strict=False) if need]
+            found = iter(torch.autograd.grad(normalised(x, weight_D).to(grad.dtype), wanted, grad, create_graph=True))
+            return *(next(found) if need else None for need in ctx.needs_input_grad[:2]), None
+        slope, to_weight = grad * weight_D, None
+        along = (slope * x).sum(-1, keepdim=True)
+        if ctx.needs_input_grad[1]:
+            to_weight = (grad * x * scale).flatten(0, -2).sum(0).to(weight_D.dtype)
+        to_x = slope.mul_(scale).addcmul_(x, along * scale**3, value=-1 / x.shape[-1])
+        return to_x.to(x.dtype), to_weight, None
+
+
+class Attention(nn.Module):
+    """What follows an attention and precedes it: H query heads share ``kv_heads`` key and value heads."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.width, self.heads, self.kv_heads, self.channels = width, heads, kv_heads, width // heads
+        self.output = nn.Linear(width, width, bias=False)
+
+    def split(self, x_BTP: Float[Tensor, "B T P"]) -> Float[Tensor, "B T H C"]:
+        """A projection's output by heads."""
+        return x_BTP.unflatten(-1, (-1, self.channels))
+
+    def merge(self, x_BHTC: Float[Tensor, "B H T C"]) -> Float[Tensor, "B T D"]:
+        """The heads side by side, projected."""
+        return self.output(x_BHTC.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    """Causal attention of tokens to the last ``window`` tokens, themselves included; see `attention.BACKENDS`."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, window: int, attention: str = "auto") -> None:
+        super().__init__(width, heads, kv_heads)
+        self.window, self.attention = window, attention
+        self.query_key_value = nn.Linear(width, (heads + 2 * kv_heads) * self.channels, bias=False)
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B T D"]:
+        """Attention's output for normalised input; the caller adds the residual."""
+        q_BHTC, new = self.project(x_BTD, turn)
+        return self.merge(window_attention(q_BHTC, *new.spread(self.heads), self.window, self.attention))
+
+    def project(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> tuple[Float[Tensor, "B H T C"], KeysValues]:
+        """Queries and keys, turned, and values of tokens."""
+        seen = self.heads + self.kv_heads
+        qk_BTHC, v_BTGC = self.split(self.query_key_value(x_BTD)).split([seen, self.kv_heads], dim=2)
+        q, k = rotary(qk_BTHC, turn).split([self.heads, self.kv_heads], dim=2)
+        return q.transpose(1, 2), KeysValues(k.transpose(1, 2), v_BTGC.transpose(1, 2))
+
+    def read(
+        self, x_BUD: Float[Tensor, "B U D"], turn: Turn, ring: KeysValues, reading: Reading
+    ) -> Float[Tensor, "B U D"]:
+        """The same for tokens behind those whose keys and values are in ``ring``, which takes in theirs."""
+        q_BHUC, new = self.project(x_BUD, turn)
+        for remembered, x in zip(ring, new, strict=True):
+            reading.write(remembered, x)
+        return self.merge(ring_attention(q_BHUC, ring, reading.hidden_BUM))
+
+
+class CrossAttention(Attention):
+    """Attention of tokens to the K thoughts of their layer; tokens and thoughts each carry rotary positions."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, thought_width: int) -> None:
+        super().__init__(width, heads, kv_heads)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(thought_width, 2 * kv_heads * self.channels, bias=False)
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: ThoughtMemory) -> Float[Tensor, "B T D"]:
+        """Attention's output for normalised input; the caller adds the residual."""
+        return cross_attention(self.queries(x_BTD, turn), *thoughts)
+
+    def queries(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B H T C"]:
+        """Queries of the tokens, turned."""
+        return rotary(self.split(self.query(x_BTD)), turn).transpose(1, 2)
+
+    def remember(self, z_BKD: Float[Tensor, "B K thought"], turn: Turn) -> ThoughtMemory:
+        """Keys, turned, and projected values of thoughts."""
+        k, v = self.split(self.key_value(z_BKD)).chunk(2, dim=2)
+        k_BHKC, v_BHKC = KeysValues(rotary(k, turn).transpose(1, 2), v.transpose(1, 2)).spread(self.heads)
+        output_HCD = self.output.weight.T.unflatten(0, (self.heads, self.channels))
+        values_HND = v_BHKC.transpose(0, 1).flatten(1, 2) @ output_HCD
+        return ThoughtMemory(k_BHKC, values_HND.unflatten(1, z_BKD.shape[:2]).transpose(0, 1).flatten(1, 2))
+
+
+class SwiGLU(nn.Module):
+    """W₂ (silu(W₁ x) ⊙ W₃ x) with 8D/3 hidden units, rounded up to a multiple of 32 (arXiv 2002.05202)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = -(-8 * width // 3 // 32) * 32
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)  # W₁ and W₃
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The sublayer's output for normalised input; the caller adds the residual."""
+        gate_HD, up_HD = self.gate_up.weight.chunk(2)  # two products: halves of one lie apart, and are gathered again
+        return self.down(F.silu(F.linear(x_BTD, gate_HD)) * F.linear(x_BTD, up_HD))

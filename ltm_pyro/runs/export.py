@@ -1,0 +1,98 @@
+"""A trained model to share: weights as safetensors, recipe, tokenizer, and a card that says what the figures mean."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ltm_pyro.errors import UsageError
+from ltm_pyro.runs.load import SAFETENSORS, WEIGHTS, build_run, is_export
+from ltm_pyro.runs.run import Run
+from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, beside, read_checkpoint
+from ltm_pyro.utils.extras import extra
+
+CARD = "README.md"
+
+
+def save_pretrained(
+    run: str | Path, folder: str | Path, figures: Mapping[str, Any] | None = None, force: bool = False
+) -> Path:
+    """Writes a run's checkpoint as a folder that `load_run` takes, and that can be put on the Hugging Face hub.
+
+    Args:
+        figures: name to number, for the card's table.
+        force: replaces such a folder; other files are never touched.
+    """
+    torch_file = extra(*SAFETENSORS)
+    checkpoint = read_checkpoint(run)
+    texts = checkpoint["ltm_pyro"]
+    loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run)
+    folder = Path(folder)
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not is_export(folder):
+        raise UsageError(f"{folder} is there and no export, for it has no {WEIGHTS}: choose another --out.")
+    if taken and not force:
+        raise UsageError(f"{folder} exists already: choose another --out, or add --force.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: weight.contiguous() for name, weight in checkpoint["state_dict"].items()}
+        files = {
+            RECIPE: texts["recipe"].encode(),
+            TOKENIZER: texts["tokenizer"].encode(),
+            CARD: card(loaded, figures or {}).encode(),
+            WEIGHTS: torch_file.save(weights, metadata={"format": "pt"}),  # its save_file's only we may read
+        }
+        for name, content in files.items():
+            beside(folder / name).write_bytes(content)
+        for name in files:
+            beside(folder / name).replace(folder / name)
+    except OSError as error:
+        with suppress(OSError):
+            for name in (RECIPE, TOKENIZER, CARD, WEIGHTS):
+                beside(folder / name).unlink(missing_ok=True)
+        raise UsageError(f"Cannot write {folder}: {error.strerror}; make room there or choose another --out.") from None
+    return folder
+
+
+def card(run: Run, figures: Mapping[str, Any]) -> str:
+    """What a reader of the hub sees first."""
+    decoder = run.model.decoder
+    _, thoughts, width = decoder.thought_shape
+    lines = [
+        "---",
+        "library_name: ltm_pyro",
+        "pipeline_tag: text-generation",
+        "tags: [latent-thought-model, variational-bayes, pyro]",
+        "---",
+        "",
+        "# A Latent-Thought Language Model",
+        "",
+        "A decoder that reads a few latent vectors of each text, its thoughts, inferred by a few gradient steps",
+        "([arXiv 2502.01567](https://arxiv.org/abs/2502.01567)). Made with ltm_pyro.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| parameters | {sum(p.numel() for p in run.model.parameters()):,} |",
+        f"| prior, guide | `{_dotted(run.model.prior)}`, `{_dotted(run.guide)}` |",
+        f"| layers, width, window, length | {decoder.layers}, {decoder.width}, {decoder.window}, {run.length} |",
+        f"| thoughts per layer, their width | {thoughts}, {width} |",
+        f"| vocabulary | {decoder.vocabulary:,} |",
+        f"| fast steps, rate (evaluation) | {run.inference.steps}, {run.inference.rate} |",
+        *(f"| {name} | {value:.4g} |" for name, value in figures.items()),
+        "",
+        "```",
+        "ltm generate FOLDER --prompt 'Once upon a time'",
+        "ltm evaluate FOLDER --data TEXT",
+        "```",
+        "",
+        "In Python: `run = ltm_pyro.load_run(FOLDER)`. Its likelihoods are bounds or predictive estimates, as each",
+        "protocol says; compare them with an autoregressive model's under `causal`.",
+        "",
+        "Intended use, training data, licence and limits: to be filled in by whoever shares this model.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _dotted(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__name__}"

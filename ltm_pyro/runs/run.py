@@ -1,0 +1,46 @@
+"""A trained model with everything needed to score and to write text."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from ltm_pyro.contracts import Guide
+from ltm_pyro.data import end_of_text
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.state import LocalInference
+
+
+class Run(NamedTuple):
+    """A trained model with everything needed to score and to write text."""
+
+    model: Any  # a `Model` with a decoder
+    guide: Guide
+    tokenizer: Tokenizer
+    inference: LocalInference  # of evaluation
+    data: str  # the packed directory it was trained on
+    length: int  # T, the longest sequence
+    source: str = ""  # where it was loaded from
+
+    @property
+    def start_token(self) -> int:
+        """The token behind which every sequence begins."""
+        return end_of_text(self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; batches have to be there too."""
+        return cast(torch.device, self.model.decoder.embedding.weight.device)
+
+    def to(self, device: str) -> "Run":
+        """This run, its model moved to another device; `UsageError` where this machine has none of the name."""
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UsageError(f"There is no device '{device}' here ({reason}): choose cpu.") from None
+        for part in (self.model, self.guide):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self

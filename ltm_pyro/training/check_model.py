@@ -1,0 +1,52 @@
+"""Checks that a model and its guide can be trained, before the first step: finite terms, every parameter reached."""
+
+from typing import Any
+
+import torch
+
+from ltm_pyro.contracts import Batch, Guide, Start, make_batch
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.check_prior import explain_failure, source_line
+from ltm_pyro.inference.elbo import elbo_terms
+from ltm_pyro.inference.global_latents import global_kl
+from ltm_pyro.inference.learning_rates import slow_parameters
+from ltm_pyro.inference.local import begin, learn
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.utils.rng import seeded
+
+
+def check_model(model: Any, guide: Guide) -> None:
+    """Refuses a model and guide that cannot learn from two short texts: a term not finite, a parameter left out."""
+    batch = _texts(model.decoder)
+    with seeded(0):
+        with torch.no_grad(), explain_failure(model.prior):
+            local = begin(model, guide, batch, LocalInference()).parameters
+            terms = elbo_terms(model, guide, batch, local)
+        for name, value in terms._asdict().items():
+            if not value.isfinite().all():
+                raise UsageError(
+                    f"{name.removesuffix('_B')} is {value.tolist()} before the first step: see the scales that "
+                    f"{source_line(model.prior, 'pyro.sample')} starts with."
+                )
+        _check_gradients(model, guide, batch)
+
+
+def _texts(decoder: Any) -> Batch:
+    length = min(8, decoder.length)
+    tokens_BT = torch.arange(2 * length).reshape(2, length) % decoder.vocabulary
+    return make_batch(tokens_BT, torch.full((2,), length), start_token=0)
+
+
+def _check_gradients(model: Any, guide: Guide, batch: Batch) -> None:
+    inference = LocalInference(steps=1, slow_gradient="last", start=Start(log_var=-1.0, jitter=0.1))
+    loss = learn(model, guide, batch, inference).loss + global_kl(model)
+    learned = [(name, p) for name, p in slow_parameters(model, guide) if p.requires_grad and p.numel()]
+    gradients = torch.autograd.grad(loss, [p for _, p in learned], allow_unused=True)
+    for (name, _), gradient in zip(learned, gradients, strict=True):
+        if gradient is None or not gradient.isfinite().all():
+            problem = "is not finite at" if gradient is not None else "does not reach"
+            owner = guide if name.startswith("guide.") else getattr(model, name.split(".")[0])
+            raise UsageError(
+                f"The gradient {problem} the parameter '{name}' ({source_line(owner)}): use it in the density, register "
+                f"it as a buffer, or remove it."
+            )

@@ -1,0 +1,69 @@
+"""What a training will cost, before it begins: parameters, floating-point operations, memory."""
+
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from rich.table import Table
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ltm_pyro.contracts import make_batch
+from ltm_pyro.data import read_manifest
+from ltm_pyro.inference.elbo import average_terms, quiet
+from ltm_pyro.inference.local import begin
+from ltm_pyro.training.flops import ours
+from ltm_pyro.training.module import LTMModule
+from ltm_pyro.utils.rng import seeded
+
+_PER_PARAMETER = 16  # bytes: weight, gradient and Adam's two moments in float32
+
+
+def plan(module: LTMModule, config: Namespace, ranks: int) -> Table:
+    """The plan as a table; figures that a curriculum moves are those of local inference's own settings."""
+    decoder, length = module.model.decoder, read_manifest(config.data.directory).seq_len
+    tokens = config.data.batch_size * length * config.trainer.accumulate_grad_batches * ranks
+    fast, slow = ours(decoder, module.guide, length, module.inference)
+    table = Table("plan", "", title=str(config.run), title_justify="left")
+    for part, count in parameters(module).items():
+        table.add_row(part, f"{count:,}")
+    table.add_row("precision", str(config.trainer.precision or "32-true"))
+    table.add_row("thoughts per sequence (L x K x D)", " x ".join(map(str, decoder.thought_shape)))
+    table.add_row("fast steps, slow gradient", f"{module.inference.steps}, {module.inference.slow_gradient}")
+    table.add_row("FLOPs per token, fast + slow", f"{fast / 1e6:,.1f} M + {slow / 1e6:,.1f} M")
+    table.add_row("FLOPs per step, fast + slow", f"{fast * tokens / 1e12:,.3f} T + {slow * tokens / 1e12:,.3f} T")
+    table.add_row("tokens per step", f"{tokens:,}" + (f" on {ranks} ranks" if ranks > 1 else ""))
+    table.add_row("memory per rank, about", f"{memory(module, config.data.batch_size, length) / 2**30:,.2f} GiB")
+    return table
+
+
+def parameters(module: LTMModule) -> dict[str, int]:
+    """All parameters, and those of the model's parts, each of which holds some."""
+    total = {"parameters": module.model}
+    parts = {f"  {name}": part for name, part in module.model.named_children()}
+    inner = {f"  decoder.{name}": part for name, part in module.model.decoder.named_children()}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (total | parts | inner).items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def memory(module: LTMModule, batch_size: int, length: int) -> int:
+    """Bytes for parameters, their gradients and moments, and for what one ELBO of a batch keeps to go backward.
+
+    The latter is measured on one sequence in the weights' own precision; what operations need in passing, and what the
+    process itself takes, comes on top.
+    """
+    weights = {p.untyped_storage().data_ptr(): p for p in module.model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    batch: Any = make_batch(torch.ones(1, length, dtype=torch.long), torch.tensor([length]), start_token=0)
+    with seeded(0), quiet(), saved_tensors_hooks(keep, lambda x: x):
+        local = begin(module.model, module.guide, batch, module.inference).parameters
+        local = {name: x.requires_grad_() for name, x in local.items()}
+        terms = average_terms(module.model, module.guide, module.model.prepare(batch), local, module.inference.draws)
+    activations = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in weights)
+    del terms
+    return _PER_PARAMETER * sum(p.numel() for p in weights.values()) + batch_size * activations

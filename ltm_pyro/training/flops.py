@@ -1,0 +1,142 @@
+"""What a trained token costs, in floating-point operations: the paper's method, and ours.
+
+Shapes: T tokens, L layers, K thoughts per layer, D width, V vocabulary, W window. A product of an (m, n) and an (n, p)
+matrix counts 2·m·n·p; what is not a matrix product counts nothing.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import nn
+
+from ltm_pyro.contracts import Guide, ThoughtShape
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.nn.layers import CrossAttention, SelfAttention, SwiGLU
+
+
+@runtime_checkable
+class CountedDecoder(Protocol):
+    """A decoder of layers equal but for thoughts, made of the parts in `ltm_pyro.nn.layers`, with a tied embedding."""
+
+    vocabulary: int
+    layers: int
+    width: int
+    heads: int
+    window: int
+    thought_layers: tuple[int, ...]
+    thought_shape: ThoughtShape
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, the embedding once."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All parts."""
+        ...
+
+
+class Flops(NamedTuple):
+    """FLOPs per trained token: of all fast steps together, and of the slow step."""
+
+    fast: float
+    slow: float
+
+    @property
+    def total(self) -> float:
+        """Fast and slow."""
+        return self.fast + self.slow
+
+
+class _Forward(NamedTuple):
+    """FLOPs per token of one forward pass, by what a backward pass does to them."""
+
+    stem: float  # up to the self-attention of the first layer with thoughts: z does not enter
+    query: float  # that layer's cross-attention queries: they come straight from the stem
+    matrices: float  # all other projections of tokens, and the vocabulary's
+    attention: float  # scores and weighted sums after the stem
+    thoughts: float  # keys and values of the thoughts, the values projected for every head, once per sequence
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def published(decoder: CountedDecoder, length: int, steps: int) -> Flops:
+    r"""What the published method spends per token of a sequence of ``length`` tokens, as its authors count.
+
+    .. math:: (T_\mathrm{fast} + 1) \, (6 N + 6 L D T), \quad N = \text{all parameters of the decoder}
+
+    Every fast step is a whole forward and backward pass. Source: arXiv 2502.01567, its table of model sizes.
+    """
+    parameters = sum(p.numel() for p in decoder.parameters())
+    once = 6.0 * (parameters + decoder.layers * decoder.width * length)
+    return Flops(fast=steps * once, slow=once)
+
+
+def ours(
+    decoder: CountedDecoder, guide: Guide, length: int, inference: LocalInference, listening: bool = True
+) -> Flops:
+    """What `ltm_pyro.inference.local.learn` spends per token of a sequence of ``length`` tokens.
+
+    A backward pass costs a projection once for its input and once for its weights, an attention product once for each
+    factor; where the embedding learns, the logits are computed twice. The stem is computed once per batch. Under
+    ``slow_gradient="last"`` a fast step asks for no weights, and the slow step goes over everything; under
+    ``"trajectory"`` every fast step asks for the weights as well, and the slow step is left with the stem alone. Every
+    particle goes through all but the stem; a stopping rule's savings are not
+    counted, since nobody knows them beforehand. A guide that does not climb pays for the gradients that it settles
+    with, and its encoder learns in the slow step.
+
+    Args:
+        listening: whether the decoder hears its thoughts, which the first stage of a warm start leaves out.
+    """
+    one = _forward(decoder, length, listening)
+    steps = inference.steps if decoder.thought_shape.thoughts and listening else 0
+    climbs, settles = (steps if guide.climbs else 0), (guide.gradients(steps) if steps else 0)
+    draws, again = inference.particles, 2.0 * decoder.vocabulary * decoder.width
+    gradient = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
+    learned = 3 * (one.total - one.stem) + again
+    if inference.slow_gradient == "trajectory" and climbs:
+        return Flops(fast=draws * climbs * learned + settles * gradient, slow=3 * one.stem)
+    encoder = 3 * _encoder(guide, length) if steps else 0.0
+    slow = 3 * one.stem + draws * (learned - (0 if encoder else one.thoughts)) + encoder  # who else needs z's gradient?
+    return Flops(fast=(draws * climbs + settles) * gradient, slow=slow)
+
+
+def _encoder(guide: Guide, length: int) -> float:
+    """FLOPs per token of reading a sequence once; what is done once per sequence counts nothing."""
+    parts = guide.modules() if isinstance(guide, nn.Module) else ()
+    layers = [m for m in parts if isinstance(m, SelfAttention | SwiGLU)]
+    matrices = 2.0 * sum(p.numel() for m in layers for p in m.parameters())
+    windows = [4.0 * m.width * _keys(m.window, length) for m in layers if isinstance(m, SelfAttention)]
+    return matrices + sum(windows)
+
+
+def _forward(decoder: CountedDecoder, length: int, listening: bool) -> _Forward:
+    hearing, thoughts, _ = decoder.thought_shape
+    below, rest = decoder.thought_layers[0] - 1, decoder.layers - decoder.thought_layers[0]
+    speak, query = _projections(decoder, SelfAttention), _projections(decoder, CrossAttention, "query")
+    feed = _projections(decoder, SwiGLU)
+    if not listening:
+        thoughts, query = 0, 0.0
+    window = 4.0 * decoder.width * _keys(decoder.window, length)
+    vocabulary = 2.0 * decoder.vocabulary * decoder.width
+    return _Forward(
+        stem=below * (speak + window + feed) + speak + window,
+        query=query,
+        matrices=rest * speak + (hearing - 1) * query + (rest + 1) * feed + vocabulary,
+        attention=rest * window + hearing * 2.0 * decoder.width * thoughts * (1 + decoder.heads),
+        thoughts=hearing * _projections(decoder, CrossAttention, "key_value", "output") * thoughts / length,
+    )
+
+
+def _keys(window: int, length: int) -> float:
+    """How many keys a query is multiplied with, the padding of the last block shared among the tokens."""
+    blocks = -(-length // window)
+    return float(length) if blocks == 1 else 2.0 * window * blocks * window / length
+
+
+def _projections(decoder: CountedDecoder, kind: type[nn.Module], *parts: str) -> float:
+    """2 · weights that one ``kind`` of sublayer holds, all together or in some ``parts``; 0 where there is none."""
+    sublayers = [m for m in decoder.modules() if isinstance(m, kind)]
+    holders = [m.get_submodule(part) for m in sublayers for part in parts or ("",)]
+    return 2.0 * sum(p.numel() for m in holders for p in m.parameters()) / max(len(sublayers), 1)

@@ -1,0 +1,128 @@
+"""Run directories: what training writes, and what it reads again.
+
+A run holds ``config.yaml``, ``tokenizer.json``, ``metrics.csv`` and ``checkpoints/last.ckpt``; the checkpoint alone is
+enough, because recipe and tokenizer travel in it.
+"""
+
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltm_pyro.errors import UsageError
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+RECIPE = "config.yaml"
+METRICS = "metrics.csv"
+TOKENIZER = "tokenizer.json"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint file of a run directory, or the file itself, loaded with ``weights_only=True``."""
+    file = checkpoint_path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # a file that is cut or changed leads the unpickler to any
+        raise UsageError(
+            f"{file} is not a checkpoint that can be loaded safely: give one that `ltm fit` wrote."
+        ) from None
+    if not isinstance(checkpoint, dict) or "ltm_pyro" not in checkpoint:
+        raise UsageError(f"{file} was not written by `ltm fit`: it holds no recipe; give one that was.")
+    if not _is_whole(checkpoint):
+        raise UsageError(f"{file} is damaged, for recipe, tokenizer or weights are missing: give one that is whole.")
+    return checkpoint
+
+
+def _is_whole(checkpoint: dict[Any, Any]) -> bool:
+    texts, weights = checkpoint["ltm_pyro"], checkpoint.get("state_dict")
+    if not isinstance(texts, dict) or not isinstance(weights, dict):
+        return False
+    said = all(isinstance(texts.get(name), str) for name in ("recipe", "tokenizer"))
+    return said and all(isinstance(weight, torch.Tensor) for weight in weights.values())
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """Where the checkpoint of a run is; a file is taken as it is."""
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"There is no run at {path}: give a run directory or a checkpoint that `ltm fit` wrote.")
+    file = path / CHECKPOINT if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"Run {path} has no checkpoint at {file}: train it first (`ltm fit --run {path} …`).")
+    return file
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Loads a state dict strictly; `UsageError` says the first thing that does not fit."""
+    own = module.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        here, there = (tuple(x[name].shape) if name in x else "absent" for x in (own, weights))
+        if here != there:
+            raise UsageError(
+                f"The checkpoint {source} is of another architecture: '{name}' is {there} there and {here} in the "
+                f"recipe; use the recipe it was trained with."
+            )
+    module.load_state_dict(weights)
+
+
+def add_thoughts(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Gives a module the weights of a run without thoughts; its own cross-attention then adds exactly nothing.
+
+    The first bound is therefore that run's loss. What the run has spent in FLOPs counts as spent here too.
+    """
+    own = module.state_dict()
+    new = {name for name in own if ".cross_attention." in name or ".norm_cross." in name}
+    if not new or new & weights.keys():
+        thinks = "the recipe has no thoughts" if not new else f"{source} has thoughts"
+        raise UsageError(
+            f"A warm start adds thoughts to a run without them, but {thinks}: set `model.decoder.init_args.thoughts` "
+            f"to 0 for the run to begin from, and to more for the new one."
+        )
+    quiet = {n: torch.zeros_like(own[n]) if n.endswith("output.weight") else own[n] for n in new}
+    load_weights(module, {**weights, **quiet}, source)
+
+
+def check_run(path: Path, force: bool, resumed: bool) -> None:
+    """Refuses a directory with files of a run, unless it is the one ``resumed``; other files there stay."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, not a run directory: choose another --run.")
+    there = [str(name) for name in (RECIPE, METRICS, CHECKPOINT, TOKENIZER) if (path / name).exists()]
+    if there and not (force or resumed):
+        raise UsageError(
+            f"{path} holds a {there[0]} already: choose another --run, resume with --ckpt_path, or add --force."
+        )
+
+
+def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
+    """Writes recipe and tokenizer, with ``keep`` beside what is there, else in place of an earlier run's files.
+
+    An earlier run's files go only once the new ones are on the disk; a failure leaves nothing new behind.
+    """
+    texts = {path / RECIPE: recipe, path / TOKENIZER: tokenizer}
+    fresh = not path.exists()
+    try:
+        (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
+        for file, text in texts.items():
+            beside(file).write_text(text, "utf-8")
+        for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
+            old.unlink(missing_ok=True)
+        for file in texts:
+            beside(file).replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            for file in texts:
+                beside(file).unlink(missing_ok=True)
+            if fresh:
+                shutil.rmtree(path)
+        raise UsageError(
+            f"Cannot write the run {path}: {error.strerror}; make room there or choose another --run."
+        ) from None
+
+
+def beside(file: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return file.with_name(file.name + ".new")

@@ -1,0 +1,139 @@
+"""One training from recipe to run directory: planned, shown, interruptible, resumable."""
+
+import errno
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from jsonargparse import Namespace
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
+from tokenizers import Tokenizer
+
+from ltm_pyro.data.dataset import open_pack
+from ltm_pyro.data.tokenizer import load_tokenizer, tokenizer_hash
+from ltm_pyro.errors import UsageError
+from ltm_pyro.training.check_model import check_model
+from ltm_pyro.training.checkpoints import Checkpoints, Saving
+from ltm_pyro.training.cost_summary import plan
+from ltm_pyro.training.metrics import MetricsFile
+from ltm_pyro.training.module import LTMModule
+from ltm_pyro.training.progress import Progress
+from ltm_pyro.training.recipe import build, check_budget, dump_recipe, refused, take_vocabulary
+from ltm_pyro.training.run_directory import (
+    CHECKPOINT,
+    METRICS,
+    RECIPE,
+    TOKENIZER,
+    add_thoughts,
+    check_run,
+    checkpoint_path,
+    load_weights,
+    read_checkpoint,
+    write_run,
+)
+from ltm_pyro.utils.console import Console
+
+NOISE = (  # what Lightning says that no user can act on
+    ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
+    "|Experiment logs|ended before the epoch ended).*"
+)
+LAST = "last"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by the user; the message says where it was saved and how to go on."""
+
+
+def train(config: Namespace, onlookers: Sequence[Any] = ()) -> Path:
+    """Trains as a recipe says and returns the run directory; ``onlookers`` are further Lightning callbacks.
+
+    Of several ranks the first looks at the run directory, writes it and shows the plan. Raises `UsageError` before
+    anything is written, `Interrupted` after Ctrl-C or SIGTERM once the checkpoint is safe.
+    """
+    check_budget(config)
+    take_vocabulary(config)
+    run, resumed = Path(config.run), _resumed(config)
+    keep = resumed is not None and resumed.resolve().is_relative_to(run.resolve())
+    first = cast(Any, rank_zero_only).rank == 0
+    if first:
+        check_run(run, config.force, keep)
+    _, tokenizer = open_pack(config.data.directory)
+    recipe, text = dump_recipe(config), tokenizer.to_str()
+    content = _content(resumed or config.warm_start, tokenizer)
+    log = MetricsFile(run / METRICS, content["global_step"] if keep else None)
+    saving = Saving(**config.checkpoints.as_dict())
+    callbacks = [Progress(), *onlookers, Checkpoints(run / CHECKPOINT, recipe, text, saving)]
+    module, data, trainer = build(config, callbacks=callbacks, logger=[log])
+    if resumed:
+        data.check(content.get("PackedData") or {}, trainer.world_size)
+        load_weights(module, content["state_dict"], resumed)
+    elif config.warm_start:
+        add_thoughts(module, content["state_dict"], config.warm_start)
+    check_model(module.model, module.guide)
+    if first:
+        shown = plan(module, config, trainer.world_size)
+        write_run(run, recipe, text, keep)
+        log.take_up()
+        Console(stderr=True).print(shown)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=NOISE)
+        _fit(trainer, module, data, run, resumed)
+    return run
+
+
+def _resumed(config: Namespace) -> Path | None:
+    """The checkpoint to go on from; `LAST` is that of the run itself, or none before there is one."""
+    if config.ckpt_path == LAST:
+        path = Path(config.run) / CHECKPOINT
+        return path if path.exists() else None
+    return checkpoint_path(config.ckpt_path) if config.ckpt_path else None
+
+
+def _content(checkpoint: str | Path | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A checkpoint; refuses one that has learned another vocabulary than the data's."""
+    if not checkpoint:
+        return {}
+    content = read_checkpoint(checkpoint)
+    learned = load_tokenizer(f"{checkpoint}: its {TOKENIZER}", content["ltm_pyro"]["tokenizer"].encode())
+    if tokenizer_hash(learned) != tokenizer_hash(tokenizer):
+        raise UsageError(
+            f"The checkpoint {checkpoint} was trained with another tokenizer than the data's: pack the data again "
+            f"with --tokenizer and the run's {TOKENIZER}."
+        )
+    return content
+
+
+def said(error: BaseException) -> str:
+    """What an error says; one from a process that reads ahead says it behind a traceback."""
+    return str(error).rsplit("UsageError: ", 1)[-1].strip()
+
+
+def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | None) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except UsageError as error:
+        raise UsageError(said(error)) from None
+    except MisconfigurationException as error:
+        raise UsageError(refused(error)) from None
+    except SystemExit:  # how Lightning leaves after Ctrl-C
+        if not (run / CHECKPOINT).exists():
+            raise Interrupted(f"interrupted before the first step; {run} holds no checkpoint yet.") from None
+        raise Interrupted(
+            f"interrupted at step {trainer.global_step}; "
+            f"go on with: ltm fit --config {run / RECIPE} --ckpt_path {run / CHECKPOINT}"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        saved = (run / CHECKPOINT).exists()
+        advice = f"resume with --ckpt_path {run / CHECKPOINT}" if saved else "train again with --force"
+        raise UsageError(
+            f"The disk under {run} is full at step {trainer.global_step}: free some room and {advice}."
+        ) from None
+    if trainer.is_global_zero and not (run / CHECKPOINT).exists():
+        raise UsageError(
+            f"{run} holds no checkpoint, for at step {trainer.global_step} no step was left to take: raise what ends "
+            f"the training, and add --force."
+        )

@@ -1,0 +1,22 @@
+"""Random number generation that depends on integers alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Draws inside depend on the integers ``seed`` alone; the generators are put back afterwards."""
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(mix(*seed))  # torch.manual_seed keeps a stack trace without a CUDA device
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(mix(*seed))
+        yield
+
+
+def mix(*seed: int) -> int:
+    """One seed of 63 bits out of several integers."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))

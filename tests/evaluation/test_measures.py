@@ -1,0 +1,181 @@
+"""Every measure against a case with a known answer, or against its definition."""
+
+import itertools
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.suites import gsm8k
+from ltm_pyro.evaluation.suites.features import extractor, of_run
+from ltm_pyro.evaluation.suites.generation import compression_ratio, distinct, repetition, self_bleu
+from ltm_pyro.evaluation.suites.gsm8k import Problem, pass_at_k, prompt, read_problems, result, wilson
+from ltm_pyro.evaluation.suites.mauve import SCALE, frontier_area, mauve
+from ltm_pyro.evaluation.suites.suite import Options
+from ltm_pyro.text.thoughts import encode
+
+
+def kl(p, r):
+    return sum(a * math.log(a / b) for a, b in zip(p, r, strict=True) if a)
+
+
+def test_equal_histograms_have_mauve_1_and_disjoint_ones_the_known_area():
+    p = np.array([0.2, 0.3, 0.5])
+    assert frontier_area(p, p) == pytest.approx(1)
+    weights = np.linspace(0, 1, 20_001)[1:-1]  # disjoint: KL(P | R) = -log λ, KL(Q | R) = -log (1 - λ)
+    y, x = weights**SCALE, (1 - weights) ** SCALE
+    exact = math.gamma(1 + SCALE) ** 2 / math.gamma(1 + 2 * SCALE)  # ∫ y dx = c B(c, c + 1)
+    assert abs(float(np.trapezoid(y[::-1], x[::-1]))) == pytest.approx(exact, rel=1e-3)
+    assert frontier_area(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == pytest.approx(exact, rel=0.02)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=5))
+def test_the_frontier_is_symmetric_and_within_its_bounds(counts):
+    p, q = (np.array(x) + 1e-3 for x in zip(*counts, strict=True))
+    p, q = p / p.sum(), q / q.sum()
+    area = frontier_area(p, q)
+    assert area == pytest.approx(frontier_area(q, p), rel=1e-6)
+    assert 0 < area <= 1 + 1e-9
+
+
+def test_mauve_falls_as_texts_move_apart():
+    draw = np.random.default_rng(0)
+    text = draw.normal(size=(200, 8))
+    scores = [mauve(text, draw.normal(loc=shift * np.eye(8)[0], size=(200, 8))) for shift in (0, 1, 3)]
+    assert scores[0] > 0.9
+    assert scores == sorted(scores, reverse=True)
+    assert scores[2] < 0.1
+
+
+def test_features_belong_to_their_text(tiny_run):
+    run = tiny_run()
+    texts = ["the old", "a long text", "short words about"]
+    together = of_run(run)(texts, 0)
+    assert together.shape == (3, run.model.decoder.width)
+    np.testing.assert_allclose(of_run(run, batch_size=1)(texts, 0), together)
+
+
+def test_features_of_a_hugging_face_folder_are_its_states_behind_the_last_token(tiny_run, tmp_path):
+    import transformers  # here, for it takes seconds
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_run().tokenizer)
+    sizes = {"vocab_size": tokenizer.vocab_size, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = transformers.GPT2Model(transformers.GPT2Config(**sizes)).eval()
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "gpt2")
+    text = "the old model reads a long text about short words"
+    (found,) = extractor(str(tmp_path / "gpt2"))([text], 0)
+    ids = torch.tensor([tokenizer(text)["input_ids"][:8]])
+    np.testing.assert_allclose(found, model(ids).last_hidden_state[0, -1].detach().numpy(), rtol=1e-5)
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    extractor.cache_clear()
+    with pytest.raises(UsageError, match="no Hugging Face model with tokenizer and safetensors"):
+        extractor(str(tmp_path / "gpt2"))
+
+
+def bleu(text, others, order=4):
+    """The definition, n-gram by n-gram."""
+    logs = []
+    for n in range(1, order + 1):
+        grams = [Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for t in (text, *others)]
+        found = sum(min(k, max(other[gram] for other in grams[1:])) for gram, k in grams[0].items())
+        logs.append(math.log((found + (n > 1)) / (sum(grams[0].values()) + (n > 1))) if found or n > 1 else -math.inf)
+    closest = min((len(t) for t in others), key=lambda size: (abs(size - len(text)), size))
+    return math.exp(sum(logs) / order) * min(1, math.exp(1 - closest / len(text)))
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=9), min_size=2, max_size=4))
+def test_self_bleu_is_bleu_against_all_others(texts):
+    expected = [bleu(text, texts[:i] + texts[i + 1 :]) for i, text in enumerate(texts)]
+    assert self_bleu(texts) == pytest.approx(expected)
+
+
+def test_equal_texts_have_self_bleu_1():
+    assert self_bleu([list("abcde")] * 3) == pytest.approx([1] * 3)
+
+
+def test_repetition_and_distinctness():
+    assert distinct([list("aab"), list("ab")], 1) == 2 / 5
+    assert distinct([list("aab"), list("ab")], 2) == 2 / 3
+    assert repetition(list("abcdabcd")) == 1 - 4 / 5
+    assert repetition(list("abc")) == 0
+    assert compression_ratio(["same text again and again"] * 50) > 10 > compression_ratio(["one text"])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 3 + 4 = 7 apples.\n#### 7", 7),
+        ("#### 1,234.50 dollars", 1234.5),
+        ("so $18 a day, that is -2", -2),
+        (" 5\n\nQuestion: What of 9?", 5),
+        ("no idea", None),
+        ("#### none, though 4 before", 4),
+    ],
+)
+def test_answers(text, number):
+    assert result(text) == number
+
+
+def test_pass_at_k_is_the_average_over_choices(tiny_run, monkeypatch):
+    """The share of subsets of k answers that hold a right one, counted one by one."""
+    right = [[True, False, False, False, False, False], [False] * 6, [True] * 4 + [False] * 2]
+    problems = [Problem("2 + 5?", "#### 7")] * 3
+    texts = ["#### 7" if hit else "8" for row in right for hit in row]
+    monkeypatch.setattr(gsm8k, "generate", lambda *a, **k: texts)
+    found = pass_at_k(problems, Options(shots=0, attempts=6), tiny_run(length=120))
+    for k in (1, 5):
+        shares = [np.mean([any(chosen) for chosen in itertools.combinations(row, k)]) for row in right]
+        assert found[f"pass@{k}"] == pytest.approx(np.mean(shares))
+    assert (found["questions"], found["no_number"]) == (3, 0)
+
+
+def test_answers_are_written_for_the_question_asked(tiny_run):
+    run = tiny_run(length=200)
+    found = pass_at_k([Problem("1 + 1?", "#### 2")] * 3, Options(shots=1, attempts=2, fast_steps=1), run)
+    assert (found["questions"], found["left_out"], found["shots"], found["attempts"]) == (2, 0, 1, 2)
+    assert 0 <= found["pass@1_low"] <= found["pass@1"] <= found["pass@1_high"] <= 1
+
+
+def test_examples_are_left_out_until_the_prompt_fits(tiny_run):
+    run = tiny_run(length=100)
+    examples = [Problem(f"{i} + {i}?", f"#### {2 * i}") for i in range(3)]
+    texts = {room: prompt(run, examples, "9 + 9?", room) for room in (20, 50, 99)}
+    assert texts[99] is None
+    assert 0 < texts[50].count("Question:") < texts[20].count("Question:")
+    assert all(len(encode(run, text)) + room <= 100 for room, text in texts.items() if text)
+    assert texts[50].endswith("Question: 9 + 9?\nAnswer:")
+    assert "2 + 2?" in texts[20] or texts[20].count("Question:") == 1  # the last example is the last to go
+
+
+def test_wilson():
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    low, high = wilson(0.0, 20)
+    assert low == 0
+    assert high == pytest.approx(0.1611, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("{", "line 2"),
+        ('{"question": "q"}', "'answer'"),
+        ('{"question": "q", "answer": "x"}', "number"),
+        ('{"question": "q", "answer": 4}', "expected str instance, int found"),
+        ('{"question": ["q"], "answer": "4"}', "expected str instance, list found"),
+        (r'{"question": "\ud800", "answer": "4"}', "surrogates not allowed"),
+    ],
+)
+def test_a_line_that_is_no_problem(tmp_path, line, word):
+    file = tmp_path / "gsm8k.jsonl"
+    file.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n" + line)
+    with pytest.raises(UsageError, match=word):
+        read_problems(file)

@@ -1,0 +1,183 @@
+"""The ELBO's terms against closed forms and against Pyro's own estimators."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+
+from ltm_pyro.contracts import Start, ThoughtShape, make_batch, sequences
+from ltm_pyro.errors import UsageError
+from ltm_pyro.guides import FullCovariance, MeanField
+from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights
+from ltm_pyro.inference.local import begin, fit
+from ltm_pyro.inference.pyro_guide import LocalPosterior
+from ltm_pyro.inference.state import LocalInference, LocalState
+from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel, LinearGaussianModel, TwoModesModel
+
+
+@pytest.fixture
+def fitted(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    guide = MeanField(model)
+    state, _ = fit(model, guide, batch, LocalInference(steps=3, start=Start(log_var=-1.0, jitter=0.5)))
+    return model, guide, batch, state
+
+
+@pytest.mark.parametrize("estimator", [TraceMeanField_ELBO, Trace_ELBO])
+def test_the_elbo_is_pyros_at_the_same_draws(fitted, estimator):
+    model, guide, batch, state = fitted
+    pyro.set_rng_seed(3)
+    theirs = estimator().loss(model, LocalPosterior(guide, state), batch)
+    pyro.set_rng_seed(3)
+    terms = elbo_terms(model, guide, batch, state.parameters, Draws(path=estimator is Trace_ELBO))
+    assert -terms.elbo_B.sum().item() == pytest.approx(theirs, abs=1e-6)
+
+
+def test_a_trace_does_not_depend_on_earlier_ones(tiny_model, tiny_batch):
+    sequences.cache_clear()
+    model, batch = tiny_model(), tiny_batch()
+    first, second = ([*poutine.trace(model).get_trace(batch).nodes] for _ in range(2))
+    assert first == second
+
+
+def test_particles_are_pyros_vectorised_particles(fitted):
+    model, guide, batch, state = fitted
+    pyro.set_rng_seed(3)
+    stock = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    theirs = stock.loss(model, LocalPosterior(guide, state), batch)
+    pyro.set_rng_seed(3)
+    terms = elbo_terms(model, guide, batch, state.parameters, Draws(4))
+    assert -terms.elbo_B.mean(0).sum().item() == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.mark.parametrize("guide_class", [MeanField, FullCovariance])
+def test_weights_average_to_the_evidence_and_the_elbo_stays_below(guide_class):
+    model = LinearGaussianModel(ThoughtShape(1, 1, 2), noise=1.5)  # weakly informed: the weights have a light tail
+    batch = model.draw(5)
+    guide = guide_class(model)
+    state, _ = fit(model, guide, batch, LocalInference(steps=200, rate=0.05, particles=16))
+    with torch.no_grad():
+        weights_SB = log_weights(model, guide, batch, state.parameters, 20_000)
+    evidence_B = model.log_evidence(batch)
+    ratio_SB = (weights_SB - evidence_B).exp()
+    error_B = ratio_SB.std(0) / math.sqrt(len(ratio_SB))
+    assert ((ratio_SB.mean(0) - 1).abs() < 4 * error_B).all()
+    assert (weights_SB.mean(0) < evidence_B).all()
+
+
+def test_exact_kl_equals_monte_carlo_kl(fitted):
+    model, guide, batch, state = fitted
+    with torch.no_grad():
+        exact_B = elbo_terms(model, guide, batch, state.parameters).kl_B
+        sampled_SB = elbo_terms(model, guide, batch, state.parameters, Draws(4000, path=True)).kl_B
+    error_B = sampled_SB.std(0) / math.sqrt(len(sampled_SB))
+    assert ((sampled_SB.mean(0) - exact_B).abs() < 3 * error_B).all()
+
+
+def test_two_modes_have_the_evidence_of_one(tiny_batch):
+    one, two = (cls(ThoughtShape(1, 1, 2), length=4) for cls in (LinearGaussianModel, TwoModesModel))
+    batch = one.draw(3)
+    guide = MeanField(one)
+    local = begin(one, guide, batch, LocalInference()).parameters
+    with torch.no_grad():
+        estimates = [log_weights(m, guide, batch, local, 200_000).logsumexp(0) - math.log(200_000) for m in (one, two)]
+    torch.testing.assert_close(estimates[0], one.log_evidence(batch), atol=0.2, rtol=0)
+    torch.testing.assert_close(estimates[1], two.log_evidence(batch), atol=0.2, rtol=0)
+
+
+def test_a_guide_that_misses_a_site_is_named(tiny_model, tiny_batch):
+    model = tiny_model()
+
+    class Blind(MeanField):
+        def __call__(self, batch, local):
+            return {}
+
+    class Talkative(MeanField):
+        def __call__(self, batch, local):
+            pyro.sample("u", pyro.distributions.Normal(torch.zeros(batch.size), 1.0))
+            return super().__call__(batch, local)
+
+    batch = tiny_batch()
+    local = begin(model, MeanField(model), batch, LocalInference()).parameters
+    with pytest.raises(UsageError, match="no site 'z', which the model samples"):
+        elbo_terms(model, Blind(model), batch, local)
+    with pytest.raises(UsageError, match="samples 'u', which the model does not have"):
+        elbo_terms(model, Talkative(model), batch, local)
+
+
+def test_the_parameter_store_stays_empty(fitted):
+    assert not list(pyro.get_param_store().keys())
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "layers": st.integers(1, 3),
+        "thoughts": st.integers(0, 3),
+        "thought_width": st.sampled_from([4, 8, 12]),
+        "size": st.integers(1, 4),
+        "particles": st.sampled_from([None, 1, 3]),
+        "length": st.integers(1, 9),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes)
+def test_laws_over_random_shapes(shape):
+    torch.manual_seed(shape["seed"])
+    decoder = Decoder(11, shape["layers"], 8, 2, shape["thoughts"], 4, 16, shape["thought_width"])
+    model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
+    lengths_B = torch.randint(1, shape["length"] + 1, (shape["size"],))
+    batch = make_batch(torch.randint(0, 11, (shape["size"], shape["length"])), lengths_B, 0)
+    guide = MeanField(model)
+    state, _ = fit(model, guide, batch, LocalInference(steps=2, start=Start(log_var=-40.0, jitter=1.0)))
+    draws = Draws(shape["particles"])  # q is so narrow that its noise does not show
+    terms = elbo_terms(model, guide, batch, state.parameters, draws)
+    lead = () if shape["particles"] is None else (shape["particles"],)
+    assert terms.elbo_B.shape == (*lead, shape["size"])
+    assert terms.elbo_B.isfinite().all()
+
+    order_B = torch.randperm(shape["size"])
+    permuted = elbo_terms(model, guide, batch.select(order_B), state.select(order_B).parameters, draws)
+    torch.testing.assert_close(permuted.elbo_B, terms.elbo_B[..., order_B], atol=1e-4, rtol=1e-4)
+
+    noise_BT = torch.randint(0, 11, batch.targets_BT.shape)
+    spoilt = make_batch(torch.where(batch.mask_BT, batch.targets_BT, noise_BT), lengths_B, 0)
+    padded = elbo_terms(model, guide, spoilt, state.parameters, draws)
+    torch.testing.assert_close(padded.elbo_B, terms.elbo_B, atol=1e-4, rtol=1e-4)
+
+
+def test_a_state_is_found_by_hand_as_by_fit(fitted):
+    *_, state = fitted
+    picked = state.select(torch.tensor([2, 0]))
+    assert isinstance(picked, LocalState)
+    back = state.put(torch.tensor([2, 0]), picked)
+    torch.testing.assert_close(back.parameters["z_loc"], state.parameters["z_loc"])
+
+
+def test_scale_handlers_count_as_in_pyro(fitted):
+    model, guide, batch, state = fitted
+
+    class Annealed(type(model)):
+        def forward(self, batch):
+            with pyro.poutine.scale(scale=0.1):
+                return super().forward(batch)
+
+    annealed = Annealed(model.prior, model.decoder)
+    with torch.no_grad():
+        plain, scaled = (elbo_terms(m, guide, batch, state.parameters, Draws(path=True)) for m in (model, annealed))
+    torch.testing.assert_close(scaled.log_likelihood_B, 0.1 * plain.log_likelihood_B, rtol=0.2, atol=0)
+
+
+def test_priors_without_moments_start_at_zero_and_one():
+    from ltm_pyro.inference.latent_sites import prior_moments
+
+    mean, variance = prior_moments(pyro.distributions.StudentT(2.0).expand([4, 3]).to_event(1))
+    assert (mean == 0).all()
+    assert (variance == 1).all()

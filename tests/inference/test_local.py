@@ -1,0 +1,220 @@
+"""Local inference: the ladder from exact start to known posterior, and what it must leave alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ltm_pyro.contracts import Start, ThoughtShape
+from ltm_pyro.errors import UsageError
+from ltm_pyro.guides import FullCovariance, MeanField
+from ltm_pyro.guides.full_covariance import scale_tril
+from ltm_pyro.inference.local import begin, fit, learn
+from ltm_pyro.inference.optimizers import OPTIMIZERS
+from ltm_pyro.inference.state import LocalInference, LocalState, Stop
+from ltm_pyro.models import LinearGaussianModel
+
+FEW = LocalInference(steps=3, rate=0.1)
+
+
+@pytest.fixture
+def known():
+    model = LinearGaussianModel(ThoughtShape(2, 1, 3))
+    return model, model.draw(4)
+
+
+def test_the_start_is_the_prior_or_as_narrow_as_asked(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    prior = begin(model, MeanField(model), batch, LocalInference(start=Start())).parameters
+    narrow = begin(model, MeanField(model), batch, LocalInference(start=Start(log_var=-5.0, jitter=0.1))).parameters
+    assert prior["z_loc"].shape == (3, 2, 3, 8)
+    assert (prior["z_loc"] == 0).all()
+    assert (prior["z_log_var"] == 0).all()
+    assert (narrow["z_log_var"] == -5).all()
+    assert 0.05 < narrow["z_loc"].std() < 0.2
+
+
+def test_record_has_every_step_and_sequence(tiny_model, tiny_batch):
+    model, seen = tiny_model(), []
+    state, info = fit(model, MeanField(model), tiny_batch(), FEW, on_step=lambda *step: seen.append(step))
+    assert info.elbo_NB.shape == (3, 3)
+    assert info.elbo_NB.isfinite().all()
+    assert info.finite_B.all()
+    assert (info.steps_B == 3).all()
+    assert (state.steps_B == 3).all()
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    torch.testing.assert_close(seen[1][2].kl_B, info.kl_NB[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "natural"])
+@pytest.mark.parametrize("guide", [MeanField, FullCovariance])
+def test_every_optimiser_raises_the_elbo(known, optimizer, guide):
+    model, batch = known
+    rate = {"sgd": 0.02, "natural": 0.05}.get(optimizer, 0.05)
+    inference = LocalInference(steps=150, rate=rate, optimizer=optimizer, particles=32)
+    _, info = fit(model, guide(model), batch, inference)
+    assert (info.elbo_NB[-20:].mean(0) > info.elbo_NB[:5].mean(0)).all()
+
+
+def test_mean_field_finds_the_best_factorised_gaussian(known):
+    model, batch = known
+    inference = LocalInference(steps=400, rate=0.2, optimizer="natural", particles=512, noise="antithetic")
+    state, _ = fit(model, MeanField(model), batch, inference)
+    best = model.factorised(batch)
+    torch.testing.assert_close(state.parameters["z_loc"].flatten(1), best.mean_BN, atol=1e-3, rtol=0)
+    variance = state.parameters["z_log_var"].exp().flatten(1)
+    torch.testing.assert_close(variance, best.covariance_BNN.diagonal(dim1=-2, dim2=-1), atol=0, rtol=0.03)
+
+
+def test_full_covariance_along_the_path_finds_the_exact_posterior(known):
+    model, batch = known
+    inference = LocalInference(steps=300, rate=0.1, optimizer="natural", particles=64, noise="antithetic", kl="path")
+    state, info = fit(model, FullCovariance(model), batch, inference)
+    truth, factor = model.posterior(batch), scale_tril(state.parameters["z_factor"])
+    torch.testing.assert_close(state.parameters["z_loc"], truth.mean_BN, atol=1e-4, rtol=0)
+    torch.testing.assert_close(factor @ factor.mT, truth.covariance_BNN, atol=1e-4, rtol=0)
+    torch.testing.assert_close(info.elbo_NB[-1], model.log_evidence(batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
+def test_a_fit_leaves_the_model_alone(tiny_model, tiny_batch, slow_gradient):
+    model, batch = tiny_model(), tiny_batch()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fit(model, MeanField(model), batch, replace(FEW, slow_gradient=slow_gradient))
+    learn(model, MeanField(model), batch, replace(FEW, slow_gradient=slow_gradient))
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad == 7).all()
+        assert parameter.requires_grad
+        torch.testing.assert_close(parameter.detach(), before[name])
+    assert model.training
+
+
+def test_last_follows_the_elbo_at_the_final_q(tiny_model, tiny_batch):
+    from ltm_pyro.inference.elbo import elbo_terms
+
+    model, batch = tiny_model(), tiny_batch()
+    guide = MeanField(model)
+    torch.manual_seed(1)
+    loss, state, *_ = learn(model, guide, batch, replace(FEW, slow_gradient="last"))
+    ours = torch.autograd.grad(loss, list(model.parameters()))
+    torch.manual_seed(1)
+    fit(model, guide, batch, FEW)  # spends the same noise
+    theirs = torch.autograd.grad(
+        -elbo_terms(model, guide, batch, state.parameters).elbo_B.sum(), list(model.parameters())
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_trajectory_is_the_average_over_the_steps(tiny_model, tiny_batch):
+    from ltm_pyro.inference.elbo import elbo_terms
+
+    model, batch = tiny_model(), tiny_batch()
+    guide, visited = MeanField(model), []
+    torch.manual_seed(1)
+    loss, *_ = learn(model, guide, batch, replace(FEW, slow_gradient="trajectory"))
+    loss.backward()
+    torch.manual_seed(1)
+    fit(model, guide, batch, FEW, on_step=lambda _, local, __: visited.append({k: x.clone() for k, x in local.items()}))
+    torch.manual_seed(1)
+    begin(model, guide, batch, FEW)  # spends the start's noise
+    total = sum(-elbo_terms(model, guide, batch, local).elbo_B.sum() for local in visited)
+    expected = torch.autograd.grad(total / len(visited), list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_fit_goes_on_from_a_state(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    guide, inference = MeanField(model), LocalInference(steps=2, schedule="constant", rate=0.1)
+    torch.manual_seed(1)
+    whole, _ = fit(model, guide, batch, replace(inference, steps=4))
+    torch.manual_seed(1)
+    half, _ = fit(model, guide, batch, inference)
+    rest, _ = fit(model, guide, batch, inference, _without_noise_spent(half))
+    assert (rest.steps_B == 4).all()
+    assert rest.parameters.keys() == whole.parameters.keys()
+    assert rest.moments["z_loc"].keys() == {"mean", "square"}
+
+
+def _without_noise_spent(state):
+    return LocalState(state.parameters, state.moments, state.steps_B)
+
+
+def test_a_state_of_another_batch_is_refused(tiny_model, tiny_batch):
+    model = tiny_model()
+    guide = MeanField(model)
+    state, _ = fit(model, guide, tiny_batch(size=3), FEW)
+    with pytest.raises(UsageError, match=r"\(3, 2, 3, 8\).*need.*\(2, 2, 3, 8\)"):
+        fit(model, guide, tiny_batch(size=2), FEW, state)
+    fit(model, guide, tiny_batch(size=2), FEW, state.select(torch.tensor([0, 2])))
+
+
+def test_settled_sequences_rest_and_keep_their_q(known):
+    model, batch = known
+    inference = LocalInference(steps=400, rate=0.05, particles=16, stop=Stop(window=40, tolerance=0.02))
+    seen = []
+    state, info = fit(
+        model, MeanField(model), batch, inference, on_step=lambda _, local, __: seen.append(len(local["z_loc"]))
+    )
+    assert sum(seen) == info.steps_B.sum() < 400 * batch.size
+    assert (info.steps_B % 40 == 0).all()
+    for sequence, steps in enumerate(info.steps_B.tolist()):
+        assert info.elbo_NB[:steps, sequence].isfinite().all()
+        assert info.elbo_NB[steps:, sequence].isnan().all()
+    best = model.factorised(batch)
+    torch.testing.assert_close(state.parameters["z_loc"].flatten(1), best.mean_BN, atol=0.3, rtol=0)
+
+
+def test_reused_noise_flatters_itself(known):
+    model, batch = known
+    inference = LocalInference(steps=500, rate=0.05, noise="reused")
+    _, info = fit(model, MeanField(model), batch, inference)
+    assert info.elbo_NB[-1].mean() > model.log_evidence(batch).mean()
+
+
+def test_antithetic_draws_leave_no_noise_in_the_mean(known):
+    model, batch = known
+    guide = MeanField(model)
+    inference = LocalInference(steps=1, rate=1.0, optimizer="sgd", particles=2, noise="antithetic")
+    first, second = (fit(model, guide, batch, inference)[0].parameters for _ in range(2))
+    torch.testing.assert_close(first["z_loc"], second["z_loc"])
+    assert not torch.allclose(first["z_log_var"], second["z_log_var"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "must not be negative, got -1"),
+        ({"particles": 0}, "at least 1, got 0"),
+        ({"noise": "reused", "stop": Stop()}, "cannot go with a stopping rule"),
+        ({"particles": 3, "noise": "antithetic"}, "pairs, got 3"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        LocalInference(**options)
+
+
+def test_one_bad_sequence_is_reported_and_the_others_finish(known):
+    model, batch = known
+    model.values_V[0] = torch.nan
+    batch.targets_BT[1] = 0
+    state, info = fit(model, MeanField(model), batch, FEW)
+    assert info.finite_B.tolist() == [True, False, True, True]
+    assert state.parameters["z_loc"][[0, 2, 3]].isfinite().all()
+
+
+def test_one_update_moves_all_local_parameters(tiny_model, tiny_batch, monkeypatch):
+    model, calls = tiny_model(), []
+    adam = OPTIMIZERS["adam"]
+
+    def counted(*arguments, **options):
+        for update in adam.updates(*arguments, **options):
+            yield lambda x, *rest, update=update: calls.append(x.shape) or update(x, *rest)
+
+    monkeypatch.setitem(OPTIMIZERS, "adam", adam._replace(updates=counted))
+    state, _ = fit(model, MeanField(model), tiny_batch(), LocalInference(steps=3))
+    assert calls == [(3, 2 * 2 * 3 * 8)] * 3  # means and log-variances side by side
+    assert all(x.is_contiguous() for x in state.parameters.values())

@@ -1,0 +1,63 @@
+"""`DualRateSVI` against stock Pyro, step for step."""
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
+
+from ltm_pyro.contracts import Start
+from ltm_pyro.guides import MeanField
+from ltm_pyro.inference.local import begin
+from ltm_pyro.inference.pyro_guide import LocalPosterior
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.inference.svi import DualRateSVI
+
+
+def rates(name):
+    return {"lr": 0.3, "betas": (0.9, 0.99)} if name.startswith("z_") else {"lr": 4e-3}
+
+
+def test_one_fast_step_with_persistent_locals_is_stock_svi(tiny_model, tiny_batch):
+    batch, inference = tiny_batch(), LocalInference(steps=1, start=Start(log_var=-5.0))
+    torch.manual_seed(0)
+    ours, theirs = tiny_model(), tiny_model()
+    theirs.load_state_dict(ours.state_dict())
+    state = begin(ours, MeanField(ours), batch, inference)
+
+    svi = DualRateSVI(ours, MeanField(ours), rates, inference)
+    svi.state = state
+    posterior = LocalPosterior(MeanField(theirs), state)
+    stock = SVI(theirs, posterior, pyro.optim.Adam(rates), TraceMeanField_ELBO())
+    for step in range(10):
+        pyro.set_rng_seed(step)
+        loss = svi.step(batch, svi.state)
+        pyro.set_rng_seed(step)
+        assert loss == pytest.approx(stock.step(batch), abs=1e-6)
+    for name, value in svi.state.parameters.items():
+        torch.testing.assert_close(value, getattr(posterior, name).detach(), atol=1e-6, rtol=0)
+    for name, value in ours.named_parameters():
+        torch.testing.assert_close(value, dict(theirs.named_parameters())[name], atol=1e-6, rtol=0)
+
+
+def test_training_lowers_the_loss_and_evaluation_learns_nothing(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    svi = DualRateSVI(
+        model, MeanField(model), lambda name: {"lr": 0.1 if name.startswith("z_") else 1e-2}, LocalInference(steps=4)
+    )
+    first = svi.evaluate_loss(batch)
+    for _ in range(20):
+        svi.step(batch)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert svi.evaluate_loss(batch) < first
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name])
+
+
+def test_predictive_draws_from_the_fitted_q(tiny_model, tiny_batch):
+    model, batch = tiny_model(), tiny_batch()
+    guide = MeanField(model)
+    posterior = LocalPosterior(guide, begin(model, guide, batch, LocalInference(start=Start(log_var=-40.0))))
+    drawn = Predictive(model, guide=posterior, num_samples=5)(batch._replace(targets_BT=None))
+    assert drawn["tokens"].shape == (5, *batch.targets_BT.shape)
+    assert drawn["z"].shape == (5, batch.size, 2, 3, 8)
+    assert drawn["z"].std() < 1e-6

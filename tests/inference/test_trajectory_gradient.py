@@ -1,0 +1,55 @@
+"""Gradients that are summed in place belong to nobody else."""
+
+import pytest
+import torch
+from torch import nn
+
+from ltm_pyro.guides import MeanField
+from ltm_pyro.inference.trajectory_gradient import AverageGradient
+
+GUIDE = MeanField.__new__(MeanField)  # one without parameters of its own
+
+
+class Two(nn.Module):
+    """Two parameters that meet in a sum, so that autograd has one gradient for both; the third is idle."""
+
+    think = prepare = observation = observed = lambda self: None  # a model by name only
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.idle = (nn.Parameter(torch.randn(3)) for _ in range(3))
+
+    def forward(self):
+        return (self.a + self.b).sum()
+
+
+@pytest.mark.parametrize("points", [1, 3])
+def test_a_shared_gradient_is_averaged_once_for_each(points):
+    model = Two()
+    average = AverageGradient(model, GUIDE, None, None)
+    for point in range(points):
+        loss = (1 + point) * model()
+        average.add(torch.autograd.grad(loss, average.tensors, allow_unused=True))
+    (2 * average.loss(loss.detach())).backward()
+    expected = torch.full((3,), 2 * sum(range(1, points + 1)) / points)
+    torch.testing.assert_close(model.a.grad, expected)
+    torch.testing.assert_close(model.b.grad, expected)
+    assert model.idle.grad is None
+
+
+def test_what_only_the_stem_knows_is_dense():
+    model, rows = Two(), nn.Embedding(4, 3)
+    model.rows = rows
+    stem = nn.functional.embedding(torch.tensor([1, 1]), rows.weight, sparse=True)
+    leaf = stem.detach()
+    average = AverageGradient(model, GUIDE, leaf, stem)
+    average.add(torch.autograd.grad((leaf * model.a).sum() + model(), average.tensors, allow_unused=True))
+    average.loss(torch.zeros(())).backward()
+    torch.testing.assert_close(rows.weight.grad, torch.stack([0 * model.a, 2 * model.a, 0 * model.a, 0 * model.a]))
+
+
+def test_nothing_to_learn():
+    model = Two().requires_grad_(False)
+    average = AverageGradient(model, GUIDE, None, None)
+    average.add(())
+    assert average.loss(torch.ones(())).item() == 1

@@ -1,0 +1,182 @@
+"""The fused cross-entropy against torch's on all logits at once, in value, gradient and memory."""
+
+import pyro
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ltm_pyro.errors import UsageError
+from ltm_pyro.guides import MeanField
+from ltm_pyro.inference.elbo import elbo_terms
+from ltm_pyro.inference.local import begin, learn
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.nn import cross_entropy
+from ltm_pyro.nn.cross_entropy import LateGradient, Tile, kernel, token_nats
+
+B, T, D, V = 3, 7, 16, 50
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles in both directions, the last ones cut."""
+    monkeypatch.setitem(cross_entropy.TILES, "cpu", Tile(8, 12))
+
+
+def leaves(dtype=torch.float64, scale=1.0):
+    hidden, embedding = torch.randn(B, T, D, dtype=dtype), scale * torch.randn(V, D, dtype=dtype)
+    return hidden.requires_grad_(), embedding.requires_grad_(), torch.randint(V, (B, T))
+
+
+def dense(hidden, embedding, value):
+    logits = F.linear(hidden.double(), embedding.double())
+    return F.cross_entropy(logits.flatten(0, -2), value.flatten(), reduction="none").view(value.shape)
+
+
+def error(ours, truth):
+    return ((ours.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+LIMITS = [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]  # norm of the error over the truth's
+
+
+@pytest.mark.parametrize(("dtype", "limit"), LIMITS)
+@pytest.mark.parametrize("wanted", [[0], [1], [0, 1]])
+@pytest.mark.parametrize(("columns", "multiple"), [(12, 1), (16, 8)])  # as on a CPU, and padded as elsewhere
+def test_values_and_gradients_are_the_dense_ones(columns, multiple, dtype, limit, wanted, monkeypatch):
+    monkeypatch.setitem(cross_entropy.TILES, "cpu", Tile(8, columns, multiple))
+    hidden, embedding, value = leaves()
+    weight = torch.randn(B, T)
+    inputs = [x.detach().to(dtype).requires_grad_(i in wanted) for i, x in enumerate((hidden, embedding))]
+    ours, truth = token_nats(*inputs, value), dense(hidden, embedding, value)
+    assert ours.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    assert error(ours, truth) < limit
+    found = torch.autograd.grad((ours * weight).sum(), [inputs[i] for i in wanted])
+    expected = torch.autograd.grad((truth * weight).sum(), [(hidden, embedding)[i] for i in wanted])
+    assert max(map(error, found, expected)) < limit
+
+
+@pytest.mark.parametrize("wanted", [[0], [0, 1]])
+def test_autocast_rounds_products_only(wanted):
+    hidden, embedding, value = leaves(torch.float32)
+    inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((hidden, embedding))]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_nats(*inputs, value)
+    assert ours.dtype == torch.float32
+    found = torch.autograd.grad(ours.sum(), [inputs[i] for i in wanted])
+    expected = torch.autograd.grad(dense(hidden, embedding, value).sum(), [(hidden, embedding)[i] for i in wanted])
+    assert {x.dtype for x in found} == {torch.float32}
+    assert error(ours, dense(hidden, embedding, value)) < 2e-2
+    assert max(map(error, found, expected)) < 2e-2
+
+
+def test_large_logits_stay_finite():
+    hidden, embedding, value = leaves(scale=1e4)
+    nats = token_nats(hidden, embedding.detach(), value)
+    torch.testing.assert_close(nats, dense(hidden, embedding, value))
+    assert torch.autograd.grad(nats.sum(), hidden)[0].isfinite().all()
+
+
+def test_particles_lead():
+    hidden, embedding, value = leaves()
+    many = torch.stack([hidden, 2 * hidden])
+    torch.testing.assert_close(token_nats(many, embedding, value)[1], dense(2 * hidden, embedding, value))
+
+
+def test_there_is_no_second_derivative():
+    hidden, embedding, value = leaves()
+    with pytest.raises(UsageError, match="no second derivative"):
+        torch.autograd.grad(token_nats(hidden, embedding, value).sum(), hidden, create_graph=True)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements any result of an operator has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
+def test_no_step_holds_the_logits_of_a_batch(tiny_model, tiny_batch, slow_gradient):
+    model, batch = tiny_model(vocabulary=300), tiny_batch(size=4, length=16)
+    with Largest() as largest:
+        inference = LocalInference(steps=2, slow_gradient=slow_gradient)
+        learn(model, MeanField(model), batch, inference).loss.backward()
+    assert largest.elements < batch.inputs_BT.numel() * 300 / 2
+    assert model.decoder.embedding.weight.grad.abs().sum() > 0
+
+
+def test_nothing_is_found_that_nobody_asks_for(tiny_model, tiny_batch, monkeypatch):
+    model, batch, asked = tiny_model(), tiny_batch(), []
+    expect = cross_entropy._expect
+    monkeypatch.setattr(
+        cross_entropy, "_expect", lambda h, e, climbing: asked.append(climbing) or expect(h, e, climbing)
+    )
+    guide = MeanField(model)
+    learn(model, guide, batch, LocalInference(steps=2, slow_gradient="last"))
+    with torch.no_grad():
+        elbo_terms(model, guide, batch, begin(model, guide, batch, LocalInference()).parameters)
+    assert asked == [True, True, True, False]  # two fast steps, the slow step, a score
+
+
+def test_the_embeddings_gradient_waits_for_the_decoder(tiny_model, tiny_batch, monkeypatch):
+    model, batch, order = tiny_model(), tiny_batch(), []
+    found = cross_entropy._embedding_gradient
+    monkeypatch.setattr(cross_entropy, "_embedding_gradient", lambda *a: order.append("embedding") or found(*a))
+    for name, parameter in model.decoder.blocks.named_parameters():
+        parameter.register_hook(lambda _, name=name: order.append(name))
+    guide, inference = MeanField(model), LocalInference(steps=2, slow_gradient="last")
+    local = begin(model, guide, batch, inference).parameters
+    elbo_terms(model, guide, model.prepare(batch), local).elbo_B.sum().backward()
+    stem = {"0.norm_self.weight", "0.self_attention.query_key_value.weight", "0.self_attention.output.weight"}
+    assert set(order[order.index("embedding") :]) == {"embedding"} | stem  # of the decoder, what was called before
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_came_before_the_decoder_serves_one_call(times):
+    hidden, embedding, value = leaves()
+    late = LateGradient.of(embedding, value.shape)
+    texts = [(hidden, value), (2 * hidden, value.flip(0))][:times]
+    ours = sum(token_nats(x, embedding, y, late).square().sum() for x, y in texts)
+    truth = sum(dense(x, embedding, y).square().sum() for x, y in texts)
+    for _ in range(2):  # the graph can be gone through again
+        found = torch.autograd.grad(ours, [hidden, embedding], retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(truth, [hidden, embedding], retain_graph=True))
+
+
+def test_for_other_tokens_than_it_was_made_for_nothing_is_kept():
+    hidden, embedding, value = leaves()
+    ours = token_nats(hidden, embedding, value, LateGradient.of(embedding, (B, T + 1)))
+    expected = torch.autograd.grad(dense(hidden, embedding, value).sum(), embedding)
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), embedding), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_accelerator_says_the_same(dtype, monkeypatch):
+    """What it runs, by the same compiler on a CPU: whole rows, padded, in compiled kernels; batches of two sizes."""
+    inputs = leaves(dtype)
+    cases = [(*inputs[:2], inputs[2]), (inputs[0][:2, :3], inputs[1], inputs[2][:2, :3])]
+
+    def found(hidden, embedding, value):
+        nats = token_nats(hidden, embedding, value)
+        return nats, *torch.autograd.grad(nats.sum(), (hidden, embedding))
+
+    expected = [found(*case) for case in cases]
+    compiled = {
+        f: kernel(f, "not a cpu") for f in (cross_entropy._absorb, cross_entropy._compared, cross_entropy._slopes)
+    }
+    monkeypatch.setattr(cross_entropy, "TILES", {})
+    monkeypatch.setattr(cross_entropy, "LARGE_TILE", Tile(8, 1000, 64))
+    monkeypatch.setattr(cross_entropy, "kernel", lambda function, device: compiled[function])
+    for case, before in zip(cases, expected, strict=True):
+        for ours, theirs in zip(found(*case), before, strict=True):
+            assert error(ours, theirs) < (1e-5 if dtype == torch.float32 else 2e-2)
+    pyro.enable_validation(True)  # which torch's compiler turns off
