@@ -47,6 +47,6 @@ def _check_gradients(model: Any, guide: Guide, batch: Batch) -> None:
             problem = "is not finite at" if gradient is not None else "does not reach"
             owner = guide if name.startswith("guide.") else getattr(model, name.split(".")[0])
             raise UsageError(
-                f"The gradient {problem} the parameter '{name}' ({source_line(owner)}): use it in the density, register "
-                f"it as a buffer, or remove it."
+                f"The gradient {problem} the parameter '{name}' ({source_line(owner)}): use it in the density, "
+                f"register it as a buffer, or remove it."
             )
