@@ -55,7 +55,7 @@ def main() -> None:
     for guide in GUIDES:
         words = ("--model.guide", f"ltm_pyro.guides.{guide}", "--data.batch_size", "8", *budget, *checks)
         path = fit(options.out / guide, packed, *words, "--trainer.precision", precision()).path
-        scores = evaluate_run(load_run(path), protocols=["bound", "prior"], samples=8, limit=32).protocols
+        scores = evaluate_run(load_run(path), estimators=["bound", "prior"], samples=8, limit=32).estimates
         curves[guide] = curve(path)
         figures[guide] = {
             "bound": scores["bound"].nats_per_token,

@@ -63,14 +63,14 @@ def summary(curve: list[Point]) -> list[dict[str, float]]:
 
 
 def curves(run: Run, pairs: Pairs) -> dict[str, list[Point]]:
-    """Every curve; causal is the protocol that fits again."""
+    """Every curve; causal is the estimator that fits again."""
     half = run.length // 2
     fits = {steps: replace(run.inference, steps=steps) for steps in (0, 1, 2, 4, 8, 16, 32, 64)}
     return {
-        "T_fast": [point(run, pairs, Scoring(protocol="bound", inference=fits[n]), n) for n in fits],
+        "T_fast": [point(run, pairs, Scoring(estimator="bound", inference=fits[n]), n) for n in fits],
         "draws": [point(run, pairs, Scoring(samples=n), n) for n in (1, 2, 4, 8, 16, 32, 64)],
         "tokens between fits": [
-            point(run, pairs, Scoring(protocol="causal", block=half // n), half // n) for n in (1, 2, 4, 8, 16)
+            point(run, pairs, Scoring(estimator="causal", block=half // n), half // n) for n in (1, 2, 4, 8, 16)
         ],
     }
 
@@ -113,16 +113,20 @@ def main() -> None:
     run = load_run(args.run)
     pairs = continuations(run, args.sequences, args.data)
     found = {name: summary(curve) for name, curve in curves(run, pairs).items()}
-    twin = point(load_run(args.baseline), pairs, Scoring(samples=1), 0).nats_B.mean().item() if args.baseline else None
+    ar_baseline = (
+        point(load_run(args.baseline), pairs, Scoring(samples=1), 0).nats_B.mean().item() if args.baseline else None
+    )
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        draw(found, twin, args.out / "inference-time.png")
-        (args.out / "inference-time.json").write_text(json.dumps({"curves": found, "autoregressive": twin}, indent=1))
+        draw(found, ar_baseline, args.out / "inference-time.png")
+        (args.out / "inference-time.json").write_text(
+            json.dumps({"curves": found, "autoregressive": ar_baseline}, indent=1)
+        )
     for name, curve in found.items():
         print(f"\n{name:>20}  nats/token  ± s.e.  seconds/sequence")
         for p in curve:
             print(f"{p['setting']:>20}  {p['nats_per_token']:10.4f}  {p['stderr']:6.4f}  {p['seconds']:16.3f}")
-    if twin is not None:
+    if ar_baseline is not None:
         print(f"\n{'autoregressive':>20}  {twin:10.4f}")
 
 

@@ -15,7 +15,7 @@ import pyro
 import torch
 from matplotlib.figure import Figure
 
-from ltm_pyro import DualRateSVI, LocalInference, ThoughtShape, evaluate, fit
+from ltm_pyro import DualRateSVI, LocalInference, ThoughtShape, evaluate, infer_local
 from ltm_pyro.guides import MeanField
 from ltm_pyro.models import GaussianPrior, LearnedGaussianPrior, LinearGaussianModel, MixturePrior, SparsePrior
 from ltm_pyro.utils.rng import seeded
@@ -35,7 +35,7 @@ def learn(model: LinearGaussianModel, data: Any, steps: int, rate: float) -> Non
 
 def bound(model: LinearGaussianModel, data: Any) -> dict[str, float]:
     """Honest bound in nats per sequence, and its standard error."""
-    score = evaluate(model, MeanField(model), [data], FINAL, ["bound"], samples=32).protocols["bound"]
+    score = evaluate(model, MeanField(model), [data], FINAL, ["bound"], samples=32).estimates["bound"]
     return {"bound": score.nats_per_token * model.length, "stderr": score.stderr_nats_per_token * model.length}
 
 
@@ -56,7 +56,7 @@ def mixture(seed: int) -> dict[str, Any]:
             if any(True for _ in prior.parameters()):
                 learn(model, training, 150, 0.05)
             figures[type(prior).__name__] = bound(model, test)
-        state, _ = fit(model, MeanField(model), test, FINAL)
+        state, _ = infer_local(model, MeanField(model), test, FINAL)
         with torch.no_grad():
             found_B = model.prior.responsibilities(state.parameters["z_loc"])[:, 0] > 0.5
     agreement = (found_B == truths_B).double().mean().item()

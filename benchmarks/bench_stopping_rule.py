@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ltm_pyro.data import load_text_or_pack
 from ltm_pyro.inference.elbo import Draws, elbo_terms
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference, Stop
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
@@ -34,7 +34,7 @@ def measure(run: Run, inference: LocalInference, samples: int = 16) -> tuple[flo
     for index, batch in enumerate(DataLoader(dataset, batch_size=32, collate_fn=dataset.collate)):
         with seeded(0, index), torch.no_grad():
             batch = run.model.prepare(batch)
-            state, info = fit(run.model, run.guide, batch, inference)
+            state, info = infer_local(run.model, run.guide, batch, inference)
         with seeded(1, index), torch.no_grad():
             elbo_SB = elbo_terms(run.model, run.guide, batch, state.parameters, Draws(samples)).elbo_B
         nats -= elbo_SB.mean(0).sum().item()

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltm_pyro.contracts import Start, make_batch
+from ltm_pyro.contracts import Init, make_batch
 from ltm_pyro.data import read_manifest
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.learning_rates import cosine, warmup_cosine
-from ltm_pyro.inference.local import learn
+from ltm_pyro.inference.local import training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 from ltm_pyro.nn.cross_entropy import token_nats
@@ -89,7 +89,9 @@ def in_turn(curves: dict[str, Points]) -> dict[str, Curve]:
     return found
 
 
-def published(data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How) -> Points:
+def flops_per_token_as_published(
+    data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How
+) -> Points:
     """The curve of the published structure."""
     model, batches = NaiveLTM(vocabulary, LAYERS, WIDTH, HEADS, WINDOW, LENGTH), rows(data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -102,9 +104,11 @@ def published(data: PackedData, vocabulary: int, rate: float, budget: float, hel
     return curve(train, lambda: honest_bound(model, (LAYERS, THOUGHTS, WIDTH), held_out), budget, how)
 
 
-def ours(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how: How) -> Points:
+def flops_per_token(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how: How) -> Points:
     """The curve of the quickstart's recipe: half the time without thoughts, then with 4 fast steps."""
-    decoder = Decoder(vocabulary, LAYERS, WIDTH, HEADS, THOUGHTS, WINDOW, LENGTH, thought_width=16, quiet_thoughts=True)
+    decoder = Decoder(
+        vocabulary, LAYERS, WIDTH, HEADS, THOUGHTS, WINDOW, LENGTH, thought_width=16, zero_init_cross_attention=True
+    )
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
     guide, batches, rate = MeanField(model), rows(data), 8e-3
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -113,10 +117,10 @@ def ours(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how
         optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, 0.05, 0.1)
         targets_BT = next(batches)
         batch = make_batch(targets_BT, torch.full((len(targets_BT),), LENGTH), start_token=0)
-        decoder.listening = done >= 0.5
-        start = Start(log_var=-4 + 3 * max(2 * done - 1, 0.0), jitter=0.1)
-        inference = LocalInference(steps=4 if decoder.listening else 0, rate=0.2, start=start)
-        (learn(model, guide, batch, inference).loss / targets_BT.numel()).backward()
+        decoder.use_thoughts = done >= 0.5
+        start = Init(log_var=-4 + 3 * max(2 * done - 1, 0.0), jitter=0.1)
+        inference = LocalInference(steps=4 if decoder.use_thoughts else 0, rate=0.2, init=start)
+        (training_loss(model, guide, batch, inference).loss / targets_BT.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -126,7 +130,7 @@ def ours(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how
         return token_nats(hidden_BTD, decoder.embedding.weight, targets_BT).sum(1)
 
     def bound() -> float:
-        decoder.listening = True
+        decoder.use_thoughts = True
         return honest_bound(nats, tuple(decoder.thought_shape), held_out)
 
     return curve(train, bound, budget, how)
@@ -163,8 +167,8 @@ def main() -> None:
         torch.set_num_threads(1)
     torch.manual_seed(0)
     curves = {
-        "ours": ours(data, vocabulary, args.ours, held_out, how),
-        "naive": published(data, vocabulary, args.naive_rate, args.naive, held_out, how),
+        "ours": flops_per_token(data, vocabulary, args.flops_per_token, held_out, how),
+        "naive": flops_per_token_as_published(data, vocabulary, args.naive_rate, args.naive, held_out, how),
     }
     report |= in_turn(curves)
     report["reached"] = [reached(report, point["bound"]) for point in report["naive"]]

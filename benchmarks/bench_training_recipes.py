@@ -54,8 +54,8 @@ def measure(name: str, changes: tuple[str, ...], arguments: argparse.Namespace) 
         places = ("--run", str(run), "--data.directory", arguments.data, "--force")
         train(read_recipe(["--config", str(RECIPE), *places, *changes, *arguments.further]))
     scores = evaluate_run(
-        load_run(run), protocols=["bound", "iwae", "prior"], samples=8, limit=arguments.limit
-    ).protocols
+        load_run(run), estimators=["bound", "iwae", "prior"], samples=8, limit=arguments.limit
+    ).estimates
     figures: dict[str, float | str] = {n: s.nats_per_token for n, s in scores.items()}
     bound = scores["bound"]
     gain = scores["prior"].nats_per_token - bound.nats_per_token

@@ -51,8 +51,8 @@ def fit_both(arguments: argparse.Namespace) -> dict[str, Path]:
     ours = fit("latent-thought", arguments, *clock)
     if minutes:
         as_twin += ["--model.max_flops", str(read_checkpoint(ours)["state_dict"]["flops"].item())]
-    twin = fit("autoregressive", arguments, *as_twin)
-    return {"Latent-Thought": ours, "autoregressive": twin}
+    ar_baseline = fit("autoregressive", arguments, *as_twin)
+    return {"Latent-Thought": ours, "autoregressive": ar_baseline}
 
 
 def curve(run: Path) -> list[tuple[float, float]]:
@@ -83,7 +83,7 @@ def table(runs: dict[str, Path], texts: list[str | None], limit: int) -> list[st
     for text in texts:
         for name, run in runs.items():
             found = evaluate_run(load_run(run, DEVICE), text, ["bound", "iwae", "prior"], 8, limit=limit)
-            bound, iwae, prior = found.protocols.values()
+            bound, iwae, prior = found.estimates.values()
             nats = " | ".join(f"{s.nats_per_token:.4f}" for s in (iwae, prior))
             figures = (
                 f"{bound.nats_per_token:.4f} | {bound.stderr_nats_per_token:.4f} | {nats} | {bound.bits_per_byte:.3f}"

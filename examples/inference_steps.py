@@ -24,9 +24,9 @@ FAST_STEPS, SAMPLES = (0, 4, 16, 64), (1, 8, 64)
 def measure(run: Run, limit: int | None) -> dict[str, dict[str, Score]]:
     """The three curves: bound by fast steps, importance-weighted bound by samples, and one causal score."""
 
-    def score(protocol: str, samples: int, steps: int | None) -> Score:
-        result = evaluate_run(run, protocols=[protocol], samples=samples, fast_steps=steps, limit=limit)
-        return result.protocols[protocol]
+    def score(estimator: str, samples: int, steps: int | None) -> Score:
+        result = evaluate_run(run, estimators=[estimator], samples=samples, fast_steps=steps, limit=limit)
+        return result.estimates[estimator]
 
     return {
         "bound, by fast steps": {str(n): score("bound", 8, n) for n in FAST_STEPS},
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first so many sequences")
     options = parser.parse_args()
     curves = measure(load_run(options.run), options.limit)
-    table = Table("protocol", "", "nats per token", "± s.e.", "a bound?")
+    table = Table("estimator", "", "nats per token", "± s.e.", "a bound?")
     for name, points in curves.items():
         for at, score in points.items():
             figures = (f"{score.nats_per_token:.4f}", f"{score.stderr_nats_per_token:.4f}")

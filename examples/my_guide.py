@@ -10,7 +10,7 @@ import pyro.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
-from ltm_pyro import Batch, Guide, Model, Start
+from ltm_pyro import Batch, Guide, Init, Model
 from ltm_pyro.inference.latent_sites import prior_moments, prior_sites
 
 
@@ -23,11 +23,11 @@ class LogisticGuide(Guide):
     def __init__(self, model: Model) -> None:
         self.supports = {name: biject_to(fn.support) for name, fn in prior_sites(model, 1).items()}
 
-    def start(self, sites: Mapping[str, Distribution], start: Start) -> dict[str, Tensor]:
+    def init(self, sites: Mapping[str, Distribution], init: Init) -> dict[str, Tensor]:
         """A mean and a log-scale per coordinate, first axis the sequences: what the fast steps move."""
         moments = {name: prior_moments(sites[name]) for name in self.supports}
         means = {f"{name}_loc": mean for name, (mean, _) in moments.items()}
-        return means | {f"{name}_log_scale": (v.log() + start.log_var) / 2 for name, (_, v) in moments.items()}
+        return means | {f"{name}_log_scale": (v.log() + init.log_var) / 2 for name, (_, v) in moments.items()}
 
     def __call__(self, batch: Batch, local: dict[str, Tensor]) -> None:
         """Samples every site inside the plate of sequences, reparameterised."""

@@ -6,7 +6,7 @@ Shapes: F numbers of all sites together.
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ltm_pyro.contracts import Batch, LocalParameters, Model, Start
+from ltm_pyro.contracts import Batch, Init, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides.mean_field import MeanField
 from ltm_pyro.inference.latent_sites import Sites, prior_sites
@@ -31,13 +31,13 @@ class Amortized(MeanField, nn.Module):
         window: tokens that each token sees back.
     """
 
-    climbs = False
+    uses_fast_steps = False
 
     def __init__(self, model: Model, layers: int = 2, width: int = 128, heads: int = 4, window: int = 128) -> None:
         nn.Module.__init__(self)
         MeanField.__init__(self, model)
         with seeded(0):
-            local = self.start(prior_sites(model, 1), Start())
+            local = self.init(prior_sites(model, 1), Init())
         self.sizes = {name: x[0].numel() for name, x in local.items()}
         self.embedding = nn.Embedding(_vocabulary(model), width)
         self.read = Transformer(layers, width, heads, window)
@@ -45,13 +45,13 @@ class Amortized(MeanField, nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def start(self, sites: Sites, start: Start) -> LocalParameters:
+    def init(self, sites: Sites, init: Init) -> LocalParameters:
         """The prior's moments, whatever ``start`` says: what the network adds must mean the same everywhere."""
-        return super().start(sites, Start())
+        return super().init(sites, Init())
 
-    def settle(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
+    def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
         """The prior's moments, moved by what the network says; where q was before does not matter."""
-        local = self.start(prior_sites(model, batch.size), Start())
+        local = self.init(prior_sites(model, batch.size), Init())
         parts = zip(self.sizes, self.encode(batch).split(list(self.sizes.values()), dim=-1), strict=True)
         return {name: local[name] + part.reshape(local[name].shape) for name, part in parts}
 

@@ -16,7 +16,7 @@ from torch.distributions import (
     transforms,
 )
 
-from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, sequences
+from ltm_pyro.contracts import Batch, Guide, Init, LocalParameters, Model, sequence_plate
 from ltm_pyro.inference.latent_sites import Sites, bijections, prior_moments, prior_sites, unconstrained
 
 
@@ -48,18 +48,18 @@ class Coordinates(Guide):
     def density(self, name: str, local: LocalParameters) -> Any:
         """q of the coordinates: batch shape (B,), event shape *layout."""
 
-    def start(self, sites: Sites, start: Start) -> LocalParameters:
+    def init(self, sites: Sites, init: Init) -> LocalParameters:
         """The centre at the prior's mean plus jitter, the variance the prior's times exp(``start.log_var``)."""
         local = {}
         for name, (_, shape) in self.sites.items():
             mean, variance = (x.reshape(len(x), *self.layout(shape)) for x in prior_moments(sites[name]))
-            local[f"{name}_loc"] = mean + start.jitter * variance.sqrt() * torch.randn_like(mean)
-            local |= self.spread(name, variance * torch.tensor(start.log_var).exp())
+            local[f"{name}_loc"] = mean + init.jitter * variance.sqrt() * torch.randn_like(mean)
+            local |= self.spread(name, variance * torch.tensor(init.log_var).exp())
         return local
 
     def __call__(self, batch: Batch, local: LocalParameters) -> dict[str, Tensor]:
         """Samples every site from q, reparameterised."""
-        with sequences(batch.size):
+        with sequence_plate(batch.size):
             return {name: pyro.sample(name, self.posterior(name, local)) for name in self.sites}
 
     def posterior(self, name: str, local: LocalParameters) -> Any:

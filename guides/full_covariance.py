@@ -32,7 +32,7 @@ class FullCovariance(Coordinates):
         normal = dist.MultivariateNormal(loc, scale_tril=scale_tril(local[f"{name}_factor"]))
         return normal.to_event(loc.dim() - 2)
 
-    def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
+    def natural_gradient(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
         r"""L Lᵀ ∇_μ, and L Φ(Lᵀ ∇_L) with Φ the lower triangle, its diagonal halved; the diagonal of A is log L's."""
         natural = {}
         for name in self.sites:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from ltm_pyro.contracts import Batch, LocalParameters, Model, Start
+from ltm_pyro.contracts import Batch, Init, LocalParameters, Model
 from ltm_pyro.guides.point import Point
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.latent_sites import Sites
@@ -22,13 +22,13 @@ class Langevin(Point):
     there is no bound. Local parameters: ``{site}_loc``, (B, N). Source: arXiv 2502.01567, its comparison of posteriors.
     """
 
-    climbs = False
+    uses_fast_steps = False
 
-    def start(self, sites: Sites, start: Start) -> LocalParameters:
+    def init(self, sites: Sites, init: Init) -> LocalParameters:
         """A draw from the normal of the prior's mean and variance, whatever ``start`` says."""
-        return super().start(sites, replace(start, jitter=1.0))
+        return super().init(sites, replace(init, jitter=1.0))
 
-    def settle(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
+    def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
         """Runs the chains."""
         for _ in range(steps):
             with torch.enable_grad():
@@ -39,6 +39,6 @@ class Langevin(Point):
             local = {n: u + rate * slope + math.sqrt(2 * rate) * torch.randn_like(u) for (n, u), slope in moved}
         return {name: u.detach() for name, u in local.items()}
 
-    def gradients(self, steps: int) -> int:
+    def finalize_cost(self, steps: int) -> int:
         """One a step."""
         return steps

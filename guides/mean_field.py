@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import Normal, register_kl
 
-from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start, sequences
+from ltm_pyro.contracts import Batch, Guide, Init, LocalParameters, Model, sequence_plate
 from ltm_pyro.inference.latent_sites import Sites, bijections, prior_moments, prior_sites, unconstrained
 
 
@@ -31,21 +31,21 @@ class MeanField(Guide):
             for name, (fn, bijection) in bijections(prior_sites(model, 1)).items()
         }
 
-    def start(self, sites: Sites, start: Start) -> LocalParameters:
+    def init(self, sites: Sites, init: Init) -> LocalParameters:
         """μ at the prior's mean plus jitter, log σ² at the prior's log-variance plus ``start.log_var``."""
         local = {}
         for name in self.sites:
             mean, variance = prior_moments(sites[name])
-            local[f"{name}_loc"] = mean + start.jitter * variance.sqrt() * torch.randn_like(mean)
-            local[f"{name}_log_var"] = variance.log() + start.log_var
+            local[f"{name}_loc"] = mean + init.jitter * variance.sqrt() * torch.randn_like(mean)
+            local[f"{name}_log_var"] = variance.log() + init.log_var
         return local
 
     def __call__(self, batch: Batch, local: LocalParameters) -> dict[str, Tensor]:
         """Samples every site from q, reparameterised."""
-        with sequences(batch.size):
+        with sequence_plate(batch.size):
             return {name: pyro.sample(name, self.posterior(name, local)) for name in self.sites}
 
-    def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
+    def natural_gradient(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
         """σ² ∇_μ and 2 ∇_(log σ²): the Fisher information of μ is 1/σ², that of log σ² is 1/2."""
         natural = {}
         for name in self.sites:

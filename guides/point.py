@@ -10,7 +10,7 @@ from torch import Tensor
 from ltm_pyro.contracts import Batch, LocalParameters, Model
 from ltm_pyro.guides.coordinates import Coordinates
 from ltm_pyro.inference.elbo import elbo_terms
-from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_moments, prior_sites
 
 
@@ -54,11 +54,11 @@ class Laplace(Point):
             return super().density(name, local)
         return dist.MultivariateNormal(local[f"{name}_loc"], scale_tril=factor)
 
-    def settle(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
+    def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
         """Adds the factors."""
         factors, sites = {}, prior_sites(model, batch.size)
         for name in self.sites:
-            with held(model, torch.initial_seed()):  # a difference of gradients of one density
+            with fix_global_draws(model, torch.initial_seed()):  # a difference of gradients of one density
                 curvature_BNN = self._curvature(model, batch, local, f"{name}_loc")
             scale_BN1 = prior_moments(sites[name])[1].sqrt().flatten(1)[..., None]
             values, vectors = torch.linalg.eigh(scale_BN1 * curvature_BNN * scale_BN1.mT)
@@ -66,7 +66,7 @@ class Laplace(Point):
             factors[f"{name}_factor"] = torch.linalg.cholesky(root @ root.mT)
         return {**local, **factors}
 
-    def gradients(self, steps: int) -> int:
+    def finalize_cost(self, steps: int) -> int:
         """Two a coordinate."""
         return 2 * sum(shape.numel() for _, shape in self.sites.values())
 

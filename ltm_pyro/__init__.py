@@ -8,13 +8,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltm_pyro.contracts import Batch, Guide, Model, Prior, Start, ThoughtShape, make_batch
+    from ltm_pyro.contracts import Batch, Guide, Init, Model, Prior, ThoughtShape, make_batch
     from ltm_pyro.errors import UsageError
     from ltm_pyro.evaluation.evaluate import evaluate_run
     from ltm_pyro.inference.elbo import ElboTerms, elbo_terms
     from ltm_pyro.inference.estimators import Evaluation, evaluate
-    from ltm_pyro.inference.global_latents import Shared
-    from ltm_pyro.inference.local import fit, learn
+    from ltm_pyro.inference.global_latents import GlobalLatent
+    from ltm_pyro.inference.local import infer_local, training_loss
     from ltm_pyro.inference.pyro_guide import LocalPosterior
     from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState
     from ltm_pyro.inference.svi import DualRateSVI
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ltm_pyro.text.sampling import Sampling
     from ltm_pyro.text.scoring import Scoring, score, score_continuations
     from ltm_pyro.text.streaming import TextStreamer
-    from ltm_pyro.text.thoughts import Thinking
+    from ltm_pyro.text.thoughts import ThoughtSampling
 
     __version__: str
 
@@ -33,7 +33,9 @@ __all__ = [
     "DualRateSVI",
     "ElboTerms",
     "Evaluation",
+    "GlobalLatent",
     "Guide",
+    "Init",
     "LocalInference",
     "LocalInfo",
     "LocalPosterior",
@@ -43,33 +45,31 @@ __all__ = [
     "Run",
     "Sampling",
     "Scoring",
-    "Shared",
-    "Start",
     "TextStreamer",
-    "Thinking",
+    "ThoughtSampling",
     "ThoughtShape",
     "UsageError",
     "elbo_terms",
     "evaluate",
     "evaluate_run",
-    "fit",
     "generate",
+    "infer_local",
     "interpolate",
-    "learn",
     "load_run",
     "make_batch",
     "score",
     "score_continuations",
+    "training_loss",
 ]
 
 _HOMES = {
-    "contracts": ("Batch", "Guide", "Model", "Prior", "Start", "ThoughtShape", "make_batch"),
+    "contracts": ("Batch", "Guide", "Model", "Prior", "Init", "ThoughtShape", "make_batch"),
     "errors": ("UsageError",),
     "evaluation.evaluate": ("evaluate_run",),
     "inference.elbo": ("ElboTerms", "elbo_terms"),
     "inference.estimators": ("Evaluation", "evaluate"),
-    "inference.global_latents": ("Shared",),
-    "inference.local": ("fit", "learn"),
+    "inference.global_latents": ("GlobalLatent",),
+    "inference.local": ("infer_local", "training_loss"),
     "inference.pyro_guide": ("LocalPosterior",),
     "inference.state": ("LocalInference", "LocalInfo", "LocalState"),
     "inference.svi": ("DualRateSVI",),
@@ -79,7 +79,7 @@ _HOMES = {
     "text.sampling": ("Sampling",),
     "text.scoring": ("Scoring", "score", "score_continuations"),
     "text.streaming": ("TextStreamer",),
-    "text.thoughts": ("Thinking",),
+    "text.thoughts": ("ThoughtSampling",),
 }
 
 

@@ -28,7 +28,7 @@ LocalParameters = dict[str, Tensor]  # q's parameters by name, each with leading
 
 
 @lru_cache(maxsize=64)
-def sequences(size: int) -> pyro.plate:
+def sequence_plate(size: int) -> pyro.plate:
     """The plate `SEQUENCES`, at dim −1: entered again at every fast step, and made once.
 
     To make one is a statement of its own, which draws indices for a subsample. No handler sees it, or traces would
@@ -124,7 +124,7 @@ class Prior(Protocol):
 class Model(Protocol):
     """p(x, z): a Pyro model of one batch. `think` samples the thoughts; calling it also observes the tokens."""
 
-    def think(self, size: int) -> Float[Tensor, "... L K D"]:
+    def sample_prior(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples z for ``size`` sequences inside the plate `SEQUENCES`."""
         ...
 
@@ -164,7 +164,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class Init:
     """Where q starts: Gaussian guides begin at the prior's mean, and at 0 where it is not known in closed form.
 
     Args:
@@ -184,20 +184,20 @@ class Guide(ABC):
     """
 
     has_density: ClassVar[bool] = True  # without a density (a point, a sampler's last position) there is no bound
-    climbs: ClassVar[bool] = True  # False where fast steps do not find q, and `settle` alone does
+    uses_fast_steps: ClassVar[bool] = True  # False where fast steps do not find q, and `settle` alone does
 
     @abstractmethod
     def __init__(self, model: Model) -> None: ...
 
     @abstractmethod
-    def start(self, sites: Mapping[str, Distribution], start: Start) -> LocalParameters:
+    def init(self, sites: Mapping[str, Distribution], init: Init) -> LocalParameters:
         """Initial local parameters for the prior's sites (name to distribution, batch shape (B,))."""
 
     @abstractmethod
     def __call__(self, batch: Batch, local: LocalParameters) -> Any:
         """Samples every latent site from q inside the plate `SEQUENCES`."""
 
-    def settle(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
+    def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
         """q after the last fast step: where it is more than the climb has found. The model is frozen.
 
         Args:
@@ -205,10 +205,10 @@ class Guide(ABC):
         """
         return local
 
-    def gradients(self, steps: int) -> int:
+    def finalize_cost(self, steps: int) -> int:
         """How many gradients of log p(x, z) `settle` computes after ``steps``, which is what it costs."""
         return 0
 
-    def natural(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
+    def natural_gradient(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
         """F⁻¹ ∇: the gradients in the geometry of q, F its Fisher information (Amari 1998)."""
         raise UsageError(f"{type(self).__name__} has no natural gradient: choose the optimizer adam, adamw or sgd.")

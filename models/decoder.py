@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
-from ltm_pyro.nn.attention import KeysValues, ThoughtMemory
-from ltm_pyro.nn.kv_cache import Cache, Reading, reading
-from ltm_pyro.nn.layers import CrossAttention, RMSNorm, SelfAttention, SwiGLU, Turn, rotation
+from ltm_pyro.nn.attention import KeysValues, ThoughtKV
+from ltm_pyro.nn.kv_cache import Cache, CacheSlots, cache_slots
+from ltm_pyro.nn.layers import CrossAttention, RMSNorm, RotaryAngles, SelfAttention, SwiGLU, rotation
 from ltm_pyro.nn.precision import matrix_dtype
 
 
@@ -38,29 +38,29 @@ class Block(nn.Module):
         self.norm_forward, self.feed_forward = RMSNorm(width), SwiGLU(width)
 
     def forward(
-        self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: ThoughtMemory | None, attended: bool
+        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV | None, attended: bool
     ) -> Float[Tensor, "B T D"]:
         """The whole layer; what ``attended`` to the tokens already goes on from there."""
-        x_BTD = x_BTD if attended else self.attend_to_tokens(x_BTD, turn)
-        return self.transform(self.attend_to_thoughts(x_BTD, turn, thoughts))
+        x_BTD = x_BTD if attended else self.attend_to_tokens(x_BTD, angles)
+        return self.transform(self.attend_to_thoughts(x_BTD, angles, thoughts))
 
-    def attend_to_tokens(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B T D"]:
+    def attend_to_tokens(self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles) -> Float[Tensor, "B T D"]:
         """The self-attention."""
-        return x_BTD + self.self_attention(self.norm_self(x_BTD), turn)
+        return x_BTD + self.self_attention(self.norm_self(x_BTD), angles)
 
     def attend_to_past(
-        self, x_BUD: Float[Tensor, "B U D"], turn: Turn, ring: KeysValues, reading: Reading
+        self, x_BUD: Float[Tensor, "B U D"], angles: RotaryAngles, ring: KeysValues, cache_slots: CacheSlots
     ) -> Float[Tensor, "B U D"]:
         """The self-attention of tokens behind those in ``ring``, which takes them in."""
-        return x_BUD + self.self_attention.read(self.norm_self(x_BUD), turn, ring, reading)
+        return x_BUD + self.self_attention.decode_step(self.norm_self(x_BUD), angles, ring, cache_slots)
 
     def attend_to_thoughts(
-        self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: ThoughtMemory | None
+        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV | None
     ) -> Float[Tensor, "B T D"]:
         """The cross-attention to this layer's thoughts; absent without them."""
         if self.cross_attention is None or self.norm_cross is None or thoughts is None:
             return x_BTD
-        return x_BTD + self.cross_attention(self.norm_cross(x_BTD), turn, thoughts)
+        return x_BTD + self.cross_attention(self.norm_cross(x_BTD), angles, thoughts)
 
     def transform(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The feed-forward."""
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
     """
 
     half_precision = True  # its matrix products follow autocast
-    turns: Tensor  # of every position
+    rotary_angles: Tensor  # of every position
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         thought_width: int | None = None,
         thought_layers: list[int] | None = None,
         kv_heads: int | None = None,
-        quiet_thoughts: bool = False,
+        zero_init_cross_attention: bool = False,
         attention: Literal["auto", "sdpa", "xformers", "flex", "dense"] = "auto",
         recompute: bool = False,
     ) -> None:
@@ -121,19 +121,19 @@ class Decoder(nn.Module):
         self.vocabulary, self.width, self.heads = vocabulary, width, heads
         self.window, self.length = window, length
         self.recompute = recompute
-        self.layers, self.thought_layers = layers, _hearing(thought_layers, layers)
+        self.layers, self.thought_layers = layers, _check_thought_layers(thought_layers, layers)
         self.thought_shape = ThoughtShape(len(self.thought_layers), thoughts, thought_width or width)
         self.compiled_reading = False  # True lets torch compile the reading of single tokens
-        self.listening = True  # False leaves the cross-attention out, as the first stage of a warm start does
+        self.use_thoughts = True  # False leaves the cross-attention out, as the first stage of a warm start does
         memory = [self.thought_shape.width if thoughts and n in self.thought_layers else None for n in _count(layers)]
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, one, attention) for one in memory)
         self.norm = RMSNorm(width)
-        turns = rotation(torch.arange(max(length, thoughts)), width // heads)
-        self.register_buffer("turns", turns, persistent=False)
-        self._initialise(layers, quiet_thoughts)
+        rotary_angles = rotation(torch.arange(max(length, thoughts)), width // heads)
+        self.register_buffer("rotary_angles", rotary_angles, persistent=False)
+        self._initialise(layers, zero_init_cross_attention)
 
-    def _initialise(self, layers: int, quiet_thoughts: bool) -> None:
+    def _initialise(self, layers: int, zero_init_cross_attention: bool) -> None:
         """N(0, 1 / fan-in); what is added to the residual stream is smaller by √(2L), as in GPT-2.
 
         At small widths GPT-2's fixed 0.02 is far too timid: a decoder of width 64 stood at 5.3 nats per token after
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
             if weight.dim() == 2:
                 residual = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(weight, std=(weight.shape[1] * (2 * layers if residual else 1)) ** -0.5)
-            if quiet_thoughts and name.endswith("cross_attention.output.weight"):
+            if zero_init_cross_attention and name.endswith("cross_attention.output.weight"):
                 nn.init.zeros_(weight)
 
     def _layers(self) -> list[Block]:
@@ -163,11 +163,11 @@ class Decoder(nn.Module):
                 f"The batch is on {inputs_BT.device}, but the model on {weight_VD.device}: "
                 f'move one of them, such as batch.to("{weight_VD.device}").'
             )
-        turn, first = self.turns[: inputs_BT.shape[1]], self.thought_layers[0] - 1
+        angles, first = self.rotary_angles[: inputs_BT.shape[1]], self.thought_layers[0] - 1
         x_BTD = F.embedding(inputs_BT, weight_VD, sparse=True)  # the rows' gradient, not all of V x D
         for block in self._layers()[:first]:
-            x_BTD = self._through(block, x_BTD, turn, None, False)
-        return self._layers()[first].attend_to_tokens(x_BTD, turn)
+            x_BTD = self._through(block, x_BTD, angles, None, False)
+        return self._layers()[first].attend_to_tokens(x_BTD, angles)
 
     def forward(
         self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"]
@@ -175,29 +175,34 @@ class Decoder(nn.Module):
         """Hidden states before the vocabulary projection, for every particle of z."""
         lead = z_BLKD.shape[:-4]
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
-        thoughts, turn = self.thoughts(z_BLKD.flatten(0, len(lead))), self.turns[: stem_BTD.shape[1]]
+        thoughts, angles = self.thoughts(z_BLKD.flatten(0, len(lead))), self.rotary_angles[: stem_BTD.shape[1]]
         first = self.thought_layers[0] - 1
-        for index, (block, heard) in enumerate(zip(self._layers()[first:], thoughts[first:], strict=True)):
-            x_BTD = self._through(block, x_BTD, turn, heard, index == 0)
+        for index, (block, own) in enumerate(zip(self._layers()[first:], thoughts[first:], strict=True)):
+            x_BTD = self._through(block, x_BTD, angles, own, index == 0)
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
 
     def _through(
-        self, block: Block, x_BTD: Float[Tensor, "B T D"], turn: Turn, heard: ThoughtMemory | None, attended: bool
+        self,
+        block: Block,
+        x_BTD: Float[Tensor, "B T D"],
+        angles: RotaryAngles,
+        thoughts: ThoughtKV | None,
+        attended: bool,
     ) -> Float[Tensor, "B T D"]:
         if self.recompute and torch.is_grad_enabled():
             again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn here
-            return cast(Tensor, again(block, x_BTD, turn, heard, attended))
-        return cast(Tensor, block(x_BTD, turn, heard, attended))
+            return cast(Tensor, again(block, x_BTD, angles, thoughts, attended))
+        return cast(Tensor, block(x_BTD, angles, thoughts, attended))
 
-    def thoughts(self, z_BLKD: Float[Tensor, "B L K thought"]) -> list[ThoughtMemory | None]:
+    def thoughts(self, z_BLKD: Float[Tensor, "B L K thought"]) -> list[ThoughtKV | None]:
         """What every layer remembers of its thoughts; None where it hears none."""
-        turn, z = self.turns[: z_BLKD.shape[2]], dict(zip(self.thought_layers, z_BLKD.unbind(1), strict=True))
+        angles, z = self.rotary_angles[: z_BLKD.shape[2]], dict(zip(self.thought_layers, z_BLKD.unbind(1), strict=True))
         return [
-            block.cross_attention.remember(z[number], turn) if self.listening and block.cross_attention else None
+            block.cross_attention.project_kv(z[number], angles) if self.use_thoughts and block.cross_attention else None
             for number, block in zip(_count(self.layers), self._layers(), strict=True)
         ]
 
-    def begin(self, z_BLKD: Float[Tensor, "B L K thought"]) -> Cache:
+    def init_cache(self, z_BLKD: Float[Tensor, "B L K thought"]) -> Cache:
         """The memory of B rows that have thought and not yet read; see `read`."""
         self_attention = self._layers()[0].self_attention
         heads, channels = self_attention.kv_heads, self_attention.channels
@@ -207,7 +212,7 @@ class Decoder(nn.Module):
         read_B = torch.zeros(len(z_BLKD), dtype=torch.long, device=z_BLKD.device)
         return Cache(self.thoughts(z_BLKD), rings, read_B)
 
-    def read(
+    def decode_step(
         self, tokens_BT: Int[Tensor, "B T"], cache: Cache, lengths_B: Int[Tensor, " B"] | None = None
     ) -> Float[Tensor, "B D"]:
         """The hidden state behind the last token of every row, from which the next one is predicted.
@@ -218,33 +223,37 @@ class Decoder(nn.Module):
             tokens_BT: each row's next tokens, padded on the right.
             lengths_B: how many of them are a row's own, at least one; T when not given.
         """
-        read_piece = _compiled_reading() if self.compiled_reading and tokens_BT.shape[1] == 1 else Decoder._read_piece
+        decode_block = (
+            _compiled_decode_step() if self.compiled_reading and tokens_BT.shape[1] == 1 else Decoder._decode_block
+        )
         hidden_BD = self.embedding.weight.new_zeros(len(tokens_BT), self.width)
         for first, piece_BU in zip(count(0, self.window), tokens_BT.split(self.window, 1)):
             if lengths_B is None:
                 new_B = torch.full_like(cache.read_B, piece_BU.shape[1])
-                hidden_BD = read_piece(self, piece_BU, cache, new_B)[:, -1]
+                hidden_BD = decode_block(self, piece_BU, cache, new_B)[:, -1]
             else:
                 new_B = (lengths_B - first).clamp(0, piece_BU.shape[1])
-                hidden_BD = _last(read_piece(self, piece_BU, cache, new_B), new_B, hidden_BD)
+                hidden_BD = _last(decode_block(self, piece_BU, cache, new_B), new_B, hidden_BD)
         return hidden_BD
 
-    def _read_piece(
+    def _decode_block(
         self, tokens_BU: Int[Tensor, "B U"], cache: Cache, new_B: Int[Tensor, " B"]
     ) -> Float[Tensor, "B U D"]:
-        how = reading(cache, new_B, tokens_BU.shape[1])
-        turn = self.turns[how.position_BU.clamp(max=len(self.turns) - 1)]  # a row that has ended may be read on
+        how = cache_slots(cache, new_B, tokens_BU.shape[1])
+        angles = self.rotary_angles[
+            how.position_BU.clamp(max=len(self.rotary_angles) - 1)
+        ]  # a row that has ended may be read on
         x_BUD = self.embedding(tokens_BU)
-        for block, ring, heard in zip(self._layers(), cache.rings, cache.thoughts, strict=True):
-            x_BUD = block.attend_to_past(x_BUD, turn, ring, how)
-            x_BUD = block.transform(block.attend_to_thoughts(x_BUD, turn, heard))
+        for block, ring, thoughts in zip(self._layers(), cache.rings, cache.thoughts, strict=True):
+            x_BUD = block.attend_to_past(x_BUD, angles, ring, how)
+            x_BUD = block.transform(block.attend_to_thoughts(x_BUD, angles, thoughts))
         cache.read_B.add_(new_B)
         return self.norm(x_BUD)
 
 
 @cache
-def _compiled_reading() -> Callable[..., Tensor]:
-    return torch.compile(Decoder._read_piece)
+def _compiled_decode_step() -> Callable[..., Tensor]:
+    return torch.compile(Decoder._decode_block)
 
 
 def _last(
@@ -259,11 +268,11 @@ def _count(layers: int) -> range:
     return range(1, layers + 1)
 
 
-def _hearing(chosen: list[int] | None, layers: int) -> tuple[int, ...]:
-    hearing = tuple(_count(layers) if chosen is None else sorted(set(chosen)))
-    if not hearing or not 1 <= hearing[0] <= hearing[-1] <= layers:
+def _check_thought_layers(chosen: list[int] | None, layers: int) -> tuple[int, ...]:
+    thought_layers = tuple(_count(layers) if chosen is None else sorted(set(chosen)))
+    if not thought_layers or not 1 <= thought_layers[0] <= thought_layers[-1] <= layers:
         raise UsageError(f"The decoder's thought_layers are some of its {layers} layers, counted from 1, got {chosen}.")
-    return hearing
+    return thought_layers
 
 
 def _check_heads(width: int, heads: int, kv_heads: int) -> None:

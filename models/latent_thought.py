@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ltm_pyro.contracts import TOKENS, Batch, Prior, sequences
+from ltm_pyro.contracts import TOKENS, Batch, Prior, sequence_plate
 from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.nn.cross_entropy import LateGradient
@@ -38,9 +38,9 @@ class LatentThoughtModel(PyroModule):
         self.decoder = decoder
         check_prior(self)
 
-    def think(self, size: int) -> Float[Tensor, "... L K D"]:
+    def sample_prior(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples the thoughts of ``size`` sequences."""
-        with sequences(size), full_precision(next(self.decoder.parameters())):
+        with sequence_plate(size), full_precision(next(self.decoder.parameters())):
             return self.prior()
 
     def prepare(self, batch: Batch) -> Batch:
@@ -52,7 +52,7 @@ class LatentThoughtModel(PyroModule):
 
         With ``batch.targets_BT`` set to None the tokens are sampled, each given the inputs before it.
         """
-        with sequences(batch.size):
+        with sequence_plate(batch.size):
             with full_precision(batch.inputs_BT):
                 z_BLKD = self.prior()
             pyro.sample(TOKENS, self.observation(z_BLKD, batch), obs=self.observed(batch))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from ltm_pyro.contracts import TOKENS, Batch, ThoughtShape, make_batch, sequences
+from ltm_pyro.contracts import TOKENS, Batch, ThoughtShape, make_batch, sequence_plate
 from ltm_pyro.models.gaussian import GaussianPrior
 
 
@@ -54,9 +54,9 @@ class LinearGaussianModel(PyroModule):
         self.register_buffer("matrix_TN", matrix_TN.to(torch.get_default_dtype()))
         self.register_buffer("values_V", torch.linspace(-8, 8, vocabulary))
 
-    def think(self, size: int) -> Float[Tensor, "... L K D"]:
+    def sample_prior(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples the thoughts of ``size`` sequences."""
-        with sequences(size):
+        with sequence_plate(size):
             return self.prior()
 
     def prepare(self, batch: Batch) -> Batch:
@@ -65,7 +65,7 @@ class LinearGaussianModel(PyroModule):
 
     def forward(self, batch: Batch) -> Float[Tensor, "... L K D"]:
         """Samples z, observes the values, and returns z."""
-        with sequences(batch.size):
+        with sequence_plate(batch.size):
             z_BLKD = self.prior()
             pyro.sample(TOKENS, self.observation(z_BLKD, batch), obs=self.observed(batch))
         return z_BLKD
@@ -82,7 +82,7 @@ class LinearGaussianModel(PyroModule):
     def draw(self, size: int) -> Batch:
         """``size`` sequences of observations, z drawn from the prior."""
         with torch.no_grad():
-            return self.write(self.think(size))
+            return self.write(self.sample_prior(size))
 
     def write(self, z_BLKD: Float[Tensor, "B L K D"]) -> Batch:
         """A sequence of observations drawn from p(y | z) for each z, rounded to the nearest on the grid."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.global_latents import Shared
+from ltm_pyro.inference.global_latents import GlobalLatent
 
 
 class SparsePrior(PyroModule):
@@ -33,7 +33,7 @@ class SparsePrior(PyroModule):
         super().__init__()
         if not tau > 0:
             raise UsageError(f"SparsePrior needs a tau above 0, got {tau}: 0.05 is a good first try.")
-        self.scale = Shared("z_scale", dist.HalfCauchy, torch.full(tuple(shape), tau), start=torch.ones(*shape))
+        self.scale = GlobalLatent("z_scale", dist.HalfCauchy, torch.full(tuple(shape), tau), init=torch.ones(*shape))
 
     def forward(self) -> Float[Tensor, "... L K D"]:
         """Samples the site ``z_unit`` inside the surrounding plate, and stretches it by one draw of the scales."""

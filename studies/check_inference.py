@@ -19,12 +19,12 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from ltm_pyro.contracts import Batch, Guide, Model, Start, ThoughtShape
+from ltm_pyro.contracts import Batch, Guide, Init, Model, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import BlockCovariance, FlowGuide, FullCovariance, Laplace, LowRank, MeanField
 from ltm_pyro.inference.elbo import log_weights
-from ltm_pyro.inference.estimators import PROTOCOLS, Problem
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.estimators import ESTIMATORS, Problem
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.pareto import TRUSTED, pareto_k
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.models import LinearGaussianModel, TwoModesModel
@@ -34,7 +34,7 @@ from ltm_pyro.utils.rng import seeded
 SHAPE = ThoughtShape(2, 1, 3)
 SEQUENCES, SAMPLES, REPEATS = 8, 5_000, 10
 BOUNDS = ("bound", "iwae", "prior")
-COARSE = LocalInference(steps=500, rate=0.05, noise="reused", start=Start(log_var=0.0))  # the published code's way
+COARSE = LocalInference(steps=500, rate=0.05, noise="reused", init=Init(log_var=0.0))  # the published code's way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def double_precision() -> Iterator[None]:
 
 def _on_known_truth(model: LinearGaussianModel, batch: Batch, case: Case) -> dict[str, Any]:
     guide = case.guide(model)
-    state, _ = fit(model, guide, batch, case.inference)
+    state, _ = infer_local(model, guide, batch, case.inference)
     truth = case.truth(model, batch)
     found = gaussian(guide, state)
     variance_BN, true_BN = (x.covariance_BNN.diagonal(dim1=-2, dim2=-1) for x in (found, truth))
@@ -121,8 +121,8 @@ def _on_known_truth(model: LinearGaussianModel, batch: Batch, case: Case) -> dic
 
 def _on_two_modes(model: TwoModesModel, batch: Batch, case: Case) -> dict[str, Any]:
     guide = case.guide(model)
-    inference = LocalInference(steps=600, rate=0.05, particles=32, start=Start(jitter=0.3))  # off the saddle at 0
-    state, _ = fit(model, guide, batch, inference)
+    inference = LocalInference(steps=600, rate=0.05, particles=32, init=Init(jitter=0.3))  # off the saddle at 0
+    state, _ = infer_local(model, guide, batch, inference)
     return _bounds(model, guide, batch, state)
 
 
@@ -158,15 +158,15 @@ def _bounds(model: Any, guide: Guide, batch: Batch, state: LocalState) -> dict[s
 
 
 def _figure(name: str, problem: Problem, repeats: int, evidence: float) -> dict[str, Any]:
-    """A protocol's log-probability per sequence, with the standard error of its own draws over repeats."""
+    """A estimator's log-probability per sequence, with the standard error of its own draws over repeats."""
     with torch.no_grad():
-        values_R = torch.stack([-PROTOCOLS[name].charge(problem).nats_B.mean() for _ in range(repeats)])
+        values_R = torch.stack([-ESTIMATORS[name].estimate(problem).nats_B.mean() for _ in range(repeats)])
     estimate, error = values_R.mean().item(), _standard_error(values_R)
     return {
         "estimate": estimate,
         "stderr": error,
         "above_evidence": estimate - evidence,
-        "is_bound": PROTOCOLS[name].is_bound,
+        "is_bound": ESTIMATORS[name].is_bound,
     }
 
 

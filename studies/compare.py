@@ -148,8 +148,8 @@ def _measured(path: Path, comparison: Comparison) -> dict[str, Any]:
     run = load_run(path)
     reason = missing_bound(run.model, run.guide)
     wanted = ["prior"] if reason else ["bound", "iwae", "prior"]
-    found = evaluate_run(run, protocols=wanted, samples=comparison.samples, limit=comparison.limit)
-    scores, gain = found.protocols, found.thinking_gain
+    found = evaluate_run(run, estimators=wanted, samples=comparison.samples, limit=comparison.limit)
+    scores, gain = found.estimates, found.thinking_gain
     nats = {name: score.nats_per_token for name, score in scores.items()}
     steps, seconds = _pace(path, run)
     return {

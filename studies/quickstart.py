@@ -108,14 +108,14 @@ def _tokens(dataset: PackedDataset) -> np.ndarray:
     return np.concatenate([row.tokens_T[: row.length] for row in dataset])
 
 
-def summarise(packed: Path, thinking: Trained, twin: Trained) -> dict[str, Any]:
+def summarise(packed: Path, thinking: Trained, ar_baseline: Trained) -> dict[str, Any]:
     """Every figure of ``summary.json``; nats per token where nothing else is said."""
-    scores = evaluate_run(thinking.run).protocols
+    scores = evaluate_run(thinking.run).estimates
     figures = {name: score.nats_per_token for name, score in scores.items()}
     speed = [float(row["train/tokens_per_second"]) for row in metrics(thinking.path) if row["train/tokens_per_second"]]
     return {
         **figures,
-        "autoregressive": evaluate_run(twin.run, protocols=["bound"]).protocols["bound"].nats_per_token,
+        "autoregressive": evaluate_run(ar_baseline.run, estimators=["bound"]).estimates["bound"].nats_per_token,
         "unigram": unigram(packed),
         "thinking_gain": figures["prior"] - figures["bound"],
         "bound_stderr": scores["bound"].stderr_nats_per_token,
@@ -177,11 +177,13 @@ def main() -> None:
         "Training the Latent-Thought model, then its autoregressive twin, for the same time each.", soft_wrap=True
     )
     thinking = fit(out, packed, *further)
-    twin = fit(out / "autoregressive", packed, "--model.decoder.init_args.thoughts", "0", *further)
+    ar_baseline = fit(out / "autoregressive", packed, "--model.decoder.init_args.thoughts", "0", *further)
     console.print(f"Scoring both on held-out documents: {', '.join(DEFAULT)}.", soft_wrap=True)
-    summary = summarise(packed, thinking, twin)
+    summary = summarise(packed, thinking, ar_baseline)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    draw({"Latent-Thought": thinking.path, "autoregressive": twin.path}, summary["unigram"], out / "training.png")
+    draw(
+        {"Latent-Thought": thinking.path, "autoregressive": ar_baseline.path}, summary["unigram"], out / "training.png"
+    )
     show(summary, console)
     console.print(f"Written: {out}/summary.json, {out}/training.png. Next: ltm evaluate {out}", soft_wrap=True)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights
-from ltm_pyro.inference.estimators import PROTOCOLS
-from ltm_pyro.inference.local import fit, learn
+from ltm_pyro.inference.estimators import ESTIMATORS
+from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, LatentThoughtModel
 from tests.test_laws import PAIRS, make_guide, make_prior
@@ -68,7 +68,7 @@ def test_the_stage_sees_what_it_should(nowhere):
 @pytest.mark.parametrize(("prior", "guide"), PAIRS)
 def test_no_fit_waits_or_leaves_its_device(prior, guide, nowhere):
     model, guide, batch = nowhere(prior, guide)
-    state, info = fit(model, guide, batch, LocalInference(steps=2))
+    state, info = infer_local(model, guide, batch, LocalInference(steps=2))
     terms = elbo_terms(model, guide, batch, state.parameters, Draws(2))
     held = [*state.parameters.values(), state.steps_B, info.elbo_NB, info.finite_B, terms.elbo_B]
     if guide.has_density:
@@ -80,9 +80,9 @@ def test_no_fit_waits_or_leaves_its_device(prior, guide, nowhere):
 @pytest.mark.parametrize(("prior", "guide"), [pair for pair in PAIRS if pair[1] in ("MeanField", "BlockCovariance")])
 def test_no_training_step_waits_or_leaves_its_device(prior, guide, options, nowhere):
     model, guide, batch = nowhere(prior, guide)
-    learned = learn(model, guide, batch, LocalInference(steps=2, **options))
+    learned = training_loss(model, guide, batch, LocalInference(steps=2, **options))
     learned.loss.backward()
-    assert learned.sound_B.device.type == "meta"
+    assert learned.is_finite_B.device.type == "meta"
     assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
 
 
@@ -98,4 +98,4 @@ def test_a_run_is_scored_where_it_is(stage, tiny_run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a short text about time. " * 9)
     with pytest.raises(NotImplementedError, match="copy out of meta"):  # the figures, and only they
-        evaluate_run(tiny_run().to("meta"), str(text), [*PROTOCOLS], limit=2)
+        evaluate_run(tiny_run().to("meta"), str(text), [*ESTIMATORS], limit=2)

@@ -9,7 +9,7 @@ import torch
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.guides.mean_field import MeanField
-from ltm_pyro.inference.local import fit, learn
+from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.gaussian import GaussianPrior
@@ -48,10 +48,10 @@ def case():
 def test_a_fit_waits_for_the_device_once(case):
     model, guide, batch = case
     with torch.autocast("cuda", torch.bfloat16):
-        fit(model, guide, batch, LocalInference(steps=4))  # whatever is tried or compiled the first time
+        infer_local(model, guide, batch, LocalInference(steps=4))  # whatever is tried or compiled the first time
         torch.cuda.set_sync_debug_mode("error")
         try:
-            _, info = fit(model, guide, batch, LocalInference(steps=4))
+            _, info = infer_local(model, guide, batch, LocalInference(steps=4))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert info.elbo_NB.isfinite().all()  # the one place where the host waits
@@ -62,14 +62,14 @@ def test_a_replayed_fit_is_the_fit_and_waits_for_nothing(case):
     inference, found = LocalInference(steps=4, rate=0.1), []
     with torch.autocast("cuda", torch.bfloat16):
         for _ in range(2):  # as usual, then recorded
-            fit(model, guide, batch, replace(inference, cuda_graph=True))
+            infer_local(model, guide, batch, replace(inference, cuda_graph=True))
         with torch.no_grad():
             model.decoder.embedding.weight.mul_(0.9)  # a replay reads the weights as they are now
         for graph in (True, False):
             with seeded(1):
                 torch.cuda.set_sync_debug_mode("error")
                 try:
-                    found.append(fit(model, guide, batch, replace(inference, cuda_graph=graph)))
+                    found.append(infer_local(model, guide, batch, replace(inference, cuda_graph=graph)))
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
     (ours, record), (theirs, eager) = found
@@ -84,7 +84,7 @@ def test_a_graph_trains_as_well(case):
     for _ in range(4):
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
-            learn(model, guide, batch, inference).loss.backward()
+            training_loss(model, guide, batch, inference).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert model.decoder.embedding.weight.grad.abs().sum() > 0
 
@@ -94,7 +94,7 @@ def test_no_logits_of_a_batch_are_allocated(case):
     torch.cuda.memory._record_memory_history(max_entries=200_000)
     try:
         with torch.autocast("cuda", torch.bfloat16):
-            learn(model, guide, batch, LocalInference(steps=2, slow_gradient="last")).loss.backward()
+            training_loss(model, guide, batch, LocalInference(steps=2, slow_gradient="last")).loss.backward()
         events = [e for trace in torch.cuda.memory._snapshot()["device_traces"] for e in trace]
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
@@ -133,7 +133,7 @@ def test_a_run_scores_and_writes_on_the_device_as_on_the_cpu(tiny_run, tmp_path)
     sampling = Sampling(max_new_tokens=8, do_sample=False)
     for device in ("cpu", "cuda"):
         run.to(device)
-        scores = evaluate_run(run, str(text), ["bound", "causal"], samples=64).protocols
+        scores = evaluate_run(run, str(text), ["bound", "causal"], samples=64).estimates
         found[device] = {name: score.nats_per_token for name, score in scores.items()}
         assert len(generate(run, "a short", sampling)) == 1
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.02)  # the noise is another
@@ -141,13 +141,13 @@ def test_a_run_scores_and_writes_on_the_device_as_on_the_cpu(tiny_run, tmp_path)
 
 def test_posteriors_are_found_and_calibrated_on_the_device_as_on_the_cpu(tiny_run):
     pytest.importorskip("xarray")
-    from ltm_pyro.analysis import Drawing, infer
+    from ltm_pyro.analysis import Drawing, draw_posterior
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
 
     run, found = tiny_run(), {}
     for device in ("cpu", "cuda"):
         run.to(device)
-        posterior = infer(run, ["a short text"], Drawing(samples=400, replicas=1))
+        posterior = draw_posterior(run, ["a short text"], Drawing(samples=400, replicas=1))
         found[device] = float(posterior.stats["elbo"].mean()), float(posterior.stats["kl"].mean())
         calibrate(run.model, run.guide, run.inference, simulate_texts(run), simulations=20, samples=9)
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.1)  # the noise is another

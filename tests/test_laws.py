@@ -9,12 +9,12 @@ from pyro import poutine
 from pyro.infer import Predictive
 
 from ltm_pyro import guides, models
-from ltm_pyro.contracts import SEQUENCES, Start, ThoughtShape, make_batch
+from ltm_pyro.contracts import SEQUENCES, Init, ThoughtShape, make_batch
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.learning_rates import slow_parameters
-from ltm_pyro.inference.local import begin, fit, learn
+from ltm_pyro.inference.local import infer_local, init, training_loss
 from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, LatentThoughtModel
@@ -45,7 +45,7 @@ WITHOUT_CLIMB = {"Amortized": "an encoder takes no fast steps", "Langevin": "a s
 UNNORMALISED = {"EnergyPrior": "its density is known up to a constant, and its draws are short runs"}
 PAIRS = [(prior, "MeanField") for prior in PRIORS] + [("HierarchicalPrior", guide) for guide in GUIDES]
 DRAWS = 10_000
-CLIMB = LocalInference(steps=30, rate=0.05, particles=2, start=Start(log_var=-3.0, jitter=1.0))
+CLIMB = LocalInference(steps=30, rate=0.05, particles=2, init=Init(log_var=-3.0, jitter=1.0))
 
 
 def make_prior(name, shape=None):
@@ -84,9 +84,9 @@ def batch():
 def test_prior_and_guide_meet(prior, guide, ground, batch):
     model = ground(prior)
     guide = make_guide(guide, model)
-    state, info = fit(model, guide, batch, CLIMB)
+    state, info = infer_local(model, guide, batch, CLIMB)
     assert info.elbo_NB.isfinite().all()
-    if guide.climbs:
+    if guide.uses_fast_steps:
         assert info.elbo_NB[-5:].mean() > info.elbo_NB[:5].mean() + 0.5, "30 fast steps gain nothing"
     else:
         assert type(guide).__name__ in WITHOUT_CLIMB
@@ -107,7 +107,7 @@ def test_q_starts_at_the_same_place_whatever_is_drawn(prior, ground, batch):
     guide, starts = make_guide("MeanField", model), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        starts.append(begin(model, guide, batch, LocalInference()).parameters)
+        starts.append(init(model, guide, batch, LocalInference()).parameters)
     torch.testing.assert_close(*starts)
 
 
@@ -115,8 +115,8 @@ def test_q_starts_at_the_same_place_whatever_is_drawn(prior, ground, batch):
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_slow_step_reaches_every_parameter(prior, slow_gradient, ground, batch):
     model = ground(prior)
-    inference = LocalInference(steps=1, slow_gradient=slow_gradient, start=CLIMB.start)
-    (learn(model, make_guide("MeanField", model), batch, inference).loss + global_kl(model)).backward()
+    inference = LocalInference(steps=1, slow_gradient=slow_gradient, init=CLIMB.init)
+    (training_loss(model, make_guide("MeanField", model), batch, inference).loss + global_kl(model)).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not silent
     assert all(p.grad.abs().sum() > 0 for p in model.prior.parameters())
@@ -128,16 +128,16 @@ def test_the_slow_step_reaches_an_encoder(slow_gradient, ground, batch):
     guide = make_guide("Amortized", model)
     torch.nn.init.normal_(guide.leave.weight)
     inference = LocalInference(steps=1, slow_gradient=slow_gradient)
-    learn(model, guide, batch, inference).loss.backward()
+    training_loss(model, guide, batch, inference).loss.backward()
     assert {p for _, p in slow_parameters(model, guide)} > set(guide.parameters())
     assert all(p.grad.abs().sum() > 0 for p in guide.parameters())
-    state, _ = fit(model, guide, batch, inference)
+    state, _ = infer_local(model, guide, batch, inference)
     assert not any(x.requires_grad for x in state.parameters.values())
-    again, _ = fit(model, guide, batch, inference, state)
+    again, _ = infer_local(model, guide, batch, inference, state)
     torch.testing.assert_close(again.parameters, state.parameters)
     asked = LocalInference(steps=0)
     torch.testing.assert_close(
-        fit(model, guide, batch, asked)[0].parameters, begin(model, guide, batch, asked).parameters
+        infer_local(model, guide, batch, asked)[0].parameters, init(model, guide, batch, asked).parameters
     )
 
 
@@ -147,7 +147,7 @@ def test_half_precision_stays_in_the_decoder(prior, guide, ground, batch):
     torch.set_default_dtype(torch.float32)
     try:
         guide = make_guide(guide, model)
-        state = begin(model, guide, batch, LocalInference())
+        state = init(model, guide, batch, LocalInference())
         terms = []
         for half in (False, True):
             torch.manual_seed(0)
@@ -174,7 +174,7 @@ def sampled_site(name, node):
 
 
 def prior_in_plate(prior, size):
-    def think():
+    def sample_prior():
         with torch.no_grad(), pyro.plate(SEQUENCES, size, dim=-1):
             return prior()
 
@@ -217,7 +217,7 @@ def test_a_state_dict_makes_the_same_prior(name):
 def test_closed_form_kl_is_the_average_of_its_draws(prior, guide, ground, batch):
     model = ground(prior)
     guide = make_guide(guide, model)
-    state, _ = fit(model, guide, batch, CLIMB)
+    state, _ = infer_local(model, guide, batch, CLIMB)
     local = {name: x + 0.1 * torch.randn_like(x) for name, x in state.parameters.items()}
     with torch.no_grad():
         batch = batch.crop(0, 1)  # the KL has no use for tokens

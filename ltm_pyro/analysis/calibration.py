@@ -23,9 +23,9 @@ from ltm_pyro.analysis.draws import Sites, describe, draw, evenly
 from ltm_pyro.analysis.storage import read_tree, stamp, write_tree
 from ltm_pyro.contracts import Batch, Guide, Model, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.console import Console
@@ -178,7 +178,7 @@ def calibrate(
     if (samples + 1) % BINS:
         raise UsageError(f"Samples + 1 must be a multiple of {BINS}, got {samples}: choose 99, for example.")
     found = []
-    with held(model, seed):
+    with fix_global_draws(model, seed):
         for index, first in enumerate(_shown(range(0, simulations, BATCH))):
             with seeded(seed, index), torch.no_grad():
                 simulated = simulate(min(BATCH, simulations - first))
@@ -195,7 +195,7 @@ def _ranked(
     model: Model, guide: Guide, inference: LocalInference, simulated: Simulation, samples: int, coordinates: int
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     batch = model.prepare(simulated.batch)
-    state, _ = fit(model, guide, batch, inference)
+    state, _ = infer_local(model, guide, batch, inference)
     drawn = draw(model, guide, batch, state.parameters, samples).described
     truth = describe(model, batch, {name: x[None] for name, x in simulated.sites.items()})
     z_RBLKD = torch.cat([truth.z_SBLKD, drawn.z_SBLKD])
@@ -219,7 +219,7 @@ def simulate_texts(run: Run) -> Simulate:
         raise UsageError("The run has no thoughts (K = 0), so there is nothing to calibrate: give a run with thoughts.")
 
     def simulate(size: int) -> Simulation:
-        trace = poutine.trace(run.model.think).get_trace(size)
+        trace = poutine.trace(run.model.sample_prior).get_trace(size)
         rows_BT = written(run, trace.nodes["_RETURN"]["value"], run.length)
         lengths_B = (rows_BT != MISSING).sum(1)
         batch = make_batch(rows_BT.masked_fill(rows_BT == MISSING, run.start_token), lengths_B, run.start_token)

@@ -14,7 +14,7 @@ from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
 
@@ -39,7 +39,7 @@ def shift(
         for length in lengths:
             with seeded(seed):
                 read = batch.crop(0, length)  # nothing of q may see what comes later
-                state, _ = fit(model, guide, read, inference)
+                state, _ = infer_local(model, guide, read, inference)
                 drawn = draw(model, guide, read, state.parameters, DRAWS)
             z_SBLKD, log_prior_SB, _ = drawn.described
             means.append(z_SBLKD.mean(0))

@@ -23,9 +23,9 @@ from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, batch_of, pie
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
-from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.pareto import pareto_k
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
@@ -63,7 +63,7 @@ class Drawing:
             raise UsageError(f"{self.replicas} replicas need as many samples, got {self.samples}: draw more.")
 
 
-def infer(
+def draw_posterior(
     run: Run,
     texts: Sequence[str | Text],
     drawing: Drawing | None = None,
@@ -90,7 +90,7 @@ def infer(
     size = BATCH if drawing.method == "guide" else 1
     chunks = [found[first : first + size] for first in range(0, len(found), size)]
     groups = []
-    with held(run.model, seed):
+    with fix_global_draws(run.model, seed):
         for index, chunk in enumerate(_shown(chunks)):
             with seeded(seed, index):
                 batch = batch_of(chunk, run.start_token, length).to(run.device)
@@ -113,14 +113,14 @@ def _shown(chunks: list[list[Piece]]) -> Any:
     return track(chunks, "inferring", console=console, transient=True, disable=not console.is_terminal)
 
 
-def infer_batch(
+def draw_batch_posterior(
     model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing | None = None
 ) -> Posterior:
     """The posterior of each sequence of a batch, for any model and guide; texts and labels are `infer`'s."""
     drawing = drawing or Drawing()
     alone = [batch.select(torch.tensor([index])) for index in range(batch.size)]
     parts = [batch] if drawing.method == "guide" else alone
-    with held(model, torch.initial_seed()):
+    with fix_global_draws(model, torch.initial_seed()):
         groups = [_groups(model, guide, part, inference, drawing) for part in parts]
     return _assemble(groups, drawing.method)
 
@@ -162,7 +162,7 @@ def _counted(data: xr.Dataset) -> xr.Dataset:
 
 
 def _guide(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
-    state, _ = fit(model, guide, batch, inference)
+    state, _ = infer_local(model, guide, batch, inference)
     drawn = draw(model, guide, batch, state.parameters, drawing.samples)
     sites = {name: x[None] for name, x in drawn.sites.items()}
     groups = _described(sites, Described._make(x[None] for x in drawn.described), batch)
@@ -215,7 +215,7 @@ def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites) -> Moments:
 
 def _prior(model: Model, samples: int) -> Float[Tensor, "S L K D"]:
     with torch.no_grad():
-        return model.think(samples)
+        return model.sample_prior(samples)
 
 
 def _chains(model: Model, batch: Batch, drawing: Drawing) -> Groups:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import quiet
+from ltm_pyro.inference.elbo import no_param_store
 from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.nn.cross_entropy import token_nats
@@ -52,7 +52,7 @@ def draw(model: Model, guide: Guide, batch: Batch, local: LocalParameters, sampl
 
 def _chunk(model: Model, guide: Guide, batch: Batch, local: LocalParameters, count: int) -> Drawn:
     names = prior_sites(model, 1)
-    with quiet(), pyro.plate(PARTICLES, count, dim=-2):
+    with no_param_store(), pyro.plate(PARTICLES, count, dim=-2):
         q = poutine.trace(guide).get_trace(batch, local)
     sites = {name: cast(Tensor, q.nodes[name]["value"]) for name in names}
     return Drawn(sites, log_density(q, names), describe(model, batch, sites))
@@ -68,15 +68,15 @@ def _joined(chunks: list[Drawn]) -> Drawn:
 def describe(model: Model, batch: Batch, sites: Sites) -> Described:
     """What the model says of draws of its latent sites."""
     samples = len(next(iter(sites.values())))
-    with quiet(), torch.no_grad(), pyro.plate(PARTICLES, samples, dim=-2):
-        p = poutine.trace(poutine.condition(model.think, data=sites)).get_trace(batch.size)
+    with no_param_store(), torch.no_grad(), pyro.plate(PARTICLES, samples, dim=-2):
+        p = poutine.trace(poutine.condition(model.sample_prior, data=sites)).get_trace(batch.size)
     z_SBLKD = cast(Tensor, p.nodes["_RETURN"]["value"])
     return Described(z_SBLKD, log_density(p, sites), token_log_likelihood(model, batch, z_SBLKD))
 
 
 def token_log_likelihood(model: Model, batch: Batch, z_SBLKD: Float[Tensor, "*S B L K D"]) -> Float[Tensor, "*S B T"]:
     """log p(x_t | x_<t, z) of every token in nats; 0 at padding."""
-    with quiet(), torch.no_grad():
+    with no_param_store(), torch.no_grad():
         return _by_token(model.observation(z_SBLKD, batch), model.observed(batch))
 
 

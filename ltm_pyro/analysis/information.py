@@ -20,7 +20,7 @@ from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.two_sample import Discrepancy, mmd
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, Model, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import quiet
+from ltm_pyro.inference.elbo import no_param_store
 from ltm_pyro.inference.latent_sites import prior_sites
 
 ACTIVE = 0.01  # variance of the posterior's mean over sequences, in the prior's (Burda et al. 2016, arXiv 1509.00519)
@@ -103,7 +103,7 @@ def _density(guide: Guide, batch: Batch, local: dict[str, Tensor], sites: dict[s
     """log q(z_i | x_j) of every draw i under every sequence j."""
     count = len(next(iter(sites.values())))
     data = {name: x[:, None].expand(count, batch.size, *x.shape[1:]) for name, x in sites.items()}
-    with quiet(), torch.no_grad(), pyro.plate(PARTICLES, count, dim=-2):
+    with no_param_store(), torch.no_grad(), pyro.plate(PARTICLES, count, dim=-2):
         trace = poutine.trace(poutine.condition(guide, data=data)).get_trace(batch, local)
     return log_density(trace, sites)
 

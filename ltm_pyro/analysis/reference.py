@@ -15,7 +15,7 @@ from torch import Tensor
 from ltm_pyro.analysis.draws import Described, Sites, describe
 from ltm_pyro.contracts import Batch, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.global_latents import held
+from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import frozen
 
@@ -59,7 +59,7 @@ def sample(model: Model, batch: Batch, method: str, samples: int, chains: Chains
         raise UsageError(f"Unknown method {method!r}: choose from guide, {', '.join(KERNELS)}.")
     if batch.size != 1:
         raise UsageError(f"A chain moves all sequences of a batch as one, got {batch.size}: give one at a time.")
-    with frozen(model), held(model, torch.initial_seed()):
+    with frozen(model), fix_global_draws(model, torch.initial_seed()):
         found = [_chain(model, batch, method, samples, chains) for _ in range(chains.chains)]
         parts = [describe(model, batch, chain) for chain in found]
     sites = {name: torch.stack([chain[name] for chain in found]) for name in found[0]}

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.probes import neighbours
-from ltm_pyro.analysis.sections import SECTIONS, Material, card, sections
+from ltm_pyro.analysis.sections import SECTIONS, ReportInputs, card, sections
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.utils.console import Console
@@ -22,7 +22,7 @@ TOP = 5
 MOST_CARDS = 1000  # sequences shown one by one: keeps the page under 10 MB
 
 
-def report(of: Material) -> str:
+def report(of: ReportInputs) -> str:
     """The page; sections that lack something say what."""
     _check(of)
     posterior = of.posterior
@@ -102,7 +102,7 @@ def _picture(ax: Axes) -> Picture:
     return Picture(uri, figure.get_figwidth() > 6)
 
 
-def _check(of: Material) -> None:
+def _check(of: ReportInputs) -> None:
     """Refuses a run of other thoughts than the posterior's."""
     if of.run is None:
         return
@@ -114,7 +114,7 @@ def _check(of: Material) -> None:
         )
 
 
-def write_report(of: Material, path: str | Path) -> None:
+def write_report(of: ReportInputs, path: str | Path) -> None:
     """Writes the page; the file takes its place once it is whole."""
     page, beside = report(of), Path(f"{path}.new")
     try:

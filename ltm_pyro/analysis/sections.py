@@ -51,7 +51,7 @@ class Section(NamedTuple):
     good: bool | None = None  # None: there is nothing to be good or bad
 
 
-class Material(NamedTuple):
+class ReportInputs(NamedTuple):
     """What a report is made from; only the posterior must be there."""
 
     posterior: Posterior
@@ -66,7 +66,7 @@ class Material(NamedTuple):
         return self.run
 
 
-def trust(of: Material) -> Section:
+def trust(of: ReportInputs) -> Section:
     """Pareto k-hat and the gap between the bounds."""
     stats, size = of.posterior.stats, of.posterior.size
     if "pareto_k" not in stats:
@@ -86,7 +86,7 @@ def trust(of: Material) -> Section:
     return Section(verdict, tuple(pictures), good=not bad)
 
 
-def calibration(of: Material) -> Section:
+def calibration(of: ReportInputs) -> Section:
     """Ranks of the truth on the model's own texts."""
     found = of.calibration
     if found is None:
@@ -107,7 +107,7 @@ def calibration(of: Material) -> Section:
     return Section(verdict, pictures, (Table(("smallest p-values", "p"), rows),), good=p > SIZE)
 
 
-def reference(of: Material) -> Section:
+def reference(of: ReportInputs) -> Section:
     """q beside Markov chains."""
     if of.reference is None:
         raise UsageError("Needs chains of a few of the texts (`ltm posterior --method nuts`): give --reference.")
@@ -136,7 +136,7 @@ def reference(of: Material) -> Section:
     return Section(verdict, (draw_scales(found),), tables, good=not narrow and not late)
 
 
-def information(of: Material) -> Section:
+def information(of: ReportInputs) -> Section:
     """KL and active units by thought, and what the KL is made of."""
     posterior, stats = of.posterior, of.posterior.stats
     units = active_units(posterior)
@@ -162,7 +162,7 @@ def information(of: Material) -> Section:
     return Section(verdict, tuple(pictures), (Table(("nats per sequence", "", "± s.e."), rows),))
 
 
-def aggregated(of: Material) -> Section:
+def aggregated(of: ReportInputs) -> Section:
     """The aggregated posterior against the prior."""
     found = aggregate(of.posterior)
     apart = found.mmd.p_value < SIZE
@@ -175,7 +175,7 @@ def aggregated(of: Material) -> Section:
     return Section(verdict, (), (Table(("", ""), rows),), good=not apart)
 
 
-def labels(of: Material) -> Section:
+def labels(of: ReportInputs) -> Section:
     """Linear probes for every label that has enough documents."""
     names = probable_labels(of.posterior)
     if not names:
@@ -200,7 +200,7 @@ def labels(of: Material) -> Section:
     return Section(verdict, (draw_map(of.posterior, best.label),), (Table(head, rows),))
 
 
-def ablation(of: Material) -> Section:
+def ablation(of: ReportInputs) -> Section:
     """What each thought is worth to the decoder."""
     run = of.need_run()
     lost = ablate(run.model, of.posterior, run.start_token)
@@ -214,7 +214,7 @@ def ablation(of: Material) -> Section:
     return Section(verdict, (picture,), (Table(("layer", "nats per sequence", "± s.e."), rows),))
 
 
-def reading(of: Material) -> Section:
+def reading(of: ReportInputs) -> Section:
     """Where tokens look, and how belief grows with the text."""
     run = of.need_run()
     some = of.posterior.select(slice(FEW))
@@ -229,7 +229,7 @@ def reading(of: Material) -> Section:
     return Section(verdict, (draw_shift(moved), *(draw_attention(weights, layer) for layer in range(len(weights)))))
 
 
-def path(of: Material) -> Section:
+def path(of: ReportInputs) -> Section:
     """From one text's thoughts to another's."""
     run = of.need_run()
     if of.posterior.size < 2:
@@ -240,7 +240,7 @@ def path(of: Material) -> Section:
     return Section(verdict, (draw_path(steps),), (Table(("share", "text"), rows),))
 
 
-def predictive(of: Material) -> Section:
+def predictive(of: ReportInputs) -> Section:
     """Statistics of texts and replicas."""
     found = check(of.posterior)
     usual = (found.p_value > SIZE) & (found.p_value < 1 - SIZE)
@@ -259,7 +259,7 @@ def predictive(of: Material) -> Section:
     return Section(verdict, (), (Table(head, rows),), good=not off)
 
 
-def leave_one_out(of: Material) -> Section:
+def leave_one_out(of: ReportInputs) -> Section:
     """PSIS-LOO, by token and by sequence."""
     rows: list[tuple[str, ...]] = []
     bad = 0
@@ -277,7 +277,7 @@ def leave_one_out(of: Material) -> Section:
     return Section(verdict, (), (Table(head, rows),), good=not bad)
 
 
-SECTIONS: dict[str, Callable[[Material], Section]] = {
+SECTIONS: dict[str, Callable[[ReportInputs], Section]] = {
     "Can q be trusted?": trust,
     "Calibration": calibration,
     "Against reference chains": reference,
@@ -292,7 +292,7 @@ SECTIONS: dict[str, Callable[[Material], Section]] = {
 }
 
 
-def sections(of: Material) -> Iterable[tuple[str, Section]]:
+def sections(of: ReportInputs) -> Iterable[tuple[str, Section]]:
     """Every section by title; where something is missing, the sentence that says what."""
     for title, make in SECTIONS.items():
         try:

@@ -1,4 +1,4 @@
-"""`ltm evaluate RUN`: every protocol's figures for held-out text, or the paper's table suite by suite."""
+"""`ltm evaluate RUN`: every estimator's figures for held-out text, or the paper's table suite by suite."""
 
 import argparse
 import json
@@ -10,11 +10,11 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.estimators import DEFAULT, PROTOCOLS, Evaluation, check_protocols
+from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, Evaluation, check_estimators
 from ltm_pyro.utils.console import Console
 
 # options that one of the two uses heeds, and their defaults
-OF_PROTOCOLS: dict[str, Any] = {"data": None, "protocols": ",".join(DEFAULT), "block": 16, "normaliser": None}
+OF_ESTIMATORS: dict[str, Any] = {"data": None, "estimators": ",".join(DEFAULT), "block": 16, "normaliser": None}
 OF_SUITES: dict[str, Any] = {
     "suite_dir": None,
     "source": [],
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm evaluate`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; the run's own by default")
-    parser.add_argument("--protocols", metavar="A,B,…", help=f"of {', '.join(PROTOCOLS)}")
+    parser.add_argument("--estimators", metavar="A,B,…", help=f"of {', '.join(ESTIMATORS)}")
     parser.add_argument(
         "--samples", type=at_least(1), default=16, metavar="S", help="draws per sequence after q is final"
     )
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suites.add_argument("--features", metavar="DIR", help="run or Hugging Face model whose states MAUVE compares")
     suites.add_argument("--out", type=Path, metavar="DIR", help="results and report; RUN/suites by default")
     suites.add_argument("--force", action="store_true", help="begin anew where --out has results of other settings")
-    parser.set_defaults(**OF_PROTOCOLS, **OF_SUITES)
+    parser.set_defaults(**OF_ESTIMATORS, **OF_SUITES)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,14 +66,22 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     if args.suite:
         return _suites(args)
-    protocols = args.protocols.split(",")
-    check_protocols(protocols)
+    estimators = args.estimators.split(",")
+    check_estimators(estimators)
     from ltm_pyro.evaluation.evaluate import evaluate_run
     from ltm_pyro.runs.load import load_run
 
     trained = load_run(args.run, args.device)
     evaluation = evaluate_run(
-        trained, args.data, protocols, args.samples, args.fast_steps, args.limit, args.seed, args.block, args.normaliser
+        trained,
+        args.data,
+        estimators,
+        args.samples,
+        args.fast_steps,
+        args.limit,
+        args.seed,
+        args.block,
+        args.normaliser,
     )
     if args.json:
         print(json.dumps(evaluation.as_dict()))
@@ -84,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that the other use of the command alone would heed."""
-    ignored = OF_PROTOCOLS if args.suite else OF_SUITES
+    ignored = OF_ESTIMATORS if args.suite else OF_SUITES
     given = [f"--{name.replace('_', '-')}" for name, default in ignored.items() if getattr(args, name) != default]
     if given and args.suite:
-        raise UsageError(f"The suites choose their own data and protocols: leave out {', '.join(given)}.")
+        raise UsageError(f"The suites choose their own data and estimators: leave out {', '.join(given)}.")
     if given:
         raise UsageError(f"Without --suite nothing heeds {', '.join(given)}: name a suite, or leave that out.")
 
@@ -134,10 +142,10 @@ def _sources(given: list[str]) -> dict[str, str]:
 def _table(evaluation: Evaluation, title: str) -> Table:
     e = evaluation
     title = f"{title}: {e.sequences:,} sequences, {e.tokens:,} tokens, {e.bytes:,} bytes"
-    table = Table("protocol", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table("estimator", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for column in ("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "a bound?"):
         table.add_column(f" {column}", justify="right", no_wrap=True)
-    for name, s in e.protocols.items():
+    for name, s in e.estimates.items():
         figures = (s.nats_per_token, s.stderr_nats_per_token, s.perplexity, s.bits_per_byte, s.kl_nats_per_token)
         table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no")
     if e.thinking_gain:

@@ -18,15 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints parameters and FLOPs per token; returns 0."""
-    from ltm_pyro.training.flops import ours, published
+    from ltm_pyro.training.flops import flops_per_token, flops_per_token_as_published
     from ltm_pyro.training.recipe import build_module, read_recipe
 
     config = read_recipe(["--config", args.config])
     _take_vocabulary(config, args.config)
     module = build_module(config)
     decoder, inference = module.model.decoder, module.inference
-    theirs = published(decoder, decoder.length, inference.steps)
-    spent = ours(decoder, module.guide, decoder.length, inference)
+    theirs = flops_per_token_as_published(decoder, decoder.length, inference.steps)
+    spent = flops_per_token(decoder, module.guide, decoder.length, inference)
     figures = {
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "published_flops_per_token": theirs.total,

@@ -78,21 +78,21 @@ def run(args: argparse.Namespace) -> int:
 def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
     from ltm_pyro.text.generation import generate, interpolate
     from ltm_pyro.text.streaming import TextStreamer
-    from ltm_pyro.text.thoughts import Thinking
+    from ltm_pyro.text.thoughts import ThoughtSampling
 
     steps = trained.inference.steps if args.fast_steps is None else args.fast_steps
-    thinking = Thinking(
+    thought_sampling = ThoughtSampling(
         inference=replace(trained.inference, steps=steps),
         candidates=args.candidates,
         refit_every=args.refit_every,
         layers=args.layers,
     )
     if args.interpolate:
-        return interpolate(trained, tuple(args.interpolate), args.num_samples, sampling, thinking, args.seed)
+        return interpolate(trained, tuple(args.interpolate), args.num_samples, sampling, thought_sampling, args.seed)
     if args.stream:
         print(args.prompt, end="", flush=True)
     streamer = TextStreamer(trained.tokenizer) if args.stream else None
-    return generate(trained, args.prompt, sampling, thinking, seed=args.seed, streamer=streamer)
+    return generate(trained, args.prompt, sampling, thought_sampling, seed=args.seed, streamer=streamer)
 
 
 def _layers(text: str) -> tuple[int, ...]:

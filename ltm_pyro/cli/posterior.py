@@ -46,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Infers, writes the file and prints what is in it; returns 0."""
     check_out(args.out, args.force)
-    from ltm_pyro.analysis import Chains, Drawing, infer, read_texts  # here, so that --help need not wait
+    from ltm_pyro.analysis import Chains, Drawing, draw_posterior, read_texts  # here, so that --help need not wait
     from ltm_pyro.runs.load import load_run
 
     chains = Chains(chains=args.chains, warmup=args.warmup)
     drawing = Drawing(method=args.method, samples=args.samples, chains=chains, replicas=args.replicas)
     texts = read_texts(args.input)[: args.limit]
     trained = load_run(args.run, args.device)
-    posterior = infer(trained, texts, drawing, args.fast_steps, longer=args.longer, seed=args.seed)
+    posterior = draw_posterior(trained, texts, drawing, args.fast_steps, longer=args.longer, seed=args.seed)
     posterior.save(args.out)
     figures = summary(posterior)
     if args.json:

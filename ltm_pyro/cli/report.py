@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.analysis import Posterior  # here, so that --help need not wait
     from ltm_pyro.analysis.calibration import Calibration
     from ltm_pyro.analysis.report import write_report
-    from ltm_pyro.analysis.sections import Material
+    from ltm_pyro.analysis.sections import ReportInputs
     from ltm_pyro.runs.load import load_run
 
     posterior = Posterior.load(args.posterior)
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     place = args.run or (known if known and Path(known).exists() else None)
     if place is None:
         print(f"The run is not at {known or 'a known place'}: sections that need it are left out.", file=sys.stderr)
-    material = Material(
+    material = ReportInputs(
         posterior=posterior,
         run=load_run(place) if place else None,
         calibration=Calibration.load(args.calibration) if args.calibration else None,

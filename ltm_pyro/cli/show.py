@@ -27,17 +27,17 @@ def run(args: argparse.Namespace) -> int:
     from pyro import poutine
 
     from ltm_pyro.contracts import make_batch
-    from ltm_pyro.inference.elbo import quiet
-    from ltm_pyro.inference.local import begin
+    from ltm_pyro.inference.elbo import no_param_store
+    from ltm_pyro.inference.local import init
     from ltm_pyro.inference.plate_diagram import plate_diagram
     from ltm_pyro.inference.state import LocalInference
 
     model, guide = _parts(args.source)
     tokens_BT = torch.ones(SEQUENCES, min(TOKENS, model.decoder.length), dtype=torch.long)
     batch = make_batch(tokens_BT, torch.full((SEQUENCES,), tokens_BT.shape[1]), start_token=0)
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), no_param_store():
         trace = poutine.trace(model).get_trace(batch)
-        local = begin(model, guide, batch, LocalInference()).parameters
+        local = init(model, guide, batch, LocalInference()).parameters
     svg = args.svg or Path(Path(args.source).stem + ".svg")
     _write(svg, plate_diagram(model, batch), args.force)
     latent = _latent(model)
@@ -73,10 +73,12 @@ def _parts(source: str) -> tuple[Any, Any]:
 
 
 def _latent(model: Any) -> dict[str, dict[str, Any]]:
-    from ltm_pyro.inference.global_latents import Shared
+    from ltm_pyro.inference.global_latents import GlobalLatent
     from ltm_pyro.inference.latent_sites import prior_sites
 
-    shared = {part.name: part.prior().expand(part.loc.shape) for part in model.modules() if isinstance(part, Shared)}
+    shared = {
+        part.name: part.prior().expand(part.loc.shape) for part in model.modules() if isinstance(part, GlobalLatent)
+    }
     return {
         name: {"shape": [*fn.shape()], "prior": _family(fn), "of_each_sequence": False} for name, fn in shared.items()
     } | {

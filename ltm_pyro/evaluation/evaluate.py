@@ -13,7 +13,7 @@ from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import log_weights
-from ltm_pyro.inference.estimators import DEFAULT, Evaluation, evaluate, pose
+from ltm_pyro.inference.estimators import DEFAULT, Evaluation, evaluate, fit_problem
 from ltm_pyro.inference.pareto import pareto_k
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.console import Console
@@ -26,7 +26,7 @@ TOGETHER = 8  # draws of all of them that are held in memory at once
 def evaluate_run(
     run: Run,
     data: str | None = None,
-    protocols: Sequence[str] = DEFAULT,
+    estimators: Sequence[str] = DEFAULT,
     samples: int = 16,
     fast_steps: int | None = None,
     limit: int | None = None,
@@ -38,7 +38,7 @@ def evaluate_run(
 
     Args:
         data: the held-out part of the run's own data when not given.
-        protocols: of `PROTOCOLS`.
+        estimators: of `ESTIMATORS`.
         samples: S, draws per sequence made after q is final.
         fast_steps: T_fast; what the recipe says under ``evaluation`` when not given.
         limit: only the first so many sequences.
@@ -55,7 +55,7 @@ def evaluate_run(
     console = Console(stderr=True)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
     moved = (batch.to(run.device) for batch in shown)
-    return evaluate(run.model, run.guide, moved, inference, protocols, samples, seed, block)
+    return evaluate(run.model, run.guide, moved, inference, estimators, samples, seed, block)
 
 
 def _estimate(model: Any, samples: int) -> None:
@@ -73,7 +73,7 @@ def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
     """Pareto k-hat of the first held-out ``sequences`` (B), each from so many draws after q is final: shape (B,)."""
     dataset = held_out(run)
     batch = dataset.collate([dataset[i] for i in range(min(sequences, len(dataset)))]).to(run.device)
-    problem = pose(run.model, run.guide, batch, run.inference, draws, (seed,))
+    problem = fit_problem(run.model, run.guide, batch, run.inference, draws, (seed,))
     sizes = [min(TOGETHER, draws - done) for done in range(0, draws, TOGETHER)]
     with seeded(seed), torch.no_grad():
         parts = [log_weights(run.model, run.guide, problem.batch, problem.state.parameters, n) for n in sizes]

@@ -21,14 +21,14 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_p
 
 
 class LTM(TemplateLM):
-    """A run under the harness; what it calls a log-likelihood is an estimate by the protocol, labelled in the results.
+    """A run under the harness; what it calls a log-likelihood is an estimate by the estimator, labelled in the results.
 
     A continuation's z is inferred from its context alone. Contexts lose their beginning where both together are longer
     than the model. ``loglikelihood_rolling`` scores each piece of T tokens with thoughts of its own.
 
     Args:
         run: run directory, checkpoint or exported model.
-        protocol: of `PROTOCOLS`.
+        estimator: of `ESTIMATORS`.
         samples: S, draws per text after q is final.
         batch_size: texts fitted together.
         seed: of all noise.
@@ -37,7 +37,7 @@ class LTM(TemplateLM):
     def __init__(
         self,
         run: str,
-        protocol: str = "iwae",
+        estimator: str = "iwae",
         samples: int = 16,
         batch_size: int | str = 32,
         seed: int = 0,
@@ -45,12 +45,16 @@ class LTM(TemplateLM):
     ) -> None:
         super().__init__()
         self._run, self._path = load_run(run), run
-        self._scoring = Scoring(protocol=protocol, samples=int(samples), batch_size=int(batch_size), seed=int(seed))
+        self._scoring = Scoring(estimator=estimator, samples=int(samples), batch_size=int(batch_size), seed=int(seed))
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results say of the figures."""
         scoring = self._scoring
-        return {"ltm_pyro_run": self._path, "ltm_pyro_protocol": scoring.protocol, "ltm_pyro_samples": scoring.samples}
+        return {
+            "ltm_pyro_run": self._path,
+            "ltm_pyro_estimator": scoring.estimator,
+            "ltm_pyro_samples": scoring.samples,
+        }
 
     @property
     def tokenizer_name(self) -> str:
@@ -77,7 +81,7 @@ class LTM(TemplateLM):
         return [(-found.nats, found.is_greedy) for found in score_tokens(self._run, pairs, self._scoring)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """−nats of whole texts, by the protocol."""
+        """−nats of whole texts, by the estimator."""
         return [-found.nats for found in score(self._run, [request.args[0] for request in requests], self._scoring)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 
 from ltm_pyro.contracts import PARTICLES, SEQUENCES
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import quiet
+from ltm_pyro.inference.elbo import no_param_store
 from ltm_pyro.inference.latent_sites import bijections, prior_sites
 from ltm_pyro.utils.rng import seeded
 
@@ -30,16 +30,16 @@ def check_prior(model: Any) -> None:
     that a guide can reach, and all of it with a leading axis of particles.
     """
     prior, shape = model.prior, model.decoder.thought_shape
-    with seeded(0), torch.no_grad(), quiet():
+    with seeded(0), torch.no_grad(), no_param_store():
         for size in SIZES:
             with explain_failure(prior):
-                trace = poutine.trace(model.think).get_trace(size)
+                trace = poutine.trace(model.sample_prior).get_trace(size)
             _check_sites(trace, prior, size)
             _check_thoughts(trace, prior, (size, *shape))
         with explain_failure(prior):
             bijections(prior_sites(model, 1))
         with explain_failure(prior), pyro.plate(PARTICLES, 2, dim=-2):
-            trace = poutine.trace(model.think).get_trace(size)
+            trace = poutine.trace(model.sample_prior).get_trace(size)
         _check_thoughts(trace, prior, (2, size, *shape))
 
 

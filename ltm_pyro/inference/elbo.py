@@ -37,7 +37,7 @@ class ElboTerms(NamedTuple):
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def no_param_store() -> Iterator[None]:
     """Inside, no parameter stays in Pyro's global store, and no argument is validated.
 
     Validation waits for the device at every site, and lets one sequence's non-finite parameters stop all the others.
@@ -54,7 +54,7 @@ class Draws(NamedTuple):
     path: bool = False
 
 
-@quiet()
+@no_param_store()
 def elbo_terms(
     model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws | None = None
 ) -> ElboTerms:
@@ -88,7 +88,7 @@ def average_terms(model: Model, guide: Guide, batch: Batch, local: LocalParamete
     return ElboTerms(*(x.mean(0) for x in _terms(model, guide, batch, local, draws)))
 
 
-@quiet()
+@no_param_store()
 def log_weights(
     model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int
 ) -> Float[Tensor, "S B"]:
@@ -104,7 +104,7 @@ def weigh(q: Trace, p: Trace) -> Float[Tensor, "... B"]:
         return log_likelihood_B + _total(_log_prob(prior[name]) - _log_prob(node) for name, node in posterior.items())
 
 
-@quiet()
+@no_param_store()
 def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
     """log p(x | z) at S draws z ~ p(z), in nats."""
     with pyro.plate(PARTICLES, particles, dim=-2):

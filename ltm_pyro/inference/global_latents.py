@@ -16,7 +16,7 @@ from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.utils.rng import seeded
 
 
-class Shared(PyroModule):
+class GlobalLatent(PyroModule):
     r"""A global random variable g of a prior, with a posterior q(g) of its own that the slow step learns.
 
     .. math:: \sum_{i=1}^N E_{q(g)} [\mathrm{ELBO}_i(g)] - \mathrm{KL}(q(g) \,\|\, p(g)), \qquad
@@ -35,13 +35,13 @@ class Shared(PyroModule):
     """
 
     def __init__(
-        self, name: str, family: Callable[..., Distribution], *arguments: Tensor, start: Tensor, scale: float = 0.1
+        self, name: str, family: Callable[..., Distribution], *arguments: Tensor, init: Tensor, scale: float = 0.1
     ) -> None:
         super().__init__()
         self.name, self.family, self.number = name, family, len(arguments)
         for index, argument in enumerate(arguments):
             self.register_buffer(f"argument_{index}", argument, persistent=False)
-        self.loc = nn.Parameter(biject_to(self.prior().support).inv(start))
+        self.loc = nn.Parameter(biject_to(self.prior().support).inv(init))
         self.log_scale = nn.Parameter(torch.full_like(self.loc, scale).log())
         self.held: Tensor | None = None  # a draw, inside `held`
 
@@ -79,9 +79,9 @@ class Shared(PyroModule):
 
 
 @contextmanager
-def held(model: Model, *seed: int) -> Iterator[None]:
+def fix_global_draws(model: Model, *seed: int) -> Iterator[None]:
     """Inside, what all sequences share is one draw, which depends on the seed alone; what is held already stays."""
-    parts = [part for part in model.modules() if isinstance(part, Shared) and part.held is None]
+    parts = [part for part in model.modules() if isinstance(part, GlobalLatent) and part.held is None]
     with seeded(*seed) if parts else nullcontext(), torch.no_grad():
         for part in parts:
             part.held = part.draw()
@@ -94,4 +94,4 @@ def held(model: Model, *seed: int) -> Iterator[None]:
 
 def global_kl(model: Model) -> Float[Tensor, ""] | float:
     """KL(q ‖ p) of everything that all sequences share, in nats per corpus; 0 where nothing is."""
-    return sum(part.kl() for part in model.modules() if isinstance(part, Shared))
+    return sum(part.kl() for part in model.modules() if isinstance(part, GlobalLatent))

@@ -22,7 +22,7 @@ def prior_sites(model: Model, size: int) -> Sites:
     A site that depends on others is what it is at their means, so that every look finds the same.
     """
     with torch.no_grad(), poutine.block(), _AtMean():  # a look, which handlers outside need not know of
-        nodes: dict[str, Any] = dict(poutine.trace(model.think).get_trace(size).nodes)
+        nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
     sites: Sites = {
         name: node["fn"]
         for name, node in nodes.items()

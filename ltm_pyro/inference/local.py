@@ -12,23 +12,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ltm_pyro.contracts import Batch, Guide, LocalParameters, Model, Start
+from ltm_pyro.contracts import Batch, Guide, Init, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.cuda_graphs import recordings
-from ltm_pyro.inference.elbo import ElboTerms, average_terms, quiet
+from ltm_pyro.inference.elbo import ElboTerms, average_terms, no_param_store
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.learning_rates import Rates
 from ltm_pyro.inference.optimizers import OPTIMIZERS, Groups, Rate, Update
 from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState, Stop
-from ltm_pyro.inference.trajectory_gradient import AverageGradient
+from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient
 from ltm_pyro.nn.precision import rounded
 from ltm_pyro.utils.rng import seeded
 
 OnStep = Callable[[int, LocalParameters, ElboTerms], None]  # step, q's parameters before it, the ELBO's terms there
 
 
-@quiet()
-def fit(
+@no_param_store()
+def infer_local(
     model: Model,
     guide: Guide,
     batch: Batch,
@@ -51,21 +51,21 @@ def fit(
     return state._replace(parameters={name: x.detach() for name, x in state.parameters.items()}), info
 
 
-@quiet()
-def begin(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
+@no_param_store()
+def init(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
     """The state before the first fast step: q at ``inference.start``."""
-    start = guide.start(prior_sites(model, batch.size), inference.start)
+    start = guide.init(prior_sites(model, batch.size), inference.init)
     if wrong := {name: tuple(x.shape) for name, x in start.items() if x.shape[:1] != (batch.size,)}:
         raise UsageError(
             f"{type(guide).__name__}.start gives {wrong}: the first axis of every local parameter has to be the "
             f"{batch.size} sequences of the batch."
         )
-    moments = {name: OPTIMIZERS[inference.optimizer].begin(x) for name, x in start.items()}
+    moments = {name: OPTIMIZERS[inference.optimizer].init(x) for name, x in start.items()}
     steps_B = torch.zeros(batch.size, dtype=torch.long, device=batch.inputs_BT.device)
     return LocalState({name: x.detach() for name, x in start.items()}, moments, steps_B)
 
 
-class Learned(NamedTuple):
+class TrainingLoss(NamedTuple):
     """What the slow step needs: the loss to go backward from, the fit, and the ELBO's terms at the last q it saw."""
 
     loss: Float[Tensor, ""]
@@ -74,20 +74,20 @@ class Learned(NamedTuple):
     terms: ElboTerms
 
     @property
-    def sound_B(self) -> Bool[Tensor, " B"]:
+    def is_finite_B(self) -> Bool[Tensor, " B"]:
         """Whether every ELBO of a sequence was finite."""
         return self.info.finite_B & self.terms.elbo_B.isfinite()
 
 
-@quiet()
-def learn(
+@no_param_store()
+def training_loss(
     model: Model,
     guide: Guide,
     batch: Batch,
     inference: LocalInference,
     state: LocalState | None = None,
     rates: Rates | None = None,
-) -> Learned:
+) -> TrainingLoss:
     """A fit, and the loss −Σ ELBO (nats) whose ``backward`` gives the global parameters the slow step's gradient.
 
     With no fast steps, or with nothing local to fit (K = 0), the trajectory is the last q itself.
@@ -97,17 +97,17 @@ def learn(
     prepared = model.prepare(batch)
     climb, cut = _Climb(model, guide, inference, rates), _cut(prepared)
     if inference.slow_gradient == "trajectory":
-        climb.average = AverageGradient(model, guide, cut.stem_BTD, prepared.stem_BTD)
+        climb.average = TrajectoryGradient(model, guide, cut.stem_BTD, prepared.stem_BTD)
         state, info = climb.run(cut, state)
         if len(info.kl_NB):
             loss = inference.loss(ElboTerms(info.log_likelihood_NB, info.kl_NB)) / len(info.kl_NB)
             last = ElboTerms(info.log_likelihood_NB[-1], info.kl_NB[-1])
-            return Learned(climb.average.loss(loss), state, info, last)
+            return TrainingLoss(climb.average.loss(loss), state, info, last)
     else:
         with frozen(model):
             state, info = climb.run(cut, state)
     terms = average_terms(model, guide, prepared, state.parameters, inference.draws)
-    return Learned(inference.loss(terms), state, info, ElboTerms(*(x.detach() for x in terms)))
+    return TrainingLoss(inference.loss(terms), state, info, ElboTerms(*(x.detach() for x in terms)))
 
 
 def _cut(batch: Batch) -> Batch:
@@ -152,18 +152,18 @@ class _Climb:
         self.optimizer = OPTIMIZERS[inference.optimizer]
         self.rates: Rates = rates or (lambda name: {"lr": 1.0})
         self.rate = 1.0 if rates else inference.rate  # multiplies them
-        self.average: AverageGradient | None = None
+        self.average: TrajectoryGradient | None = None
 
     def run(self, batch: Batch, state: LocalState | None) -> tuple[LocalState, LocalInfo]:
         """All fast steps of a batch."""
         inference, guide = self.inference, self.guide
         state = self._begin(batch, state)
         steps = inference.steps if any(x.numel() for x in state.parameters.values()) else 0
-        state, info = self._climb(batch, state, steps if guide.climbs else 0)
+        state, info = self._climb(batch, state, steps if guide.uses_fast_steps else 0)
         if not steps:
             return state, info
         with frozen(self.model) if self.average else nullcontext():  # elsewhere it is frozen from the first step on
-            found = guide.settle(self.model, _cut(batch), state.parameters, steps, inference.rate)
+            found = guide.finalize(self.model, _cut(batch), state.parameters, steps, inference.rate)
         return state._replace(parameters=found), info
 
     def _climb(self, batch: Batch, state: LocalState, steps: int) -> tuple[LocalState, LocalInfo]:
@@ -195,7 +195,7 @@ class _Climb:
 
     def _begin(self, batch: Batch, state: LocalState | None) -> LocalState:
         if state is None:
-            state = begin(self.model, self.guide, batch, self.inference)
+            state = init(self.model, self.guide, batch, self.inference)
         else:
             climbing = {name: x for name, x in state.parameters.items() if name in state.moments}
             state = state._replace(parameters=climbing)  # without what `settle` added
@@ -214,7 +214,7 @@ class _Climb:
         if not (self.inference.cuda_graph and steps) or self.on_step:
             return self._stretch(batch, state, steps, self.rate)
         rate = torch.full((), self.rate, device=batch.inputs_BT.device)  # may change at every fit
-        key = replace(self.inference, rate=1.0, start=Start()), repr([self.rates(name) for name in state.parameters])
+        key = replace(self.inference, rate=1.0, init=Init()), repr([self.rates(name) for name in state.parameters])
         weights = [x for part in (self.model, self.guide) if isinstance(part, nn.Module) for x in _tensors(part)]
         recorded = recordings(self.guide, rate.device)
         return recorded(key, self._stretch, (batch, state, steps, rate), weights)
@@ -247,7 +247,7 @@ class _Climb:
             for (name, x), gradient in zip(local.items(), gradients, strict=False)
         }
         if self.inference.optimizer == "natural":
-            found = self.guide.natural(local, found)
+            found = self.guide.natural_gradient(local, found)
         return ElboTerms(*(x.detach() for x in terms)), found
 
     def _updates(self, state: LocalState, groups: Groups, steps: int) -> Iterator[dict[str, Update]]:
@@ -291,7 +291,7 @@ def _stack(record: list[ElboTerms], batch: Batch) -> tuple[Tensor, Tensor]:
 def check_state(model: Model, guide: Guide, batch: Batch, state: LocalState) -> None:
     """Refuses a local state of another guide, another model or another batch."""
     with seeded(0):
-        own = guide.start(prior_sites(model, 1), Start())
+        own = guide.init(prior_sites(model, 1), Init())
     expected = {name: (batch.size, *x.shape[1:]) for name, x in own.items()}
     given = {name: tuple(x.shape) for name, x in state.parameters.items()}
     if expected != given:

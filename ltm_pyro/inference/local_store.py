@@ -41,10 +41,10 @@ class LocalStore:
     def keep(self, ids_B: Int[Tensor, " B"], state: LocalState) -> None:
         """Stores the sequences' states; one that is not finite is not kept, so that its sequence starts anew."""
         rows = _flatten(state)
-        sound_B = torch.stack([x.flatten(1).isfinite().all(1) for x in rows.values() if x.dim() > 1]).all(0)
-        index = ids_B[sound_B].cpu().numpy()
+        is_finite_B = torch.stack([x.flatten(1).isfinite().all(1) for x in rows.values() if x.dim() > 1]).all(0)
+        index = ids_B[is_finite_B].cpu().numpy()
         for name, x in rows.items():
-            self._array(name, x)[index] = x[sound_B].detach().cpu().numpy()
+            self._array(name, x)[index] = x[is_finite_B].detach().cpu().numpy()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: everything in memory; nothing where files hold it."""

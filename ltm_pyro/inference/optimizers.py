@@ -102,7 +102,7 @@ class Optimizer(NamedTuple):
     updates: Callable[..., Iterator[Update]]
     moments: tuple[str, ...] = ()
 
-    def begin(self, x: Tensor) -> Moments:
+    def init(self, x: Tensor) -> Moments:
         """The moments before the first step."""
         return {name: torch.zeros_like(x) for name in self.moments}
 

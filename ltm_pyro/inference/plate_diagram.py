@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from pyro.infer.inspect import get_model_relations
 
 from ltm_pyro.contracts import SEQUENCES, Batch
-from ltm_pyro.inference.elbo import quiet
-from ltm_pyro.inference.global_latents import Shared
+from ltm_pyro.inference.elbo import no_param_store
+from ltm_pyro.inference.global_latents import GlobalLatent
 
 WIDE, HIGH, GAP = 150, 44, 40  # an ellipse, and the room around it, in pixels
 
@@ -25,10 +25,10 @@ class Node(NamedTuple):
 
 def plate_diagram(model: Any, batch: Batch) -> str:
     """The SVG: an ellipse per site with its distribution, observed ones grey, a frame around the plate of sequences."""
-    with quiet():
+    with no_param_store():
         relations = get_model_relations(model, (batch,))
     parents = {name: [p for p in found if p != name] for name, found in relations["sample_sample"].items()}
-    shared = {part.name for part in model.modules() if isinstance(part, Shared)}
+    shared = {part.name for part in model.modules() if isinstance(part, GlobalLatent)}
     for name in shared & parents.keys():
         parents[name] = []
     nodes = _placed(parents, relations, shared)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ltm_pyro.contracts import LocalParameters, Start
+from ltm_pyro.contracts import Init, LocalParameters
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import Draws, ElboTerms
 from ltm_pyro.inference.learning_rates import cosine
@@ -56,7 +56,7 @@ class LocalInference:
     rate: float = 0.3
     optimizer: Literal["adam", "adamw", "sgd", "natural"] = "adam"
     schedule: Literal["cosine", "constant"] = "cosine"
-    start: Start = field(default_factory=Start)
+    init: Init = field(default_factory=Init)
     particles: int = 1
     noise: Literal["fresh", "reused", "antithetic"] = "fresh"
     kl: Literal["exact", "path"] = "exact"

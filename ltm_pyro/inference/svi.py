@@ -9,7 +9,7 @@ from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.learning_rates import Rates, parameter_groups, slow_parameters
-from ltm_pyro.inference.local import fit, learn
+from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference, LocalState
 
 
@@ -57,7 +57,7 @@ class DualRateSVI:
             state: where q goes on; by default it starts anew at ``inference.start``.
         """
         self.optimizer.zero_grad()
-        learned = learn(self.model, self.guide, batch, self.inference, state, self.rates)
+        learned = training_loss(self.model, self.guide, batch, self.inference, state, self.rates)
         self.state = learned.state
         loss = learned.loss + batch.size / (self.corpus or batch.size) * global_kl(self.model)
         loss.backward()
@@ -66,6 +66,6 @@ class DualRateSVI:
 
     def evaluate_loss(self, batch: Batch) -> float:
         """−Σ ELBO in nats after a fit, with noise drawn after q is final; nothing is learned."""
-        state, _ = fit(self.model, self.guide, batch, self.inference, rates=self.rates)
+        state, _ = infer_local(self.model, self.guide, batch, self.inference, rates=self.rates)
         with torch.no_grad():
             return -elbo_terms(self.model, self.guide, batch, state.parameters).elbo_B.sum().item()

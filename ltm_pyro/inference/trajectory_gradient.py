@@ -13,7 +13,7 @@ from ltm_pyro.contracts import Guide, Model
 from ltm_pyro.inference.learning_rates import slow_parameters
 
 
-class AverageGradient:
+class TrajectoryGradient:
     """The global parameters' gradient averaged over a trajectory, with the stem's part sent back only once.
 
     The embedding's gradient comes from the head as a whole and from the stem in a few rows, which are added to it: held

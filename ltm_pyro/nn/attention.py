@@ -32,7 +32,7 @@ class KeysValues(NamedTuple):
         return self if group == 1 else KeysValues(*(x.repeat_interleave(group, 1) for x in self))
 
 
-class ThoughtMemory(NamedTuple):
+class ThoughtKV(NamedTuple):
     """A layer's thoughts as its tokens meet them: each head's keys, and what each head's values add to the stream.
 
     The output projection is a sum over heads, W_o [Σ_k w_hk v_hk]_h = Σ_hk w_hk (W_o^h v_hk): applied to K thoughts
@@ -44,7 +44,7 @@ class ThoughtMemory(NamedTuple):
 
     def select(self, index_b: Int[Tensor, " b"]) -> "ThoughtMemory":
         """Those of some sequences."""
-        return ThoughtMemory(*(x[index_b] for x in self))
+        return ThoughtKV(*(x[index_b] for x in self))
 
 
 def window_mask(queries: int, keys: int, window: int, device: torch.device | None = None) -> Bool[Tensor, "Q M"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ltm_pyro.nn.attention import KeysValues, ThoughtMemory
+from ltm_pyro.nn.attention import KeysValues, ThoughtKV
 
 
 class Cache(NamedTuple):
@@ -20,7 +20,7 @@ class Cache(NamedTuple):
     computed once; None in a layer that hears none. ``read_B`` counts the tokens read.
     """
 
-    thoughts: list[ThoughtMemory | None]
+    thoughts: list[ThoughtKV | None]
     rings: list[KeysValues]
     read_B: Int[Tensor, " B"]
 
@@ -35,7 +35,7 @@ class Cache(NamedTuple):
         return Cache(thoughts, [x.select(index_b) for x in self.rings], self.read_B[index_b])
 
 
-class Reading(NamedTuple):
+class CacheSlots(NamedTuple):
     """How the next tokens of every row are read: where they stand, where their traces go, what they do not see."""
 
     position_BU: Int[Tensor, "B U"]
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
         ring_BGMC.scatter_(2, self.slot_BU[:, None, :, None].expand_as(new_BGUC), new_BGUC.to(ring_BGMC.dtype))
 
 
-def reading(cache: Cache, new_B: Int[Tensor, " B"], tokens: int) -> Reading:
+def cache_slots(cache: Cache, new_B: Int[Tensor, " B"], tokens: int) -> CacheSlots:
     """For the next ``new_B`` of ``tokens`` ≤ W tokens per row.
 
     What follows a row's own is padding. Its traces lie where no token to come looks: the slot is then that of a token
@@ -59,4 +59,4 @@ def reading(cache: Cache, new_B: Int[Tensor, " B"], tokens: int) -> Reading:
     position_BM = last_B1 - (last_B1 - torch.arange(slots, device=new_B.device)) % slots  # below 0 where none is yet
     distance_BUM = position_BU[:, :, None] - position_BM[:, None]
     seen_BU1 = (position_BU + 1).clamp(max=window)[:, :, None]
-    return Reading(position_BU, position_BU % slots, (distance_BUM < 0) | (distance_BUM >= seen_BU1))
+    return CacheSlots(position_BU, position_BU % slots, (distance_BUM < 0) | (distance_BUM >= seen_BU1))

@@ -10,31 +10,31 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ltm_pyro.nn.attention import KeysValues, ThoughtMemory, cross_attention, ring_attention, window_attention
-from ltm_pyro.nn.kv_cache import Reading
+from ltm_pyro.nn.attention import KeysValues, ThoughtKV, cross_attention, ring_attention, window_attention
+from ltm_pyro.nn.kv_cache import CacheSlots
 from ltm_pyro.nn.precision import matrix_dtype
 
-Turn = Tensor  # (..., T, 1, C/2, 2): cosine and sine of every position's angles, one per pair of channels
+RotaryAngles = Tensor  # (..., T, 1, C/2, 2): cosine and sine of every position's angles, one per pair of channels
 
 
-def rotation(position: Int[Tensor, "*T"], channels: int, base: float = 10_000.0) -> Turn:
+def rotation(position: Int[Tensor, "*T"], channels: int, base: float = 10_000.0) -> RotaryAngles:
     """Channel pair c of position t turns by the angle t · base^(−2c/C) (RoFormer, arXiv 2104.09864)."""
     half = torch.arange(0, channels, 2, device=position.device, dtype=torch.float32)
     angle = position.float()[..., None, None] * base ** (-half / channels)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-def rotary(x_BTHC: Float[Tensor, "B T H C"], turn: Turn) -> Float[Tensor, "B T H C"]:
+def rotary(x_BTHC: Float[Tensor, "B T H C"], angles: RotaryAngles) -> Float[Tensor, "B T H C"]:
     """The vectors turned, each by its position's angles; what two of them then share depends on their distance.
 
     Neighbouring channels are a complex number each, of which torch's compiler knows nothing.
     """
-    wide = x_BTHC.to(torch.promote_types(x_BTHC.dtype, turn.dtype)).unflatten(-1, (-1, 2))
+    wide = x_BTHC.to(torch.promote_types(x_BTHC.dtype, angles.dtype)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = wide.unbind(-1), turn.unbind(-1)
+        (a, b), (cos, sin) = wide.unbind(-1), angles.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
-        angle = torch.view_as_complex(turn.to(wide.dtype))
+        angle = torch.view_as_complex(angles.to(wide.dtype))
         turned = torch.view_as_real(torch.view_as_complex(wide) * angle)
     return turned.flatten(-2).to(x_BTHC.dtype)
 
@@ -111,26 +111,28 @@ class SelfAttention(Attention):
         self.window, self.attention = window, attention
         self.query_key_value = nn.Linear(width, (heads + 2 * kv_heads) * self.channels, bias=False)
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B T D"]:
+    def forward(self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
-        q_BHTC, new = self.project(x_BTD, turn)
+        q_BHTC, new = self.project(x_BTD, angles)
         return self.merge(window_attention(q_BHTC, *new.spread(self.heads), self.window, self.attention))
 
-    def project(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> tuple[Float[Tensor, "B H T C"], KeysValues]:
+    def project(
+        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles
+    ) -> tuple[Float[Tensor, "B H T C"], KeysValues]:
         """Queries and keys, turned, and values of tokens."""
         seen = self.heads + self.kv_heads
         qk_BTHC, v_BTGC = self.split(self.query_key_value(x_BTD)).split([seen, self.kv_heads], dim=2)
-        q, k = rotary(qk_BTHC, turn).split([self.heads, self.kv_heads], dim=2)
+        q, k = rotary(qk_BTHC, angles).split([self.heads, self.kv_heads], dim=2)
         return q.transpose(1, 2), KeysValues(k.transpose(1, 2), v_BTGC.transpose(1, 2))
 
-    def read(
-        self, x_BUD: Float[Tensor, "B U D"], turn: Turn, ring: KeysValues, reading: Reading
+    def decode_step(
+        self, x_BUD: Float[Tensor, "B U D"], angles: RotaryAngles, ring: KeysValues, slots: CacheSlots
     ) -> Float[Tensor, "B U D"]:
         """The same for tokens behind those whose keys and values are in ``ring``, which takes in theirs."""
-        q_BHUC, new = self.project(x_BUD, turn)
+        q_BHUC, new = self.project(x_BUD, angles)
         for remembered, x in zip(ring, new, strict=True):
-            reading.write(remembered, x)
-        return self.merge(ring_attention(q_BHUC, ring, reading.hidden_BUM))
+            slots.write(remembered, x)
+        return self.merge(ring_attention(q_BHUC, ring, slots.hidden_BUM))
 
 
 class CrossAttention(Attention):
@@ -141,21 +143,23 @@ class CrossAttention(Attention):
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(thought_width, 2 * kv_heads * self.channels, bias=False)
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"], turn: Turn, thoughts: ThoughtMemory) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV
+    ) -> Float[Tensor, "B T D"]:
         """Attention's output for normalised input; the caller adds the residual."""
-        return cross_attention(self.queries(x_BTD, turn), *thoughts)
+        return cross_attention(self.queries(x_BTD, angles), *thoughts)
 
-    def queries(self, x_BTD: Float[Tensor, "B T D"], turn: Turn) -> Float[Tensor, "B H T C"]:
+    def queries(self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles) -> Float[Tensor, "B H T C"]:
         """Queries of the tokens, turned."""
-        return rotary(self.split(self.query(x_BTD)), turn).transpose(1, 2)
+        return rotary(self.split(self.query(x_BTD)), angles).transpose(1, 2)
 
-    def remember(self, z_BKD: Float[Tensor, "B K thought"], turn: Turn) -> ThoughtMemory:
+    def project_kv(self, z_BKD: Float[Tensor, "B K thought"], angles: RotaryAngles) -> ThoughtKV:
         """Keys, turned, and projected values of thoughts."""
         k, v = self.split(self.key_value(z_BKD)).chunk(2, dim=2)
-        k_BHKC, v_BHKC = KeysValues(rotary(k, turn).transpose(1, 2), v.transpose(1, 2)).spread(self.heads)
+        k_BHKC, v_BHKC = KeysValues(rotary(k, angles).transpose(1, 2), v.transpose(1, 2)).spread(self.heads)
         output_HCD = self.output.weight.T.unflatten(0, (self.heads, self.channels))
         values_HND = v_BHKC.transpose(0, 1).flatten(1, 2) @ output_HCD
-        return ThoughtMemory(k_BHKC, values_HND.unflatten(1, z_BKD.shape[:2]).transpose(0, 1).flatten(1, 2))
+        return ThoughtKV(k_BHKC, values_HND.unflatten(1, z_BKD.shape[:2]).transpose(0, 1).flatten(1, 2))
 
 
 class SwiGLU(nn.Module):

@@ -33,8 +33,8 @@ class Transformer(nn.Module):
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Hidden states, normalised."""
-        turn = rotation(torch.arange(x_BTD.shape[1], device=x_BTD.device), self.channels)
+        angles = rotation(torch.arange(x_BTD.shape[1], device=x_BTD.device), self.channels)
         for index, (attention, feed) in enumerate(zip(self.attention, self.feed, strict=True)):
-            x_BTD = x_BTD + attention(self.norm[2 * index](x_BTD), turn)
+            x_BTD = x_BTD + attention(self.norm[2 * index](x_BTD), angles)
             x_BTD = x_BTD + feed(self.norm[2 * index + 1](x_BTD))
         return self.norm[-1](x_BTD)

@@ -86,7 +86,7 @@ def card(run: Run, figures: Mapping[str, Any]) -> str:
         "```",
         "",
         "In Python: `run = ltm_pyro.load_run(FOLDER)`. Its likelihoods are bounds or predictive estimates, as each",
-        "protocol says; compare them with an autoregressive model's under `causal`.",
+        "estimator says; compare them with an autoregressive model's under `causal`.",
         "",
         "Intended use, training data, licence and limits: to be filled in by whoever shares this model.",
         "",

@@ -16,14 +16,14 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.text.row_noise import Key, uniform
 from ltm_pyro.text.sampling import Sampling, choose, penalise
 from ltm_pyro.text.streaming import Streamer, TextDecoder, token_texts
-from ltm_pyro.text.thoughts import TOKENS, Mind, Thinking, Tokens, encode
+from ltm_pyro.text.thoughts import TOKENS, ThoughtSampler, ThoughtSampling, Tokens, encode
 
 
 def generate(
     run: Run,
     prompts: str | Sequence[str] = "",
     sampling: Sampling | None = None,
-    thinking: Thinking | None = None,
+    thought_sampling: ThoughtSampling | None = None,
     *,
     seed: int = 0,
     generator: torch.Generator | None = None,
@@ -40,7 +40,7 @@ def generate(
         streamer: hears the tokens of a single text as they are written.
         batch_size: texts written together, at most; it changes nothing else.
     """
-    sampling, thinking = sampling or Sampling(), thinking or Thinking()
+    sampling, thought_sampling = sampling or Sampling(), thought_sampling or ThoughtSampling()
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows = [encode(run, prompt) for prompt in prompts]
     check_prompts(run, rows)
@@ -53,9 +53,9 @@ def generate(
     texts: list[str] = []
     for first in range(0, len(rows), each):
         chunk = slice(first, first + each)
-        mind = Mind(run, rows[chunk], keys[chunk], thinking, copies)
+        sampler = ThoughtSampler(run, rows[chunk], keys[chunk], thought_sampling, copies)
         repeated = [row for row in rows[chunk] for _ in range(copies)]
-        texts += decode(run, write(run, repeated, mind.think(), mind.keys, sampling, mind, streamer))
+        texts += decode(run, write(run, repeated, sampler.sample(), sampler.keys, sampling, sampler, streamer))
     return texts
 
 
@@ -64,7 +64,7 @@ def interpolate(
     texts: tuple[str, str],
     steps: int = 5,
     sampling: Sampling | None = None,
-    thinking: Thinking | None = None,
+    thought_sampling: ThoughtSampling | None = None,
     seed: int = 0,
 ) -> list[str]:
     r"""What the model writes from thoughts on the way from one text's to another's.
@@ -78,7 +78,9 @@ def interpolate(
         raise UsageError(f"An interpolation needs both ends: ask for at least 2 texts, not {steps}.")
     rows = [encode(run, text) for text in texts]
     check_prompts(run, rows, room=0)
-    first_LKD, second_LKD = Mind(run, rows, [(seed, 0), (seed, 1)], thinking or Thinking()).think()
+    first_LKD, second_LKD = ThoughtSampler(
+        run, rows, [(seed, 0), (seed, 1)], thought_sampling or ThoughtSampling()
+    ).sample()
     angles_S = torch.linspace(0, math.pi / 2, steps, device=first_LKD.device)[:, None, None, None]
     z_SLKD = angles_S.cos() * first_LKD + angles_S.sin() * second_LKD
     return decode(run, write(run, [[]] * steps, z_SLKD, [(seed, 0)] * steps, sampling or Sampling()))
@@ -98,7 +100,7 @@ def write(
     z_BLKD: Float[Tensor, "B L K D"],
     keys: Sequence[Key],
     sampling: Sampling,
-    mind: Mind | None = None,
+    sampler: ThoughtSampler | None = None,
     streamer: Streamer | None = None,
 ) -> list[list[int]]:
     """The tokens written behind every row under its thoughts, up to the document's end, which is not among them.
@@ -107,27 +109,27 @@ def write(
         keys: of the rows' noise.
         mind: thinks again along the way, as its `Thinking` says.
     """
-    decoder, page = run.model.decoder, _Page(run, rows, sampling)
+    decoder, buffer = run.model.decoder, _TokenBuffer(run, rows, sampling)
     uniform_BN = uniform(keys, TOKENS, sampling.max_new_tokens).to(z_BLKD.device)
-    every = mind.thinking.refit_every if mind else 0
+    every = sampler.thought_sampling.refit_every if sampler else 0
     lengths_B: Tensor | None
-    cache, (unread_BT, lengths_B) = decoder.begin(z_BLKD), page.whole()
+    cache, (unread_BT, lengths_B) = decoder.init_cache(z_BLKD), buffer.whole()
     if streamer:
         streamer.put(torch.tensor([rows[0]], dtype=torch.long))
     for step, uniform_B in enumerate(uniform_BN.T, start=1):
-        logits_BV = page.penalised(decoder.read(unread_BT, cache, lengths_B) @ decoder.embedding.weight.T)
+        logits_BV = buffer.penalised(decoder.decode_step(unread_BT, cache, lengths_B) @ decoder.embedding.weight.T)
         next_B = choose(logits_BV, uniform_B, sampling)
-        page.add(next_B)
+        buffer.add(next_B)
         if streamer:
             streamer.put(next_B.cpu())
-        if all(page.ended):
+        if all(buffer.ended):
             break
         unread_BT, lengths_B = next_B[:, None], None
-        if mind and every and step % every == 0:
-            cache, (unread_BT, lengths_B) = decoder.begin(mind.think_again(page.rows)), page.whole()
+        if sampler and every and step % every == 0:
+            cache, (unread_BT, lengths_B) = decoder.init_cache(sampler.resample(buffer.rows)), buffer.whole()
     if streamer:
         streamer.end()
-    return [row[first:] for row, first in zip(page.rows, page.first, strict=True)]
+    return [row[first:] for row, first in zip(buffer.rows, buffer.first, strict=True)]
 
 
 def decode(run: Run, rows: Sequence[Tokens]) -> list[str]:
@@ -136,7 +138,7 @@ def decode(run: Run, rows: Sequence[Tokens]) -> list[str]:
     return [TextDecoder(bytes_V).push(row) for row in rows]
 
 
-class _Page:
+class _TokenBuffer:
     """What has been written so far: every row's prompt and, behind ``first``, its new tokens."""
 
     def __init__(self, run: Run, prompts: Sequence[Tokens], sampling: Sampling) -> None:

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.estimators import charge, check_protocols, pose, unavailable
-from ltm_pyro.inference.global_latents import held
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.estimators import check_estimators, estimate, fit_problem, unavailable
+from ltm_pyro.inference.global_latents import fix_global_draws
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.thoughts import Tokens, draw, encode, read
@@ -31,7 +31,7 @@ class Scoring:
     """How texts are charged.
 
     Args:
-        protocol: of `PROTOCOLS`.
+        estimator: of `ESTIMATORS`.
         samples: S, draws per text made after q is final.
         inference: the run's own, of evaluation, when not given.
         block: tokens between two fits of ``causal``.
@@ -39,7 +39,7 @@ class Scoring:
         batch_size: texts fitted together.
     """
 
-    protocol: str = "iwae"
+    estimator: str = "iwae"
     samples: int = 16
     inference: LocalInference | None = None
     block: int = 16
@@ -47,13 +47,13 @@ class Scoring:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        check_protocols([self.protocol], self.samples)
+        check_estimators([self.estimator], self.samples)
         if self.block < 1 or self.batch_size < 1:
             raise UsageError(f"Scoring needs block and batch_size ≥ 1, got {self.block} and {self.batch_size}.")
 
 
 class TextScore(NamedTuple):
-    """What a text costs under a protocol, in nats; divide by tokens or by bytes."""
+    """What a text costs under a estimator, in nats; divide by tokens or by bytes."""
 
     nats: float
     tokens: int
@@ -68,7 +68,7 @@ class ContinuationScore(NamedTuple):
 
     @property
     def nats(self) -> float:
-        """−log p(continuation | context) as the protocol sees it."""
+        """−log p(continuation | context) as the estimator sees it."""
         return math.fsum(self.nats_U)
 
     @property
@@ -83,7 +83,7 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
     A text longer than the model is cut into pieces of T tokens with thoughts of their own, as packed data are.
     """
     scoring = scoring or Scoring()
-    unavailable(run.model, run.guide, [scoring.protocol])
+    unavailable(run.model, run.guide, [scoring.estimator])
     rows = [encode(run, text) for text in texts]
     if empty := [index for index, row in enumerate(rows) if not row]:
         raise UsageError(f"Text {empty[0]} is empty: there is nothing to score; leave it out.")
@@ -93,8 +93,8 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
         chunk = pieces[first : first + scoring.batch_size]
         seed = (scoring.seed, index)
         batch, inference = read(run, [row for _, row in chunk]), scoring.inference or run.inference
-        problem = pose(run.model, run.guide, batch, inference, scoring.samples, seed, scoring.block)
-        for (text, _), cost in zip(chunk, charge(problem, scoring.protocol, seed).nats_B.tolist(), strict=True):
+        problem = fit_problem(run.model, run.guide, batch, inference, scoring.samples, seed, scoring.block)
+        for (text, _), cost in zip(chunk, estimate(problem, scoring.estimator, seed).nats_B.tolist(), strict=True):
             nats[text] += cost
     return [TextScore(n, len(row), len(text.encode())) for n, row, text in zip(nats, rows, texts, strict=True)]
 
@@ -133,8 +133,8 @@ def score_tokens(
     longest = max((len(tokens) for _, tokens in pairs), default=1)
     size = max(1, min(scoring.batch_size, LOGITS_AT_ONCE // (longest * run.model.decoder.vocabulary)))
     for index, first in enumerate(range(0, len(pairs), size)):
-        with held(run.model, scoring.seed):  # z and its weight are of one draw of what all sequences share
-            scores += _Continuations(run, pairs[first : first + size], scoring, index).charge()
+        with fix_global_draws(run.model, scoring.seed):  # z and its weight are of one draw of what all sequences share
+            scores += _Continuations(run, pairs[first : first + size], scoring, index).estimate()
     return scores
 
 
@@ -144,13 +144,13 @@ class _Continuations:
     def __init__(self, run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scoring, index: int) -> None:
         self.run, self.pairs, self.scoring, self.seed = run, pairs, scoring, (scoring.seed, index)
         self.inference = scoring.inference or run.inference
-        if scoring.protocol == "reused_noise":
+        if scoring.estimator == "reused_noise":
             self.inference = replace(self.inference, noise="reused", particles=1, kl="exact", stop=None)
 
-    def charge(self) -> list[ContinuationScore]:
+    def estimate(self) -> list[ContinuationScore]:
         """Block by block under ``causal``, else all at once; q goes on from block to block."""
         longest = max(len(tokens) for _, tokens in self.pairs)
-        block = self.scoring.block if self.scoring.protocol == "causal" else longest
+        block = self.scoring.block if self.scoring.estimator == "causal" else longest
         scores = [ContinuationScore([], []) for _ in self.pairs]
         rows, state = torch.arange(len(self.pairs)), None
         for first in range(0, longest, block):
@@ -168,22 +168,22 @@ class _Continuations:
         self, known: Sequence[Tokens], asked: Sequence[Tokens], state: LocalState | None, first: int
     ) -> tuple[LocalState, list[list[float]], list[list[bool]]]:
         """Nats and verdicts of the next tokens, given those known."""
-        protocol, run = self.scoring.protocol, self.run
-        context = read(run, [[] for _ in known] if protocol == "prior" else known)
+        estimator, run = self.scoring.estimator, self.run
+        context = read(run, [[] for _ in known] if estimator == "prior" else known)
         with seeded(*self.seed, first), torch.no_grad():
-            state, _ = fit(run.model, run.guide, context, self.inference, state)
+            state, _ = infer_local(run.model, run.guide, context, self.inference, state)
         forecast = _Forecast(run, known, asked)
-        with seeded(*self.seed, first, *protocol.encode()), torch.no_grad():
+        with seeded(*self.seed, first, *estimator.encode()), torch.no_grad():
             for count in self._draws(forecast):
                 with nullcontext() if state.noise is None else seeded(state.noise):
                     drawn = draw(run, context, state, count)
-                forecast.add(drawn.z_BLKD, drawn.log_weight_B * (protocol == "iwae"))
-        nats_BU = forecast.mean_nats_BU() if protocol in ("bound", "prior") else forecast.nats_BU()
+                forecast.add(drawn.z_BLKD, drawn.log_weight_B * (estimator == "iwae"))
+        nats_BU = forecast.mean_nats_BU() if estimator in ("bound", "prior") else forecast.nats_BU()
         return state, nats_BU.tolist(), forecast.likeliest_BU().tolist()
 
     def _draws(self, forecast: "_Forecast") -> list[int]:
         """S cut into chunks that fit in memory; the draw that the fit has seen is one."""
-        samples = 1 if self.scoring.protocol == "reused_noise" else self.scoring.samples
+        samples = 1 if self.scoring.estimator == "reused_noise" else self.scoring.samples
         chunk = max(1, LOGITS_AT_ONCE // forecast.numerator_BUV.numel())
         return [min(chunk, samples - done) for done in range(0, samples, chunk)]
 

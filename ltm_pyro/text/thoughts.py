@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ltm_pyro.contracts import Batch, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import Draws, quiet, traces, weigh
-from ltm_pyro.inference.global_latents import held
-from ltm_pyro.inference.local import begin, fit
+from ltm_pyro.inference.elbo import Draws, no_param_store, traces, weigh
+from ltm_pyro.inference.global_latents import fix_global_draws
+from ltm_pyro.inference.local import infer_local, init
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.row_noise import ByRow, Key, RowNoise, uniform
@@ -29,7 +29,7 @@ START, FIT, DRAW, CHOICE, TOKENS = range(5)  # noise of one purpose is never noi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thinking:
+class ThoughtSampling:
     """How the thoughts of a text are found, and which of them are heard.
 
     Args:
@@ -51,7 +51,7 @@ class Thinking:
         if self.refit_every < 0:
             raise UsageError(f"refit_every must not be negative, got {self.refit_every}: 0 never fits again.")
 
-    def heard(self, z_BLKD: Float[Tensor, "... L K D"]) -> Float[Tensor, "... L K D"]:
+    def mask_layers(self, z_BLKD: Float[Tensor, "... L K D"]) -> Float[Tensor, "... L K D"]:
         """The thoughts with those of unheard layers at zero, where cross-attention adds exactly nothing."""
         if self.layers is None:
             return z_BLKD
@@ -91,16 +91,16 @@ def infer(
     A stopping rule is left out: it would move rows to other places.
     """
     inference = replace(inference, stop=None)
-    with held(run.model, keys[0][0]), ByRow([(START, *key) for key in keys]):
-        state = state or begin(run.model, run.guide, batch, inference)
+    with fix_global_draws(run.model, keys[0][0]), ByRow([(START, *key) for key in keys]):
+        state = state or init(run.model, run.guide, batch, inference)
     with _noise(run, FIT, keys):
-        return fit(run.model, run.guide, batch, inference, state)[0]
+        return infer_local(run.model, run.guide, batch, inference, state)[0]
 
 
 @contextmanager
 def _noise(run: Run, purpose: int, keys: Sequence[Key]) -> Iterator[None]:
     """Each row's from its own key, and what all sequences share from the seed that every key begins with."""
-    with held(run.model, keys[0][0]), RowNoise([(purpose, *key) for key in keys]):
+    with fix_global_draws(run.model, keys[0][0]), RowNoise([(purpose, *key) for key in keys]):
         yield
 
 
@@ -112,15 +112,15 @@ def draw(
     Args:
         keys: of the rows' noise; torch's own when not given.
     """
-    with torch.no_grad(), quiet(), _noise(run, DRAW, keys) if keys else nullcontext():
+    with torch.no_grad(), no_param_store(), _noise(run, DRAW, keys) if keys else nullcontext():
         q, p = traces(run.model, run.guide, batch, state.parameters, Draws(particles))
-        z_BLKD, log_weight_B = poutine.replay(run.model.think, trace=q)(batch.size), weigh(q, p)
-        prior_BLKD = run.model.think(log_weight_B.numel()).view(z_BLKD.shape)
+        z_BLKD, log_weight_B = poutine.replay(run.model.sample_prior, trace=q)(batch.size), weigh(q, p)
+        prior_BLKD = run.model.sample_prior(log_weight_B.numel()).view(z_BLKD.shape)
     read_B = batch.tokens_B > 0
     return Weighted(z_BLKD.where(read_B[:, None, None, None], prior_BLKD), log_weight_B * read_B)
 
 
-class Mind:
+class ThoughtSampler:
     """The thoughts of a few prompts, each in ``copies`` texts; it thinks again when asked, from where it stood.
 
     Args:
@@ -128,37 +128,42 @@ class Mind:
     """
 
     def __init__(
-        self, run: Run, prompts: Sequence[Tokens], keys: Sequence[Key], thinking: Thinking, copies: int = 1
+        self,
+        run: Run,
+        prompts: Sequence[Tokens],
+        keys: Sequence[Key],
+        thought_sampling: ThoughtSampling,
+        copies: int = 1,
     ) -> None:
-        self.run, self.prompts, self.thinking, self.copies = run, prompts, thinking, copies
-        self.inference = thinking.inference or run.inference
+        self.run, self.prompts, self.thought_sampling, self.copies = run, prompts, thought_sampling, copies
+        self.inference = thought_sampling.inference or run.inference
         self.prompt_keys, self.keys = keys, [(*key, copy) for key in keys for copy in range(copies)]
         self.times = 0
         self.state: LocalState | None = None
 
-    def think(self) -> Float[Tensor, "B L K D"]:
+    def sample(self) -> Float[Tensor, "B L K D"]:
         """One z a text, given its prompt."""
         batch = read(self.run, self.prompts)
         state = infer(self.run, batch, self.inference, self.prompt_keys)
         place_B = torch.arange(batch.size, device=batch.inputs_BT.device).repeat_interleave(self.copies)
         return self._conclude(batch.select(place_B), state.select(place_B))
 
-    def think_again(self, rows: Sequence[Tokens]) -> Float[Tensor, "B L K D"]:
+    def resample(self, rows: Sequence[Tokens]) -> Float[Tensor, "B L K D"]:
         """One z a text, given all that has been written so far; q goes on from where it was."""
         batch = read(self.run, rows)
         return self._conclude(batch, infer(self.run, batch, self.inference, self._keys(), self.state))
 
     def _conclude(self, batch: Batch, state: LocalState) -> Float[Tensor, "B L K D"]:
         self.times, self.state = self.times + 1, state
-        keys = ([(*key, candidate) for key in self._keys()] for candidate in range(self.thinking.candidates))
+        keys = ([(*key, candidate) for key in self._keys()] for candidate in range(self.thought_sampling.candidates))
         drawn = [draw(self.run, batch, state, keys=k) for k in keys]
         if len(drawn) == 1:
-            return self.thinking.heard(drawn[0].z_BLKD)
+            return self.thought_sampling.mask_layers(drawn[0].z_BLKD)
         log_weight_BC = torch.stack([x.log_weight_B for x in drawn], dim=-1)
         uniform_B = uniform(self._keys(), CHOICE, 1)[:, 0].to(log_weight_BC.device)
         chosen_B = choose(log_weight_BC, uniform_B, Sampling())
         z_BCLKD = torch.stack([x.z_BLKD for x in drawn], dim=1)
-        return self.thinking.heard(z_BCLKD[torch.arange(batch.size, device=chosen_B.device), chosen_B])
+        return self.thought_sampling.mask_layers(z_BCLKD[torch.arange(batch.size, device=chosen_B.device), chosen_B])
 
     def _keys(self) -> list[Key]:
         return [(*key, self.times) for key in self.keys]

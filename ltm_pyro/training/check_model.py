@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
-from ltm_pyro.contracts import Batch, Guide, Start, make_batch
+from ltm_pyro.contracts import Batch, Guide, Init, make_batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.check_prior import explain_failure, source_line
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.learning_rates import slow_parameters
-from ltm_pyro.inference.local import begin, learn
+from ltm_pyro.inference.local import init, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
 
@@ -20,7 +20,7 @@ def check_model(model: Any, guide: Guide) -> None:
     batch = _texts(model.decoder)
     with seeded(0):
         with torch.no_grad(), explain_failure(model.prior):
-            local = begin(model, guide, batch, LocalInference()).parameters
+            local = init(model, guide, batch, LocalInference()).parameters
             terms = elbo_terms(model, guide, batch, local)
         for name, value in terms._asdict().items():
             if not value.isfinite().all():
@@ -38,8 +38,8 @@ def _texts(decoder: Any) -> Batch:
 
 
 def _check_gradients(model: Any, guide: Guide, batch: Batch) -> None:
-    inference = LocalInference(steps=1, slow_gradient="last", start=Start(log_var=-1.0, jitter=0.1))
-    loss = learn(model, guide, batch, inference).loss + global_kl(model)
+    inference = LocalInference(steps=1, slow_gradient="last", init=Init(log_var=-1.0, jitter=0.1))
+    loss = training_loss(model, guide, batch, inference).loss + global_kl(model)
     learned = [(name, p) for name, p in slow_parameters(model, guide) if p.requires_grad and p.numel()]
     gradients = torch.autograd.grad(loss, [p for _, p in learned], allow_unused=True)
     for (name, _), gradient in zip(learned, gradients, strict=True):

@@ -10,20 +10,20 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.data import read_manifest
-from ltm_pyro.inference.elbo import average_terms, quiet
-from ltm_pyro.inference.local import begin
-from ltm_pyro.training.flops import ours
+from ltm_pyro.inference.elbo import average_terms, no_param_store
+from ltm_pyro.inference.local import init
+from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.utils.rng import seeded
 
 _PER_PARAMETER = 16  # bytes: weight, gradient and Adam's two moments in float32
 
 
-def plan(module: LTMModule, config: Namespace, ranks: int) -> Table:
+def cost_summary(module: LTMModule, config: Namespace, ranks: int) -> Table:
     """The plan as a table; figures that a curriculum moves are those of local inference's own settings."""
     decoder, length = module.model.decoder, read_manifest(config.data.directory).seq_len
     tokens = config.data.batch_size * length * config.trainer.accumulate_grad_batches * ranks
-    fast, slow = ours(decoder, module.guide, length, module.inference)
+    fast, slow = flops_per_token(decoder, module.guide, length, module.inference)
     table = Table("plan", "", title=str(config.run), title_justify="left")
     for part, count in parameters(module).items():
         table.add_row(part, f"{count:,}")
@@ -60,8 +60,8 @@ def memory(module: LTMModule, batch_size: int, length: int) -> int:
         return x
 
     batch: Any = make_batch(torch.ones(1, length, dtype=torch.long), torch.tensor([length]), start_token=0)
-    with seeded(0), quiet(), saved_tensors_hooks(keep, lambda x: x):
-        local = begin(module.model, module.guide, batch, module.inference).parameters
+    with seeded(0), no_param_store(), saved_tensors_hooks(keep, lambda x: x):
+        local = init(module.model, module.guide, batch, module.inference).parameters
         local = {name: x.requires_grad_() for name, x in local.items()}
         terms = average_terms(module.model, module.guide, module.model.prepare(batch), local, module.inference.draws)
     activations = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in weights)

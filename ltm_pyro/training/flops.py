@@ -61,7 +61,7 @@ class _Forward(NamedTuple):
         return sum(self)
 
 
-def published(decoder: CountedDecoder, length: int, steps: int) -> Flops:
+def flops_per_token_as_published(decoder: CountedDecoder, length: int, steps: int) -> Flops:
     r"""What the published method spends per token of a sequence of ``length`` tokens, as its authors count.
 
     .. math:: (T_\mathrm{fast} + 1) \, (6 N + 6 L D T), \quad N = \text{all parameters of the decoder}
@@ -73,8 +73,8 @@ def published(decoder: CountedDecoder, length: int, steps: int) -> Flops:
     return Flops(fast=steps * once, slow=once)
 
 
-def ours(
-    decoder: CountedDecoder, guide: Guide, length: int, inference: LocalInference, listening: bool = True
+def flops_per_token(
+    decoder: CountedDecoder, guide: Guide, length: int, inference: LocalInference, use_thoughts: bool = True
 ) -> Flops:
     """What `ltm_pyro.inference.local.learn` spends per token of a sequence of ``length`` tokens.
 
@@ -89,17 +89,17 @@ def ours(
     Args:
         listening: whether the decoder hears its thoughts, which the first stage of a warm start leaves out.
     """
-    one = _forward(decoder, length, listening)
-    steps = inference.steps if decoder.thought_shape.thoughts and listening else 0
-    climbs, settles = (steps if guide.climbs else 0), (guide.gradients(steps) if steps else 0)
+    one = _forward(decoder, length, use_thoughts)
+    steps = inference.steps if decoder.thought_shape.thoughts and use_thoughts else 0
+    fast_steps, final_steps = (steps if guide.uses_fast_steps else 0), (guide.finalize_cost(steps) if steps else 0)
     draws, again = inference.particles, 2.0 * decoder.vocabulary * decoder.width
     gradient = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
     learned = 3 * (one.total - one.stem) + again
-    if inference.slow_gradient == "trajectory" and climbs:
-        return Flops(fast=draws * climbs * learned + settles * gradient, slow=3 * one.stem)
+    if inference.slow_gradient == "trajectory" and fast_steps:
+        return Flops(fast=draws * fast_steps * learned + final_steps * gradient, slow=3 * one.stem)
     encoder = 3 * _encoder(guide, length) if steps else 0.0
     slow = 3 * one.stem + draws * (learned - (0 if encoder else one.thoughts)) + encoder  # who else needs z's gradient?
-    return Flops(fast=(draws * climbs + settles) * gradient, slow=slow)
+    return Flops(fast=(draws * fast_steps + final_steps) * gradient, slow=slow)
 
 
 def _encoder(guide: Guide, length: int) -> float:
@@ -111,21 +111,21 @@ def _encoder(guide: Guide, length: int) -> float:
     return matrices + sum(windows)
 
 
-def _forward(decoder: CountedDecoder, length: int, listening: bool) -> _Forward:
-    hearing, thoughts, _ = decoder.thought_shape
+def _forward(decoder: CountedDecoder, length: int, use_thoughts: bool) -> _Forward:
+    thought_layers, thoughts, _ = decoder.thought_shape
     below, rest = decoder.thought_layers[0] - 1, decoder.layers - decoder.thought_layers[0]
     speak, query = _projections(decoder, SelfAttention), _projections(decoder, CrossAttention, "query")
     feed = _projections(decoder, SwiGLU)
-    if not listening:
+    if not use_thoughts:
         thoughts, query = 0, 0.0
     window = 4.0 * decoder.width * _keys(decoder.window, length)
     vocabulary = 2.0 * decoder.vocabulary * decoder.width
     return _Forward(
         stem=below * (speak + window + feed) + speak + window,
         query=query,
-        matrices=rest * speak + (hearing - 1) * query + (rest + 1) * feed + vocabulary,
-        attention=rest * window + hearing * 2.0 * decoder.width * thoughts * (1 + decoder.heads),
-        thoughts=hearing * _projections(decoder, CrossAttention, "key_value", "output") * thoughts / length,
+        matrices=rest * speak + (thought_layers - 1) * query + (rest + 1) * feed + vocabulary,
+        attention=rest * window + thought_layers * 2.0 * decoder.width * thoughts * (1 + decoder.heads),
+        thoughts=thought_layers * _projections(decoder, CrossAttention, "key_value", "output") * thoughts / length,
     )
 
 

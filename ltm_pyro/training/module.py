@@ -24,10 +24,10 @@ from ltm_pyro.inference.cuda_graphs import check_device
 from ltm_pyro.inference.elbo import elbo_terms, missing_bound
 from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.learning_rates import parameter_groups, slow_parameters, warmup_cosine
-from ltm_pyro.inference.local import Learned, begin, fit, learn
+from ltm_pyro.inference.local import TrainingLoss, infer_local, init, training_loss
 from ltm_pyro.inference.local_store import LocalStore
 from ltm_pyro.inference.state import LocalInference
-from ltm_pyro.training.flops import ours
+from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.schedules import Curriculum, SlowRate
 from ltm_pyro.utils.rng import seeded
 
@@ -155,17 +155,17 @@ class LTMModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
-        tokens, slots = self._agree(batch)
+        tokens, slots = self._sync_ranks(batch)
         strategy, cost = self.trainer.strategy, partial(self.cost, batch.inputs_BT.shape[1])
         inference = self.curriculum.at(self.progress, self.inference, cost)
-        self.model.decoder.listening = inference.steps > 0
+        self.model.decoder.use_thoughts = inference.steps > 0
         self.flops += slots * cost(inference)
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             learned = self._learn(batch, inference)
         self._ids_B = batch.ids_B
         if strategy.reduce_boolean_decision(not learned.loss.isfinite(), all=False):
-            self._unsound("ELBO", batch.ids_B[~learned.sound_B])
-            return self._nothing()
+            self._handle_nonfinite("ELBO", batch.ids_B[~learned.is_finite_B])
+            return self._zero_loss()
         loss = learned.loss + batch.size / self.sequences * global_kl(self.model)
         share = (tokens / self.trainer.world_size).to(loss.dtype)
         loss, kl = loss / share, learned.terms.kl_B.sum() / share  # their means over ranks are per token of all
@@ -185,16 +185,18 @@ class LTMModule(pl.LightningModule):
 
     def cost(self, length: int, inference: LocalInference) -> float:
         """FLOPs per token of a training step; without fast steps the decoder trains without thoughts."""
-        return ours(self.model.decoder, self.guide, length, inference, listening=inference.steps > 0).total
+        return flops_per_token(
+            self.model.decoder, self.guide, length, inference, use_thoughts=inference.steps > 0
+        ).total
 
-    def _nothing(self) -> Tensor | None:
+    def _zero_loss(self) -> Tensor | None:
         """No loss; of several ranks, each waits for the others' gradients, so theirs are all 0."""
         if self.trainer.world_size == 1:
             return None
         self._skipped = True
         return torch.stack([0 * p.sum() for p in self.parameters()]).sum()
 
-    def _agree(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _sync_ranks(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens and places for tokens in this step, of all ranks; they also agree here on how much time is used.
 
         Ranks that disagreed on rates, fast steps or the end would part for ever.
@@ -206,11 +208,11 @@ class LTMModule(pl.LightningModule):
             self._time_used = total[2].item() / self.trainer.world_size
         return total[0], total[1]
 
-    def _learn(self, batch: Batch, inference: LocalInference) -> Learned:
+    def _learn(self, batch: Batch, inference: LocalInference) -> TrainingLoss:
         if self.store is None:
-            return learn(self.model, self.guide, batch, inference)
-        state = self.store.recall(batch.ids_B, begin(self.model, self.guide, batch, inference))
-        learned = learn(self.model, self.guide, batch, inference, state)
+            return training_loss(self.model, self.guide, batch, inference)
+        state = self.store.recall(batch.ids_B, init(self.model, self.guide, batch, inference))
+        learned = training_loss(self.model, self.guide, batch, inference, state)
         self.store.keep(batch.ids_B, learned.state)
         return learned
 
@@ -218,13 +220,13 @@ class LTMModule(pl.LightningModule):
         """Lets no gradient that is not finite reach the weights."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():  # on all ranks alike
-            self._unsound("gradient", self._ids_B)
+            self._handle_nonfinite("gradient", self._ids_B)
             optimizer.zero_grad()
         if self._skipped and not any(g.any() for g in gradients):
             optimizer.zero_grad()  # or momentum and decay would move the weights
         self._skipped = False
 
-    def _unsound(self, what: str, ids_b: Tensor) -> None:
+    def _handle_nonfinite(self, what: str, ids_b: Tensor) -> None:
         ids = ids_b.tolist()
         problem = f"No finite {what} at step {self.global_step} for the sequences {ids}"
         with suppress(OSError), (Path(self.trainer.default_root_dir) / NONFINITE).open("a") as file:
@@ -242,14 +244,14 @@ class LTMModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """The bound is of the whole model, also while it trains without thoughts."""
-        self.model.decoder.listening = True
+        self.model.decoder.use_thoughts = True
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Logs the honest bound, one draw after q is final; nothing where there is none."""
         if torch.is_inference_mode_enabled():
             raise UsageError("Validation fits q and needs gradients: build the Trainer with `inference_mode=False`.")
         with seeded(self.seed, index, self.global_rank):
-            state, _ = fit(self.model, self.guide, batch, self.evaluation)
+            state, _ = infer_local(self.model, self.guide, batch, self.evaluation)
             terms = elbo_terms(self.model, self.guide, batch, state.parameters)
         tokens = int(batch.mask_BT.sum())
         figures: dict[str, Any] = {"val/kl": terms.kl_B.sum() / tokens, "step": float(self.global_step - 1)}

@@ -82,8 +82,8 @@ def add_thoughts(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
             f"A warm start adds thoughts to a run without them, but {thinks}: set `model.decoder.init_args.thoughts` "
             f"to 0 for the run to begin from, and to more for the new one."
         )
-    quiet = {n: torch.zeros_like(own[n]) if n.endswith("output.weight") else own[n] for n in new}
-    load_weights(module, {**weights, **quiet}, source)
+    zeroed = {n: torch.zeros_like(own[n]) if n.endswith("output.weight") else own[n] for n in new}
+    load_weights(module, {**weights, **zeroed}, source)
 
 
 def check_run(path: Path, force: bool, resumed: bool) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
-from ltm_pyro.contracts import Start
+from ltm_pyro.contracts import Init
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.learning_rates import Points, decay, interpolate
 from ltm_pyro.inference.state import LocalInference
@@ -82,10 +82,10 @@ class Curriculum:
         }
         budget = values.pop("flops_per_token", None)
         if "log_var" in values:
-            values["start"] = replace(inference.start, log_var=values.pop("log_var"))
+            values["init"] = replace(inference.init, log_var=values.pop("log_var"))
         values.update({name: round(values[name]) for name in ("steps", "particles") if name in values})
         now = replace(inference, **values)
         if budget is not None:
             one, two = (cost(replace(now, steps=steps)) for steps in (1, 2))
             now = replace(now, steps=max(1, 1 + int((budget - one) // (two - one)) if two > one else 1))
-        return now if now.steps else replace(now, start=Start())  # nothing is inferred, so q stays at the prior
+        return now if now.steps else replace(now, init=Init())  # nothing is inferred, so q stays at the prior

@@ -16,7 +16,7 @@ from ltm_pyro.data.tokenizer import load_tokenizer, tokenizer_hash
 from ltm_pyro.errors import UsageError
 from ltm_pyro.training.check_model import check_model
 from ltm_pyro.training.checkpoints import Checkpoints, Saving
-from ltm_pyro.training.cost_summary import plan
+from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
@@ -46,7 +46,7 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by the user; the message says where it was saved and how to go on."""
 
 
-def train(config: Namespace, onlookers: Sequence[Any] = ()) -> Path:
+def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
     """Trains as a recipe says and returns the run directory; ``onlookers`` are further Lightning callbacks.
 
     Of several ranks the first looks at the run directory, writes it and shows the plan. Raises `UsageError` before
@@ -64,7 +64,7 @@ def train(config: Namespace, onlookers: Sequence[Any] = ()) -> Path:
     content = _content(resumed or config.warm_start, tokenizer)
     log = MetricsFile(run / METRICS, content["global_step"] if keep else None)
     saving = Saving(**config.checkpoints.as_dict())
-    callbacks = [Progress(), *onlookers, Checkpoints(run / CHECKPOINT, recipe, text, saving)]
+    callbacks = [Progress(), *callbacks, Checkpoints(run / CHECKPOINT, recipe, text, saving)]
     module, data, trainer = build(config, callbacks=callbacks, logger=[log])
     if resumed:
         data.check(content.get("PackedData") or {}, trainer.world_size)
@@ -73,7 +73,7 @@ def train(config: Namespace, onlookers: Sequence[Any] = ()) -> Path:
         add_thoughts(module, content["state_dict"], config.warm_start)
     check_model(module.model, module.guide)
     if first:
-        shown = plan(module, config, trainer.world_size)
+        shown = cost_summary(module, config, trainer.world_size)
         write_run(run, recipe, text, keep)
         log.take_up()
         Console(stderr=True).print(shown)

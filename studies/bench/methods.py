@@ -6,10 +6,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ltm_pyro.contracts import Start, make_batch
+from ltm_pyro.contracts import Init, make_batch
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.learning_rates import cosine
-from ltm_pyro.inference.local import frozen, learn
+from ltm_pyro.inference.local import frozen, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 from ltm_pyro.nn.cross_entropy import LateGradient, token_nats
@@ -17,7 +17,7 @@ from ltm_pyro.studies.bench.naive import NaiveLTM, train_step
 from ltm_pyro.studies.bench.settings import Setting
 
 RATE, CLIP = 0.3, 1.0
-START = Start(log_var=-5.0, jitter=0.01)
+INIT = Init(log_var=-5.0, jitter=0.01)
 
 
 Kind = Literal["ours", "handwritten", "naive"]
@@ -88,12 +88,10 @@ def _ours(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tenso
     decoder = _decoder(method, setting)
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
     guide, optimizer = MeanField(model), _adamw(model)
-    inference = LocalInference(
-        steps=setting.steps, rate=RATE, start=START, slow_gradient="last", cuda_graph=method.graph
-    )
+    inference = LocalInference(steps=setting.steps, rate=RATE, init=INIT, slow_gradient="last", cuda_graph=method.graph)
     lengths_B = torch.full((setting.batch,), setting.length)
     batch = make_batch(targets_BT, lengths_B, start_token=0)._replace(inputs_BT=inputs_BT)
-    return lambda: _slow(model, optimizer, learn(model, guide, batch, inference).loss / setting.tokens)
+    return lambda: _slow(model, optimizer, training_loss(model, guide, batch, inference).loss / setting.tokens)
 
 
 def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tensor) -> Callable[[], Any]:
@@ -110,8 +108,8 @@ def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT
 
     def step() -> None:
         stem_BTD = decoder.stem(inputs_BT)
-        mean = (START.jitter * torch.randn(shape, device=inputs_BT.device)).requires_grad_()
-        log_var = torch.full_like(mean, START.log_var).requires_grad_()
+        mean = (INIT.jitter * torch.randn(shape, device=inputs_BT.device)).requires_grad_()
+        log_var = torch.full_like(mean, INIT.log_var).requires_grad_()
         local = torch.optim.Adam([mean, log_var], lr=RATE, fused=True)
         with frozen(decoder):
             for fast in range(setting.steps):

@@ -300,11 +300,11 @@ def _write(
     decoder: Decoder, z_BLKD: Tensor, start_BT: Tensor, tokens: int, how: How, cached: bool
 ) -> tuple[Tensor, list[float]]:
     """The greedy texts behind their start, and every token's seconds; the first one's are the start's as well."""
-    text, cache, times = [start_BT], decoder.begin(z_BLKD), []
+    text, cache, times = [start_BT], decoder.init_cache(z_BLKD), []
 
     def one() -> None:
         if cached:
-            hidden_BD = decoder.read(text[-1], cache)
+            hidden_BD = decoder.decode_step(text[-1], cache)
         else:
             hidden_BD = decoder(decoder.stem(torch.cat(text, 1)), z_BLKD)[:, -1]
         text.append((hidden_BD @ decoder.embedding.weight.T).argmax(-1, keepdim=True))

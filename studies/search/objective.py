@@ -20,7 +20,7 @@ from ltm_pyro.evaluation.evaluate import evaluate_run, k_hat
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.search.budget import Budget
-from ltm_pyro.training.flops import ours
+from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.milestones import Milestones
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.recipe import read_recipe
@@ -74,8 +74,8 @@ def configure(recipe: str, options: Mapping[str, Any]) -> Namespace:
 
 def options_of(budget: Budget, settings: Values, run: Path, seed: int) -> Values:
     """Everything a trial changes in the base recipe: its point, its only end, its place; it never validates."""
-    quiet = {"trainer.limit_val_batches": 0, "run": str(run), "seed_everything": seed}
-    return {**budget.options, **settings, **quiet}
+    fixed = {"trainer.limit_val_batches": 0, "run": str(run), "seed_everything": seed}
+    return {**budget.options, **settings, **fixed}
 
 
 def train_and_score(setting: Setting) -> Figures:
@@ -89,18 +89,18 @@ def train_and_score(setting: Setting) -> Figures:
     """
     config = configure(setting.recipe, setting.options)
     config.force = True  # a retried trial writes over what its dead predecessor left
-    onlooker = Milestones(RUNGS if setting.pruned else (), _judge(config, setting), setting.report, setting.tick)
-    path = train(config, [onlooker])
+    milestones = Milestones(RUNGS if setting.pruned else (), _judge(config, setting), setting.report, setting.tick)
+    path = train(config, [milestones])
     run = load_run(path)
-    return {**score(run, setting), **costs(run, path, onlooker.tokens)}
+    return {**score(run, setting), **costs(run, path, milestones.tokens)}
 
 
 def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
     """The bound and what thinking is worth, nats per held-out token; ``fast_steps`` when not the recipe's own."""
     samples, limit = setting.samples, setting.limit
     scores = evaluate_run(
-        run, protocols=("bound", "prior"), samples=samples, fast_steps=fast_steps, limit=limit
-    ).protocols
+        run, estimators=("bound", "prior"), samples=samples, fast_steps=fast_steps, limit=limit
+    ).estimates
     bound, prior = scores.get("bound"), scores["prior"]
     if bound is None:
         return {"prior": prior.nats_per_token}
@@ -129,7 +129,7 @@ def costs(run: Run, path: Path, tokens: int) -> Figures:
 
 def inference_flops(run: Run, length: int) -> float:
     """FLOPs per token of one fit of q and one forward pass (a third of a slow step)."""
-    spent = ours(run.model.decoder, run.guide, length, replace(run.inference, slow_gradient="last"))
+    spent = flops_per_token(run.model.decoder, run.guide, length, replace(run.inference, slow_gradient="last"))
     return spent.fast + spent.slow / 3
 
 
@@ -146,10 +146,10 @@ def _judge(config: Namespace, setting: Setting) -> Callable[[LTMModule], float]:
 
     def bound(module: LTMModule) -> float:
         model: Any = module.model
-        model.decoder.listening = True
+        model.decoder.use_thoughts = True
         _, tokenizer = open_pack(config.data.directory)
         run = Run(model, module.guide, tokenizer, module.evaluation, config.data.directory, model.decoder.length)
-        scores = evaluate_run(run, protocols=("bound",), samples=setting.samples, limit=setting.limit).protocols
+        scores = evaluate_run(run, estimators=("bound",), samples=setting.samples, limit=setting.limit).estimates
         return scores["bound"].nats_per_token
 
     return bound

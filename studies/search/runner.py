@@ -35,7 +35,7 @@ class Job:
     process: Any
     connection: Connection
     slot: int
-    heard: float = field(default_factory=time.monotonic)
+    received: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Worker:
             return self.definition.options(parameters), parameters
         noted = trial.user_attrs
         if noted["role"] == "baseline":
-            return twin(noted["settings of"]), {"baseline of": noted["of"]}
+            return ar_baseline(noted["settings of"]), {"baseline of": noted["of"]}
         return noted["settings of"], {"repeat of": noted["of"]}
 
     def _seed(self, study: optuna.Study, trial: optuna.Trial) -> int:
@@ -200,12 +200,12 @@ class Worker:
 
     def _beat(self) -> None:
         for job in self.jobs:
-            if time.monotonic() - job.heard > trials.HEARTBEAT / 2:
+            if time.monotonic() - job.received > trials.HEARTBEAT / 2:
                 trials.beat(job.study, job.trial)
-                job.heard = time.monotonic()
+                job.received = time.monotonic()
 
 
-def twin(settings: Values) -> Values:
+def ar_baseline(settings: Values) -> Values:
     """The autoregressive baseline's: same trunk, no thoughts, and nothing of a prior or a guide left to learn."""
     kept = {name: x for name, x in settings.items() if not name.startswith(tuple(THINKING))}
     return {**kept, **THINKING, "model.decoder.init_args.thoughts": 0}

@@ -168,8 +168,8 @@ def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Pla
     if again:
         spread = f" ± {stdev(again):.4f} (standard deviation over {len(again)} seeds)" if len(again) > 1 else ""
         text += f" Trained again with other seeds: {mean(again):.4f}{spread}."
-    twin = [r["figures"][name] for r in done if r["role"] == "baseline"]
-    text += f" The autoregressive baseline at the same budget: {twin[0]:.4f}." if twin else ""
+    ar_baseline = [r["figures"][name] for r in done if r["role"] == "baseline"]
+    text += f" The autoregressive baseline at the same budget: {twin[0]:.4f}." if ar_baseline else ""
     return text + _unequal([r["figures"]["flops"] for r in done if r["figures"].get("flops")], plan)
 
 

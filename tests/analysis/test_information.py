@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ltm_pyro.analysis.classifiers import c2st
-from ltm_pyro.analysis.draw_posterior import infer_batch
+from ltm_pyro.analysis.draw_posterior import draw_batch_posterior
 from ltm_pyro.analysis.information import active_units, aggregate, decompose
 from ltm_pyro.analysis.two_sample import mmd
 from ltm_pyro.contracts import ThoughtShape
@@ -64,7 +64,7 @@ def test_chance_is_neither_an_active_unit_nor_kl(prior, guide):
     """Nothing is observed, so that q, which starts at the prior, is the posterior; moments may be from 100 draws."""
     model = LinearGaussianModel(ThoughtShape(2, 1, 8), noise=1e4)
     batch, model.prior = model.draw(64), prior(model.prior.shape)
-    found = infer_batch(model, guide(model), batch, LocalInference(steps=0))
+    found = draw_batch_posterior(model, guide(model), batch, LocalInference(steps=0))
     assert active_units(found).sum() <= (0 if prior is GaussianPrior and guide is not FlowGuide else 1)
     assert abs(found.stats.kl_by_thought.sum(("layer", "thought")).mean()) < 0.02
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ltm_pyro.analysis import Drawing, infer
+from ltm_pyro.analysis import Drawing, draw_posterior
 from ltm_pyro.analysis.draws import token_log_likelihood
 from ltm_pyro.analysis.information import observed
 from ltm_pyro.analysis.interventions import attention, interpolate
@@ -17,7 +17,7 @@ TEXTS = ["the old model reads", "short words about time", "the old model reads"]
 @pytest.fixture
 def seen(tiny_run):
     run = tiny_run()
-    return run, infer(run, TEXTS, Drawing(samples=25), longer="cut")
+    return run, draw_posterior(run, TEXTS, Drawing(samples=25), longer="cut")
 
 
 def test_each_token_shares_its_attention_as_the_decoder_does(seen):

@@ -8,10 +8,10 @@ import pytest
 import xarray as xr
 
 from ltm_pyro.analysis import Posterior
-from ltm_pyro.analysis.draw_posterior import Drawing, infer_batch
+from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
 from ltm_pyro.analysis.loo import loo_by_sequence
 from ltm_pyro.analysis.reference import Chains
-from ltm_pyro.analysis.sections import Material, sections
+from ltm_pyro.analysis.sections import ReportInputs, sections
 from ltm_pyro.analysis.storage import write_tree
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import Langevin, MeanField, Point
@@ -96,7 +96,7 @@ def test_arviz_reads_it(right, tmp_path):
 def test_chains_take_the_sequences_one_by_one(known):
     batch = known.draw(3)
     drawing = Drawing(method="langevin", samples=25, chains=Chains(warmup=5))
-    found = infer_batch(known, MeanField(known), batch, LocalInference(steps=0), drawing)
+    found = draw_batch_posterior(known, MeanField(known), batch, LocalInference(steps=0), drawing)
     assert found.z.shape == (2, 25, 3, 2, 1, 3)
     assert found.labels["document"] == [f"sequence:{index}" for index in range(3)]
     assert (found.group("observed_data")["tokens"].values == batch.targets_BT.numpy()).all()
@@ -134,12 +134,14 @@ def test_what_is_no_bound_is_not_called_one(tiny_model, tiny_batch, guide, found
     """A prior known up to a constant leaves k-hat, which needs no constant; a guide without density leaves nothing."""
     model = tiny_model()
     model.prior = EnergyPrior(model.decoder.thought_shape, width=8, steps=2)
-    result = infer_batch(model, guide(model), tiny_batch(), LocalInference(steps=2, rate=0.01), Drawing(samples=25))
+    result = draw_batch_posterior(
+        model, guide(model), tiny_batch(), LocalInference(steps=2, rate=0.01), Drawing(samples=25)
+    )
     assert {"log_q", "pareto_k", "elbo", "iwae", "kl"} & set(result.stats.data_vars) == found
     assert ("kl_by_thought" in result.stats) == guide.has_density
     with pytest.raises(UsageError, match="has no bound"):
         loo_by_sequence(result)
-    _, trust = next(iter(sections(Material(result))))
+    _, trust = next(iter(sections(ReportInputs(result))))
     assert "ELBO" not in trust.verdict
     assert ("no density q" in trust.verdict) != guide.has_density
 

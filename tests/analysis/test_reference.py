@@ -7,9 +7,9 @@ import torch
 
 from ltm_pyro.analysis.against_reference import _pair, compare, correlation, narrow_rows, spread
 from ltm_pyro.analysis.classifiers import c2st
-from ltm_pyro.analysis.draw_posterior import Drawing, infer_batch
+from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
 from ltm_pyro.analysis.reference import Chains, convergence, sample
-from ltm_pyro.contracts import Start, ThoughtShape, make_batch
+from ltm_pyro.contracts import Init, ThoughtShape, make_batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.state import LocalInference
@@ -20,7 +20,7 @@ STILL = LocalInference(steps=0)
 
 def chains(model, batch, method="nuts", samples=300, warmup=200, thin=1):
     drawing = Drawing(method=method, samples=samples, chains=Chains(chains=2, warmup=warmup, thin=thin))
-    return infer_batch(model, MeanField(model), batch, STILL, drawing)
+    return draw_batch_posterior(model, MeanField(model), batch, STILL, drawing)
 
 
 @pytest.mark.slow
@@ -48,9 +48,9 @@ def test_nuts_on_a_decoder_of_64_dimensions_converges_and_shows_a_narrow_q():
     decoder = Decoder(50, layers=2, width=32, heads=2, thoughts=2, window=8, length=64, thought_width=16)
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
     batch = make_batch(torch.randint(1, 50, (1, 64)), torch.tensor([64]), 0)
-    guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, start=Start(log_var=-3.0))
+    guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, start=Init(log_var=-3.0))
     reference = chains(model, batch, samples=800, warmup=300)  # with 400, of which 40 count, R-hat is luck
-    q = infer_batch(model, guide, batch, narrow, Drawing(samples=400))
+    q = draw_batch_posterior(model, guide, batch, narrow, Drawing(samples=400))
     table = compare(q, reference)
     torch.set_default_dtype(torch.float64)
     assert (table.r_hat < 1.05).all()

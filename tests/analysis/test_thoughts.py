@@ -6,7 +6,7 @@ import torch
 import xarray as xr
 
 from ltm_pyro.analysis.context import shift
-from ltm_pyro.analysis.draw_posterior import Drawing, infer_batch
+from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
 from ltm_pyro.analysis.interventions import ablate
 from ltm_pyro.analysis.loo import loo_by_sequence, loo_by_token
 from ltm_pyro.analysis.pictures.thoughts import draw_map
@@ -140,7 +140,7 @@ def test_leaving_out_meets_the_closed_forms(exact, guide):
     q, inference = (
         (exact(known), STILL) if guide == "exact" else (MeanField(known), LocalInference(steps=200, rate=0.1))
     )
-    found = infer_batch(known, q, batch, inference, Drawing(samples=4000))
+    found = draw_batch_posterior(known, q, batch, inference, Drawing(samples=4000))
     evidence_B = known.log_evidence(batch)
     np.testing.assert_allclose(loo_by_sequence(found).elpd, evidence_B, atol=1e-6 if guide == "exact" else 0.15)
     left = loo_by_token(found)

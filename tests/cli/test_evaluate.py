@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ltm_pyro.inference.estimators import DEFAULT, PROTOCOLS
+from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS
 from ltm_pyro.models import decoder
 from ltm_pyro.runs.load import build_run
 from ltm_pyro.training.run_directory import read_checkpoint
@@ -16,11 +16,11 @@ def test_json_is_one_object_of_the_agreed_form(run, ltm):
     code, out, err = ltm("evaluate", run, "--limit", 6, "--samples", 3, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert set(found) >= {"tokens", "sequences", "bytes", "protocols"}
+    assert set(found) >= {"tokens", "sequences", "bytes", "estimates"}
     assert (found["sequences"], found["tokens"]) == (6, 96)
     assert found["bytes"] > 96
-    assert list(found["protocols"]) == list(DEFAULT)
-    for name, score in found["protocols"].items():
+    assert list(found["estimates"]) == list(DEFAULT)
+    for name, score in found["estimates"].items():
         assert set(score) >= {*FIGURES, "samples", "is_bound"}
         assert all(isinstance(score[figure], float) for figure in FIGURES)
         assert score["is_bound"] is (name in ("bound", "iwae", "prior"))
@@ -48,33 +48,33 @@ def test_a_text_that_spells_a_special_token_loses_no_byte(run, ltm, tmp_path):
 
 
 def test_one_sequence_has_no_standard_error(run, ltm):
-    found = json.loads(ltm("evaluate", run, "--limit", 1, "--protocols", "bound", "--json")[1])
-    assert list(found["protocols"]) == ["bound"]
-    assert found["protocols"]["bound"]["stderr_nats_per_token"] is None
+    found = json.loads(ltm("evaluate", run, "--limit", 1, "--estimators", "bound", "--json")[1])
+    assert list(found["estimates"]) == ["bound"]
+    assert found["estimates"]["bound"]["stderr_nats_per_token"] is None
     assert found["thinking_gain"] is None
-    found = json.loads(ltm("evaluate", run, "--limit", 1, "--protocols", "bound,prior", "--json")[1])
-    bound, prior = (found["protocols"][name]["nats_per_token"] for name in ("bound", "prior"))
+    found = json.loads(ltm("evaluate", run, "--limit", 1, "--estimators", "bound,prior", "--json")[1])
+    bound, prior = (found["estimates"][name]["nats_per_token"] for name in ("bound", "prior"))
     assert found["thinking_gain"] == {"nats_per_token": prior - bound, "stderr_nats_per_token": None}
 
 
 def test_what_thinking_is_worth_has_the_error_of_a_difference(run, ltm):
-    options = ("--limit", 8, "--fast-steps", 0, "--samples", 400, "--protocols", "bound,prior", "--json")
+    options = ("--limit", 8, "--fast-steps", 0, "--samples", 400, "--estimators", "bound,prior", "--json")
     found = json.loads(ltm("evaluate", run, *options)[1])
-    gain, bound = found["thinking_gain"], found["protocols"]["bound"]
+    gain, bound = found["thinking_gain"], found["estimates"]["bound"]
     assert 0 < gain["stderr_nats_per_token"] < bound["stderr_nats_per_token"] / 5
 
 
 def test_no_fast_steps_leave_q_at_the_prior(run, ltm):
-    options = ("--fast-steps", 0, "--limit", 6, "--protocols", "bound", "--json")
-    assert json.loads(ltm("evaluate", run, *options)[1])["protocols"]["bound"]["kl_nats_per_token"] == 0
+    options = ("--fast-steps", 0, "--limit", 6, "--estimators", "bound", "--json")
+    assert json.loads(ltm("evaluate", run, *options)[1])["estimates"]["bound"]["kl_nats_per_token"] == 0
 
 
 def test_the_table_says_what_is_no_bound(run, ltm):
-    code, out, _ = ltm("evaluate", run, "--limit", 2, "--samples", 1, "--protocols", ",".join(PROTOCOLS))
+    code, out, _ = ltm("evaluate", run, "--limit", 2, "--samples", 1, "--estimators", ",".join(ESTIMATORS))
     assert code == 0
     assert "2 sequences, 32 tokens" in out
     rows = {words[0]: words[-1] for words in map(str.split, out.splitlines()) if words[-1:] in (["yes"], ["no"])}
-    assert rows == {name: "yes" if protocol.is_bound else "no" for name, protocol in PROTOCOLS.items()}
+    assert rows == {name: "yes" if estimator.is_bound else "no" for name, estimator in ESTIMATORS.items()}
 
 
 def test_data_that_has_moved(recipe, packed, ltm, refused, tmp_path):

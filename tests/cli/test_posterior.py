@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from ltm_pyro.analysis import Posterior, infer
+from ltm_pyro.analysis import Posterior, draw_posterior
 from ltm_pyro.analysis.calibration import Calibration
 from ltm_pyro.runs.load import load_run
 
@@ -49,7 +49,7 @@ def test_a_posterior_with_labels_and_replicas(run, texts, ltm, tmp_path):
     assert "".join(found.texts[1:]).endswith("time of day")
     assert found.tree["posterior_predictive"]["tokens"].shape == (1, 2, found.size, 16)
     assert figures["mean_elbo"] <= figures["mean_iwae"] < 0
-    assert found.attrs["run"] == infer(load_run(run), ["day"]).attrs["run"] == str(run.resolve())
+    assert found.attrs["run"] == draw_posterior(load_run(run), ["day"]).attrs["run"] == str(run.resolve())
     assert ltm("posterior", run, "--input", texts, "--out", out, *options, "--force")[1] == printed
 
 

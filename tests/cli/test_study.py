@@ -170,9 +170,9 @@ def test_the_written_recipe_trains_the_trial_again(ltm, recipe, search, tmp_path
     assert first != second  # another seed
     assert ltm("study", "best", "--trial", 1)[0] == 0
     assert ltm("fit", "--config", "rate-best.yaml", "--trainer.limit_val_batches", 0)[0] == 0
-    code, out, err = ltm("evaluate", "runs/rate-best", *SMALL[2:], "--protocols", "bound", "--json")
+    code, out, err = ltm("evaluate", "runs/rate-best", *SMALL[2:], "--estimators", "bound", "--json")
     assert code == 0, err
-    assert json.loads(out)["protocols"]["bound"]["nats_per_token"] == pytest.approx(second, abs=1e-6)
+    assert json.loads(out)["estimates"]["bound"]["nats_per_token"] == pytest.approx(second, abs=1e-6)
 
 
 def test_a_study_in_which_nothing_is_complete_says_so_to_scripts(ltm, recipe, search):

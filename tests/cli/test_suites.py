@@ -43,7 +43,7 @@ def test_every_suite_end_to_end(run, ltm, data, tmp_path):
             assert figures["model"] == figures["baseline"]  # the same run under the same seed
     ptb, french = found["zero-shot"]["ptb"], found["multilingual"]["french"]["model"]
     assert ptb["paper"]["LTM-Medium"] == 32.06
-    nats = {name: score["nats_per_token"] for name, score in ptb["model"]["protocols"].items()}
+    nats = {name: score["nats_per_token"] for name, score in ptb["model"]["estimates"].items()}
     assert ptb["model"]["thinking_gain"] == pytest.approx(nats["prior"] - nats["bound"], abs=1e-6)
     assert 0 < french["thinking_gain_stderr"] < french["stderr"], "in bits per byte, and of a difference"
     assert found["zero-shot"]["lambada last word"]["model"]["passages"] == 3

@@ -7,14 +7,14 @@ import torch
 from pyro.nn import PyroModule
 from torch.distributions import kl_divergence
 
-from ltm_pyro.contracts import Start, ThoughtShape
+from ltm_pyro.contracts import Init, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FlowGuide, Langevin, Laplace, LowRank, MeanField, Point
 from ltm_pyro.guides.mean_field import Factorised
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.estimators import evaluate
-from ltm_pyro.inference.global_latents import held
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.global_latents import fix_global_draws
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import EnergyPrior, LearnedGaussianPrior, LinearGaussianModel, SparsePrior, TwoModesModel
 
@@ -57,12 +57,14 @@ def test_the_kl_of_normals_is_torchs(learned):
 def test_laplace_is_exact_where_the_posterior_is_gaussian(known):
     model, batch = known
     guide = Laplace(model)
-    state, _ = fit(model, guide, batch, LocalInference(steps=200, rate=0.1))
+    state, _ = infer_local(model, guide, batch, LocalInference(steps=200, rate=0.1))
     mean_BN, covariance_BNN = model.posterior(batch)
     factor = state.parameters["z_factor"]
     torch.testing.assert_close(state.parameters["z_loc"], mean_BN, atol=1e-3, rtol=0)
     torch.testing.assert_close(factor @ factor.mT, covariance_BNN, atol=1e-6, rtol=1e-4)
-    again, _ = fit(model, guide, batch, LocalInference(steps=1, rate=1e-6), state)  # goes on from the settled state
+    again, _ = infer_local(
+        model, guide, batch, LocalInference(steps=1, rate=1e-6), state
+    )  # goes on from the settled state
     torch.testing.assert_close(again.parameters["z_factor"], factor, atol=1e-4, rtol=1e-3)
 
 
@@ -71,7 +73,7 @@ def test_laplace_is_as_wide_as_the_prior_where_nothing_is_observed():
     model.prior = LearnedGaussianPrior(model.prior.shape)
     model.prior.log_scale_LKD.data.fill_(1.1)
     batch = model.draw(4)
-    state, _ = fit(model, Laplace(model), batch, LocalInference(steps=300, rate=0.2))
+    state, _ = infer_local(model, Laplace(model), batch, LocalInference(steps=300, rate=0.2))
     scale = torch.tensor(1.1).exp()
     precision_NN = torch.eye(6) / scale**2 + model.matrix_TN.T @ model.matrix_TN / model.noise**2
     factor = state.parameters["z_factor"]
@@ -83,12 +85,12 @@ def test_laplace_sees_one_draw_of_what_sequences_share():
     model = LinearGaussianModel(ThoughtShape(1, 1, 3), noise=0.3)
     model.prior = SparsePrior(model.prior.shape)
     batch = model.draw(2)
-    with held(model, 0):
-        state, _ = fit(model, Laplace(model), batch, LocalInference(steps=200, rate=0.1))
+    with fix_global_draws(model, 0):
+        state, _ = infer_local(model, Laplace(model), batch, LocalInference(steps=200, rate=0.1))
         stretched_TN = model.matrix_TN * model.prior.scale.held.flatten()
     precision_NN = torch.eye(3) + stretched_TN.T @ stretched_TN / model.noise**2
     torch.manual_seed(1)
-    factor = Laplace(model).settle(model, batch, {"z_unit_loc": state.parameters["z_unit_loc"]}, 1, 0.1)[
+    factor = Laplace(model).finalize(model, batch, {"z_unit_loc": state.parameters["z_unit_loc"]}, 1, 0.1)[
         "z_unit_factor"
     ]
     ratio = (factor @ factor.mT).diagonal(dim1=-2, dim2=-1) / torch.linalg.inv(precision_NN).diagonal()
@@ -102,7 +104,7 @@ def test_points_cover_constrained_priors(guide_class, kl):
     batch = model.draw(4)
     model.prior = Positive(model.prior.shape)
     guide = guide_class(model)
-    state, info = fit(model, guide, batch, LocalInference(steps=20, rate=0.01, kl=kl))
+    state, info = infer_local(model, guide, batch, LocalInference(steps=20, rate=0.01, kl=kl))
     assert info.elbo_NB.isfinite().all()
     assert honest(model, guide, batch, state, 10).isfinite().all()
 
@@ -113,7 +115,7 @@ def test_low_rank_finds_what_mean_field_cannot():
     evidence_B, gaps = model.log_evidence(batch), []
     for guide in (LowRank(model, rank=2), MeanField(model)):
         inference = LocalInference(steps=600, rate=0.1, particles=8, noise="antithetic", kl="path")
-        state, _ = fit(model, guide, batch, inference)
+        state, _ = infer_local(model, guide, batch, inference)
         gaps.append((evidence_B - honest(model, guide, batch, state)).mean())
     assert -0.05 < gaps[0] < 0.5 * gaps[1]
 
@@ -123,8 +125,8 @@ def test_a_flow_holds_both_modes_where_a_gaussian_holds_one():
     batch = model.draw(6)
     gaps = {}
     for guide in (MeanField(model), FlowGuide(model)):
-        inference = LocalInference(steps=300, rate=0.05, particles=32, start=Start(jitter=0.1))
-        state, _ = fit(model, guide, batch, inference)
+        inference = LocalInference(steps=300, rate=0.05, particles=32, init=Init(jitter=0.1))
+        state, _ = infer_local(model, guide, batch, inference)
         gaps[type(guide)] = (model.log_evidence(batch) - honest(model, guide, batch, state)).mean()
     assert gaps[FlowGuide] > -0.05
     assert gaps[FlowGuide] < 0.5 * gaps[MeanField]
@@ -134,7 +136,7 @@ def test_langevin_wanders_over_the_posterior():
     model = LinearGaussianModel(ThoughtShape(1, 1, 2))
     one = model.draw(1)
     many = one.select(torch.zeros(2000, dtype=torch.long))
-    state, _ = fit(model, Langevin(model), many, LocalInference(steps=120, rate=0.02))
+    state, _ = infer_local(model, Langevin(model), many, LocalInference(steps=120, rate=0.02))
     mean_BN, covariance_BNN = model.posterior(one)
     torch.testing.assert_close(state.parameters["z_loc"].mean(0), mean_BN[0], atol=0.08, rtol=0)
     torch.testing.assert_close(state.parameters["z_loc"].T.cov(), covariance_BNN[0], atol=0.08, rtol=0.15)
@@ -145,7 +147,7 @@ def test_no_density_no_bound(family, known):
     model, batch = known
     inference = LocalInference(steps=4, rate=0.05)
     evaluation = evaluate(model, family(model), [batch], inference, samples=2)
-    assert set(evaluation.protocols) == {"prior"}
+    assert set(evaluation.estimates) == {"prior"}
     assert set(evaluation.unavailable) == {"bound", "iwae", "reused_noise"}
     with pytest.raises(UsageError, match=f"No figure for bound: {family.__name__} has no density"):
         evaluate(model, family(model), [batch], inference, ["bound"])
@@ -157,12 +159,12 @@ def test_an_energy_has_a_bound_only_with_its_normaliser(tiny_model, tiny_batch):
     torch.nn.init.normal_(model.prior.tilt[-1].weight, std=0.3)
     before = evaluate(model, MeanField(model), [tiny_batch()], LocalInference(steps=1), ["bound", "prior"], samples=2)
     assert "--normaliser" in before.unavailable["bound"]
-    assert not before.protocols["prior"].is_bound
+    assert not before.estimates["prior"].is_bound
 
     value, error = model.prior.estimate_normaliser(20_000)
     z_SLKD = torch.randn(20_000, *model.decoder.thought_shape)
     density_S = model.prior.log_density(z_SLKD) - torch.distributions.Normal(0, 1).log_prob(z_SLKD).flatten(1).sum(1)
     assert abs(density_S.detach().exp().mean() - 1) < 6 * error
     after = evaluate(model, MeanField(model), [tiny_batch()], LocalInference(steps=1), ["bound"], samples=2)
-    assert not after.protocols["bound"].is_bound
+    assert not after.estimates["bound"].is_bound
     assert value == pytest.approx(model.prior.log_normaliser.item())

@@ -14,7 +14,7 @@ from ltm_pyro.contracts import make_batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FlowGuide, MeanField
 from ltm_pyro.inference.check_prior import check_prior
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import FlowPrior, LatentThoughtModel
 from ltm_pyro.training.check_model import check_model
@@ -161,12 +161,12 @@ def test_a_batch_elsewhere_and_tokens_of_another_shape_are_one_sentence(tiny_mod
 
 def test_local_parameters_without_an_axis_of_sequences_are_named(tiny_model, tiny_batch):
     class Bare(MeanField):
-        def start(self, sites, start):
-            return {name: x[0] for name, x in super().start(sites, start).items()}
+        def init(self, sites, start):
+            return {name: x[0] for name, x in super().init(sites, start).items()}
 
     model = tiny_model()
     with pytest.raises(UsageError, match=r"Bare.start gives .*'z_loc': \(2, 3, 8\).* the 3 sequences"):
-        fit(model, Bare(model), tiny_batch(), LocalInference(steps=1))
+        infer_local(model, Bare(model), tiny_batch(), LocalInference(steps=1))
 
 
 def test_a_missing_extra_is_named(joined, tiny_decoder, monkeypatch):

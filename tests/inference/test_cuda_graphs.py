@@ -8,7 +8,7 @@ import torch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference import cuda_graphs as graphs
-from ltm_pyro.inference.local import fit, learn
+from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference, Stop
 from ltm_pyro.models import LatentThoughtModel
 from ltm_pyro.utils.rng import seeded
@@ -40,10 +40,10 @@ def test_a_replayed_fit_is_the_fit(prior, guide, tiny_decoder, tiny_batch, captu
             parameter.data = parameter.data + 0.01  # elsewhere, and something else
         batch = tiny_batch()
         with seeded(seed):
-            ours = fit(model, family, batch, INFERENCE)
+            ours = infer_local(model, family, batch, INFERENCE)
         with seeded(seed):
-            same(ours, fit(model, family, batch, replace(INFERENCE, cuda_graph=False)))
-    assert len(captured) == family.climbs  # otherwise there are no fast steps to record
+            same(ours, infer_local(model, family, batch, replace(INFERENCE, cuda_graph=False)))
+    assert len(captured) == family.uses_fast_steps  # otherwise there are no fast steps to record
 
 
 def test_a_training_step_is_the_training_step(tiny_model, tiny_batch, captured):
@@ -53,7 +53,7 @@ def test_a_training_step_is_the_training_step(tiny_model, tiny_batch, captured):
         for graph in (True, False):
             model.zero_grad()
             with seeded(0):
-                learn(model, guide, batch, replace(INFERENCE, rate=rate, cuda_graph=graph)).loss.backward()
+                training_loss(model, guide, batch, replace(INFERENCE, rate=rate, cuda_graph=graph)).loss.backward()
             gradients[graph] = [p.grad for p in model.parameters()]
         same(gradients[True], gradients[False])
     assert len(captured) == 1
@@ -63,7 +63,7 @@ def test_what_changes_every_time_is_not_recorded(tiny_model, tiny_batch, capture
     model = tiny_model()
     guide = MeanField(model)
     for length in range(4, 4 + 2 * graphs.KEPT):
-        fit(model, guide, tiny_batch(length=length), INFERENCE)
+        infer_local(model, guide, tiny_batch(length=length), INFERENCE)
     assert not captured
     assert len(graphs.recordings(guide, torch.device("cpu")).seen) == graphs.KEPT
 
@@ -71,7 +71,7 @@ def test_what_changes_every_time_is_not_recorded(tiny_model, tiny_batch, capture
 def test_results_stay_when_the_next_replay_comes(tiny_model, tiny_batch, captured):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
-    states = [fit(model, guide, batch, INFERENCE)[0] for _ in range(4)]
+    states = [infer_local(model, guide, batch, INFERENCE)[0] for _ in range(4)]
     assert len(captured) == 1
     assert not torch.equal(states[2].parameters["z_loc"], states[3].parameters["z_loc"])
 
@@ -80,9 +80,9 @@ def test_what_a_graph_cannot_do_is_said(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
     with pytest.raises(UsageError, match="batch is on cpu: remove `cuda_graph`"):
-        fit(model, guide, batch, INFERENCE)
+        infer_local(model, guide, batch, INFERENCE)
     with pytest.raises(UsageError, match="set slow_gradient to last"):
-        learn(model, guide, batch, replace(INFERENCE, slow_gradient="trajectory"))
+        training_loss(model, guide, batch, replace(INFERENCE, slow_gradient="trajectory"))
     for options in ({"stop": Stop()}, {"noise": "reused"}):
         with pytest.raises(UsageError, match="or `cuda_graph`"):
             replace(INFERENCE, **options)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
-from ltm_pyro.contracts import Start, ThoughtShape, make_batch, sequences
+from ltm_pyro.contracts import Init, ThoughtShape, make_batch, sequence_plate
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FullCovariance, MeanField
 from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights
-from ltm_pyro.inference.local import begin, fit
+from ltm_pyro.inference.local import infer_local, init
 from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel, LinearGaussianModel, TwoModesModel
@@ -24,7 +24,7 @@ from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel, LinearGa
 def fitted(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
-    state, _ = fit(model, guide, batch, LocalInference(steps=3, start=Start(log_var=-1.0, jitter=0.5)))
+    state, _ = infer_local(model, guide, batch, LocalInference(steps=3, init=Init(log_var=-1.0, jitter=0.5)))
     return model, guide, batch, state
 
 
@@ -39,7 +39,7 @@ def test_the_elbo_is_pyros_at_the_same_draws(fitted, estimator):
 
 
 def test_a_trace_does_not_depend_on_earlier_ones(tiny_model, tiny_batch):
-    sequences.cache_clear()
+    sequence_plate.cache_clear()
     model, batch = tiny_model(), tiny_batch()
     first, second = ([*poutine.trace(model).get_trace(batch).nodes] for _ in range(2))
     assert first == second
@@ -60,7 +60,7 @@ def test_weights_average_to_the_evidence_and_the_elbo_stays_below(guide_class):
     model = LinearGaussianModel(ThoughtShape(1, 1, 2), noise=1.5)  # weakly informed: the weights have a light tail
     batch = model.draw(5)
     guide = guide_class(model)
-    state, _ = fit(model, guide, batch, LocalInference(steps=200, rate=0.05, particles=16))
+    state, _ = infer_local(model, guide, batch, LocalInference(steps=200, rate=0.05, particles=16))
     with torch.no_grad():
         weights_SB = log_weights(model, guide, batch, state.parameters, 20_000)
     evidence_B = model.log_evidence(batch)
@@ -83,7 +83,7 @@ def test_two_modes_have_the_evidence_of_one(tiny_batch):
     one, two = (cls(ThoughtShape(1, 1, 2), length=4) for cls in (LinearGaussianModel, TwoModesModel))
     batch = one.draw(3)
     guide = MeanField(one)
-    local = begin(one, guide, batch, LocalInference()).parameters
+    local = init(one, guide, batch, LocalInference()).parameters
     with torch.no_grad():
         estimates = [log_weights(m, guide, batch, local, 200_000).logsumexp(0) - math.log(200_000) for m in (one, two)]
     torch.testing.assert_close(estimates[0], one.log_evidence(batch), atol=0.2, rtol=0)
@@ -103,7 +103,7 @@ def test_a_guide_that_misses_a_site_is_named(tiny_model, tiny_batch):
             return super().__call__(batch, local)
 
     batch = tiny_batch()
-    local = begin(model, MeanField(model), batch, LocalInference()).parameters
+    local = init(model, MeanField(model), batch, LocalInference()).parameters
     with pytest.raises(UsageError, match="no site 'z', which the model samples"):
         elbo_terms(model, Blind(model), batch, local)
     with pytest.raises(UsageError, match="samples 'u', which the model does not have"):
@@ -136,7 +136,7 @@ def test_laws_over_random_shapes(shape):
     lengths_B = torch.randint(1, shape["length"] + 1, (shape["size"],))
     batch = make_batch(torch.randint(0, 11, (shape["size"], shape["length"])), lengths_B, 0)
     guide = MeanField(model)
-    state, _ = fit(model, guide, batch, LocalInference(steps=2, start=Start(log_var=-40.0, jitter=1.0)))
+    state, _ = infer_local(model, guide, batch, LocalInference(steps=2, init=Init(log_var=-40.0, jitter=1.0)))
     draws = Draws(shape["particles"])  # q is so narrow that its noise does not show
     terms = elbo_terms(model, guide, batch, state.parameters, draws)
     lead = () if shape["particles"] is None else (shape["particles"],)

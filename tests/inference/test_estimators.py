@@ -1,4 +1,4 @@
-"""Evaluation protocols: what they charge, and which of them may call themselves bounds."""
+"""Evaluation estimators: what they charge, and which of them may call themselves bounds."""
 
 import math
 from dataclasses import replace
@@ -10,8 +10,8 @@ from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FullCovariance, MeanField, Point
 from ltm_pyro.inference.elbo import prior_log_likelihood
-from ltm_pyro.inference.estimators import PROTOCOLS, Problem, evaluate
-from ltm_pyro.inference.local import fit
+from ltm_pyro.inference.estimators import ESTIMATORS, Problem, evaluate
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.pareto import TRUSTED, pareto_k
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import AutoregressivePrior, GaussianPrior, LinearGaussianModel, MixturePrior
@@ -26,7 +26,7 @@ def make_problem():
         batch = model.draw(6)
         guide = guide_class(model)
         inference = LocalInference(**{"steps": 200, "rate": 0.05, "particles": 16, **options})
-        state, _ = fit(model, guide, batch, inference)
+        state, _ = infer_local(model, guide, batch, inference)
         return Problem(
             model=model, guide=guide, batch=batch, inference=inference, samples=samples, state=state, block=2
         )
@@ -36,12 +36,12 @@ def make_problem():
 
 def log_probability(name, problem):
     with torch.no_grad():
-        values = torch.stack([-PROTOCOLS[name].charge(problem).nats_B.sum() for _ in range(REPEATS)])
+        values = torch.stack([-ESTIMATORS[name].estimate(problem).nats_B.sum() for _ in range(REPEATS)])
     return values.mean().item(), values.std().item() / math.sqrt(REPEATS)
 
 
 @pytest.mark.parametrize("guide_class", [MeanField, FullCovariance])
-@pytest.mark.parametrize("name", [name for name, protocol in PROTOCOLS.items() if protocol.is_bound])
+@pytest.mark.parametrize("name", [name for name, estimator in ESTIMATORS.items() if estimator.is_bound])
 def test_no_bound_exceeds_the_evidence(make_problem, name, guide_class):
     problem = make_problem(guide_class)
     estimate, error = log_probability(name, problem)
@@ -60,7 +60,7 @@ def test_reused_noise_exceeds_the_evidence_and_is_no_bound(make_problem):
     problem = make_problem(MeanField, steps=500, particles=1)
     estimate, _ = log_probability("reused_noise", problem)
     assert estimate > problem.model.log_evidence(problem.batch).sum().item()
-    assert not PROTOCOLS["reused_noise"].is_bound
+    assert not ESTIMATORS["reused_noise"].is_bound
 
 
 def test_causal_is_the_evidence_where_q_is_exact(make_problem):
@@ -80,7 +80,7 @@ def test_before_the_first_block_z_comes_from_the_prior(make_problem, guide_class
         torch.manual_seed(0)
         log_likelihood_SB = prior_log_likelihood(problem.model, problem.batch, 8)
         torch.manual_seed(0)
-        nats_B = PROTOCOLS["causal"].charge(problem).nats_B
+        nats_B = ESTIMATORS["causal"].estimate(problem).nats_B
     torch.testing.assert_close(nats_B, math.log(8) - log_likelihood_SB.logsumexp(0))
 
 
@@ -93,11 +93,11 @@ def test_causal_does_not_look_ahead(tiny_model, tiny_batch):
     def first_blocks(targets_BT):
         kept = batch._replace(targets_BT=targets_BT, mask_BT=batch.mask_BT & (torch.arange(12) < 8))
         torch.manual_seed(0)
-        state, _ = fit(model, guide, kept, inference)
+        state, _ = infer_local(model, guide, kept, inference)
         problem = Problem(model=model, guide=guide, batch=kept, inference=inference, samples=4, state=state, block=4)
         torch.manual_seed(1)
         with torch.no_grad():
-            return PROTOCOLS["causal"].charge(problem).nats_B
+            return ESTIMATORS["causal"].estimate(problem).nats_B
 
     torch.testing.assert_close(first_blocks(batch.targets_BT), first_blocks(changed))
 
@@ -106,7 +106,7 @@ def test_causal_does_not_look_ahead(tiny_model, tiny_batch):
 def test_without_thoughts_every_protocol_is_the_autoregressive_loss(tiny_model, tiny_batch, prior):
     model, batch = tiny_model(thoughts=0), tiny_batch()
     model.prior = prior(model.decoder.thought_shape)
-    scores = evaluate(model, MeanField(model), [batch], LocalInference(steps=4), tuple(PROTOCOLS), samples=3).protocols
+    scores = evaluate(model, MeanField(model), [batch], LocalInference(steps=4), tuple(ESTIMATORS), samples=3).estimates
     assert len({round(score.nats_per_token, 10) for score in scores.values()}) == 1
 
 
@@ -115,7 +115,7 @@ def test_figures_do_not_depend_on_company(tiny_model, tiny_batch):
     guide, inference = MeanField(model), LocalInference(steps=3)
     together = evaluate(model, guide, batches, inference, samples=4)
     alone = evaluate(model, guide, batches, inference, ["iwae"], samples=4)
-    assert together.protocols["iwae"] == alone.protocols["iwae"]
+    assert together.estimates["iwae"] == alone.estimates["iwae"]
     assert evaluate(model, guide, batches, inference, ["iwae", "iwae"], samples=4) == alone
     assert together == evaluate(model, guide, batches, inference, samples=4)
 
@@ -123,7 +123,7 @@ def test_figures_do_not_depend_on_company(tiny_model, tiny_batch):
 def test_totals_are_over_tokens_not_sequences(tiny_model, tiny_batch):
     model, batch = tiny_model(thoughts=0), tiny_batch(size=3, length=7)
     result = evaluate(model, MeanField(model), [batch], LocalInference(steps=0), ["bound"], samples=1)
-    score = result.protocols["bound"]
+    score = result.estimates["bound"]
     assert (result.tokens, result.sequences, result.bytes) == (18, 3, 36)
     assert score.perplexity == pytest.approx(math.exp(score.nats_per_token))
     assert score.bits_per_byte == pytest.approx(score.nats_per_token * 18 / math.log(2) / 36)
@@ -132,7 +132,7 @@ def test_totals_are_over_tokens_not_sequences(tiny_model, tiny_batch):
 
 def test_unknown_protocols_and_no_samples_are_refused(tiny_model, tiny_batch):
     model = tiny_model()
-    with pytest.raises(UsageError, match="Unknown protocol 'elbo': choose from bound"):
+    with pytest.raises(UsageError, match="Unknown estimator 'elbo': choose from bound"):
         evaluate(model, MeanField(model), [tiny_batch()], LocalInference(), ["elbo"])
     with pytest.raises(UsageError, match="Samples must be at least 1, got 0"):
         evaluate(model, MeanField(model), [tiny_batch()], LocalInference(), samples=0)

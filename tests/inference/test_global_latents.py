@@ -8,21 +8,23 @@ from pyro import poutine
 from torch.distributions import Normal, kl_divergence
 
 from ltm_pyro.analysis.calibration import Simulation, calibrate
-from ltm_pyro.analysis.draw_posterior import Drawing, infer_batch
+from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
 from ltm_pyro.analysis.reference import Chains
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.elbo import Draws, elbo_terms
-from ltm_pyro.inference.global_latents import Shared, global_kl, held
-from ltm_pyro.inference.local import begin
+from ltm_pyro.inference.global_latents import GlobalLatent, fix_global_draws, global_kl
+from ltm_pyro.inference.local import init
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.inference.svi import DualRateSVI
 from ltm_pyro.models import LinearGaussianModel, MixturePrior, SparsePrior
 
 
 def test_the_kl_of_a_normal_is_the_closed_form():
-    shared = Shared("g", dist.Normal, torch.zeros(3), torch.ones(3), start=torch.tensor([0.5, -1.0, 2.0]), scale=0.3)
+    shared = GlobalLatent(
+        "g", dist.Normal, torch.zeros(3), torch.ones(3), init=torch.tensor([0.5, -1.0, 2.0]), scale=0.3
+    )
     truth = kl_divergence(Normal(shared.loc, shared.log_scale.exp()), Normal(0.0, 1.0)).sum()
     found = torch.stack([shared.kl() for _ in range(500)]).detach()
     assert abs(found.mean() - truth) < 3 * found.std() / 500**0.5
@@ -31,7 +33,7 @@ def test_the_kl_of_a_normal_is_the_closed_form():
 def test_a_log_normal_is_scored_with_its_jacobian():
     """KL of log-normals is that of the normals behind them."""
     zero = torch.zeros(2)
-    shared = Shared("g", dist.LogNormal, zero, torch.ones(2), start=torch.tensor([2.0, 0.5]), scale=0.3)
+    shared = GlobalLatent("g", dist.LogNormal, zero, torch.ones(2), init=torch.tensor([2.0, 0.5]), scale=0.3)
     truth = kl_divergence(Normal(shared.loc, shared.log_scale.exp()), Normal(0.0, 1.0)).sum()
     found = torch.stack([shared.kl() for _ in range(500)]).detach()
     assert abs(found.mean() - truth) < 3 * found.std() / 500**0.5
@@ -50,7 +52,7 @@ def test_it_is_charged_once_per_corpus(tiny_model, tiny_batch):
     assert losses[0] - losses[1] == pytest.approx(0.99 * global_kl(model).item(), rel=1e-3)
 
     guide = MeanField(model)
-    local = begin(model, guide, batch, LocalInference()).parameters
+    local = init(model, guide, batch, LocalInference()).parameters
     with torch.no_grad():
         terms = elbo_terms(model, guide, batch, local, Draws(4))
     assert terms.kl_B.abs().max() < 1e-6, "q starts at the prior given the scales"
@@ -60,14 +62,14 @@ def test_what_is_held_stays_held_and_depends_on_the_seed_alone():
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = SparsePrior(model.prior.shape)
     shared = model.prior.scale
-    with held(model, 1):
+    with fix_global_draws(model, 1):
         first = shared.held
-        with held(model, 2):
+        with fix_global_draws(model, 2):
             assert shared.held is first
         assert shared.held is first
     assert shared.held is None
     torch.manual_seed(5)
-    with held(model, 1):
+    with fix_global_draws(model, 1):
         torch.testing.assert_close(shared.held, first)
 
 
@@ -76,7 +78,7 @@ def test_a_posterior_is_given_one_draw_of_what_sequences_share(method):
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = SparsePrior(model.prior.shape)
     drawing = Drawing(method=method, samples=30, chains=Chains(warmup=5))
-    found = infer_batch(model, MeanField(model), model.draw(2), LocalInference(steps=2), drawing)
+    found = draw_batch_posterior(model, MeanField(model), model.draw(2), LocalInference(steps=2), drawing)
     scale = found.z / found.group("posterior")["z_unit"].values
     assert float(scale.std(("chain", "draw", "sequence")).max()) < 1e-12
 
@@ -88,7 +90,7 @@ def test_calibration_ranks_the_thoughts_that_wrote_the_text():
     model.prior.scale.log_scale.data.fill_(-0.7)
 
     def simulate(size):
-        trace = poutine.trace(model.think).get_trace(size)
+        trace = poutine.trace(model.sample_prior).get_trace(size)
         return Simulation({"z_unit": trace.nodes["z_unit"]["value"]}, model.write(trace.nodes["_RETURN"]["value"]))
 
     found = calibrate(model, MeanField(model), LocalInference(steps=0), simulate, 200, samples=19)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ltm_pyro.contracts import Start, ThoughtShape
+from ltm_pyro.contracts import Init, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FullCovariance, MeanField
 from ltm_pyro.guides.full_covariance import scale_tril
-from ltm_pyro.inference.local import begin, fit, learn
+from ltm_pyro.inference.local import infer_local, init, training_loss
 from ltm_pyro.inference.optimizers import OPTIMIZERS
 from ltm_pyro.inference.state import LocalInference, LocalState, Stop
 from ltm_pyro.models import LinearGaussianModel
@@ -25,8 +25,8 @@ def known():
 
 def test_the_start_is_the_prior_or_as_narrow_as_asked(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
-    prior = begin(model, MeanField(model), batch, LocalInference(start=Start())).parameters
-    narrow = begin(model, MeanField(model), batch, LocalInference(start=Start(log_var=-5.0, jitter=0.1))).parameters
+    prior = init(model, MeanField(model), batch, LocalInference(init=Init())).parameters
+    narrow = init(model, MeanField(model), batch, LocalInference(init=Init(log_var=-5.0, jitter=0.1))).parameters
     assert prior["z_loc"].shape == (3, 2, 3, 8)
     assert (prior["z_loc"] == 0).all()
     assert (prior["z_log_var"] == 0).all()
@@ -36,7 +36,7 @@ def test_the_start_is_the_prior_or_as_narrow_as_asked(tiny_model, tiny_batch):
 
 def test_record_has_every_step_and_sequence(tiny_model, tiny_batch):
     model, seen = tiny_model(), []
-    state, info = fit(model, MeanField(model), tiny_batch(), FEW, on_step=lambda *step: seen.append(step))
+    state, info = infer_local(model, MeanField(model), tiny_batch(), FEW, on_step=lambda *step: seen.append(step))
     assert info.elbo_NB.shape == (3, 3)
     assert info.elbo_NB.isfinite().all()
     assert info.finite_B.all()
@@ -52,14 +52,14 @@ def test_every_optimiser_raises_the_elbo(known, optimizer, guide):
     model, batch = known
     rate = {"sgd": 0.02, "natural": 0.05}.get(optimizer, 0.05)
     inference = LocalInference(steps=150, rate=rate, optimizer=optimizer, particles=32)
-    _, info = fit(model, guide(model), batch, inference)
+    _, info = infer_local(model, guide(model), batch, inference)
     assert (info.elbo_NB[-20:].mean(0) > info.elbo_NB[:5].mean(0)).all()
 
 
 def test_mean_field_finds_the_best_factorised_gaussian(known):
     model, batch = known
     inference = LocalInference(steps=400, rate=0.2, optimizer="natural", particles=512, noise="antithetic")
-    state, _ = fit(model, MeanField(model), batch, inference)
+    state, _ = infer_local(model, MeanField(model), batch, inference)
     best = model.factorised(batch)
     torch.testing.assert_close(state.parameters["z_loc"].flatten(1), best.mean_BN, atol=1e-3, rtol=0)
     variance = state.parameters["z_log_var"].exp().flatten(1)
@@ -69,7 +69,7 @@ def test_mean_field_finds_the_best_factorised_gaussian(known):
 def test_full_covariance_along_the_path_finds_the_exact_posterior(known):
     model, batch = known
     inference = LocalInference(steps=300, rate=0.1, optimizer="natural", particles=64, noise="antithetic", kl="path")
-    state, info = fit(model, FullCovariance(model), batch, inference)
+    state, info = infer_local(model, FullCovariance(model), batch, inference)
     truth, factor = model.posterior(batch), scale_tril(state.parameters["z_factor"])
     torch.testing.assert_close(state.parameters["z_loc"], truth.mean_BN, atol=1e-4, rtol=0)
     torch.testing.assert_close(factor @ factor.mT, truth.covariance_BNN, atol=1e-4, rtol=0)
@@ -82,8 +82,8 @@ def test_a_fit_leaves_the_model_alone(tiny_model, tiny_batch, slow_gradient):
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fit(model, MeanField(model), batch, replace(FEW, slow_gradient=slow_gradient))
-    learn(model, MeanField(model), batch, replace(FEW, slow_gradient=slow_gradient))
+    infer_local(model, MeanField(model), batch, replace(FEW, slow_gradient=slow_gradient))
+    training_loss(model, MeanField(model), batch, replace(FEW, slow_gradient=slow_gradient))
     for name, parameter in model.named_parameters():
         assert (parameter.grad == 7).all()
         assert parameter.requires_grad
@@ -97,10 +97,10 @@ def test_last_follows_the_elbo_at_the_final_q(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
     torch.manual_seed(1)
-    loss, state, *_ = learn(model, guide, batch, replace(FEW, slow_gradient="last"))
+    loss, state, *_ = training_loss(model, guide, batch, replace(FEW, slow_gradient="last"))
     ours = torch.autograd.grad(loss, list(model.parameters()))
     torch.manual_seed(1)
-    fit(model, guide, batch, FEW)  # spends the same noise
+    infer_local(model, guide, batch, FEW)  # spends the same noise
     theirs = torch.autograd.grad(
         -elbo_terms(model, guide, batch, state.parameters).elbo_B.sum(), list(model.parameters())
     )
@@ -113,12 +113,14 @@ def test_trajectory_is_the_average_over_the_steps(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide, visited = MeanField(model), []
     torch.manual_seed(1)
-    loss, *_ = learn(model, guide, batch, replace(FEW, slow_gradient="trajectory"))
+    loss, *_ = training_loss(model, guide, batch, replace(FEW, slow_gradient="trajectory"))
     loss.backward()
     torch.manual_seed(1)
-    fit(model, guide, batch, FEW, on_step=lambda _, local, __: visited.append({k: x.clone() for k, x in local.items()}))
+    infer_local(
+        model, guide, batch, FEW, on_step=lambda _, local, __: visited.append({k: x.clone() for k, x in local.items()})
+    )
     torch.manual_seed(1)
-    begin(model, guide, batch, FEW)  # spends the start's noise
+    init(model, guide, batch, FEW)  # spends the start's noise
     total = sum(-elbo_terms(model, guide, batch, local).elbo_B.sum() for local in visited)
     expected = torch.autograd.grad(total / len(visited), list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -129,10 +131,10 @@ def test_a_fit_goes_on_from_a_state(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide, inference = MeanField(model), LocalInference(steps=2, schedule="constant", rate=0.1)
     torch.manual_seed(1)
-    whole, _ = fit(model, guide, batch, replace(inference, steps=4))
+    whole, _ = infer_local(model, guide, batch, replace(inference, steps=4))
     torch.manual_seed(1)
-    half, _ = fit(model, guide, batch, inference)
-    rest, _ = fit(model, guide, batch, inference, _without_noise_spent(half))
+    half, _ = infer_local(model, guide, batch, inference)
+    rest, _ = infer_local(model, guide, batch, inference, _without_noise_spent(half))
     assert (rest.steps_B == 4).all()
     assert rest.parameters.keys() == whole.parameters.keys()
     assert rest.moments["z_loc"].keys() == {"mean", "square"}
@@ -145,17 +147,17 @@ def _without_noise_spent(state):
 def test_a_state_of_another_batch_is_refused(tiny_model, tiny_batch):
     model = tiny_model()
     guide = MeanField(model)
-    state, _ = fit(model, guide, tiny_batch(size=3), FEW)
+    state, _ = infer_local(model, guide, tiny_batch(size=3), FEW)
     with pytest.raises(UsageError, match=r"\(3, 2, 3, 8\).*need.*\(2, 2, 3, 8\)"):
-        fit(model, guide, tiny_batch(size=2), FEW, state)
-    fit(model, guide, tiny_batch(size=2), FEW, state.select(torch.tensor([0, 2])))
+        infer_local(model, guide, tiny_batch(size=2), FEW, state)
+    infer_local(model, guide, tiny_batch(size=2), FEW, state.select(torch.tensor([0, 2])))
 
 
 def test_settled_sequences_rest_and_keep_their_q(known):
     model, batch = known
     inference = LocalInference(steps=400, rate=0.05, particles=16, stop=Stop(window=40, tolerance=0.02))
     seen = []
-    state, info = fit(
+    state, info = infer_local(
         model, MeanField(model), batch, inference, on_step=lambda _, local, __: seen.append(len(local["z_loc"]))
     )
     assert sum(seen) == info.steps_B.sum() < 400 * batch.size
@@ -170,7 +172,7 @@ def test_settled_sequences_rest_and_keep_their_q(known):
 def test_reused_noise_flatters_itself(known):
     model, batch = known
     inference = LocalInference(steps=500, rate=0.05, noise="reused")
-    _, info = fit(model, MeanField(model), batch, inference)
+    _, info = infer_local(model, MeanField(model), batch, inference)
     assert info.elbo_NB[-1].mean() > model.log_evidence(batch).mean()
 
 
@@ -178,7 +180,7 @@ def test_antithetic_draws_leave_no_noise_in_the_mean(known):
     model, batch = known
     guide = MeanField(model)
     inference = LocalInference(steps=1, rate=1.0, optimizer="sgd", particles=2, noise="antithetic")
-    first, second = (fit(model, guide, batch, inference)[0].parameters for _ in range(2))
+    first, second = (infer_local(model, guide, batch, inference)[0].parameters for _ in range(2))
     torch.testing.assert_close(first["z_loc"], second["z_loc"])
     assert not torch.allclose(first["z_log_var"], second["z_log_var"])
 
@@ -201,7 +203,7 @@ def test_one_bad_sequence_is_reported_and_the_others_finish(known):
     model, batch = known
     model.values_V[0] = torch.nan
     batch.targets_BT[1] = 0
-    state, info = fit(model, MeanField(model), batch, FEW)
+    state, info = infer_local(model, MeanField(model), batch, FEW)
     assert info.finite_B.tolist() == [True, False, True, True]
     assert state.parameters["z_loc"][[0, 2, 3]].isfinite().all()
 
@@ -215,6 +217,6 @@ def test_one_update_moves_all_local_parameters(tiny_model, tiny_batch, monkeypat
             yield lambda x, *rest, update=update: calls.append(x.shape) or update(x, *rest)
 
     monkeypatch.setitem(OPTIMIZERS, "adam", adam._replace(updates=counted))
-    state, _ = fit(model, MeanField(model), tiny_batch(), LocalInference(steps=3))
+    state, _ = infer_local(model, MeanField(model), tiny_batch(), LocalInference(steps=3))
     assert calls == [(3, 2 * 2 * 3 * 8)] * 3  # means and log-variances side by side
     assert all(x.is_contiguous() for x in state.parameters.values())

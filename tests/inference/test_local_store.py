@@ -5,7 +5,7 @@ import torch
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference.local import begin, fit
+from ltm_pyro.inference.local import infer_local, init
 from ltm_pyro.inference.local_store import LocalStore
 from ltm_pyro.inference.state import LocalInference
 
@@ -14,14 +14,14 @@ from ltm_pyro.inference.state import LocalInference
 def problem(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     inference = LocalInference(steps=2)
-    return model, MeanField(model), batch, inference, begin(model, MeanField(model), batch, inference)
+    return model, MeanField(model), batch, inference, init(model, MeanField(model), batch, inference)
 
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_what_is_kept_comes_back_by_id(problem, tmp_path, disk):
     model, guide, batch, inference, fresh = problem
     store = LocalStore(10, tmp_path / "local" if disk else None)
-    state, _ = fit(model, guide, batch, inference, store.recall(torch.tensor([7, 2, 4]), fresh))
+    state, _ = infer_local(model, guide, batch, inference, store.recall(torch.tensor([7, 2, 4]), fresh))
     store.keep(torch.tensor([7, 2, 4]), state)
 
     recalled = store.recall(torch.tensor([2, 9, 7]), fresh)
@@ -36,7 +36,7 @@ def test_a_resumed_store_goes_on(problem, tmp_path, disk):
     model, guide, batch, inference, fresh = problem
     directory = tmp_path / "local" if disk else None
     store, ids_B = LocalStore(5, directory), torch.tensor([0, 3, 1])
-    state, _ = fit(model, guide, batch, inference)
+    state, _ = infer_local(model, guide, batch, inference)
     store.keep(ids_B, state)
     resumed = LocalStore(5, directory)
     resumed.load_state_dict(store.state_dict())

@@ -7,7 +7,7 @@ from pyro.infer import MCMC, NUTS
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.guides import FullCovariance
 from ltm_pyro.guides.full_covariance import scale_tril
-from ltm_pyro.inference.local import fit, frozen
+from ltm_pyro.inference.local import frozen, infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 
@@ -26,7 +26,7 @@ def informative():
 def test_nuts_agrees_with_the_full_covariance_guide(informative):
     model, batch = informative
     inference = LocalInference(steps=400, rate=0.05, particles=32, noise="antithetic", kl="path")
-    state, _ = fit(model, FullCovariance(model), batch, inference)
+    state, _ = infer_local(model, FullCovariance(model), batch, inference)
     factor = scale_tril(state.parameters["z_factor"])[0]
     with frozen(model):
         chain = MCMC(NUTS(model, max_tree_depth=4), num_samples=400, warmup_steps=150, disable_progbar=True)

@@ -17,7 +17,7 @@ from ltm_pyro.inference.optimizers import OPTIMIZERS, Groups
 def test_a_step_is_torchs(name, reference, options):
     theirs = torch.randn(3, 2, requires_grad=True)
     ours, optimizer = theirs.detach().clone(), OPTIMIZERS[name]
-    moments, torchs = optimizer.begin(ours), reference([theirs], **options)
+    moments, torchs = optimizer.init(ours), reference([theirs], **options)
     for update in optimizer.updates(torch.arange(1.0, 6.0)[:, None].expand(5, 3), **options):
         gradient = torch.randn(3, 2)
         theirs.grad = gradient

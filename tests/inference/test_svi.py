@@ -5,9 +5,9 @@ import pytest
 import torch
 from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
 
-from ltm_pyro.contracts import Start
+from ltm_pyro.contracts import Init
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference.local import begin
+from ltm_pyro.inference.local import init
 from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.inference.svi import DualRateSVI
@@ -18,11 +18,11 @@ def rates(name):
 
 
 def test_one_fast_step_with_persistent_locals_is_stock_svi(tiny_model, tiny_batch):
-    batch, inference = tiny_batch(), LocalInference(steps=1, start=Start(log_var=-5.0))
+    batch, inference = tiny_batch(), LocalInference(steps=1, init=Init(log_var=-5.0))
     torch.manual_seed(0)
     ours, theirs = tiny_model(), tiny_model()
     theirs.load_state_dict(ours.state_dict())
-    state = begin(ours, MeanField(ours), batch, inference)
+    state = init(ours, MeanField(ours), batch, inference)
 
     svi = DualRateSVI(ours, MeanField(ours), rates, inference)
     svi.state = state
@@ -56,7 +56,7 @@ def test_training_lowers_the_loss_and_evaluation_learns_nothing(tiny_model, tiny
 def test_predictive_draws_from_the_fitted_q(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
-    posterior = LocalPosterior(guide, begin(model, guide, batch, LocalInference(start=Start(log_var=-40.0))))
+    posterior = LocalPosterior(guide, init(model, guide, batch, LocalInference(init=Init(log_var=-40.0))))
     drawn = Predictive(model, guide=posterior, num_samples=5)(batch._replace(targets_BT=None))
     assert drawn["tokens"].shape == (5, *batch.targets_BT.shape)
     assert drawn["z"].shape == (5, batch.size, 2, 3, 8)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference.trajectory_gradient import AverageGradient
+from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient
 
 GUIDE = MeanField.__new__(MeanField)  # one without parameters of its own
 
@@ -26,7 +26,7 @@ class Two(nn.Module):
 @pytest.mark.parametrize("points", [1, 3])
 def test_a_shared_gradient_is_averaged_once_for_each(points):
     model = Two()
-    average = AverageGradient(model, GUIDE, None, None)
+    average = TrajectoryGradient(model, GUIDE, None, None)
     for point in range(points):
         loss = (1 + point) * model()
         average.add(torch.autograd.grad(loss, average.tensors, allow_unused=True))
@@ -42,7 +42,7 @@ def test_what_only_the_stem_knows_is_dense():
     model.rows = rows
     stem = nn.functional.embedding(torch.tensor([1, 1]), rows.weight, sparse=True)
     leaf = stem.detach()
-    average = AverageGradient(model, GUIDE, leaf, stem)
+    average = TrajectoryGradient(model, GUIDE, leaf, stem)
     average.add(torch.autograd.grad((leaf * model.a).sum() + model(), average.tensors, allow_unused=True))
     average.loss(torch.zeros(())).backward()
     torch.testing.assert_close(rows.weight.grad, torch.stack([0 * model.a, 2 * model.a, 0 * model.a, 0 * model.a]))
@@ -50,6 +50,6 @@ def test_what_only_the_stem_knows_is_dense():
 
 def test_nothing_to_learn():
     model = Two().requires_grad_(False)
-    average = AverageGradient(model, GUIDE, None, None)
+    average = TrajectoryGradient(model, GUIDE, None, None)
     average.add(())
     assert average.loss(torch.ones(())).item() == 1

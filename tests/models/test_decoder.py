@@ -12,7 +12,7 @@ from ltm_pyro.contracts import TOKENS, Z
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.elbo import elbo_terms
-from ltm_pyro.inference.local import begin
+from ltm_pyro.inference.local import init
 from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import GaussianPrior, LatentThoughtModel
@@ -42,7 +42,7 @@ def test_no_token_sees_the_future(tiny_decoder):
 def test_the_receptive_field_is_exact(tiny_decoder, layers, window):
     decoder = tiny_decoder(layers=layers, window=window, thoughts=0)
     x = decoder.embedding(torch.randint(11, (1, 16))).detach().requires_grad_()
-    stem = decoder.blocks[0].attend_to_tokens(x, decoder.turns[:16])
+    stem = decoder.blocks[0].attend_to_tokens(x, decoder.rotary_angles[:16])
     gradient = torch.autograd.grad(decoder(stem, thoughts(decoder, 1))[0, -1].pow(3).sum(), x)[0]
     seen = (gradient[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
     field = layers * (window - 1) + 1
@@ -64,7 +64,7 @@ SHAPES = [{}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}, {"thought_
 def test_no_parameter_is_dead(tiny_model, tiny_batch, changes):
     model, batch = tiny_model(**changes), tiny_batch()
     guide = MeanField(model)
-    start = begin(model, guide, batch, LocalInference()).parameters
+    start = init(model, guide, batch, LocalInference()).parameters
     elbo_terms(model, guide, batch, start).elbo_B.sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     crossing = [name for name, _ in model.named_parameters() if "cross" in name]
@@ -86,21 +86,24 @@ def test_thoughts_may_have_a_width_of_their_own(tiny_decoder):
     assert tiny_decoder().thought_shape == (2, 3, 8)
 
 
-@pytest.mark.parametrize("hearing", [[1], [2], [3], [1, 3], [2, 3]])
-def test_a_layer_without_thoughts_is_one_whose_cross_attention_adds_nothing(tiny_decoder, hearing):
-    some, all_layers = tiny_decoder(layers=3, thought_layers=hearing), tiny_decoder(layers=3, quiet_thoughts=True)
+@pytest.mark.parametrize("attending", [[1], [2], [3], [1, 3], [2, 3]])
+def test_a_layer_without_thoughts_is_one_whose_cross_attention_adds_nothing(tiny_decoder, attending):
+    some, all_layers = (
+        tiny_decoder(layers=3, thought_layers=attending),
+        tiny_decoder(layers=3, zero_init_cross_attention=True),
+    )
     all_layers.load_state_dict(all_layers.state_dict() | some.state_dict())
     inputs, z, elsewhere = torch.randint(11, (2, 9)), thoughts(some, 2), thoughts(all_layers, 2)
-    elsewhere[:, [n - 1 for n in hearing]] = z
+    elsewhere[:, [n - 1 for n in attending]] = z
     torch.testing.assert_close(hidden(some, inputs, z), hidden(all_layers, inputs, elsewhere))
-    torch.testing.assert_close(some.read(inputs, some.begin(z)), hidden(some, inputs, z)[:, -1])
-    assert some.thought_shape == (len(hearing), 3, 8)
+    torch.testing.assert_close(some.decode_step(inputs, some.init_cache(z)), hidden(some, inputs, z)[:, -1])
+    assert some.thought_shape == (len(attending), 3, 8)
 
 
-@pytest.mark.parametrize("hearing", [[], [0], [3]])
-def test_layers_that_are_not_there_hear_nothing(tiny_decoder, hearing):
+@pytest.mark.parametrize("attending", [[], [0], [3]])
+def test_layers_that_are_not_there_hear_nothing(tiny_decoder, attending):
     with pytest.raises(UsageError, match="thought_layers are some of its 2 layers"):
-        tiny_decoder(thought_layers=hearing)
+        tiny_decoder(thought_layers=attending)
 
 
 def test_the_stem_is_the_first_layer_up_to_its_thoughts(tiny_model, tiny_batch):
@@ -132,10 +135,10 @@ def test_the_embedding_is_tied(tiny_model, tiny_batch):
 
 
 def test_quiet_thoughts_say_nothing_at_first(tiny_decoder):
-    decoder, inputs = tiny_decoder(quiet_thoughts=True), torch.randint(11, (2, 5))
+    decoder, inputs = tiny_decoder(zero_init_cross_attention=True), torch.randint(11, (2, 5))
     z, other = thoughts(decoder, 2), thoughts(decoder, 2)
     assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, other))
-    decoder.listening = False
+    decoder.use_thoughts = False
     assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, other))
 
 
@@ -214,7 +217,7 @@ def test_predictive_samples_tokens(tiny_model, tiny_batch):
 def test_stock_svi_improves_a_local_posterior(tiny_model, tiny_batch, particles):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
-    posterior = LocalPosterior(guide, begin(model, guide, batch, LocalInference()))
+    posterior = LocalPosterior(guide, init(model, guide, batch, LocalInference()))
     loss = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
     svi = SVI(model, posterior, pyro.optim.Adam({"lr": 0.02}), loss)
     losses = [svi.step(batch) for _ in range(40)]
@@ -226,7 +229,7 @@ def test_stock_svi_improves_a_local_posterior(tiny_model, tiny_batch, particles)
 def test_the_prior_is_standard_normal(tiny_decoder):
     shape = tiny_decoder().thought_shape
     model = LatentThoughtModel(GaussianPrior(shape), tiny_decoder())
-    z = model.think(2000)
+    z = model.sample_prior(2000)
     assert z.shape == (2000, *shape)
     assert abs(z.mean()) < 5 / (2000 * 48) ** 0.5
     assert abs(z.var() - 1) < 5 * (2 / (2000 * 48)) ** 0.5

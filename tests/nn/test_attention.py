@@ -26,7 +26,7 @@ def random_qkv(length, seed=0, size=2, heads=2, channels=4):
     return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_().unbind(0)
 
 
-def turn(first=0, length=5, channels=4):
+def angles(first=0, length=5, channels=4):
     return rotation(torch.arange(first, first + length), channels)
 
 
@@ -66,11 +66,11 @@ def test_cross_attention_is_torchs_own(kv_heads):
     torch.manual_seed(0)
     attention = CrossAttention(width=16, heads=4, kv_heads=kv_heads, thought_width=6).double()
     x, z = torch.randn(2, 7, 16).double(), torch.randn(2, 3, 6).double()
-    q = attention.queries(x, turn(length=7))
+    q = attention.queries(x, angles(length=7))
     k, v = attention.split(attention.key_value(z)).chunk(2, dim=2)
-    k, v = KeysValues(rotary(k, turn(length=3)).transpose(1, 2), v.transpose(1, 2)).spread(4)
+    k, v = KeysValues(rotary(k, angles(length=3)).transpose(1, 2), v.transpose(1, 2)).spread(4)
     expected = attention.merge(F.scaled_dot_product_attention(q, k, v))
-    found = attention(x, turn(length=7), attention.remember(z, turn(length=3)))
+    found = attention(x, angles(length=7), attention.project_kv(z, angles(length=3)))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
@@ -84,21 +84,21 @@ def test_a_mask_hides_everything_behind_it():
 @given(shift=st.integers(0, 500), seed=st.integers(0, 100))
 def test_rotary_scores_depend_on_distance_only(shift, seed):
     q, k, _ = (x.transpose(1, 2) for x in random_qkv(5, seed))
-    here, there = (torch.einsum("bihc,bjhc->bhij", rotary(q, turn(m)), rotary(k, turn(m))) for m in (0, shift))
+    here, there = (torch.einsum("bihc,bjhc->bhij", rotary(q, angles(m)), rotary(k, angles(m))) for m in (0, shift))
     torch.testing.assert_close(here, there, rtol=0, atol=2e-4)  # angles are computed in float32
 
 
 def test_rotary_keeps_lengths_and_the_first_position():
     q = random_qkv(5)[0].transpose(1, 2)
-    torch.testing.assert_close(rotary(q, turn()).norm(dim=-1), q.norm(dim=-1))
-    torch.testing.assert_close(rotary(q, turn())[:, 0], q[:, 0])
+    torch.testing.assert_close(rotary(q, angles()).norm(dim=-1), q.norm(dim=-1))
+    torch.testing.assert_close(rotary(q, angles())[:, 0], q[:, 0])
 
 
 def test_rotary_of_the_compiler_is_the_same(monkeypatch):
     q = random_qkv(5)[0].transpose(1, 2)
-    complex_product = rotary(q, turn(3))
+    complex_product = rotary(q, angles(3))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(rotary(q, turn(3)), complex_product, rtol=0, atol=1e-15)
+    torch.testing.assert_close(rotary(q, angles(3)), complex_product, rtol=0, atol=1e-15)
 
 
 def test_grouped_heads_share_keys_and_values():

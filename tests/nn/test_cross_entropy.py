@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.elbo import elbo_terms
-from ltm_pyro.inference.local import begin, learn
+from ltm_pyro.inference.local import init, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.nn import cross_entropy
 from ltm_pyro.nn.cross_entropy import LateGradient, Tile, kernel, token_nats
@@ -107,7 +107,7 @@ def test_no_step_holds_the_logits_of_a_batch(tiny_model, tiny_batch, slow_gradie
     model, batch = tiny_model(vocabulary=300), tiny_batch(size=4, length=16)
     with Largest() as largest:
         inference = LocalInference(steps=2, slow_gradient=slow_gradient)
-        learn(model, MeanField(model), batch, inference).loss.backward()
+        training_loss(model, MeanField(model), batch, inference).loss.backward()
     assert largest.elements < batch.inputs_BT.numel() * 300 / 2
     assert model.decoder.embedding.weight.grad.abs().sum() > 0
 
@@ -119,9 +119,9 @@ def test_nothing_is_found_that_nobody_asks_for(tiny_model, tiny_batch, monkeypat
         cross_entropy, "_expect", lambda h, e, climbing: asked.append(climbing) or expect(h, e, climbing)
     )
     guide = MeanField(model)
-    learn(model, guide, batch, LocalInference(steps=2, slow_gradient="last"))
+    training_loss(model, guide, batch, LocalInference(steps=2, slow_gradient="last"))
     with torch.no_grad():
-        elbo_terms(model, guide, batch, begin(model, guide, batch, LocalInference()).parameters)
+        elbo_terms(model, guide, batch, init(model, guide, batch, LocalInference()).parameters)
     assert asked == [True, True, True, False]  # two fast steps, the slow step, a score
 
 
@@ -132,7 +132,7 @@ def test_the_embeddings_gradient_waits_for_the_decoder(tiny_model, tiny_batch, m
     for name, parameter in model.decoder.blocks.named_parameters():
         parameter.register_hook(lambda _, name=name: order.append(name))
     guide, inference = MeanField(model), LocalInference(steps=2, slow_gradient="last")
-    local = begin(model, guide, batch, inference).parameters
+    local = init(model, guide, batch, inference).parameters
     elbo_terms(model, guide, model.prepare(batch), local).elbo_B.sum().backward()
     stem = {"0.norm_self.weight", "0.self_attention.query_key_value.weight", "0.self_attention.output.weight"}
     assert set(order[order.index("embedding") :]) == {"embedding"} | stem  # of the decoder, what was called before

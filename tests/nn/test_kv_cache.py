@@ -28,10 +28,10 @@ def anew(decoder, tokens_BT, z_BLKD):
 def test_pieces_equal_the_whole(window, pieces, changes):
     decoder = make(window, **changes)
     tokens, z = torch.randint(11, (2, sum(pieces))), torch.randn(2, *decoder.thought_shape)
-    whole, cache, end = anew(decoder, tokens, z), decoder.begin(z), 0
+    whole, cache, end = anew(decoder, tokens, z), decoder.init_cache(z), 0
     for piece in tokens.split(pieces, 1):
         end += piece.shape[1]
-        torch.testing.assert_close(decoder.read(piece, cache), whole[:, end - 1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(decoder.decode_step(piece, cache), whole[:, end - 1], rtol=0, atol=1e-6)
     assert cache.read_B.tolist() == [end, end]
 
 
@@ -40,9 +40,9 @@ def test_pieces_equal_the_whole(window, pieces, changes):
 def test_rows_read_at_their_own_pace(window, lengths, more):
     decoder, rows = make(window), len(lengths)
     prompt, z = torch.randint(11, (rows, max(lengths))), torch.randn(rows, *decoder.thought_shape)
-    cache, following = decoder.begin(z), torch.randint(11, (rows, more))
-    hidden = [decoder.read(prompt, cache, torch.tensor(lengths))]
-    hidden += [decoder.read(token, cache) for token in following.split(1, 1)]
+    cache, following = decoder.init_cache(z), torch.randint(11, (rows, more))
+    hidden = [decoder.decode_step(prompt, cache, torch.tensor(lengths))]
+    hidden += [decoder.decode_step(token, cache) for token in following.split(1, 1)]
     for row, length in enumerate(lengths):
         alone = torch.cat([prompt[row, :length], following[row]])[None]
         expected = anew(decoder, alone, z[row, None])[0, length - 1 :]
@@ -52,21 +52,21 @@ def test_rows_read_at_their_own_pace(window, lengths, more):
 def test_selected_rows_go_on_alone():
     decoder = make()
     tokens, z = torch.randint(11, (3, 6)), torch.randn(3, *decoder.thought_shape)
-    cache, index = decoder.begin(z), torch.tensor([2, 0, 2])
-    decoder.read(tokens, cache, torch.tensor([6, 2, 5]))
+    cache, index = decoder.init_cache(z), torch.tensor([2, 0, 2])
+    decoder.decode_step(tokens, cache, torch.tensor([6, 2, 5]))
     before, chosen, token = cache.read_B.clone(), cache.select(index), torch.tensor([[1], [2], [1]])
-    first, _, again = decoder.read(token, chosen)
+    first, _, again = decoder.decode_step(token, chosen)
     assert torch.equal(first, again)
     assert torch.equal(cache.read_B, before)
-    torch.testing.assert_close(decoder.read(token, cache)[2], first)
+    torch.testing.assert_close(decoder.decode_step(token, cache)[2], first)
 
 
 def greedy(decoder, prompt, z, cached, steps=60):
-    tokens, cache, read = prompt, decoder.begin(z), prompt
+    tokens, cache, unread = prompt, decoder.init_cache(z), prompt
     for _ in range(steps):
-        hidden = decoder.read(read, cache) if cached else anew(decoder, tokens, z)[:, -1]
-        read = (hidden @ decoder.embedding.weight.T).argmax(-1, keepdim=True)
-        tokens = torch.cat([tokens, read], 1)
+        hidden = decoder.decode_step(unread, cache) if cached else anew(decoder, tokens, z)[:, -1]
+        unread = (hidden @ decoder.embedding.weight.T).argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, unread], 1)
     return tokens
 
 
@@ -82,10 +82,10 @@ def test_greedy_texts_are_identical_in_single_precision(prompt):
 
 def test_a_token_costs_the_same_wherever_it_stands():
     decoder = make()
-    cache, costs = decoder.begin(torch.randn(2, *decoder.thought_shape)), []
+    cache, costs = decoder.init_cache(torch.randn(2, *decoder.thought_shape)), []
     for _ in range(20):
         with FlopCounterMode(display=False) as counter:
-            decoder.read(torch.ones(2, 1, dtype=torch.long), cache)
+            decoder.decode_step(torch.ones(2, 1, dtype=torch.long), cache)
         costs.append(counter.get_total_flops())
     assert len(set(costs)) == 1
 
@@ -94,7 +94,7 @@ def test_half_precision_is_remembered_in_half():
     decoder = make(window=4, width=32, heads=4).float()
     tokens, z = torch.randint(11, (2, 9)), torch.randn(2, *decoder.thought_shape, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        cache = decoder.begin(z)
-        hidden = decoder.read(tokens, cache)
+        cache = decoder.init_cache(z)
+        hidden = decoder.decode_step(tokens, cache)
     assert {x.dtype for ring in cache.rings for x in ring} == {torch.bfloat16}
     torch.testing.assert_close(hidden.float(), anew(decoder, tokens, z)[:, -1], rtol=0.05, atol=0.1)

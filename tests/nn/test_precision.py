@@ -3,7 +3,7 @@
 import torch
 
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference.local import fit, frozen
+from ltm_pyro.inference.local import frozen, infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.nn.precision import matrix_dtype
 
@@ -33,7 +33,7 @@ def test_a_fit_in_half_precision_is_close_to_one_in_single(tiny_model, tiny_batc
     for enabled in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            state, info = fit(model, MeanField(model), batch, inference)
+            state, info = infer_local(model, MeanField(model), batch, inference)
         found.append(info.elbo_NB)
         assert {x.dtype for x in state.parameters.values()} <= {torch.float32, torch.float64}
         assert info.kl_NB.dtype != torch.bfloat16

@@ -14,7 +14,7 @@ from ltm_pyro.text import generation, thoughts
 from ltm_pyro.text.generation import decode, generate, interpolate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.streaming import TextDecoder, TextStreamer, token_texts
-from ltm_pyro.text.thoughts import Mind, Thinking, draw, encode, read
+from ltm_pyro.text.thoughts import ThoughtSampler, ThoughtSampling, draw, encode, read
 
 PROMPT = "the old"
 PROMPTS = ["the old", "", "a long text and short", "naïve café 😀"]  # 2 to 9 tokens, the window is 4
@@ -68,14 +68,16 @@ def test_the_seed_leaves_other_noise_alone(run):
 
 
 @pytest.mark.parametrize(
-    "thinking", [Thinking(), Thinking(refit_every=3, candidates=3)], ids=["once", "again, from candidates"]
+    "thought_sampling",
+    [ThoughtSampling(), ThoughtSampling(refit_every=3, candidates=3)],
+    ids=["once", "again, from candidates"],
 )
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_a_batch_of_mixed_lengths_equals_one_by_one(run, thinking, do_sample):
+def test_a_batch_of_mixed_lengths_equals_one_by_one(run, thought_sampling, do_sample):
     sampling = Sampling(num_return_sequences=2, max_new_tokens=9, do_sample=do_sample, repetition_penalty=1.2)
-    together = generate(run, PROMPTS, sampling, thinking)
-    assert together == generate(run, PROMPTS, sampling, thinking, batch_size=1)
-    assert together[:4] == generate(run, PROMPTS[:2], sampling, thinking, batch_size=3)
+    together = generate(run, PROMPTS, sampling, thought_sampling)
+    assert together == generate(run, PROMPTS, sampling, thought_sampling, batch_size=1)
+    assert together[:4] == generate(run, PROMPTS[:2], sampling, thought_sampling, batch_size=3)
     assert len(set(together)) > 4
 
 
@@ -114,7 +116,7 @@ def test_nothing_but_the_prompt_is_seen(run, monkeypatch):
 def test_it_thinks_again_of_all_that_is_written(run, monkeypatch):
     batches, fit = [], thoughts.fit
     monkeypatch.setattr(thoughts, "fit", lambda m, g, batch, *more: batches.append(batch) or fit(m, g, batch, *more))
-    (text,) = generate(run, PROMPT, Sampling(max_new_tokens=7), Thinking(refit_every=3))
+    (text,) = generate(run, PROMPT, Sampling(max_new_tokens=7), ThoughtSampling(refit_every=3))
     prompt = encode(run, PROMPT)
     assert [int(batch.tokens_B) for batch in batches] == [len(prompt) + n for n in (0, 3, 6)]
     assert text.startswith(decode(run, [batches[-1].targets_BT[0].tolist()[len(prompt) :]])[0])
@@ -130,9 +132,9 @@ def test_without_a_prompt_z_comes_from_the_prior(run, written):
 def test_candidates_come_from_the_posterior(run):
     """q left at the prior, 50 candidates: the mean of z is that of the posterior that importance weights give."""
     prompt, still = encode(run, PROMPTS[2]), LocalInference(steps=0)
-    mind = Mind(run, [prompt], [(0, 0)], Thinking(candidates=50, inference=still), copies=100)
-    found = mind.think()
-    drawn = draw(run, read(run, [prompt]), mind.state.select(torch.tensor([0])), 10_000)
+    sampler = ThoughtSampler(run, [prompt], [(0, 0)], ThoughtSampling(candidates=50, inference=still), copies=100)
+    found = sampler.sample()
+    drawn = draw(run, read(run, [prompt]), sampler.state.select(torch.tensor([0])), 10_000)
     weight = drawn.log_weight_B[:, 0].softmax(0)
     expected = (weight[:, None] * drawn.z_BLKD[:, 0].flatten(1)).sum(0)
     error = (found.flatten(1).mean(0) - expected) / (found.flatten(1).std(0) / 100**0.5)
@@ -186,13 +188,13 @@ def test_interpolation_begins_and_ends_at_the_texts(run, written):
 
 def test_layers_without_their_thoughts_hear_nothing(tiny_run, written):
     run = tiny_run()
-    generate(run, PROMPT, Sampling(max_new_tokens=4), Thinking(layers=(2,)))
+    generate(run, PROMPT, Sampling(max_new_tokens=4), ThoughtSampling(layers=(2,)))
     ((rows, z, _),) = written
     assert z[0, 0].eq(0).all()
     assert z[0, 1].ne(0).all()
     stem = run.model.decoder.stem(torch.tensor(rows))
     deaf = run.model.decoder(stem, torch.zeros_like(z))
-    run.model.decoder.listening = False
+    run.model.decoder.use_thoughts = False
     torch.testing.assert_close(deaf, run.model.decoder(stem, z))
 
 
@@ -204,10 +206,10 @@ def test_layers_without_their_thoughts_hear_nothing(tiny_run, written):
         ("at least 2 texts", lambda run: interpolate(run, (PROMPT, PROMPT), 1)),
         (
             "no layer 3: those that hear thoughts are counted from 1 to 2",
-            lambda run: generate(run, PROMPT, thinking=Thinking(layers=(3,))),
+            lambda run: generate(run, PROMPT, thought_sampling=ThoughtSampling(layers=(3,))),
         ),
-        ("candidates must be at least 1", lambda run: Thinking(candidates=0)),
-        ("refit_every", lambda run: Thinking(refit_every=-1)),
+        ("candidates must be at least 1", lambda run: ThoughtSampling(candidates=0)),
+        ("refit_every", lambda run: ThoughtSampling(refit_every=-1)),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -218,4 +220,4 @@ def test_refusals(run, message, call):
 
 def test_layers_are_counted_among_those_with_thoughts(tiny_run):
     with pytest.raises(UsageError, match="no layer 2: those that hear thoughts are counted from 1 to 1"):
-        generate(tiny_run(thought_layers=[2]), PROMPT, thinking=Thinking(layers=(2,)))
+        generate(tiny_run(thought_layers=[2]), PROMPT, thought_sampling=ThoughtSampling(layers=(2,)))

@@ -1,4 +1,4 @@
-"""Scores of texts and continuations: against the protocols, against plain sums, and blind to the future."""
+"""Scores of texts and continuations: against the estimators, against plain sums, and blind to the future."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from ltm_pyro.data import pack_texts
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import Point
-from ltm_pyro.inference.estimators import PROTOCOLS, evaluate
+from ltm_pyro.inference.estimators import ESTIMATORS, evaluate
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.text import scoring
 from ltm_pyro.text.scoring import Scoring, score, score_continuations, score_tokens
@@ -23,22 +23,22 @@ def run(tiny_run):
     return tiny_run()
 
 
-def nats(run, pairs, protocol, **options):
-    return [found.nats_U for found in score_tokens(run, pairs, Scoring(protocol=protocol, samples=3, **options))]
+def nats(run, pairs, estimator, **options):
+    return [found.nats_U for found in score_tokens(run, pairs, Scoring(estimator=estimator, samples=3, **options))]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_texts_cost_what_the_protocol_says(run, protocol):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_texts_cost_what_the_estimator_says(run, estimator):
     """One row of packed data, as `evaluate` scores it, and the same tokens as a text."""
     text = "writes short words"
     data = pack_texts([text], run.tokenizer, run.length)
     batch = data.collate([data[0]])
     tokens = encode(run, text)
     batch = batch._replace(mask_BT=torch.arange(run.length)[None] < len(tokens)).crop(0, len(tokens))
-    expected = evaluate(run.model, run.guide, [batch], run.inference, [protocol], samples=3)
-    (found,) = score(run, [text], Scoring(protocol=protocol, samples=3))
+    expected = evaluate(run.model, run.guide, [batch], run.inference, [estimator], samples=3)
+    (found,) = score(run, [text], Scoring(estimator=estimator, samples=3))
     assert (found.tokens, found.bytes) == (len(tokens), len(text))
-    assert found.nats == pytest.approx(expected.protocols[protocol].nats_per_token * len(tokens))
+    assert found.nats == pytest.approx(expected.estimates[estimator].nats_per_token * len(tokens))
 
 
 def test_a_long_text_is_the_sum_of_its_pieces(tiny_run):
@@ -51,15 +51,15 @@ def test_a_long_text_is_the_sum_of_its_pieces(tiny_run):
     assert whole.nats == pytest.approx(sum(map(sum, nats(run, pieces, "iwae"))))
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_without_thoughts_it_is_the_likelihood(tiny_run, protocol):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_without_thoughts_it_is_the_likelihood(tiny_run, estimator):
     run = tiny_run(thoughts=0)
     context, tokens = encode(run, CONTEXTS[2]), encode(run, CONTINUATIONS[2])
     ids = torch.tensor([[run.start_token, *context, *tokens]])
     z = torch.zeros(1, *run.model.decoder.thought_shape)
     hidden = run.model.decoder(run.model.decoder.stem(ids[:, :-1]), z)[0, len(context) :]
     log_p = (hidden @ run.model.decoder.embedding.weight.T).log_softmax(-1)
-    (found,) = score_tokens(run, [(context, tokens)], Scoring(protocol=protocol, samples=3, block=2))
+    (found,) = score_tokens(run, [(context, tokens)], Scoring(estimator=estimator, samples=3, block=2))
     torch.testing.assert_close(torch.tensor(found.nats_U), -log_p[range(len(tokens)), tokens])
     assert found.likeliest_U == (log_p.argmax(-1) == torch.tensor(tokens)).tolist()
     assert found.is_greedy == all(found.likeliest_U)
@@ -81,14 +81,14 @@ def test_draws_are_averaged_as_the_formula_says(run, monkeypatch):
     assert log_weight.std() > 0.1
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_future_does_not_leak(run, protocol, monkeypatch):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_future_does_not_leak(run, estimator, monkeypatch):
     """Other tokens from position n on leave every figure before n as it was."""
     pairs = [(encode(run, c), encode(run, y)) for c, y in zip(CONTEXTS, CONTINUATIONS, strict=True)]
-    before = nats(run, pairs, protocol, block=2)
+    before = nats(run, pairs, estimator, block=2)
     for n in (1, 2, 3):
         changed = [(c, [*y[:n], *((t + 7) % 270 + 1 for t in y[n:])]) for c, y in pairs]
-        after = nats(run, changed, protocol, block=2)
+        after = nats(run, changed, estimator, block=2)
         assert [row[:n] for row in after] == [row[:n] for row in before]
         assert [row[n:] for row in after] != [row[n:] for row in before]
 
@@ -97,22 +97,24 @@ def test_a_leak_would_be_seen(run, monkeypatch):
     """The test above has the power to fail: with z fitted to the whole text, earlier figures change."""
     draw = scoring.draw
     whole = {}
-    monkeypatch.setattr(scoring, "fit", lambda m, g, context, *rest: whole["fit"](m, g, whole["batch"], *rest))
-    from ltm_pyro.inference.local import fit
+    monkeypatch.setattr(scoring, "infer_local", lambda m, g, context, *rest: whole["fit"](m, g, whole["batch"], *rest))
+    from ltm_pyro.inference.local import infer_local
     from ltm_pyro.text.thoughts import read
 
     context, tokens = encode(run, CONTEXTS[2]), encode(run, CONTINUATIONS[2])
     found = []
     for last in (tokens[-1], tokens[-1] + 5):
-        whole.update(fit=fit, batch=read(run, [[*context, *tokens[:-1], last]]))
+        whole.update(fit=infer_local, batch=read(run, [[*context, *tokens[:-1], last]]))
         found += nats(run, [(context, [*tokens[:-1], last])], "iwae")
     assert draw is scoring.draw
     assert found[0][:-1] != found[1][:-1]
 
 
 def test_causal_fits_again_to_what_came_before(run, monkeypatch):
-    seen, fit = [], scoring.fit
-    monkeypatch.setattr(scoring, "fit", lambda m, g, context, *rest: seen.append(context) or fit(m, g, context, *rest))
+    seen = []
+    monkeypatch.setattr(
+        scoring, "infer_local", lambda m, g, context, *rest: seen.append(context) or infer_local(m, g, context, *rest)
+    )
     pairs = [(encode(run, "the old"), encode(run, " model")), ([], encode(run, " words about time"))]
     found = nats(run, pairs, "causal", block=3)
     assert [len(row) for row in found] == [len(y) for _, y in pairs]
@@ -134,8 +136,8 @@ def test_a_seed_gives_the_same_scores(run):
 
 
 def test_q_starts_where_inference_says(run):
-    still = Scoring(protocol="bound", inference=LocalInference(steps=0), samples=4000)
-    moved = replace(still, protocol="prior")
+    still = Scoring(estimator="bound", inference=LocalInference(steps=0), samples=4000)
+    moved = replace(still, estimator="prior")
     (at_prior,), (prior,) = score(run, ["the old"], still), score(run, ["the old"], moved)
     assert at_prior.nats == pytest.approx(prior.nats, rel=0.02)
 
@@ -146,7 +148,7 @@ def test_q_starts_where_inference_says(run):
         ("Text 1 is empty", lambda run: score(run, ["the", ""])),
         ("Continuation 0 is empty", lambda run: score_continuations(run, [("the", "")])),
         ("length is 24: shorten the context", lambda run: score_continuations(run, [("the old" * 9, " model")])),
-        ("Unknown protocol 'elbo'", lambda run: Scoring(protocol="elbo")),
+        ("Unknown estimator 'elbo'", lambda run: Scoring(estimator="elbo")),
         ("Samples must be at least 1", lambda run: Scoring(samples=0)),
         ("≥ 1, got 0 and 32", lambda run: Scoring(block=0)),
         ("≥ 1, got 16 and 0", lambda run: Scoring(batch_size=0)),
@@ -161,5 +163,5 @@ def test_refusals(run, message, call):
 def test_without_a_density_there_is_no_bound(run):
     run = run._replace(guide=Point(run.model))
     with pytest.raises(UsageError, match="No figure for bound: Point has no density; ask for prior, causal"):
-        score(run, ["short"], Scoring(protocol="bound"))
-    assert score(run, ["short"], Scoring(protocol="causal"))[0].nats > 0
+        score(run, ["short"], Scoring(estimator="bound"))
+    assert score(run, ["short"], Scoring(estimator="causal"))[0].nats > 0

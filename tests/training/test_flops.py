@@ -8,20 +8,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltm_pyro.guides import Amortized, Langevin, Laplace, MeanField
-from ltm_pyro.inference.local import fit, learn
+from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.studies.bench.suites import NoModules
-from ltm_pyro.training.flops import ours, published
+from ltm_pyro.training.flops import flops_per_token, flops_per_token_as_published
 
 
 def counted_per_token(model, guide, batch, inference) -> float:
     """What torch counts in one call of `learn` and its backward pass; only the plain attention kernel is countable."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
-    fit(model, guide, batch, inference)  # attention is tried out the first time, which is not to be counted
+    infer_local(model, guide, batch, inference)  # attention is tried out the first time, which is not to be counted
     with counter, sdpa_kernel(SDPBackend.MATH):
-        loss, *_ = learn(model, guide, batch, inference)
+        loss, *_ = training_loss(model, guide, batch, inference)
         loss.backward()
     return counter.get_total_flops() / batch.inputs_BT.numel()
 
@@ -47,7 +47,7 @@ def test_ours_is_what_torch_counts(tiny_model, tiny_batch, shape, steps, slow_gr
     batch = tiny_batch(size=2, length=shape["length"], vocabulary=50)
     inference = LocalInference(steps=steps, slow_gradient=slow_gradient)
     guide = MeanField(model)
-    flops = ours(model.decoder, guide, shape["length"], inference)
+    flops = flops_per_token(model.decoder, guide, shape["length"], inference)
     assert flops.total == pytest.approx(counted_per_token(model, guide, batch, inference), rel=0.02)
 
 
@@ -57,7 +57,7 @@ def test_a_guide_pays_for_what_it_does_itself(tiny_model, tiny_batch, family, sl
     model = tiny_model(vocabulary=50, layers=2, width=32, heads=4, thoughts=2, thought_width=2, window=8, length=32)
     batch, guide = tiny_batch(size=2, length=32, vocabulary=50), family(model)
     inference = LocalInference(steps=3, rate=0.01, slow_gradient=slow_gradient)
-    flops = ours(model.decoder, guide, 32, inference)
+    flops = flops_per_token(model.decoder, guide, 32, inference)
     assert flops.total == pytest.approx(counted_per_token(model, guide, batch, inference), rel=0.03)
 
 
@@ -65,10 +65,12 @@ def test_a_guide_pays_for_what_it_does_itself(tiny_model, tiny_batch, family, sl
 def test_a_decoder_that_does_not_listen_is_not_charged_for_thoughts(tiny_model, tiny_batch, steps):
     model = tiny_model(vocabulary=50, width=32, heads=4, window=8, length=32)
     guide, batch = MeanField(model), tiny_batch(size=2, length=32, vocabulary=50)
-    model.decoder.listening = False
+    model.decoder.use_thoughts = False
     counted = counted_per_token(model, guide, batch, LocalInference(steps=0))
-    assert ours(model.decoder, guide, 32, LocalInference(steps=steps), False).total == pytest.approx(counted, rel=0.02)
-    assert not model.decoder.listening
+    assert flops_per_token(model.decoder, guide, 32, LocalInference(steps=steps), False).total == pytest.approx(
+        counted, rel=0.02
+    )
+    assert not model.decoder.use_thoughts
 
 
 @pytest.mark.parametrize(
@@ -82,4 +84,6 @@ def test_recipes_meet_the_papers_table(recipe, parameters, gflops):
     decoder = Decoder(settings["vocabulary"], **arguments)
     steps = settings["inference"]["steps"]
     assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(parameters, rel=0.01)
-    assert published(decoder, arguments["length"], steps).total == pytest.approx(gflops * 1e9, rel=0.002)
+    assert flops_per_token_as_published(decoder, arguments["length"], steps).total == pytest.approx(
+        gflops * 1e9, rel=0.002
+    )

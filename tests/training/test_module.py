@@ -7,12 +7,12 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 
-from ltm_pyro.contracts import Start
+from ltm_pyro.contracts import Init
 from ltm_pyro.data import pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.elbo import elbo_terms
-from ltm_pyro.inference.local import begin, learn
+from ltm_pyro.inference.local import init, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 from ltm_pyro.training.datamodule import PackedData
@@ -85,7 +85,7 @@ def test_a_curriculum_moves_between_its_points():
     )
     assert curriculum.at(0.2, base, count).steps == 0
     later = curriculum.at(0.75, base, count)
-    assert (later.steps, later.start.log_var, round(later.rate, 3)) == (6, -2.0, 0.33)
+    assert (later.steps, later.init.log_var, round(later.rate, 3)) == (6, -2.0, 0.33)
     assert Curriculum().at(0.5, base, count) == base
     bought = Curriculum(flops_per_token=[(0, 0), (1, 100)])
     assert [bought.at(x, base, count).steps for x in (0.0, 0.2, 0.5, 1.0)] == [1, 1, 4, 9]
@@ -121,7 +121,7 @@ def test_added_thoughts_leave_the_autoregressive_loss_exactly(train, data):
 
 
 def _start(module, batch):
-    return begin(module.model, module.guide, batch, LocalInference()).parameters
+    return init(module.model, module.guide, batch, LocalInference()).parameters
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -229,7 +229,7 @@ def test_the_golden_curve(data):
             losses.append(self.trainer.callback_metrics["train/loss"].item())
             super().on_train_batch_end(*arguments)
 
-    module = make_module(inference=LocalInference(steps=3, start=Start(log_var=-2.0, jitter=0.1)))
+    module = make_module(inference=LocalInference(steps=3, init=Init(log_var=-2.0, jitter=0.1)))
     module.__class__ = Watched
     options = {"precision": "64-true", "gradient_clip_val": 1.0, "logger": False, "limit_val_batches": 0}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -242,4 +242,4 @@ def test_without_fast_steps_the_loss_is_the_autoregressive_one(data):
     curriculum = Curriculum(steps=[(0, 0), (1, 0)], log_var=[(0, -4), (1, -4)])
     inference = curriculum.at(0.0, LocalInference(), count)
     module, batch = make_module(), next(iter(data.val_dataloader()))
-    assert learn(module.model, module.guide, batch, inference).terms.kl_B.abs().max() == 0
+    assert training_loss(module.model, module.guide, batch, inference).terms.kl_B.abs().max() == 0

@@ -87,7 +87,7 @@ def judged(judge: Run, texts: list[str], seed: int) -> Figures:
     if reason := missing_bound(judge.model, judge.guide):
         why = f"the judge has no bound ({reason})"
         return {"unavailable": dict.fromkeys(("judged_perplexity", "judged_bits_per_byte"), why)}
-    scores = score(judge, texts, Scoring(protocol="bound", samples=1, seed=seed))
+    scores = score(judge, texts, Scoring(estimator="bound", samples=1, seed=seed))
     nats, tokens = math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
     bits = nats / math.log(2) / sum(s.bytes for s in scores)
     return {"judged_perplexity": math.exp(nats / tokens), "judged_bits_per_byte": bits}

@@ -13,7 +13,7 @@ from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, none_found
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
-from ltm_pyro.text.thoughts import Thinking, encode
+from ltm_pyro.text.thoughts import ThoughtSampling, encode
 
 ANSWER_TOKENS = 128  # of the model's length, at most half of it
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -69,8 +69,8 @@ def pass_at_k(problems: list[Problem], options: Options, run: Run) -> Figures:
     if not kept:
         raise UsageError(f"No question of GSM8K fits into {run.length - room} tokens: use a longer model.")
     sampling = Sampling(max_new_tokens=room, num_return_sequences=n, stop_strings=("Question:",), temperature=0.8)
-    thinking = Thinking(inference=options.inference(run))
-    texts = generate(run, [text for text, _ in kept], sampling, thinking, seed=options.seed)
+    thought_sampling = ThoughtSampling(inference=options.inference(run))
+    texts = generate(run, [text for text, _ in kept], sampling, thought_sampling, seed=options.seed)
     correct = [sum(result(text) == truth for text in texts[i * n : (i + 1) * n]) for i, (_, truth) in enumerate(kept)]
     figures: Figures = {}
     for k in {1, min(5, n)}:

@@ -8,7 +8,7 @@ from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, none_found
 from ltm_pyro.runs.run import Run
 
-PROTOCOLS = ("bound", "iwae", "prior")
+ESTIMATORS = ("bound", "iwae", "prior")
 
 
 def parts(options: Options) -> list[Part]:
@@ -30,12 +30,12 @@ def bits_per_byte(file: Path, options: Options) -> Callable[[Run], Figures]:
 
     def figures(run: Run) -> Figures:
         found = evaluate_run(
-            run, str(file), PROTOCOLS, options.samples, options.fast_steps, options.limit, options.seed
+            run, str(file), ESTIMATORS, options.samples, options.fast_steps, options.limit, options.seed
         ).as_dict()
-        protocols, gain = found.pop("protocols"), found.pop("thinking_gain") or {}
-        bits = {name: score["bits_per_byte"] for name, score in protocols.items()}
-        scale = bits["prior"] / protocols["prior"]["nats_per_token"]
-        stderr = protocols.get("bound", {}).get("stderr_nats_per_token")
+        estimators, gain = found.pop("estimates"), found.pop("thinking_gain") or {}
+        bits = {name: score["bits_per_byte"] for name, score in estimators.items()}
+        scale = bits["prior"] / estimators["prior"]["nats_per_token"]
+        stderr = estimators.get("bound", {}).get("stderr_nats_per_token")
         worth, worth_stderr = (x and x * scale for x in map(gain.get, ("nats_per_token", "stderr_nats_per_token")))
         return {
             "bits_per_byte": bits.get("bound"),

@@ -15,7 +15,7 @@ from ltm_pyro.contracts import Batch
 from ltm_pyro.evaluation.evaluate import BATCH, held_out
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part
 from ltm_pyro.runs.run import Run
-from ltm_pyro.text.thoughts import Thinking, draw, infer
+from ltm_pyro.text.thoughts import ThoughtSampling, draw, infer
 
 
 def parts(options: Options) -> list[Part]:
@@ -61,6 +61,6 @@ def accuracy(options: Options, run: Run) -> Figures:
 def _hits(run: Run, batch: Batch, z_BLKD: Float[Tensor, "B L K D"], last: int) -> Int[Tensor, " B"]:
     """How many tokens of each sequence are the likeliest when layers 1 to ``last`` hear their thoughts."""
     decoder = run.model.decoder
-    hidden_BTD = decoder(batch.stem_BTD, Thinking(layers=tuple(range(1, last + 1))).heard(z_BLKD))
+    hidden_BTD = decoder(batch.stem_BTD, ThoughtSampling(layers=tuple(range(1, last + 1))).mask_layers(z_BLKD))
     likeliest_BT = F.linear(hidden_BTD, decoder.embedding.weight).argmax(-1)
     return ((likeliest_BT == batch.targets_BT) & batch.mask_BT).sum(-1)

@@ -87,7 +87,7 @@ def evaluate_suites(
     plan = [(name, part) for name in dict.fromkeys(names) for part in SUITES[name].parts(options)]
     paths = {"model": run, **({"baseline": baseline} if baseline else {})}
     runs = {column: load_run(path, device) for column, path in paths.items()}
-    book = _Book(out, _settings(paths, options), force)
+    book = _ResultsFile(out, _settings(paths, options), force)
     console = Console(stderr=True)
     for index, (name, part) in enumerate(plan, 1):
         for column, trained in runs.items():
@@ -108,7 +108,7 @@ def _weights(run: str) -> Path:
     return Path(run) / WEIGHTS if is_export(run) else checkpoint_path(run)
 
 
-class _Book:
+class _ResultsFile:
     """The file of results, written again after every part."""
 
     def __init__(self, out: Path, settings: dict[str, Any], force: bool) -> None:

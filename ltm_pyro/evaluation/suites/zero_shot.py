@@ -28,7 +28,7 @@ PAPER = {  # perplexity as the paper prints it, with the noise of the fit (docs/
     "wikitext-2": {"GPT-2-Large": 30.09, "LTM-Medium": 17.39, "LTM-Large": 3.66},
     "lm1b": {"GPT-2-Large": 45.61, "LTM-Medium": 25.16, "LTM-Large": 3.92},
 }
-PROTOCOLS = ("bound", "iwae", "prior", "reused_noise")
+ESTIMATORS = ("bound", "iwae", "prior", "reused_noise")
 
 
 def parts(options: Options) -> list[Part]:
@@ -43,17 +43,17 @@ def parts(options: Options) -> list[Part]:
 
 
 def perplexity(place: str, options: Options) -> Callable[[Run], Figures]:
-    """Every protocol's figures for a text; perplexity is exp(nats / tokens), over the run's own tokens.
+    """Every estimator's figures for a text; perplexity is exp(nats / tokens), over the run's own tokens.
 
     What needs a bound is None for a run that has none.
     """
 
     def figures(run: Run) -> Figures:
         found = evaluate_run(
-            run, place, PROTOCOLS, options.samples, options.fast_steps, options.limit, options.seed
+            run, place, ESTIMATORS, options.samples, options.fast_steps, options.limit, options.seed
         ).as_dict()
-        protocols, gain = found.pop("protocols"), found.pop("thinking_gain") or {}
-        bound, iwae = (protocols.get(name, {}) for name in ("bound", "iwae"))  # empty where q has no density
+        estimators, gain = found.pop("estimates"), found.pop("thinking_gain") or {}
+        bound, iwae = (estimators.get(name, {}) for name in ("bound", "iwae"))  # empty where q has no density
         return {
             "perplexity": bound.get("perplexity"),
             "nats_per_token": bound.get("nats_per_token"),
@@ -63,7 +63,7 @@ def perplexity(place: str, options: Options) -> Callable[[Run], Figures]:
             "thinking_gain": gain.get("nats_per_token"),
             "thinking_gain_stderr": gain.get("stderr_nats_per_token"),
             **found,
-            "protocols": protocols,
+            "estimates": estimators,
         }
 
     return figures

@@ -10,7 +10,7 @@ from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import SHIPPED, load_definition
 from ltm_pyro.studies.search.objective import NEED_BOUND, Setting, configure, options_of, train_and_score
-from ltm_pyro.studies.search.runner import THINKING, twin
+from ltm_pyro.studies.search.runner import THINKING, ar_baseline
 from ltm_pyro.training.recipe import build_module
 from tests.studies.search.conftest import FREE
 
@@ -56,7 +56,7 @@ def test_shipped_studies_ask_and_fit_their_recipe(name):
 
 
 def test_a_trial_spends_its_budget_and_reports_a_bound(recipe, tmp_path):
-    said, heard = [], []
+    said, received = [], []
     budget = parse_budget("4e8flops")
     setting = Setting(
         recipe=str(recipe),
@@ -67,13 +67,13 @@ def test_a_trial_spends_its_budget_and_reports_a_bound(recipe, tmp_path):
         limit=4,
         k_hat=True,
         pruned=True,
-        tick=heard.append,
+        tick=received.append,
         report=lambda rung, bound: said.append((rung, bound)),
     )
     figures = train_and_score(setting)
     step = 4 * 16 * figures["flops_per_token"]
     assert budget.amount <= figures["flops"] < budget.amount + step * 1.001
-    assert figures["tokens"] == 64 * len(heard)
+    assert figures["tokens"] == 64 * len(received)
     assert figures["thinking_gain"] == pytest.approx(figures["prior"] - figures["bound"])
     assert 3 < figures["bound"] < 8
     assert figures["inference_flops_per_token"] > 0
@@ -81,8 +81,8 @@ def test_a_trial_spends_its_budget_and_reports_a_bound(recipe, tmp_path):
     assert figures["k_hat"] == figures["k_hat"]
     assert [rung for rung, _ in said] == [0, 1]
     assert said[-1][1] > figures["bound"] - 0.2
-    assert heard == sorted(heard)
-    assert heard[-1] == 1
+    assert received == sorted(received)
+    assert received[-1] == 1
 
 
 def test_tokens_are_counted_where_the_last_batch_is_short(recipe, tmp_path):
@@ -118,7 +118,7 @@ def test_the_best_is_trained_again_and_beside_a_baseline(run, study_file):
 def test_the_baseline_has_no_prior_and_no_guide_of_its_own(recipe):
     prior = {"model.prior": "ltm_pyro.models.AutoregressivePrior", "model.prior.init_args.layers": 1}
     settings = {**prior, "model.guide": "ltm_pyro.guides.FlowGuide", "data.batch_size": 2}
-    found = configure(str(recipe), twin(settings))
+    found = configure(str(recipe), ar_baseline(settings))
     assert (found.model.prior.class_path, found.model.guide.class_path) == tuple(THINKING.values())
     assert (found.model.decoder.init_args.thoughts, found.data.batch_size) == (0, 2)
 
