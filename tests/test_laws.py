@@ -178,7 +178,7 @@ def prior_in_plate(prior, size):
         with torch.no_grad(), pyro.plate(SEQUENCES, size, dim=-1):
             return prior()
 
-    return think
+    return sample_prior
 
 
 @pytest.mark.parametrize("name", PRIORS)

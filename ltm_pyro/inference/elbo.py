@@ -90,9 +90,9 @@ def elbo_terms(
         with full_precision(batch.inputs_BT):
             if draws.kl == "path":
                 fixed = {name: x.detach() for name, x in local.items()}
-                with particles, poutine.trace() as q, poutine.replay(trace=q.trace):
+                with particles, poutine.trace() as q_fixed, poutine.replay(trace=q.trace):
                     guide(batch, fixed)
-                posterior = latent_sites(q.trace)
+                posterior = latent_sites(q_fixed.trace)
             kl = _kl if draws.kl == "exact" else _sampled_kl
             kl_B = _sum(kl(site, prior[name]) for name, site in posterior.items())
     return ElboTerms(log_likelihood_B, kl_B.expand_as(log_likelihood_B))

@@ -98,16 +98,17 @@ class FixGlobalDraws(Messenger):
 
 
 @contextmanager
-def fix_global_draws(model: Model, *seed: int) -> Iterator[None]:
+def fix_global_draws(model: Model, *seed: int) -> Iterator[dict[str, Tensor]]:
     """Inside, every global latent variable of a model has one value, drawn from the random seed alone.
 
-    Inside another `fix_global_draws` the outer one decides.
+    Inside another `fix_global_draws` the outer one decides. Yields the values by name, for what hides outer handlers
+    from the model, as `pyro.infer.MCMC` does: wrap the model in `FixGlobalDraws` there.
     """
     latents = [part for part in model.modules() if isinstance(part, GlobalLatent)]
     with seeded(*seed) if latents else nullcontext(), torch.no_grad():
         draws = {latent.name: latent.draw() for latent in latents}
     with FixGlobalDraws(draws) if draws else nullcontext():
-        yield
+        yield {latent.name: _draw(latent, name=latent.name) for latent in latents}
 
 
 def global_kl(model: Model) -> Float[Tensor, ""] | float:
