@@ -12,12 +12,14 @@ from tokenizers import Tokenizer
 
 from ltm_pyro.data.documents import Document, input_files, read_documents
 from ltm_pyro.data.duplicates import repeats, signature
+from ltm_pyro.data.encode import encode_documents, text_pieces
 from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, write_manifest
-from ltm_pyro.data.rows import Cutter, Rows, check_seq_len, encode, text_pieces
+from ltm_pyro.data.rows import Cutter, Rows, check_seq_len
 from ltm_pyro.data.shards import write_shard
 from ltm_pyro.data.staging import Staging, staged
 from ltm_pyro.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write
 
 SHARD_ROWS = 4096
 SAMPLE = 2**27  # bytes of text that a tokenizer learns from: its vocabulary gains nothing from more
@@ -155,9 +157,8 @@ def _tokenizer(path: Path, spec: int | Path, corpus: _Corpus) -> Tokenizer:
     if path.exists():
         return load_tokenizer(path)
     tokenizer = train_tokenizer(corpus.training_text(), spec) if isinstance(spec, int) else load_tokenizer(spec)
-    new = path.with_suffix(".new")
-    new.write_text(tokenizer.to_str(pretty=True), "utf-8")
-    new.replace(path)
+    with atomic_write(path) as new:
+        new.write_text(tokenizer.to_str(pretty=True), "utf-8")
     return tokenizer
 
 
@@ -179,7 +180,7 @@ class _Writer:
     def write(self) -> dict[str, Split]:
         """Writes what is missing; the split "val" is there only if it has documents."""
         sides = {side: split for split, side in _SIDES.items()}
-        for piece in encode(self._unwritten(), self._tokenizer):
+        for piece in encode_documents(self._unwritten(), self._tokenizer):
             split = sides[int(self._corpus.sides_N[piece.number])]
             self._add(split, self._cutters[split].add(piece))
         for split, cutter in self._cutters.items():

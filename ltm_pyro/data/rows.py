@@ -3,10 +3,7 @@
 Shapes: N rows, T tokens, V vocabulary.
 """
 
-import re
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -15,14 +12,9 @@ from jaxtyping import Int, UInt
 from tokenizers import Tokenizer
 
 from ltm_pyro.data.documents import Document
-from ltm_pyro.data.tokenizer import end_of_text, token_bytes, token_dtype
+from ltm_pyro.data.encode import Encoded, encode_documents
+from ltm_pyro.data.tokenizer import end_of_text, token_bytes
 from ltm_pyro.errors import UsageError
-
-_PIECE = 2**16  # characters; the library needs over 100 bytes of memory for each while it encodes
-_BATCH = 2**19  # characters encoded in parallel
-_AHEAD = 2  # batches encoded while earlier ones are cut
-_SPACE = re.compile(r"(?<=\S) (?=\S)")
-
 
 Named = tuple[str, str]  # a document's id and source
 
@@ -73,63 +65,10 @@ class Rows:
         return cls(first=parts[0].first, documents=[x for p in parts for x in p.documents], **arrays)
 
 
-class Encoded(NamedTuple):
-    """A piece of document ``number`` as tokens; the document's last piece has `END_OF_TEXT` behind."""
-
-    number: int
-    document: Document
-    tokens: UInt[np.ndarray, " n"]
-
-
-def encode(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """The numbered documents' pieces, in order; batches are encoded on every core while earlier ones are used."""
-    end, dtype = end_of_text(tokenizer), token_dtype(tokenizer)
-    waiting: deque = deque()
-
-    def finish() -> Iterator[Encoded]:
-        batch, encoding = waiting.popleft()
-        for (number, document, _, last), found in zip(batch, encoding.result(), strict=True):
-            yield Encoded(number, document, np.array(found.ids + [end] * last, dtype))
-
-    with ThreadPoolExecutor(1) as pool:  # the library lets go of the interpreter, and uses every core by itself
-        for batch in _batches(documents):
-            texts = [text for _, _, text, _ in batch]
-            waiting.append((batch, pool.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)))
-            if len(waiting) > _AHEAD:
-                yield from finish()
-        while waiting:
-            yield from finish()
-
-
-class _Text(NamedTuple):
-    """A piece of document ``number`` before it is encoded."""
-
-    number: int
-    document: Document
-    text: str
-    last: bool
-
-
-def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[_Text]]:
-    batch: list[_Text] = []
-    size = 0
-    for number, document in documents:
-        *init, last = text_pieces(document.text)
-        named = document._replace(text="")  # which is not held longer than it takes to encode it
-        for text in (*init, last):
-            batch.append(_Text(number, named, text, text is last))
-            size += len(text)
-            if size >= _BATCH:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def pack_rows(documents: Iterable[Document], tokenizer: Tokenizer, seq_len: int) -> Iterator[Rows]:
     """The documents' rows of ``seq_len`` tokens, some at a time."""
     cutter = Cutter(tokenizer, seq_len, rows=4096)
-    for piece in encode(enumerate(documents), tokenizer):
+    for piece in encode_documents(enumerate(documents), tokenizer):
         yield from cutter.add(piece)
     yield from cutter.finish()
 
@@ -138,15 +77,6 @@ def check_seq_len(seq_len: int) -> None:
     """Raises `UsageError` unless a sequence has at least one token."""
     if seq_len < 1:
         raise UsageError(f"seq_len {seq_len} leaves no token in a sequence; give at least 1.")
-
-
-def text_pieces(text: str) -> Iterator[str]:
-    """``text`` in pieces of some 65,000 characters, cut at single spaces, where byte-level BPE cuts anyway."""
-    start = 0
-    while space := _SPACE.search(text, start + _PIECE):
-        yield text[start : space.start()]
-        start = space.start()
-    yield text[start:]
 
 
 class Cutter:
