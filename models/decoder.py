@@ -123,7 +123,6 @@ class Decoder(nn.Module):
         self.recompute = recompute
         self.layers, self.thought_layers = layers, _check_thought_layers(thought_layers, layers)
         self.thought_shape = ThoughtShape(len(self.thought_layers), thoughts, thought_width or width)
-        self.compiled_reading = False  # True lets torch compile the reading of single tokens
         self.use_thoughts = True  # False leaves the cross-attention out, as the first stage of a warm start does
         memory = [self.thought_shape.width if thoughts and n in self.thought_layers else None for n in _count(layers)]
         self.embedding = nn.Embedding(vocabulary, width)
@@ -181,6 +180,10 @@ class Decoder(nn.Module):
             x_BTD = self._through(block, x_BTD, angles, own, index == 0)
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
 
+    def logits(self, hidden_BTD: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """The next token's logits, hidden · embeddingᵀ."""
+        return F.linear(hidden_BTD, self.embedding.weight)
+
     def _through(
         self,
         block: Block,
@@ -213,7 +216,11 @@ class Decoder(nn.Module):
         return Cache(self.thoughts(z_BLKD), rings, read_B)
 
     def decode_step(
-        self, tokens_BT: Int[Tensor, "B T"], cache: Cache, lengths_B: Int[Tensor, " B"] | None = None
+        self,
+        tokens_BT: Int[Tensor, "B T"],
+        cache: Cache,
+        lengths_B: Int[Tensor, " B"] | None = None,
+        compile: bool = False,
     ) -> Float[Tensor, "B D"]:
         """The hidden state behind the last token of every row, from which the next one is predicted.
 
@@ -222,10 +229,9 @@ class Decoder(nn.Module):
         Args:
             tokens_BT: each row's next tokens, padded on the right.
             lengths_B: how many of them are a row's own, at least one; T when not given.
+            compile: runs steps of a single token compiled by torch.
         """
-        decode_block = (
-            _compiled_decode_step() if self.compiled_reading and tokens_BT.shape[1] == 1 else Decoder._decode_block
-        )
+        decode_block = _compiled_decode_step() if compile and tokens_BT.shape[1] == 1 else Decoder._decode_block
         hidden_BD = self.embedding.weight.new_zeros(len(tokens_BT), self.width)
         for first, piece_BU in zip(count(0, self.window), tokens_BT.split(self.window, 1)):
             if lengths_B is None:

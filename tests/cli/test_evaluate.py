@@ -111,9 +111,9 @@ def test_single_tokens_are_read_compiled_where_asked(run, ltm, monkeypatch):
 
     def read(decoder, tokens_BU, *rest):
         lengths.append(tokens_BU.shape[1])
-        return decoder._read_piece(tokens_BU, *rest)
+        return decoder._decode_block(tokens_BU, *rest)
 
-    monkeypatch.setattr(decoder, "_compiled_reading", lambda: read)
+    monkeypatch.setattr(decoder, "_compiled_decode_step", lambda: read)
     assert ltm(*options)[1] == ltm(*options, "--compile")[1]
     assert lengths == [1] * 5  # all but the prompt
 
@@ -133,7 +133,7 @@ def test_without_a_compiler_one_sentence_says_so(run, ltm, monkeypatch):
     def fails():
         raise RuntimeError("no compiler\nand more")
 
-    monkeypatch.setattr(decoder, "_compiled_reading", fails)
+    monkeypatch.setattr(decoder, "_compiled_decode_step", fails)
     code, out, err = ltm("generate", run, "--compile")
     assert (code, out) == (2, "")
     assert "--compile does not work on this machine (no compiler): leave it out." in err

@@ -167,14 +167,14 @@ found = []
 for compiled in (False, True):
     if compiled:
         decoder.compile()
-    decoder.compiled_reading = compiled
     torch.manual_seed(0)
     model.zero_grad()
     loss = learn(model, MeanField(model), batch, LocalInference(steps=2, slow_gradient="last")).loss
     loss.backward()
     with torch.no_grad():
-        cache = decoder.begin(torch.ones(2, 2, 3, 16))
-        hidden = [decoder.read(token, cache) for token in torch.arange(18).view(2, 9).split([3, 1, 1, 1, 1, 1, 1], 1)]
+        cache = decoder.init_cache(torch.ones(2, 2, 3, 16))
+        steps = torch.arange(18).view(2, 9).split([3, 1, 1, 1, 1, 1, 1], 1)
+        hidden = [decoder.decode_step(token, cache, compile=compiled) for token in steps]
     found.append([loss.detach(), *(p.grad.clone() for p in model.parameters()), *hidden])
 for ours, plain in zip(*found, strict=True):
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
