@@ -56,7 +56,7 @@ class TextStreamer:
 
 
 def token_texts(tokenizer: Tokenizer) -> list[bytes]:
-    """The UTF-8 bytes behind each token; none for special tokens."""
+    """The UTF-8 bytes of each token; none for special tokens."""
     byte_of, added = _byte_alphabet(), tokenizer.get_added_tokens_decoder()
     bytes_V = [b""] * vocabulary_size(tokenizer)
     for token, index in tokenizer.get_vocab().items():

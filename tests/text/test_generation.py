@@ -125,7 +125,7 @@ def test_nothing_but_the_prompt_is_seen(run, monkeypatch):
     assert batch.mask_BT.all()
 
 
-def test_it_thinks_again_of_all_that_is_written(run, monkeypatch):
+def test_q_is_fitted_again_to_all_that_is_written(run, monkeypatch):
     batches = fitted(monkeypatch)
     (text,) = generate(run, PROMPT, Sampling(max_new_tokens=7), ThoughtSampling(refit_every=3))
     prompt = encode_prompt(run.tokenizer, PROMPT)
@@ -198,16 +198,16 @@ def test_interpolation_begins_and_ends_at_the_texts(run, written):
     assert texts != [texts[0]] * 3
 
 
-def test_layers_without_their_thoughts_hear_nothing(tiny_run, written):
+def test_layers_left_out_do_not_attend_to_thoughts(tiny_run, written):
     run = tiny_run()
     generate(run, PROMPT, Sampling(max_new_tokens=4), ThoughtSampling(layers=(2,)))
     ((rows, z, _),) = written
     assert z[0, 0].eq(0).all()
     assert z[0, 1].ne(0).all()
     stem = run.model.decoder.stem(torch.tensor(rows))
-    deaf = run.model.decoder(stem, torch.zeros_like(z))
+    masked = run.model.decoder(stem, torch.zeros_like(z))
     run.model.decoder.use_thoughts = False
-    torch.testing.assert_close(deaf, run.model.decoder(stem, z))
+    torch.testing.assert_close(masked, run.model.decoder(stem, z))
 
 
 @pytest.mark.parametrize(
