@@ -1,4 +1,4 @@
-"""How belief moves as a text is read: q fitted to its beginning only, longer and longer.
+"""The posterior as a function of context length: q fitted to longer and longer beginnings of a text.
 
 Shapes: P lengths of context, B sequences.
 """
@@ -18,16 +18,17 @@ from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
 
-DRAWS, FEW = 64, 8  # for the KL, and for the rest of the text
+DRAWS, FEW = 64, 8  # for the KL, and for the nats of the rest of the text
 
 
 def shift(
     model: Model, guide: Guide, batch: Batch, inference: LocalInference, lengths: Sequence[int], seed: int = 0
 ) -> xr.Dataset:
-    """The posterior given the first ``lengths`` tokens: what it has learned, and how far it still is from the last.
+    """The posterior given the first ``lengths`` tokens of each text, compared with the prior and with the last length.
 
-    ``kl_to_prior`` and ``nats`` (per token of the rest of the text, averaged over draws) by length and sequence;
-    ``distance`` is that of the mean to the mean at the last length. Nats.
+    By length and sequence: ``kl_to_prior``, and ``nats`` per token of the rest of the text, averaged over draws;
+    ``distance`` is that of q's mean to its mean at the last length. KL and nats are in nats. A beginning of a
+    text has no `END_OF_TEXT`, the whole text has it.
     """
     if len(lengths) < 2 or min(lengths) < 1 or max(lengths) > batch.inputs_BT.shape[1]:
         raise UsageError(f"Context needs two or more lengths from 1 to {batch.inputs_BT.shape[1]}, got {[*lengths]}.")
@@ -38,9 +39,9 @@ def shift(
         batch = model.prepare(batch)
         for length in lengths:
             with seeded(seed):
-                read = batch.crop(0, length)  # nothing of q may see what comes later
-                state, _ = infer_local(model, guide, read, inference)
-                drawn = draw(model, guide, read, state.parameters, DRAWS)
+                context = batch.crop(0, length)  # q must not depend on later tokens
+                state, _ = infer_local(model, guide, context, inference)
+                drawn = draw(model, guide, context, state.parameters, DRAWS)
             z_SBLKD, log_prior_SB, _ = drawn.described
             means.append(z_SBLKD.mean(0))
             kl.append((drawn.log_q_SB - log_prior_SB).mean(0))

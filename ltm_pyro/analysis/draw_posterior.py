@@ -19,8 +19,9 @@ from ltm_pyro.analysis.moments import Moments, closed_form, marginal_kl, of_draw
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.analysis.reference import Chains, sample
 from ltm_pyro.analysis.storage import stamp
-from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, batch_of, pieces
+from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, pieces
 from ltm_pyro.contracts import Batch, Guide, Model
+from ltm_pyro.data.encode import batch_of_rows
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.inference.global_latents import fix_global_draws
@@ -93,7 +94,8 @@ def draw_posterior(
     with fix_global_draws(run.model, seed):
         for index, chunk in enumerate(_shown(chunks)):
             with seeded(seed, index):
-                batch = batch_of(chunk, run.start_token, length).to(run.device)
+                rows = [piece.tokens for piece in chunk]
+                batch = batch_of_rows(rows, run.start_token, run.length, run.device, pad_to=length)
                 groups.append(_inferred(run, chunk, batch, drawing))
     attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed, "run": run.source}
     return _assemble(groups, drawing.method, attrs)

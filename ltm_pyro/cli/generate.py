@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     thoughts.add_argument("--fast-steps", type=at_least(0), metavar="N", help="per fit; the recipe's by default")
     thoughts.add_argument("--candidates", type=at_least(1), default=1, metavar="N", help="draws of z to choose from")
     thoughts.add_argument("--refit-every", type=at_least(0), default=0, metavar="N", help="think again every N tokens")
-    thoughts.add_argument("--layers", type=_layers, metavar="1,2,…", help="which hear thoughts, of those with thoughts")
+    about = "which attend to thoughts, counted among the layers with thoughts"
+    thoughts.add_argument("--layers", type=_layers, metavar="1,2,…", help=about)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
         stop_strings=tuple(args.stop),
     )
     trained = load_run(args.run, args.device)
-    trained.model.decoder.compiled_reading = args.compile
     try:
         texts = _texts(trained, args, sampling)
     except RuntimeError as error:
@@ -88,11 +88,14 @@ def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
         layers=args.layers,
     )
     if args.interpolate:
-        return interpolate(trained, tuple(args.interpolate), args.num_samples, sampling, thought_sampling, args.seed)
+        ends, points = tuple(args.interpolate), args.num_samples
+        return interpolate(trained, ends, points, sampling, thought_sampling, args.seed, args.compile)
     if args.stream:
         print(args.prompt, end="", flush=True)
     streamer = TextStreamer(trained.tokenizer) if args.stream else None
-    return generate(trained, args.prompt, sampling, thought_sampling, seed=args.seed, streamer=streamer)
+    return generate(
+        trained, args.prompt, sampling, thought_sampling, seed=args.seed, streamer=streamer, compile=args.compile
+    )
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Where a pack is: a folder, or an address that fsspec can read (https, s3, gs and others)."""
+"""Reading a pack from a folder, or from an address that fsspec knows (https, s3, gs and others)."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from ltm_pyro.errors import UsageError
 
 
 def is_address(place: str | Path) -> bool:
-    """Whether ``place`` is an address instead of a path."""
+    """Whether ``place`` is an address and not a path."""
     return "://" in str(place)
 
 
-def read(place: str | Path, name: str) -> bytes:
-    """The file ``name`` at ``place``, whole; raises `UsageError` where it cannot be read.
+def read_file(place: str | Path, name: str) -> bytes:
+    """The content of the file ``name`` at ``place``; raises `UsageError` if it cannot be read.
 
-    Nothing is executed to read it: ``pipe:`` and chained addresses are refused.
+    ``pipe:`` and chained addresses are refused, because fsspec may run commands for them.
     """
     path = f"{str(place).rstrip('/')}/{name}"
     if path.startswith("pipe:") or "::" in path:

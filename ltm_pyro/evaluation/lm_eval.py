@@ -10,11 +10,11 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry
 
+from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.text.generation import decode, generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.scoring import Scoring, score, score_tokens
-from ltm_pyro.text.thoughts import encode
 
 NAME = "ltm_pyro"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -67,8 +67,8 @@ class LTM(TemplateLM):
         return self._run.start_token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
-        """A text's tokens; none are special."""
-        return encode(self._run, string)
+        """The tokens of a context or a continuation, none of them special."""
+        return encode_prompt(self._run.tokenizer, string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **ignored: Any
@@ -81,19 +81,24 @@ class LTM(TemplateLM):
         return [(-found.nats, found.is_greedy) for found in score_tokens(self._run, pairs, self._scoring)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """−nats of whole texts, by the estimator."""
+        """−nats of whole texts by the estimator, `END_OF_TEXT` included.
+
+        Each text is a document, as in training: the harness divides by the words or bytes of the text, so its
+        perplexities are a little higher than those of models whose end of text is not scored.
+        """
         return [-found.nats for found in score(self._run, [request.args[0] for request in requests], self._scoring)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, which is cut off; greedy unless the task asks for sampling."""
         texts: list[str] = []
+        tokenizer = self._run.tokenizer
         for asked, group in groupby((request.args for request in requests), lambda args: args[1]):
             stops = asked.get("until") or []
             stops = tuple([stops] if isinstance(stops, str) else stops)
             given = {name: asked[name] for name in SAMPLING if asked.get("do_sample") and name in asked}
             room = min(int(asked.get("max_gen_toks", 256)), self._run.length // 2)
             sampling = Sampling(max_new_tokens=room, stop_strings=stops, **{"do_sample": False} | given)
-            kept = [encode(self._run, prompt)[-(self._run.length - room) :] for prompt, _ in group]
+            kept = [encode_prompt(tokenizer, prompt)[-(self._run.length - room) :] for prompt, _ in group]
             prompts, seed = decode(self._run, kept), self._scoring.seed + len(texts)
             written = generate(self._run, prompts, sampling, seed=seed, batch_size=self._scoring.batch_size)
             texts += [

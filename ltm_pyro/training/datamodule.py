@@ -9,13 +9,13 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from ltm_pyro.data import PackedDataset, read_manifest
-from ltm_pyro.data.batch_sampler import Order
-from ltm_pyro.data.dataset import Batches
+from ltm_pyro.data.batch_sampler import DistributedBatchSampler
+from ltm_pyro.data.dataset import BatchDataset
 from ltm_pyro.errors import UsageError
 
 
 class PackedData(pl.LightningDataModule):
-    """Batches of a packed corpus (``ltm data pack``), in an order that `Order` fixes for every epoch.
+    """Batches of a packed corpus (``ltm data pack``), in an order that `DistributedBatchSampler` fixes for every epoch.
 
     Args:
         directory: the packed data, a folder or an address (https://, s3://, gs://).
@@ -65,7 +65,7 @@ class PackedData(pl.LightningDataModule):
         dataset, problems = PackedDataset.open(self.directory, "train", self.cache), {}
         for number in range(len(dataset.shards)):
             try:
-                dataset.read(number)
+                dataset.read_shard(number)
             except UsageError as error:
                 problems[number] = str(error)
         if len(problems) == len(dataset.shards):
@@ -81,17 +81,17 @@ class PackedData(pl.LightningDataModule):
         """Every training sequence once an epoch."""
         dataset = PackedDataset.open(self.directory, "train", self.cache)
         sound = [ids for number, ids in enumerate(dataset.ranges()) if number not in self._skipped]
-        order = Order(sound, self.batch_size, *self._ranks, seed=self.seed)
+        order = DistributedBatchSampler(sound, self.batch_size, *self._ranks, seed=self.seed)
         order.resume(*self._position)
-        return DataLoader(Batches(dataset), batch_size=None, sampler=order, num_workers=self.workers)
+        return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every held-out sequence once, in the order of the shards; where they are too few to share, on every rank."""
         dataset = PackedDataset.open(self.directory, "val", self.cache)
         rank, ranks = self._ranks if len(dataset) >= self._ranks[1] else (0, 1)
         size = min(self.batch_size, len(dataset) // ranks)
-        order = Order(dataset.ranges(), size, rank, ranks, shuffle=False)
-        return DataLoader(Batches(dataset), batch_size=None, sampler=order)
+        order = DistributedBatchSampler(dataset.ranges(), size, rank, ranks, shuffle=False)
+        return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order)
 
     def state_dict(self) -> dict[str, Any]:
         """How far the training data have been read, as of the last finished batch."""

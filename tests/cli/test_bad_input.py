@@ -121,7 +121,7 @@ def test_text_that_cannot_be_written(here, run, refused, option, value, words):
     ("options", "word"),
     [
         (("--greedy", "--top-k", 5), "top_k 5"),
-        (("--layers", 3), "no layer 3: those that hear thoughts are counted from 1 to 2"),
+        (("--layers", 3), "no layer 3: the layers with thoughts are counted from 1 to 2"),
         (("--layers", "two"), "two"),
         (("--stream", "--json"), "--stream"),
         (("--stream", "--num-samples", 2), "one at a time"),

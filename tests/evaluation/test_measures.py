@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites import gsm8k
 from ltm_pyro.evaluation.suites.features import extractor, of_run
@@ -18,7 +19,6 @@ from ltm_pyro.evaluation.suites.generation import compression_ratio, distinct, r
 from ltm_pyro.evaluation.suites.gsm8k import Problem, pass_at_k, prompt, read_problems, result, wilson
 from ltm_pyro.evaluation.suites.mauve import SCALE, frontier_area, mauve
 from ltm_pyro.evaluation.suites.suite import Options
-from ltm_pyro.text.thoughts import encode
 
 
 def kl(p, r):
@@ -151,7 +151,7 @@ def test_examples_are_left_out_until_the_prompt_fits(tiny_run):
     texts = {room: prompt(run, examples, "9 + 9?", room) for room in (20, 50, 99)}
     assert texts[99] is None
     assert 0 < texts[50].count("Question:") < texts[20].count("Question:")
-    assert all(len(encode(run, text)) + room <= 100 for room, text in texts.items() if text)
+    assert all(len(encode_prompt(run.tokenizer, text)) + room <= 100 for room, text in texts.items() if text)
     assert texts[50].endswith("Question: 9 + 9?\nAnswer:")
     assert "2 + 2?" in texts[20] or texts[20].count("Question:") == 1  # the last example is the last to go
 

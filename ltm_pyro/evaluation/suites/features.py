@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ltm_pyro.data.encode import batch_of_rows, encode_document
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
-from ltm_pyro.text.thoughts import draw, encode, infer, read
+from ltm_pyro.text.thoughts import draw_thoughts, infer_rows
 from ltm_pyro.utils.extras import extra
 
 CONFIG = "config.json"  # by which Hugging Face's folders are known
@@ -31,17 +32,17 @@ def extractor(place: str) -> Extractor:
 
 
 def of_run(run: Run, batch_size: int = AT_ONCE) -> Extractor:
-    """Under one z ~ q(z | x)."""
+    """The state from which `END_OF_TEXT` is predicted, under one z ~ q(z | x) of the text as a document."""
 
     def features(texts: Sequence[str], seed: int) -> Float[np.ndarray, "N F"]:
-        rows = [encode(run, text)[: run.length] or [run.start_token] for text in texts]
+        rows = [encode_document(run.tokenizer, text)[: run.length] for text in texts]
         found = []
         for first in range(0, len(rows), batch_size):
-            batch = read(run, rows[first : first + batch_size])
+            batch = batch_of_rows(rows[first : first + batch_size], run.start_token, run.length, run.device)
             with torch.no_grad():
                 batch = run.model.prepare(batch)
                 keys = [(seed, first + row) for row in range(batch.size)]
-                z_BLKD = draw(run, batch, infer(run, batch, run.inference, keys), keys=keys).z_BLKD
+                z_BLKD = draw_thoughts(run, batch, infer_rows(run, batch, run.inference, keys), keys=keys).z_BLKD
                 hidden_BTD: Tensor = run.model.decoder(batch.stem_BTD, z_BLKD)
             found.append(hidden_BTD[torch.arange(batch.size), batch.tokens_B - 1])
         return torch.cat(found).double().cpu().numpy()

@@ -83,7 +83,7 @@ def figures_of(texts: list[str], others: list[str], options: Options) -> Figures
 
 
 def judged(judge: Run, texts: list[str], seed: int) -> Figures:
-    """How likely texts are under the judge's bound; the reason where it has none."""
+    """How likely texts are under the judge's bound, each as a document with its end; the reason if it has none."""
     if reason := missing_bound(judge.model, judge.guide):
         why = f"the judge has no bound ({reason})"
         return {"unavailable": dict.fromkeys(("judged_perplexity", "judged_bits_per_byte"), why)}

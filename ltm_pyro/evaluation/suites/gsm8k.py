@@ -8,12 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, none_found
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
-from ltm_pyro.text.thoughts import ThoughtSampling, encode
+from ltm_pyro.text.thoughts import ThoughtSampling
 
 ANSWER_TOKENS = 128  # of the model's length, at most half of it
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -87,7 +88,7 @@ def prompt(run: Run, examples: list[Problem], question: str, room: int) -> str |
     for first in range(len(examples) + 1):
         shown = [f"Question: {p.question}\nAnswer: {p.answer}\n\n" for p in examples[first:]]
         text = "".join(shown) + f"Question: {question}\nAnswer:"
-        if len(encode(run, text)) + room <= run.length:
+        if len(encode_prompt(run.tokenizer, text)) + room <= run.length:
             return text
     return None
 

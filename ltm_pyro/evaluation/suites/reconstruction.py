@@ -6,7 +6,6 @@ Shapes: B sequences, T tokens, L layers.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -15,7 +14,7 @@ from ltm_pyro.contracts import Batch
 from ltm_pyro.evaluation.evaluate import BATCH, held_out
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part
 from ltm_pyro.runs.run import Run
-from ltm_pyro.text.thoughts import ThoughtSampling, draw, infer
+from ltm_pyro.text.thoughts import ThoughtSampling, draw_thoughts, infer_rows
 
 
 def parts(options: Options) -> list[Part]:
@@ -37,8 +36,8 @@ def accuracy(options: Options, run: Run) -> Figures:
         with torch.no_grad():
             batch = run.model.prepare(batch.to(run.device))
             keys = [(options.seed, index, row) for row in range(batch.size)]
-            state = infer(run, batch, options.inference(run), keys)
-            z_BLKD = draw(run, batch, state, keys=keys).z_BLKD
+            state = infer_rows(run, batch, options.inference(run), keys)
+            z_BLKD = draw_thoughts(run, batch, state, keys=keys).z_BLKD
             hits = [_hits(run, batch, z_BLKD, last) for last in range(layers + 1)]
         found.append(torch.stack(hits, dim=-1))
         sizes.append(batch.tokens_B)
@@ -62,5 +61,5 @@ def _hits(run: Run, batch: Batch, z_BLKD: Float[Tensor, "B L K D"], last: int) -
     """How many tokens of each sequence are the likeliest when layers 1 to ``last`` hear their thoughts."""
     decoder = run.model.decoder
     hidden_BTD = decoder(batch.stem_BTD, ThoughtSampling(layers=tuple(range(1, last + 1))).mask_layers(z_BLKD))
-    likeliest_BT = F.linear(hidden_BTD, decoder.embedding.weight).argmax(-1)
+    likeliest_BT = decoder.logits(hidden_BTD).argmax(-1)
     return ((likeliest_BT == batch.targets_BT) & batch.mask_BT).sum(-1)

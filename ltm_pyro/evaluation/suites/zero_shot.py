@@ -6,12 +6,12 @@ from functools import partial
 from itertools import islice
 
 from ltm_pyro.data.documents import read_documents
+from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, none_found
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_continuations
-from ltm_pyro.text.thoughts import encode
 
 DATA = {  # data set -> how its files are named, the likeliest split first
     "ptb": ("ptb*test*", "ptb*valid*", "ptb*"),
@@ -93,7 +93,7 @@ def last_words(place: str, options: Options, run: Run) -> Figures:
 
 def fits(run: Run, context: str, continuation: str) -> bool:
     """Whether both together are within the model's length."""
-    return len(encode(run, context)) + len(encode(run, continuation)) <= run.length
+    return sum(len(encode_prompt(run.tokenizer, text)) for text in (context, continuation)) <= run.length
 
 
 def _split(passage: str) -> tuple[str, str] | None:
