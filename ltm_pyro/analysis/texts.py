@@ -1,4 +1,4 @@
-"""Texts to sequences, one text or one part of it each, with the labels that came along.
+"""From texts with labels to sequences of tokens; a sequence is one text or a part of it.
 
 Shapes: B sequences, T tokens.
 """
@@ -23,7 +23,7 @@ _VALUE = re.compile(r"[^\0\ud800-\udfff]*")
 
 
 class Text(NamedTuple):
-    """A text, the document it is of, and its labels by name."""
+    """A text, the name of its document, and its labels by name."""
 
     text: str
     document: str
@@ -31,14 +31,14 @@ class Text(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One sequence: a text's tokens, or those of a part of it."""
+    """One sequence: the tokens of a text or of a part of it."""
 
     text: Text
     tokens: list[int]
 
 
 def read_texts(path: str | Path) -> list[Text]:
-    """The documents of a file or folder (`read_documents`); other plain values in JSON lines become labels."""
+    """The documents of a file or folder (`read_documents`); other strings and numbers in JSON lines become labels."""
     documents = [*read_documents([path])]
     labels = {
         f"{name}:{index}": _plain(record)
@@ -53,7 +53,7 @@ def _plain(record: dict[str, Any]) -> dict[str, str]:
 
 
 def as_texts(texts: Sequence[str | Text]) -> list[Text]:
-    """Plain strings become texts without labels; what is empty, or no posterior can store, is refused."""
+    """Strings become texts without labels; `UsageError` for empty texts and for what netCDF cannot store."""
     if not texts:
         raise UsageError("No text was given: a posterior needs at least one.")
     found = [Text(x, f"text:{index}") if isinstance(x, str) else x for index, x in enumerate(texts)]
@@ -65,7 +65,7 @@ def as_texts(texts: Sequence[str | Text]) -> list[Text]:
 
 
 def _check_storable(text: Text) -> None:
-    """Before the work and not after it, when the file is written."""
+    """Raises `UsageError` before any fit, and not hours later when the file is written."""
     for name, value in {"text": text.text, **text.labels}.items():
         if not _NAME.fullmatch(name):
             raise UsageError(
@@ -80,10 +80,10 @@ def _check_storable(text: Text) -> None:
 
 
 def pieces(run: Run, texts: Sequence[Text], longer: Longer) -> list[Piece]:
-    """Each text's tokens and the end of text behind them, in sequences of at most the model's length.
+    """The tokens of each text followed by the end-of-text token, in sequences of at most the model's length.
 
     Args:
-        longer: what becomes of a longer text: refused, ``cut`` to its start, or ``split`` into several sequences.
+        longer: what to do with a longer text: ``refuse`` it, ``cut`` it to its beginning, or ``split`` it.
     """
     found = []
     for text in texts:
@@ -99,7 +99,7 @@ def pieces(run: Run, texts: Sequence[Text], longer: Longer) -> list[Piece]:
 
 
 def batch_of(found: Sequence[Piece], start_token: int, length: int) -> Batch:
-    """The pieces as a batch of rows of ``length`` tokens."""
+    """The pieces as a batch of rows that are padded to ``length`` tokens."""
     lengths_B = torch.tensor([len(piece.tokens) for piece in found])
     rows = [piece.tokens + [start_token] * (length - len(piece.tokens)) for piece in found]
     return make_batch(torch.tensor(rows), lengths_B, start_token)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ltm_pyro.analysis.calibration import Simulation
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.guides import FullCovariance
 from ltm_pyro.inference.state import LocalInference
@@ -65,6 +65,6 @@ def posterior():
     """Makes a `Posterior` of a model's batch under a guide."""
 
     def make(model, guide, batch, samples=400, inference=STILL):
-        return draw_batch_posterior(model, guide, batch, inference, Drawing(samples=samples))
+        return draw_batch_posterior(model, guide, batch, inference, DrawOptions(samples=samples))
 
     return make

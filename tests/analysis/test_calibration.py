@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ltm_pyro.analysis.calibration import LOG_LIKELIHOOD, Calibration, calibrate, envelope
-from ltm_pyro.analysis.pictures.calibration import draw_ecdf
+from ltm_pyro.analysis.pictures.calibration import plot_ecdf
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 
@@ -97,7 +97,7 @@ def test_the_picture_judges_an_exact_posterior_as_often_as_it_says():
     """Ranks among 20 lie on other points than ranks among 100."""
     random, left = np.random.default_rng(0), 0
     for _ in range(40):
-        line = draw_ecdf(Calibration(random.normal(size=(400, 20, 2)), ("a", LOG_LIKELIHOOD))).lines[0]
+        line = plot_ecdf(Calibration(random.normal(size=(400, 20, 2)), ("a", LOG_LIKELIHOOD))).lines[0]
         points, ecdf = line.get_xdata(), line.get_xdata() + line.get_ydata()
         low, high = envelope(400, points)
         left += ((ecdf < low - 1e-9) | (ecdf > high + 1e-9)).any()

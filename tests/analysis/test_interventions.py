@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ltm_pyro.analysis import Drawing, draw_posterior
+from ltm_pyro.analysis import DrawOptions, draw_posterior
 from ltm_pyro.analysis.draws import token_log_likelihood
-from ltm_pyro.analysis.information import observed
+from ltm_pyro.analysis.information import observed_batch
 from ltm_pyro.analysis.interventions import attention, interpolate
 from ltm_pyro.errors import UsageError
 
@@ -17,7 +17,7 @@ TEXTS = ["the old model reads", "short words about time", "the old model reads"]
 @pytest.fixture
 def seen(tiny_run):
     run = tiny_run()
-    return run, draw_posterior(run, TEXTS, Drawing(samples=25), longer="cut")
+    return run, draw_posterior(run, TEXTS, DrawOptions(samples=25), longer="cut")
 
 
 def test_each_token_shares_its_attention_as_the_decoder_does(seen):
@@ -34,7 +34,7 @@ def test_each_token_shares_its_attention_as_the_decoder_does(seen):
 
     hooks = [block.cross_attention.register_forward_hook(look) for block in run.model.decoder.blocks]
     one = posterior.select([1])
-    token_log_likelihood(run.model, observed(one, run.start_token), torch.from_numpy(one.stats["mean"].values))
+    token_log_likelihood(run.model, observed_batch(one, run.start_token), torch.from_numpy(one.stats["mean"].values))
     for hook in hooks:
         hook.remove()
     assert found.dims == ("layer", "token", "thought")
@@ -57,7 +57,7 @@ def test_a_path_begins_at_one_text_and_ends_at_the_other(seen):
     run, posterior = seen
     path = interpolate(run, posterior, 0, 1, steps=3)
     assert [step.share for step in path] == [0, 0.5, 1]
-    batch = observed(posterior, run.start_token)
+    batch = observed_batch(posterior, run.start_token)
     own_B = -token_log_likelihood(run.model, batch, torch.from_numpy(posterior.stats["mean"].values)).sum(-1)
     assert path[0].nats_first == pytest.approx(own_B[0].item())
     assert path[-1].nats_second == pytest.approx(own_B[1].item())

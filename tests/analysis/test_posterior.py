@@ -8,9 +8,9 @@ import pytest
 import xarray as xr
 
 from ltm_pyro.analysis import Posterior
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
 from ltm_pyro.analysis.loo import loo_by_sequence
-from ltm_pyro.analysis.reference import Chains
+from ltm_pyro.analysis.reference import ChainOptions
 from ltm_pyro.analysis.sections import ReportInputs, sections
 from ltm_pyro.analysis.storage import write_tree
 from ltm_pyro.errors import UsageError
@@ -95,8 +95,8 @@ def test_arviz_reads_it(right, tmp_path):
 
 def test_chains_take_the_sequences_one_by_one(known):
     batch = known.draw(3)
-    drawing = Drawing(method="langevin", samples=25, chains=Chains(warmup=5))
-    found = draw_batch_posterior(known, MeanField(known), batch, LocalInference(steps=0), drawing)
+    options = DrawOptions(method="langevin", samples=25, chains=ChainOptions(warmup=5))
+    found = draw_batch_posterior(known, MeanField(known), batch, LocalInference(steps=0), options)
     assert found.z.shape == (2, 25, 3, 2, 1, 3)
     assert found.labels["document"] == [f"sequence:{index}" for index in range(3)]
     assert (found.group("observed_data")["tokens"].values == batch.targets_BT.numpy()).all()
@@ -126,7 +126,7 @@ def test_draws_that_are_not_finite(right, tmp_path):
 
 def test_too_few_draws():
     with pytest.raises(UsageError, match="25 samples, got 10"):
-        Drawing(samples=10)
+        DrawOptions(samples=10)
 
 
 @pytest.mark.parametrize(("guide", "found"), [(MeanField, {"log_q", "pareto_k"}), (Point, set()), (Langevin, set())])
@@ -135,7 +135,7 @@ def test_what_is_no_bound_is_not_called_one(tiny_model, tiny_batch, guide, found
     model = tiny_model()
     model.prior = EnergyPrior(model.decoder.thought_shape, width=8, steps=2)
     result = draw_batch_posterior(
-        model, guide(model), tiny_batch(), LocalInference(steps=2, rate=0.01), Drawing(samples=25)
+        model, guide(model), tiny_batch(), LocalInference(steps=2, rate=0.01), DrawOptions(samples=25)
     )
     assert {"log_q", "pareto_k", "elbo", "iwae", "kl"} & set(result.stats.data_vars) == found
     assert ("kl_by_thought" in result.stats) == guide.has_density
