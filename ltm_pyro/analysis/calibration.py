@@ -145,7 +145,7 @@ def _inside(
 
 
 def envelope(simulations: int, points: Float[np.ndarray, " n"], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper limits that hold the whole ECDF of uniform ranks with probability ``level``.
+    """Lower and upper limits that contain the ECDF of uniform ranks at all points with probability ``level``.
 
     Found by simulation (Säilynoja, Bürkner & Vehtari 2022, arXiv 2103.10522).
     """

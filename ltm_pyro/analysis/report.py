@@ -106,10 +106,10 @@ def _picture(ax: Axes) -> Picture:
 
 def write_report(inputs: ReportInputs, path: str | Path) -> None:
     """Writes the page to a temporary name that is then renamed."""
-    page, beside = render_report(inputs), Path(f"{path}.new")
+    page, temp_path = render_report(inputs), Path(f"{path}.new")
     try:
-        beside.write_text(page, "utf-8")
-        beside.replace(path)
+        temp_path.write_text(page, "utf-8")
+        temp_path.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        temp_path.unlink(missing_ok=True)
         raise UsageError(f"Cannot write {path}: {error.strerror}; choose another --out.") from None

@@ -179,7 +179,7 @@ def labels(inputs: ReportInputs) -> Section:
     """Linear probes of every label that has enough documents."""
     names = probable_labels(inputs.posterior)
     if not names:
-        raise UsageError("No label has two classes of five documents: put labels beside the text in the JSONL.")
+        raise UsageError("No label has two classes of five documents: add labels to the JSONL.")
     found = [probe(inputs.posterior, name) for name in names]
     best = max(found, key=lambda x: x.thoughts.mean - x.majority)
     verdict = (

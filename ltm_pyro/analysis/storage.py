@@ -17,16 +17,16 @@ def write_tree(tree: xr.DataTree, path: str | Path) -> None:
     path = Path(path)
     if path.is_dir() and not is_store(path):
         raise UsageError(f"{path} is a folder: choose another --out.")
-    beside = path.with_name(f".{path.name}.new")
+    temp_path = path.with_name(f".{path.name}.new")
     try:
         if path.suffix == ".zarr":
-            tree.to_zarr(beside, mode="w", consolidated=False)
+            tree.to_zarr(temp_path, mode="w", consolidated=False)
         else:
-            tree.to_netcdf(beside, mode="w", engine="h5netcdf", encoding=_encoding(tree))
+            tree.to_netcdf(temp_path, mode="w", engine="h5netcdf", encoding=_encoding(tree))
         _remove(path)
-        beside.replace(path)
+        temp_path.replace(path)
     except OSError as error:
-        _remove(beside)
+        _remove(temp_path)
         reason = error.strerror or error
         raise UsageError(f"Cannot write {path}: {reason}; make room there or choose another --out.") from None
 

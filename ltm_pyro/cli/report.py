@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     stored = str(posterior.attrs.get("run", ""))
     place = args.run or (stored if stored and Path(stored).exists() else None)
     if place is None:
-        where = stored or "a known place"
-        print(f"The run is not at {where}: sections that need it are left out; give --run.", file=sys.stderr)
+        missing = f"There is no run at {stored}" if stored else "The posterior names no run"
+        print(f"{missing}: sections that need it are left out; give --run.", file=sys.stderr)
     inputs = ReportInputs(
         posterior=posterior,
         run=load_run(place) if place else None,

@@ -95,8 +95,8 @@ def build_prompt(run: Run, examples: list[Problem], question: str, room: int) ->
 
 def extract_number(answer: str) -> float | None:
     """The first number after ``####``, or, without that mark, the last number before another question begins."""
-    own, marker, behind = answer.split("Question:")[0].partition("####")
-    found = _NUMBER.findall(behind if marker else own)
+    text, marker, after = answer.split("Question:")[0].partition("####")
+    found = _NUMBER.findall(after if marker else text)
     return float(found[0 if marker else -1].replace(",", "").replace("$", "")) if found else None
 
 

@@ -1,4 +1,4 @@
-"""Evaluation suites: each has parts that are computed one by one, so that an interrupted evaluation can go on.
+"""Evaluation suites: each has parts that are computed one by one, so that an interrupted evaluation can be resumed.
 
 A part is computed for one run at a time.
 """

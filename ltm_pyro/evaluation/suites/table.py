@@ -151,7 +151,7 @@ class _ResultsFile:
 
     def _write(self, name: str, text: str) -> None:
         file = self.out / name
-        beside(file).write_text(text, "utf-8", "backslashreplace")  # a path may be no UTF-8
+        beside(file).write_text(text, "utf-8", "backslashreplace")  # a path may not be UTF-8
         beside(file).replace(file)
 
 
