@@ -39,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
     if damaged:
         raise UsageError(f"{len(damaged)} of {shards} shards of {args.pack} are damaged: {', '.join(damaged)}.")
     if not args.json:
-        print(f"{args.pack}: all {shards} shards are sound.")
+        print(f"{args.pack}: all {shards} shards are intact.")
     return 0

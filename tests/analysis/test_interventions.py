@@ -1,4 +1,4 @@
-"""What a tiny decoder does with its thoughts, where that is known: attention, and paths between texts."""
+"""Attention weights and interpolation of a tiny decoder against known answers."""
 
 import numpy as np
 import pytest
@@ -21,18 +21,18 @@ def seen(tiny_run):
 
 
 def test_each_token_shares_its_attention_as_the_decoder_does(seen):
-    """Torch's own attention, given values that only say which thought they are of, returns the weights."""
+    """Torch's own attention returns its weights if the values are one-hot vectors of the thoughts."""
     run, posterior = seen
     found, expected = attention(run, posterior, 1), []
 
-    def look(module, arguments, _):
+    def record_weights(module, arguments, _):
         x_BTD, turn, thoughts = arguments
         keys_BHKC = thoughts.keys_BHKC
         names_KK = torch.eye(keys_BHKC.shape[-2]).expand(*keys_BHKC.shape[:2], -1, -1)
         weights_BHTK = F.scaled_dot_product_attention(module.queries(x_BTD, turn), keys_BHKC, names_KK)
         expected.append(weights_BHTK.mean(1)[0])
 
-    hooks = [block.cross_attention.register_forward_hook(look) for block in run.model.decoder.blocks]
+    hooks = [block.cross_attention.register_forward_hook(record_weights) for block in run.model.decoder.blocks]
     one = posterior.select([1])
     token_log_likelihood(run.model, observed_batch(one, run.start_token), torch.from_numpy(one.stats["mean"].values))
     for hook in hooks:

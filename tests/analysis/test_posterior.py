@@ -1,4 +1,4 @@
-"""The posterior as an object: what it says where the answer is known, how it is cut, stored and handed to ArviZ."""
+"""The class `Posterior`: known answers, selection, storage, and conversion for ArviZ."""
 
 import warnings
 
@@ -63,7 +63,7 @@ def test_the_kl_of_each_thought_sums_to_the_kl_where_q_factorises(known, posteri
 def test_it_comes_back_from_disk(right, tmp_path, name):
     _, found = right
     found.save(tmp_path / name)
-    found.save(tmp_path / name)  # in place of the first
+    found.save(tmp_path / name)  # replaces the first
     again = Posterior.load(tmp_path / name)
     xr.testing.assert_identical(again.tree["posterior"].to_dataset(), found.tree["posterior"].to_dataset())
     assert again.attrs == found.attrs
@@ -86,7 +86,7 @@ def test_arviz_reads_it(right, tmp_path):
     found.save(tmp_path / "posterior.nc")
     for data in (found.to_inferencedata(), arviz.from_netcdf(tmp_path / "posterior.nc")):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ArviZ wants two chains for R-hat, which means nothing for draws of q
+            warnings.simplefilter("ignore")  # ArviZ warns that R-hat needs two chains; draws of q have one
             table = arviz.summary(data, var_names=["z"], kind="stats")
             arviz.plot_forest(data, var_names=["z"], backend_kwargs={"layout": "constrained"})
         assert len(table) == 5 * 6
@@ -131,7 +131,7 @@ def test_too_few_draws():
 
 @pytest.mark.parametrize(("guide", "found"), [(MeanField, {"log_q", "pareto_k"}), (Point, set()), (Langevin, set())])
 def test_what_is_no_bound_is_not_called_one(tiny_model, tiny_batch, guide, found):
-    """A prior known up to a constant leaves k-hat, which needs no constant; a guide without density leaves nothing."""
+    """With an unnormalised prior only k-hat is left, which needs no constant; without a density of q nothing is."""
     model = tiny_model()
     model.prior = EnergyPrior(model.decoder.thought_shape, width=8, steps=2)
     result = draw_batch_posterior(

@@ -1,4 +1,4 @@
-"""Reference chains find the posterior that is known, and the comparison says where q is too narrow."""
+"""Reference chains agree with a known posterior, and the comparison shows where q is too narrow."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,8 @@ def test_nuts_on_a_decoder_of_64_dimensions_converges_and_shows_a_narrow_q():
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
     batch = make_batch(torch.randint(1, 50, (1, 64)), torch.tensor([64]), 0)
     guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, start=Init(log_var=-3.0))
-    reference = chains(model, batch, samples=800, warmup=300)  # with 400, of which 40 count, R-hat is luck
+    # 400 draws have an effective sample size of 40, too few for R-hat
+    reference = chains(model, batch, samples=800, warmup=300)
     q = draw_batch_posterior(model, guide, batch, narrow, DrawOptions(samples=400))
     table = compare(q, reference)
     torch.set_default_dtype(torch.float64)
@@ -67,7 +68,7 @@ def test_r_hat_of_chains_that_disagree():
 
 
 def test_a_classifier_is_not_fooled_by_chains_that_move_slowly():
-    """Two slow chains of q's own distribution: the first draws are told from q's, draws of all of it are not."""
+    """Two slow chains with q's distribution: their first draws differ from q's, draws from the entire chains do not."""
     random = np.random.default_rng(0)
     steps = (1 - 0.95**2) ** 0.5 * random.normal(size=(2, 2000, 20))
     slow = scipy.signal.lfilter([1], [1, -0.95], steps, axis=1).reshape(-1, 20)
@@ -103,7 +104,7 @@ def test_what_cannot_be_compared(known, exact, posterior):
 
 
 def test_the_correlation_of_a_chain_is_that_of_its_independent_draws():
-    """A chain that stands still for twenty steps at a time shows correlations by chance as 40 draws do, not as 800."""
+    """A chain that repeats each of 40 draws 20 times has the chance correlation of 40 draws, not of 800."""
     draws = np.random.default_rng(0).normal(size=(40, 16))
     alone, chained = (compare_draws(draws, rows, 40)["correlation"] for rows in (draws, draws.repeat(20, 0)))
     assert chained == pytest.approx(alone, abs=0.02)

@@ -1,4 +1,4 @@
-"""What the thoughts say, where the answer is known: probes, neighbours, ablation, context, predictive checks, LOO."""
+"""Probes, neighbours, ablation, context, predictive checks and LOO against known answers."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_a_probe_reads_what_is_there_and_nothing_else(known, exact, posterior):
 
 
 def test_parts_of_one_document_never_help_each_other(known, exact, posterior):
-    """Every document twice: a probe that saw the twin would always be right about a label made of coins."""
+    """Every document is there twice: a probe trained on the other copy would always predict a random label."""
     batch = known.draw(60).select(torch.arange(60).repeat(2))
     found = posterior(known, exact(known), batch, 50)
     constant = found.tree["constant_data"].to_dataset()
@@ -71,7 +71,7 @@ def test_the_nearest_neighbour_is_the_same_text(known, exact, posterior):
 
 
 def test_ablation_costs_what_the_quadratic_form_says(exact, posterior):
-    """A layer that no observation depends on costs nothing; the other costs E|A(z − z̃)|² / 2s² in the mean."""
+    """Ablating a layer that no observation depends on costs nothing, the other E|A(z − z̃)|² / 2s² on average."""
     model = LinearGaussianModel(ThoughtShape(2, 1, 3), length=6, noise=1.0)
     model.matrix_TN[:, 3:] = 0
     batch = model.draw(300)

@@ -1,4 +1,4 @@
-"""What the README and the docs say, works."""
+"""The code and the commands of README and docs work."""
 
 import importlib
 import re

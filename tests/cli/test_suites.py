@@ -13,7 +13,7 @@ TEXT = "the people read a long text about time. every old day the small model wr
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder in the usual layout, of invented text."""
+    """A folder of made-up texts in the usual layout."""
     folder = tmp_path_factory.mktemp("suites")
     (folder / "eval").mkdir()
     (folder / "eval" / "ptb.valid.txt").write_text(TEXT * 3)

@@ -1,4 +1,4 @@
-"""Every measure against a case with a known answer, or against its definition."""
+"""Every measure against a known answer or against its definition."""
 
 import itertools
 import json
@@ -126,7 +126,7 @@ def test_answers(text, number):
 
 
 def test_pass_at_k_is_the_average_over_choices(tiny_run, monkeypatch):
-    """The share of subsets of k answers that hold a right one, counted one by one."""
+    """The share of subsets of k answers with a correct one, by enumeration."""
     right = [[True, False, False, False, False, False], [False] * 6, [True] * 4 + [False] * 2]
     problems = [Problem("2 + 5?", "#### 7")] * 3
     texts = ["#### 7" if hit else "8" for row in right for hit in row]
