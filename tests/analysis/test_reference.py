@@ -48,7 +48,7 @@ def test_nuts_on_a_decoder_of_64_dimensions_converges_and_shows_a_narrow_q():
     decoder = Decoder(50, layers=2, width=32, heads=2, thoughts=2, window=8, length=64, thought_width=16)
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
     batch = make_batch(torch.randint(1, 50, (1, 64)), torch.tensor([64]), 0)
-    guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, start=Init(log_var=-3.0))
+    guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, init=Init(log_var=-3.0))
     # 400 draws have an effective sample size of 40, too few for R-hat
     reference = chains(model, batch, samples=800, warmup=300)
     q = draw_batch_posterior(model, guide, batch, narrow, DrawOptions(samples=400))
