@@ -1,4 +1,4 @@
-"""Trees of datasets on disk: written whole or not at all, and read only if they have this version's format."""
+"""Atomic writing of `xarray.DataTree` as netCDF or zarr, and reading with a check of kind and format version."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -26,12 +26,12 @@ def write_tree(tree: xr.DataTree, path: str | Path) -> None:
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder is a zarr store, which takes a file's place."""
+    """Whether a path is a zarr store, which is a folder."""
     return path.suffix == ".zarr" and any((path / name).exists() for name in ("zarr.json", ".zgroup"))
 
 
 def read_tree(path: str | Path, kind: str) -> xr.DataTree:
-    """A tree of that kind (``posterior`` or ``calibration``) in memory."""
+    """Reads a tree of the kind ``posterior`` or ``calibration`` into memory."""
     path = Path(path)
     if not path.exists():
         raise UsageError(f"There is no {kind} at {path}: write one first (see `ltm --help`).")
@@ -39,23 +39,23 @@ def read_tree(path: str | Path, kind: str) -> xr.DataTree:
         how = {"engine": "zarr", "consolidated": False} if path.suffix == ".zarr" else {"engine": "h5netcdf"}
         with xr.open_datatree(path, **how) as stored:
             tree = stored.load()
-    except Exception:  # the engines raise whatever their libraries do
-        raise UsageError(f"{path} cannot be read as netCDF or zarr: give a file that ltm has written.") from None
+    except Exception:  # the exception depends on the engine
+        raise UsageError(f"{path} cannot be read as netCDF or zarr: give a file that ltm wrote.") from None
     found = tree.attrs.get(f"ltm_pyro_{kind}")
     if found is None:
-        raise UsageError(f"{path} is not a {kind} of ltm_pyro: give a file that ltm has written.")
+        raise UsageError(f"{path} is not a {kind} of ltm_pyro: give a file that ltm wrote.")
     if found != FORMAT:
         raise UsageError(f"{path} has format {found}, and this version reads {FORMAT}: write it again.")
     return tree
 
 
 def stamp(kind: str) -> dict[str, Any]:
-    """The attributes that `read_tree` looks for."""
+    """The attributes that `read_tree` checks."""
     return {f"ltm_pyro_{kind}": FORMAT, "ltm_pyro": version("ltm-pyro")}
 
 
 def _encoding(tree: xr.DataTree) -> dict[str, dict[str, Any]]:
-    """Compression for everything numeric."""
+    """Compression settings for all numeric variables."""
     packed = {"zlib": True, "complevel": 1, "shuffle": True}
     return {
         node.path: {str(name): packed for name, x in node.data_vars.items() if x.dtype.kind in "fi" and x.ndim}

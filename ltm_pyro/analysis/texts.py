@@ -1,4 +1,7 @@
-"""Texts with labels, and the sequences that they are analysed as: one for each text or part of a text."""
+"""From texts with labels to sequences of tokens; a sequence is one text or a part of it.
+
+Shapes: B sequences, T tokens.
+"""
 
 import re
 from collections.abc import Sequence
@@ -48,7 +51,7 @@ def _plain(record: dict[str, Any]) -> dict[str, str]:
 
 
 def as_texts(texts: Sequence[str | Text]) -> list[Text]:
-    """The texts, plain strings without labels; refuses empty ones and those that no posterior file can store."""
+    """Strings become texts without labels; `UsageError` for empty texts and for what netCDF cannot store."""
     if not texts:
         raise UsageError("No text was given: a posterior needs at least one.")
     found = [Text(x, f"text:{index}") if isinstance(x, str) else x for index, x in enumerate(texts)]
@@ -60,7 +63,7 @@ def as_texts(texts: Sequence[str | Text]) -> list[Text]:
 
 
 def _check_storable(text: Text) -> None:
-    """Refuses before inference what writing the file would refuse after it."""
+    """Raises `UsageError` before any fit, and not hours later when the file is written."""
     for name, value in {"text": text.text, **text.labels}.items():
         if not _NAME.fullmatch(name):
             raise UsageError(

@@ -1,8 +1,7 @@
-"""`ltm flops --config FILE`: what a recipe costs per trained token, as published and as we compute it."""
+"""`ltm flops --config FILE`: FLOPs per trained token, by the paper's formula and as this code computes."""
 
 import argparse
 import json
-from typing import Any
 
 from rich.table import Table
 
@@ -18,21 +17,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints parameters and FLOPs per token; returns 0."""
+    from ltm_pyro.data import read_manifest
+    from ltm_pyro.data.manifest import is_pack
     from ltm_pyro.training.flops import flops_per_token, flops_per_token_as_published
     from ltm_pyro.training.recipe import build_module, read_recipe
 
     config = read_recipe(["--config", args.config])
-    _take_vocabulary(config, args.config)
+    if config.model.vocabulary is None:
+        if not is_pack(config.data.directory):
+            raise UsageError(
+                f"{args.config} has no vocabulary, and there is no packed data at {config.data.directory} to take one "
+                f"from: add `model.vocabulary` to the recipe."
+            )
+        config.model.vocabulary = read_manifest(config.data.directory).vocabulary
     module = build_module(config)
     decoder, inference = module.model.decoder, module.inference
-    theirs = flops_per_token_as_published(decoder, decoder.length, inference.steps)
-    spent = flops_per_token(decoder, module.guide, decoder.length, inference)
+    published = flops_per_token_as_published(decoder, decoder.length, inference.steps)
+    computed = flops_per_token(decoder, module.guide, decoder.length, inference)
     figures = {
         "parameters": sum(p.numel() for p in module.model.parameters()),
-        "published_flops_per_token": theirs.total,
-        "flops_per_token": spent.total,
-        "fast_flops_per_token": spent.fast,
-        "slow_flops_per_token": spent.slow,
+        "published_flops_per_token": published.total,
+        "flops_per_token": computed.total,
+        "fast_flops_per_token": computed.fast,
+        "slow_flops_per_token": computed.slow,
     }
     if args.json:
         print(json.dumps(figures))
@@ -42,18 +49,3 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(name.replace("_", " "), f"{value:,.0f}")
         Console().print(table)
     return 0
-
-
-def _take_vocabulary(config: Any, recipe: str) -> None:
-    """The packed data's, where the recipe says none and they are here."""
-    from ltm_pyro.data import read_manifest
-    from ltm_pyro.data.manifest import is_pack
-
-    if config.model.vocabulary is not None:
-        return
-    if not is_pack(config.data.directory):
-        raise UsageError(
-            f"{recipe} says no vocabulary, and there is no pack at {config.data.directory} to take one from: add "
-            f"`model.vocabulary` to the recipe."
-        )
-    config.model.vocabulary = read_manifest(config.data.directory).vocabulary

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: a run as one of its models, and its command line with that model known.
+"""A run as a model of the lm-evaluation-harness, and the harness's command line with this model registered.
 
 python -m ltm_pyro.evaluation.lm_eval run --model ltm_pyro --model_args run=runs/quickstart --tasks … --include_path …
 """
@@ -21,17 +21,17 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_p
 
 
 class LTM(TemplateLM):
-    """A run under the harness; what it calls a log-likelihood is an estimate by the estimator, labelled in the results.
+    """A run as a model of the harness; its log-likelihoods are estimates, and the results name the estimator.
 
-    A continuation's z is inferred from its context alone. Contexts lose their beginning where both together are longer
-    than the model. ``loglikelihood_rolling`` scores each piece of T tokens with thoughts of its own.
+    The z of a continuation is inferred from its context only. If context and continuation together exceed the model's
+    length, the beginning of the context is dropped. ``loglikelihood_rolling`` infers a z for every T tokens.
 
     Args:
         run: run directory, checkpoint or exported model.
-        estimator: of `ESTIMATORS`.
-        samples: S, draws per text after q is final.
-        batch_size: texts fitted together.
-        seed: of all noise.
+        estimator: a name from `ESTIMATORS`.
+        samples: S, draws per text after the fit.
+        batch_size: texts per batch.
+        seed: random seed.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LTM(TemplateLM):
         self._scoring = Scoring(estimator=estimator, samples=int(samples), batch_size=int(batch_size), seed=int(seed))
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the figures."""
+        """The entries of the results that describe the figures."""
         scoring = self._scoring
         return {
             "ltm_pyro_run": self._path,
@@ -58,12 +58,12 @@ class LTM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The run whose tokenizer it is, for the harness's cache."""
+        """The run's path, the key of the harness's cache."""
         return self._path
 
     @property
     def eot_token_id(self) -> int:
-        """The document's end, behind which every sequence begins."""
+        """The end-of-text token, which also starts every sequence."""
         return self._run.start_token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **ignored: Any) -> list[int]:
@@ -76,7 +76,8 @@ class LTM(TemplateLM):
         pairs = []
         for _, context, tokens in requests:
             tokens = tokens[-self._run.length :]
-            context = [token for token in context if token != self.eot_token_id]  # our rows begin behind one anyway
+            # the decoder starts every sequence with this token anyway
+            context = [token for token in context if token != self.eot_token_id]
             pairs.append((context[max(0, len(context) + len(tokens) - self._run.length) :], tokens))
         return [(-found.nats, found.is_greedy) for found in score_tokens(self._run, pairs, self._scoring)]
 
@@ -89,7 +90,7 @@ class LTM(TemplateLM):
         return [-found.nats for found in score(self._run, [request.args[0] for request in requests], self._scoring)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, which is cut off; greedy unless the task asks for sampling."""
+        """Continuations up to a stop string, which is removed; greedy unless the task asks for sampling."""
         texts: list[str] = []
         tokenizer = self._run.tokenizer
         for asked, group in groupby((request.args for request in requests), lambda args: args[1]):
@@ -108,7 +109,7 @@ class LTM(TemplateLM):
 
 
 def main() -> None:
-    """The harness's own command line, `ltm_pyro` among its models."""
+    """The harness's own command line, with `ltm_pyro` as one of its models."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

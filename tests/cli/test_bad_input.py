@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence with the value and the way out, exit code 2, nothing lost, nothing left."""
+"""User errors: one sentence with the value and the way out, exit code 2, no file lost and none left behind."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ CONTENT = {  # file -> what is in it
     "unknown.yaml": b"model: {decodr: 1}\n",
     "text.ckpt": b"hello",
     "empty.ckpt": b"",
-    "cut.ckpt": b"\x80\x02.",  # as far as the unpickler is concerned
+    "cut.ckpt": b"\x80\x02.",  # a pickle that ends too early
 }
 
 

@@ -1,4 +1,4 @@
-"""Training that was cut off goes on to the last digit: the same batches, noise and rates."""
+"""Interrupted training resumes exactly: the same batches, random numbers and rates, to the last digit."""
 
 import os
 import random
@@ -36,7 +36,7 @@ def options(slow_gradient, workers, **changes):
 
 
 def curve(run):
-    """Everything in ``metrics.csv`` that is no time."""
+    """All columns of ``metrics.csv`` except times."""
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     timed = [i for i, name in enumerate(rows[0]) if "second" in name]
     return [[cell for i, cell in enumerate(row) if i not in timed] for row in rows]

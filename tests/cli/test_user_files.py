@@ -1,4 +1,4 @@
-"""Priors and guides in a user's own files: trained, stored, found again, written anew, shown and compared."""
+"""Priors and guides in a user's own files: training, loading, `ltm new`, `ltm show` and `ltm compare`."""
 
 import json
 import re

@@ -10,8 +10,8 @@ from pyro.nn import PyroModule
 from torch.distributions import Normal, kl_divergence
 
 from ltm_pyro.analysis.calibration import Simulation, calibrate
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
-from ltm_pyro.analysis.reference import Chains
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
+from ltm_pyro.analysis.reference import ChainOptions
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
@@ -103,8 +103,8 @@ def test_a_trace_aside_sees_the_fixed_draw():
 def test_a_posterior_is_given_one_draw_of_what_sequences_share(method):
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = SparsePrior(model.prior.shape)
-    drawing = Drawing(method=method, samples=30, chains=Chains(warmup=5))
-    found = draw_batch_posterior(model, MeanField(model), model.draw(2), LocalInference(steps=2), drawing)
+    options = DrawOptions(method=method, samples=30, chains=ChainOptions(warmup=5))
+    found = draw_batch_posterior(model, MeanField(model), model.draw(2), LocalInference(steps=2), options)
     scale = found.z / found.group("posterior")["z_unit"].values
     assert float(scale.std(("chain", "draw", "sequence")).max()) < 1e-12
 

@@ -1,4 +1,4 @@
-"""Progressive reconstruction: how much of a text do the thoughts of layers 1 … l tell? (arXiv 2502.01567, section 4)
+"""Progressive reconstruction: token accuracy given the thoughts of layers 1 … l (arXiv 2502.01567, section 4).
 
 Shapes: B sequences, T tokens, L layers.
 """
@@ -18,14 +18,14 @@ from ltm_pyro.text.thoughts import ThoughtSampling, draw_thoughts, infer_rows
 
 
 def parts(options: Options) -> list[Part]:
-    """One curve, on the held-out part of the run's own data."""
-    return [Part("held-out", partial(accuracy, options))]
+    """One curve, on the held-out split of the run's own data."""
+    return [Part("held-out", partial(token_accuracy, options))]
 
 
-def accuracy(options: Options, run: Run) -> Figures:
-    """The share of tokens that are the likeliest given the tokens before them and one z ~ q(z | x), by l.
+def token_accuracy(options: Options, run: Run) -> Figures:
+    """The share of tokens that are the most likely ones given the text before them and one z ~ q(z | x), by l.
 
-    Layers beyond l hear no thoughts; l = 0 is the decoder alone. The tokens before are the text's own.
+    Layers above l do not attend to their thoughts; l = 0 is the decoder without thoughts.
     """
     dataset, layers = held_out(run), run.model.decoder.thought_shape.layers
     batches = DataLoader(
@@ -58,7 +58,7 @@ def accuracy(options: Options, run: Run) -> Figures:
 
 
 def _hits(run: Run, batch: Batch, z_BLKD: Float[Tensor, "B L K D"], last: int) -> Int[Tensor, " B"]:
-    """How many tokens of each sequence are the likeliest when layers 1 to ``last`` hear their thoughts."""
+    """Correctly predicted tokens per sequence when layers 1 to ``last`` attend to their thoughts."""
     decoder = run.model.decoder
     hidden_BTD = decoder(batch.stem_BTD, ThoughtSampling(layers=tuple(range(1, last + 1))).mask_layers(z_BLKD))
     likeliest_BT = decoder.logits(hidden_BTD).argmax(-1)
