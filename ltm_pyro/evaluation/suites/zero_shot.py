@@ -5,6 +5,7 @@ from functools import partial
 from itertools import islice
 
 from ltm_pyro.data.documents import read_documents
+from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, no_data, score_text
 from ltm_pyro.runs.run import Run
