@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ltm_pyro.contracts import Guide
-from ltm_pyro.data import end_of_text
+from ltm_pyro.data.tokenizer import end_of_text
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 

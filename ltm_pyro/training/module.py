@@ -3,7 +3,6 @@
 import json
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,13 @@ from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
-from pyro.nn import PyroModule
 from pytorch_lightning.callbacks import Timer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR
 
-from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape
+from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.inference.cuda_graphs import check_device
 from ltm_pyro.inference.elbo import elbo_terms, missing_bound
 from ltm_pyro.inference.global_latents import global_kl
@@ -28,6 +25,7 @@ from ltm_pyro.inference.local import TrainingLoss, infer_local, init, training_l
 from ltm_pyro.inference.local_store import LocalStore
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training.flops import flops_per_token
+from ltm_pyro.training.model_config import build_model
 from ltm_pyro.training.schedules import Curriculum, SlowRate
 from ltm_pyro.utils.rng import seeded
 
@@ -38,52 +36,32 @@ class LTMModule(pl.LightningModule):
     """A Latent-Thought Language Model in training.
 
     Args:
-        decoder: makes p(x | z)'s network for a vocabulary.
-        prior: makes p(z) for a `ThoughtShape`.
-        joint: makes the Pyro model from prior and decoder.
-        guide: makes q's family for the model.
-        inference: local inference while training.
-        evaluation: local inference while validating, and the default of ``ltm evaluate``.
         slow: the slow step.
         curriculum: how local inference changes over training.
         max_flops: training ends when it has spent so many floating-point operations.
         keep_local: keeps every sequence's q between epochs, in ``memory`` (and checkpoints) or in files of this folder;
             by default q starts anew with every batch, as in the paper.
         on_nonfinite: what a sequence without a finite ELBO does to training: ``stop`` it, or ``skip`` the batch.
-        vocabulary: V; the data's when not given.
-        compile: lets torch compile the decoder: a minute at the start, a fifth to a half faster afterwards.
-        seed: of the noise, together with epoch, batch and rank.
+        seed: random seed of local inference, together with epoch, batch and rank.
+        **model: the arguments of `build_model`.
     """
 
     flops: Tensor
 
     def __init__(
         self,
-        decoder: Callable[[int], nn.Module],
-        prior: Callable[[ThoughtShape], PyroModule],
-        joint: Callable[[PyroModule, nn.Module], PyroModule],
-        guide: Callable[[Model], Guide],
-        inference: LocalInference = LocalInference(),  # noqa: B008 - frozen
-        evaluation: LocalInference = LocalInference(steps=32, rate=0.1),  # noqa: B008
-        slow: SlowRate = SlowRate(),  # noqa: B008
+        *,
+        slow: SlowRate = SlowRate(),  # noqa: B008 - frozen
         curriculum: Curriculum = Curriculum(),  # noqa: B008
         max_flops: float | None = None,
         keep_local: str | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
-        vocabulary: int | None = None,
-        compile: bool = False,
         seed: int = 0,
+        **model: Any,
     ) -> None:
         super().__init__()
-        if vocabulary is None:
-            raise UsageError("The model has no vocabulary: set `model.vocabulary`, or give packed data.")
-        network = decoder(vocabulary)
-        if compile:
-            network.compile()
-        self.model: Any = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
-        check_prior(self.model)
-        self.guide = guide(self.model)
-        self.inference, self.evaluation, self.slow, self.seed = inference, evaluation, slow, seed
+        self.model, self.guide, self.inference, self.evaluation = build_model(**model)
+        self.slow, self.seed = slow, seed
         self.curriculum, self.max_flops, self.on_nonfinite = curriculum, max_flops, on_nonfinite
         self.keep_local = keep_local
         self.store: LocalStore | None = None

@@ -11,18 +11,16 @@ from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from yaml import YAMLError
 
-from ltm_pyro.data import read_manifest
+from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
-from ltm_pyro.training import plugins as lookup
+from ltm_pyro.training import model_config, plugins
 from ltm_pyro.training.checkpoints import Saving
 from ltm_pyro.training.datamodule import PackedData
+from ltm_pyro.training.model_config import complaint, load_recipe, refuse_renamed
 from ltm_pyro.training.module import LTMModule
 
-DEFAULTS = {  # by dotted path: this room imports no model and no guide
-    "model.decoder": {"class_path": "ltm_pyro.models.Decoder"},
-    "model.prior": {"class_path": "ltm_pyro.models.GaussianPrior"},
-    "model.joint": {"class_path": "ltm_pyro.models.LatentThoughtModel"},
-    "model.guide": {"class_path": "ltm_pyro.guides.MeanField"},
+DEFAULTS = {
+    **model_config.DEFAULTS,
     "trainer.check_val_every_n_epoch": None,  # validation counts steps, not passes over the data
     "trainer.val_check_interval": 1000,
     "trainer.log_every_n_steps": 10,
@@ -48,7 +46,7 @@ def recipe_parser() -> ArgumentParser:
     about = (
         "Train a Latent-Thought Language Model. Every key of a recipe is an option, and an option overrides the recipe."
     )
-    set_loader("recipe", lookup.load, exceptions=(YAMLError,))
+    set_loader("recipe", load_recipe, exceptions=(YAMLError,))
     parser = ArgumentParser(prog="ltm fit", usage=usage, description=about, exit_on_error=False, parser_mode="recipe")
     parser.add_argument("--config", action="config", help="a recipe (YAML)")
     parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
@@ -67,27 +65,14 @@ def recipe_parser() -> ArgumentParser:
 
 def read_recipe(arguments: list[str]) -> Namespace:
     """The options as one configuration; `UsageError` names the key that is wrong."""
+    refuse_renamed(word.removeprefix("--").partition("=")[0] for word in arguments if word.startswith("--"))
     try:
-        return recipe_parser().parse_args([lookup.resolve_argument(word) for word in arguments])
+        return recipe_parser().parse_args([plugins.resolve_argument(word) for word in arguments])
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
     except (UnicodeDecodeError, OSError) as error:
         recipe = " ".join(re.findall(r"--config[ =](\S+)", " ".join(arguments)))
         raise UsageError(f"The recipe {recipe} cannot be read as text ({error}); give a YAML file in UTF-8.") from None
-
-
-def complaint(message: str) -> str:
-    """jsonargparse's message in one sentence: the key, its value, and what was expected there."""
-    message = " ".join(message.split())
-    found = re.fullmatch(
-        r'(?:Parser key "(?P<key>[^"]*)": )?(?P<problem>.*?)(?:\.? (?:Got|Given) value: (?P<value>.*))?', message
-    )
-    key, problem, value = found.group("key", "problem", "value") if found else (None, message, None)
-    problem = problem.rsplit(" expects a function or a callable class: ", 1)[-1]
-    if expected := re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", problem):
-        problem = f"expected {' or '.join(dict.fromkeys(a or b for a, b in expected))}"
-    place = f"{key} = {value}: " if key and value else f"{key}: " if key else ""
-    return f"{place}{problem}; `ltm fit --help` lists every key and its values."
 
 
 def check_budget(config: Namespace) -> None:
@@ -119,7 +104,21 @@ def check_seed(config: Namespace) -> None:
 
 
 def take_vocabulary(config: Namespace) -> None:
-    """Fills in the data's vocabulary; refuses a recipe that says another, rows too long, and data without a split."""
+    """Fills in the vocabulary of the packed data if the recipe gives none."""
+    if config.model.vocabulary is None:
+        if not is_pack(config.data.directory):
+            raise UsageError(
+                f"The recipe gives no vocabulary, and there is no pack at {config.data.directory} to take one from: "
+                f"add `model.vocabulary` to the recipe."
+            )
+        config.model.vocabulary = read_manifest(config.data.directory).vocabulary
+
+
+def check_data(config: Namespace) -> None:
+    """Refuses data that the recipe cannot be trained on, and fills in their vocabulary.
+
+    Refused are another vocabulary than the recipe's, sequences that are too long, and a missing split.
+    """
     manifest = read_manifest(config.data.directory)
     manifest.split("train", config.data.directory)
     vocabulary, length = config.model.vocabulary, config.model.decoder.init_args.get("length")
@@ -221,12 +220,4 @@ def dump_recipe(config: Namespace) -> str:
     """The configuration as YAML, every default written out."""
     config = config.clone()
     config.ckpt_path, config.force, config.config = None, False, None
-    return lookup.name_files(recipe_parser().dump(config, skip_unset=False, format="yaml"))
-
-
-def parse_recipe(text: str) -> Namespace:
-    """The configuration that `dump_recipe` wrote; `UsageError` names a module or a file that is no longer there."""
-    try:
-        return recipe_parser().parse_string(text)
-    except ArgumentError as error:
-        raise UsageError(complaint(str(error))) from None
+    return plugins.name_files(recipe_parser().dump(config, skip_unset=False, format="yaml"))

@@ -20,7 +20,7 @@ from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
-from ltm_pyro.training.recipe import build, check_budget, dump_recipe, refused, take_vocabulary
+from ltm_pyro.training.recipe import build, check_budget, check_data, dump_recipe, refused
 from ltm_pyro.training.run_directory import (
     CHECKPOINT,
     METRICS,
@@ -53,7 +53,7 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
     anything is written, `Interrupted` after Ctrl-C or SIGTERM once the checkpoint is safe.
     """
     check_budget(config)
-    take_vocabulary(config)
+    check_data(config)
     run, resumed = Path(config.run), _resumed(config)
     keep = resumed is not None and resumed.resolve().is_relative_to(run.resolve())
     first = cast(Any, rank_zero_only).rank == 0

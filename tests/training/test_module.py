@@ -28,8 +28,9 @@ def make_module(thoughts=2, **options):
     def decoder(vocabulary):
         return Decoder(vocabulary, layers=2, width=16, heads=2, thoughts=thoughts, window=4, length=16)
 
-    arguments = {"inference": LocalInference(steps=2), "evaluation": LocalInference(steps=2), **options}
-    return LTMModule(decoder, GaussianPrior, LatentThoughtModel, MeanField, vocabulary=VOCABULARY, **arguments)
+    few = LocalInference(steps=2)
+    parts = {"decoder": decoder, "prior": GaussianPrior, "joint": LatentThoughtModel, "guide": MeanField}
+    return LTMModule(**parts | {"inference": few, "evaluation": few, "vocabulary": VOCABULARY} | options)
 
 
 @pytest.fixture
