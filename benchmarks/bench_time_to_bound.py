@@ -117,9 +117,8 @@ def flops_per_token(data: PackedData, vocabulary: int, budget: float, held_out: 
         optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, 0.05, 0.1)
         targets_BT = next(batches)
         batch = make_batch(targets_BT, torch.full((len(targets_BT),), LENGTH), start_token=0)
-        decoder.use_thoughts = done >= 0.5
-        start = Init(log_var=-4 + 3 * max(2 * done - 1, 0.0), jitter=0.1)
-        inference = LocalInference(steps=4 if decoder.use_thoughts else 0, rate=0.2, init=start)
+        thoughts, narrow = done >= 0.5, Init(log_var=-4 + 3 * max(2 * done - 1, 0.0), jitter=0.1)
+        inference = LocalInference(steps=4 if thoughts else 0, rate=0.2, init=narrow, use_thoughts=thoughts)
         (training_loss(model, guide, batch, inference).loss / targets_BT.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -130,7 +129,6 @@ def flops_per_token(data: PackedData, vocabulary: int, budget: float, held_out: 
         return token_nats(hidden_BTD, decoder.embedding.weight, targets_BT).sum(1)
 
     def bound() -> float:
-        decoder.use_thoughts = True
         return honest_bound(nats, tuple(decoder.thought_shape), held_out)
 
     return curve(train, bound, budget, how)

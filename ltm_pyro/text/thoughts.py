@@ -7,19 +7,21 @@ Shapes: B rows, L layers, K thoughts per layer, D width.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
-from ltm_pyro.contracts import Batch, make_batch
+from ltm_pyro.contracts import PARTICLES, Batch, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import Draws, no_param_store, traces, weigh
+from ltm_pyro.inference.elbo import log_weights, no_param_store
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.local import infer_local, init
 from ltm_pyro.inference.state import LocalInference, LocalState
+from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.row_noise import ByRow, Key, RowNoise, uniform
 from ltm_pyro.text.sampling import Sampling, choose
@@ -113,8 +115,12 @@ def draw(
         keys: of the rows' noise; torch's own when not given.
     """
     with torch.no_grad(), no_param_store(), _noise(run, DRAW, keys) if keys else nullcontext():
-        q, p = traces(run.model, run.guide, batch, state.parameters, Draws(particles))
-        z_BLKD, log_weight_B = poutine.replay(run.model.sample_prior, trace=q)(batch.size), weigh(q, p)
+        plate = nullcontext() if particles is None else pyro.plate(PARTICLES, particles, dim=-2)
+        with full_precision(batch.inputs_BT), plate:
+            q = poutine.trace(run.guide).get_trace(batch, state.parameters)
+        replayed: Any = poutine.replay(run.guide, trace=q)
+        log_weight_B = log_weights(run.model, replayed, batch, state.parameters, particles)
+        z_BLKD = poutine.replay(run.model.sample_prior, trace=q)(batch.size)
         prior_BLKD = run.model.sample_prior(log_weight_B.numel()).view(z_BLKD.shape)
     read_B = batch.tokens_B > 0
     return Weighted(z_BLKD.where(read_B[:, None, None, None], prior_BLKD), log_weight_B * read_B)

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.data import read_manifest
-from ltm_pyro.inference.elbo import average_terms, no_param_store
+from ltm_pyro.inference.elbo import elbo_terms, no_param_store
 from ltm_pyro.inference.local import init
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.module import LTMModule
@@ -63,7 +63,7 @@ def memory(module: LTMModule, batch_size: int, length: int) -> int:
     with seeded(0), no_param_store(), saved_tensors_hooks(keep, lambda x: x):
         local = init(module.model, module.guide, batch, module.inference).parameters
         local = {name: x.requires_grad_() for name, x in local.items()}
-        terms = average_terms(module.model, module.guide, module.model.prepare(batch), local, module.inference.draws)
+        terms = elbo_terms(module.model, module.guide, module.model.prepare(batch), local, module.inference.draws)
     activations = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in weights)
     del terms
     return _PER_PARAMETER * sum(p.numel() for p in weights.values()) + batch_size * activations

@@ -21,7 +21,7 @@ from ltm_pyro.inference.cuda_graphs import check_device
 from ltm_pyro.inference.elbo import elbo_terms, missing_bound
 from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.learning_rates import parameter_groups, slow_parameters, warmup_cosine
-from ltm_pyro.inference.local import TrainingLoss, infer_local, init, training_loss
+from ltm_pyro.inference.local import infer_local, init, training_loss
 from ltm_pyro.inference.local_store import LocalStore
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training.flops import flops_per_token
@@ -132,21 +132,25 @@ class LTMModule(pl.LightningModule):
             self.store.load_state_dict(checkpoint.get("local", {}))
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
-        """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
+        """Algorithm 1 for one batch: the fast loop, then −ELBO in nats per token for Lightning's slow step."""
         tokens, slots = self._sync_ranks(batch)
         strategy, cost = self.trainer.strategy, partial(self.cost, batch.inputs_BT.shape[1])
         inference = self.curriculum.at(self.progress, self.inference, cost)
-        self.model.decoder.use_thoughts = inference.steps > 0
         self.flops += slots * cost(inference)
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
-            learned = self._learn(batch, inference)
+            stored = None
+            if self.store:
+                stored = self.store.recall(batch.ids_B, init(self.model, self.guide, batch, inference))
+            found = training_loss(self.model, self.guide, batch, inference, stored)  # fast loop: q of every sequence
+        if self.store:
+            self.store.keep(batch.ids_B, found.state)
         self._ids_B = batch.ids_B
-        if strategy.reduce_boolean_decision(not learned.loss.isfinite(), all=False):
-            self._handle_nonfinite("ELBO", batch.ids_B[~learned.is_finite_B])
+        if strategy.reduce_boolean_decision(not found.loss.isfinite(), all=False):
+            self._handle_nonfinite("ELBO", batch.ids_B[~found.is_finite_B])
             return self._zero_loss()
-        loss = learned.loss + batch.size / self.sequences * global_kl(self.model)
+        loss = found.loss + batch.size / self.sequences * global_kl(self.model)  # slow step: Lightning goes backward
         share = (tokens / self.trainer.world_size).to(loss.dtype)
-        loss, kl = loss / share, learned.terms.kl_B.sum() / share  # their means over ranks are per token of all
+        loss, kl = loss / share, found.terms.kl_B.sum() / share  # their means over ranks are per token of all ranks
         everywhere = strategy.reduce(torch.stack([loss.detach(), kl]), reduce_op="mean")
         self.log_dict(
             {
@@ -162,10 +166,8 @@ class LTMModule(pl.LightningModule):
         return loss
 
     def cost(self, length: int, inference: LocalInference) -> float:
-        """FLOPs per token of a training step; without fast steps the decoder trains without thoughts."""
-        return flops_per_token(
-            self.model.decoder, self.guide, length, inference, use_thoughts=inference.steps > 0
-        ).total
+        """FLOPs per token of a training step."""
+        return flops_per_token(self.model.decoder, self.guide, length, inference).total
 
     def _zero_loss(self) -> Tensor | None:
         """No loss; of several ranks, each waits for the others' gradients, so theirs are all 0."""
@@ -185,14 +187,6 @@ class LTMModule(pl.LightningModule):
         if self.trainer.world_size > 1:
             self._time_used = total[2].item() / self.trainer.world_size
         return total[0], total[1]
-
-    def _learn(self, batch: Batch, inference: LocalInference) -> TrainingLoss:
-        if self.store is None:
-            return training_loss(self.model, self.guide, batch, inference)
-        state = self.store.recall(batch.ids_B, init(self.model, self.guide, batch, inference))
-        learned = training_loss(self.model, self.guide, batch, inference, state)
-        self.store.keep(batch.ids_B, learned.state)
-        return learned
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets no gradient that is not finite reach the weights."""
@@ -219,10 +213,6 @@ class LTMModule(pl.LightningModule):
         whole = (index + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if self.max_flops and whole and self.progress >= 1:
             trainer.should_stop = True
-
-    def on_validation_start(self) -> None:
-        """The bound is of the whole model, also while it trains without thoughts."""
-        self.model.decoder.use_thoughts = True
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Logs the honest bound, one draw after q is final; nothing where there is none."""

@@ -88,4 +88,4 @@ class Curriculum:
         if budget is not None:
             one, two = (cost(replace(now, steps=steps)) for steps in (1, 2))
             now = replace(now, steps=max(1, 1 + int((budget - one) // (two - one)) if two > one else 1))
-        return now if now.steps else replace(now, init=Init())  # nothing is inferred, so q stays at the prior
+        return now if now.steps else replace(now, init=Init(), use_thoughts=False)  # q is the prior

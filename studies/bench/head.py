@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltm_pyro.nn.cross_entropy import LARGE_TILE, TILES, Tile, token_nats
+from ltm_pyro.nn.cross_entropy import token_nats
+from ltm_pyro.nn.cross_entropy_autograd import LARGE_TILE, TILES, Tile
 from ltm_pyro.studies.bench.clock import How, in_turn, matrix_rate, spread
 
 WIDTH, VOCABULARY = 512, 50_257

@@ -277,9 +277,8 @@ def _generation(decoder: Decoder, size: int, prompt: int, how: How, tokens: int 
     anew, slow = _write(decoder, z_BLKD, start_BT, tokens, how, cached=False)
     report: Report = {"uncached": {"tokens_per_second": size * tokens / sum(slow)}}
     for compiled in (False, True) if how.compiled else (False,):
-        decoder.compiled_reading = compiled
-        _write(decoder, z_BLKD, start_BT, 16, how, cached=True)
-        runs = [_write(decoder, z_BLKD, start_BT, tokens, how, cached=True) for _ in range(how.rounds)]
+        _write(decoder, z_BLKD, start_BT, 16, how, cached=True, compiled=compiled)
+        runs = [_write(decoder, z_BLKD, start_BT, tokens, how, True, compiled) for _ in range(how.rounds)]
         report["cached, compiled" if compiled else "cached"] = _against(anew, sum(slow), runs)
     return report
 
@@ -297,17 +296,17 @@ def _against(anew: Tensor, slow: float, runs: list[tuple[Tensor, list[float]]]) 
 
 
 def _write(
-    decoder: Decoder, z_BLKD: Tensor, start_BT: Tensor, tokens: int, how: How, cached: bool
+    decoder: Decoder, z_BLKD: Tensor, start_BT: Tensor, tokens: int, how: How, cached: bool, compiled: bool = False
 ) -> tuple[Tensor, list[float]]:
     """The greedy texts behind their start, and every token's seconds; the first one's are the start's as well."""
     text, cache, times = [start_BT], decoder.init_cache(z_BLKD), []
 
     def one() -> None:
         if cached:
-            hidden_BD = decoder.decode_step(text[-1], cache)
+            hidden_BD = decoder.decode_step(text[-1], cache, compile=compiled)
         else:
             hidden_BD = decoder(decoder.stem(torch.cat(text, 1)), z_BLKD)[:, -1]
-        text.append((hidden_BD @ decoder.embedding.weight.T).argmax(-1, keepdim=True))
+        text.append(decoder.logits(hidden_BD).argmax(-1, keepdim=True))
 
     for _ in range(tokens):
         times.append(seconds(one, how))

@@ -146,7 +146,6 @@ def _judge(config: Namespace, setting: Setting) -> Callable[[LTMModule], float]:
 
     def bound(module: LTMModule) -> float:
         model: Any = module.model
-        model.decoder.use_thoughts = True
         _, tokenizer = open_pack(config.data.directory)
         run = Run(model, module.guide, tokenizer, module.evaluation, config.data.directory, model.decoder.length)
         scores = evaluate_run(run, estimators=("bound",), samples=setting.samples, limit=setting.limit).estimates

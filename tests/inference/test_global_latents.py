@@ -15,6 +15,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.global_latents import GlobalLatent, fix_global_draws, global_kl
+from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import init
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.inference.svi import DualRateSVI
@@ -58,19 +59,32 @@ def test_it_is_charged_once_per_corpus(tiny_model, tiny_batch):
     assert terms.kl_B.abs().max() < 1e-6, "q starts at the prior given the scales"
 
 
-def test_what_is_held_stays_held_and_depends_on_the_seed_alone():
+def test_fixed_draws_stay_fixed_and_depend_on_the_seed_alone():
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = SparsePrior(model.prior.shape)
-    shared = model.prior.scale
+    scale = model.prior.scale
     with fix_global_draws(model, 1):
-        first = shared.held
+        first = scale()
+        assert torch.equal(scale(), first)
         with fix_global_draws(model, 2):
-            assert shared.held is first
-        assert shared.held is first
-    assert shared.held is None
+            assert torch.equal(scale(), first)
+        prior_sites(model, 1)  # tracing the prior aside draws nothing new
+        assert torch.equal(scale(), first)
+    assert not torch.equal(scale(), scale())
     torch.manual_seed(5)
     with fix_global_draws(model, 1):
-        torch.testing.assert_close(shared.held, first)
+        torch.testing.assert_close(scale(), first)
+
+
+def test_a_trace_aside_sees_the_fixed_draw():
+    """Handlers outside see no site of it, but it takes the fixed value: no random number is spent."""
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3))
+    model.prior = SparsePrior(model.prior.shape)
+    with fix_global_draws(model, 1), poutine.trace() as outside:
+        before = torch.get_rng_state()
+        prior_sites(model, 2)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert not outside.trace.nodes
 
 
 @pytest.mark.parametrize("method", ["guide", "langevin"])
