@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import nn
 from yaml import YAMLError
 
-from ltm_pyro.contracts import Guide, Model, ThoughtShape
+from ltm_pyro.contracts import Guide, Model, TextModel, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training import plugins
@@ -32,7 +32,7 @@ RENAMED = {  # old key of a recipe -> new key; `init_args` is left out of both
 class BuiltModel(NamedTuple):
     """What the `model` part of a recipe describes."""
 
-    model: Any  # p(x, z), a `Model` with a prior and a decoder
+    model: TextModel  # p(x, z)
     guide: Guide  # q(z | x)
     inference: LocalInference  # while training
     evaluation: LocalInference  # while validating and afterwards
