@@ -22,8 +22,9 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.training.check_model import check_model
 from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.recipe import check_data, read_recipe
-from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, beside, read_checkpoint
+from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
+from ltm_pyro.utils.files import atomic_write
 
 RESULT, SETTINGS = "result.json", "compare.json"
 DRAWS, FITTED = 100, 32  # importance weights per sequence, and sequences, for k-hat
@@ -110,8 +111,8 @@ class Comparison:
         self._train(path, prior, guide, options)
         parts = {"name": name, "prior": _short(prior), "guide": _short(guide), "asked": asked}
         figures = parts | {k: None if _odd(v) else v for k, v in _measured(path, self).items()}
-        beside(path / RESULT).write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
-        beside(path / RESULT).replace(path / RESULT)
+        with atomic_write(path / RESULT) as new:
+            new.write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
         return figures
 
     def _train(self, path: Path, prior: str, guide: str, options: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from ltm_pyro.analysis.sections import SECTIONS, ReportInputs, card, sections
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.files import atomic_write, writing
 
 TOP = 5
 MOST_CARDS = 1000  # sequences shown one by one: keeps the page under 10 MB
@@ -115,11 +116,7 @@ def _check(of: ReportInputs) -> None:
 
 
 def write_report(of: ReportInputs, path: str | Path) -> None:
-    """Writes the page; the file takes its place once it is whole."""
-    page, beside = report(of), Path(f"{path}.new")
-    try:
-        beside.write_text(page, "utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UsageError(f"Cannot write {path}: {error.strerror}; choose another --out.") from None
+    """Writes the page, whole or not at all."""
+    page = report(of)
+    with writing(path), atomic_write(Path(path)) as new:
+        new.write_text(page, "utf-8")

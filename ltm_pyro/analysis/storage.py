@@ -1,6 +1,5 @@
-"""Trees of datasets on disk: written whole or not at all, and read only if this version wrote them."""
+"""Trees of datasets on disk: written whole or not at all, and read only if they have this version's format."""
 
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,38 +7,27 @@ from typing import Any
 import xarray as xr
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write, remove, writing
 
 FORMAT = 1
 
 
 def write_tree(tree: xr.DataTree, path: str | Path) -> None:
-    """Writes netCDF, or zarr where the name ends in ``.zarr``; it takes its place once it is whole."""
+    """Writes netCDF, or zarr if the name ends in ``.zarr``; an old file is replaced once the new one is whole."""
     path = Path(path)
     if path.is_dir() and not is_store(path):
         raise UsageError(f"{path} is a folder: choose another --out.")
-    beside = path.with_name(f".{path.name}.new")
-    try:
+    with writing(path), atomic_write(path) as new:
         if path.suffix == ".zarr":
-            tree.to_zarr(beside, mode="w", consolidated=False)
+            tree.to_zarr(new, mode="w", consolidated=False)
         else:
-            tree.to_netcdf(beside, mode="w", engine="h5netcdf", encoding=_encoding(tree))
-        _remove(path)
-        beside.replace(path)
-    except OSError as error:
-        _remove(beside)
-        reason = error.strerror or error
-        raise UsageError(f"Cannot write {path}: {reason}; make room there or choose another --out.") from None
+            tree.to_netcdf(new, mode="w", engine="h5netcdf", encoding=_encoding(tree))
+        remove(path)  # an old zarr store is a folder, which is not replaced
 
 
 def is_store(path: Path) -> bool:
     """Whether a folder is a zarr store, which takes a file's place."""
     return path.suffix == ".zarr" and any((path / name).exists() for name in ("zarr.json", ".zgroup"))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
 
 
 def read_tree(path: str | Path, kind: str) -> xr.DataTree:

@@ -7,7 +7,6 @@ openers and decoders, which run commands and unpickle, are never called.
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ltm_pyro.data.manifest import Manifest, Shard
 from ltm_pyro.data.remote import read
 from ltm_pyro.data.rows import Rows
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write
 
 BLOCK = 64  # rows of one sample: a member costs a kilobyte and 50 µs, too much for a row of 256 bytes
 _TOKENS, _META = "tokens.npy", "meta.json"
@@ -30,14 +30,13 @@ def write_shard(rows: Rows, path: Path) -> Shard:
     """
     from webdataset.writer import TarWriter  # here, because text can be scored without it
 
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for block in rows.blocks(BLOCK):
-            tar.write(_encode(block))
-    with new.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    size = new.stat().st_size
-    new.replace(path)
+    with atomic_write(path) as new:
+        with new.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for block in rows.blocks(BLOCK):
+                tar.write(_encode(block))
+        with new.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = new.stat().st_size
     return Shard(
         file=path.name,
         sha256=digest,
@@ -86,9 +85,8 @@ def _content(place: str | Path, shard: Shard, cache: Path | None) -> bytes:
     try:
         if not kept.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            new = kept.with_suffix(f".{os.getpid()}.new")  # other processes may fetch the same
-            new.write_bytes(read(place, shard.file))
-            new.replace(kept)
+            with atomic_write(kept) as new:  # other processes may fetch the same shard
+                new.write_bytes(read(place, shard.file))
         return kept.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot keep shards in {cache}: {error.strerror}; choose another data.cache.") from error

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,15 +132,11 @@ class Checkpoints(Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         if not all(p.isfinite().all() for p in trainer.lightning_module.parameters()):
             return  # never over a good checkpoint
-        new = self._path.with_suffix(".new")
-        try:
-            trainer.save_checkpoint(new, weights_only=False)
-            if trainer.is_global_zero:
+        first = trainer.is_global_zero
+        with atomic_write(self._path) if first else nullcontext(self._path) as new:
+            trainer.save_checkpoint(new, weights_only=False)  # all ranks take part, and the first one writes
+            if first:
                 self._keep_older()
-                new.replace(self._path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
         self._saved = trainer.global_step
 
     def _keep_older(self) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from ltm_pyro.utils.files import atomic_write
+
 COLUMNS = (
     *("step", "seconds", "train/loss", "train/kl", "train/fast_rate", "train/slow_rate", "train/tokens_per_second"),
     *("val/bound", "val/kl", "train/flops", "train/fast_steps", "train/flops_per_second"),
@@ -34,12 +36,10 @@ class MetricsFile(Logger):
         with self._path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) < self._resumed]
         self._began -= max((float(row["seconds"]) for row in rows), default=0.0)
-        new = self._path.with_name(self._path.name + ".new")
-        with new.open("w", newline="") as file:
+        with atomic_write(self._path) as new, new.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        new.replace(self._path)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

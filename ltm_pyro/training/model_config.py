@@ -1,7 +1,7 @@
 """The `model` part of a recipe, and what it builds: loading a run needs this file and none that trains."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from inspect import signature
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from ltm_pyro.contracts import Guide, Model, TextModel, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training import plugins
+from ltm_pyro.training.old_recipe_keys import dotted_keys, refuse_old_keys
 
 DEFAULTS = {  # by dotted path: this room imports no model and no guide
     "model.decoder": {"class_path": "ltm_pyro.models.Decoder"},
@@ -22,11 +23,6 @@ DEFAULTS = {  # by dotted path: this room imports no model and no guide
     "model.guide": {"class_path": "ltm_pyro.guides.MeanField"},
 }
 TRAINING_KEYS = ("slow", "curriculum", "max_flops", "keep_local", "on_nonfinite")  # of `model`, not read to load a run
-RENAMED = {  # old key of a recipe -> new key; `init_args` is left out of both
-    "model.inference.start": "model.inference.init",
-    "model.evaluation.start": "model.evaluation.init",
-    "model.decoder.quiet_thoughts": "model.decoder.zero_init_cross_attention",
-}
 
 
 class BuiltModel(NamedTuple):
@@ -91,11 +87,7 @@ def parse_model(recipe: str, source: object) -> Namespace:
     """
     try:
         content = plugins.load(recipe)
-        if old := renamed_keys(dotted_keys(content)):
-            raise UsageError(
-                f"The recipe inside {source} was written by an earlier version: "
-                f"{' and '.join(f'rename `{a}` to `{b}`' for a, b in old.items())} there; CHANGELOG.md shows how."
-            )
+        refuse_old_keys(dotted_keys(content), source)
         model = {name: value for name, value in content["model"].items() if name not in TRAINING_KEYS}
         return _model_parser().parse_object({"model": model, "data": {"directory": content["data"]["directory"]}})
     except ArgumentError as error:
@@ -114,30 +106,10 @@ def _model_parser() -> ArgumentParser:
 
 
 def load_recipe(text: str) -> Any:
-    """YAML in which every ``file.py:Name`` is imported; `UsageError` for keys that have been renamed."""
+    """YAML in which every ``file.py:Name`` is imported; `UsageError` for old keys."""
     content = plugins.load(text)
-    refuse_renamed(dotted_keys(content))
+    refuse_old_keys(dotted_keys(content))
     return content
-
-
-def refuse_renamed(keys: Iterable[str]) -> None:
-    """Raises `UsageError` with the new names if old keys are among dotted ``keys``."""
-    if old := renamed_keys(keys):
-        raise UsageError(f"{', '.join(f'`{a}` is now `{b}`' for a, b in old.items())}: write the new name.")
-
-
-def renamed_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Those of `RENAMED` that are among dotted ``keys``, or above one of them."""
-    given = [f"{key.replace('.init_args.', '.')}." for key in keys]
-    return {old: new for old, new in RENAMED.items() if any(key.startswith(f"{old}.") for key in given)}
-
-
-def dotted_keys(content: Any, above: str = "") -> Iterator[str]:
-    """The keys of a recipe's values, each with those above it: ``model.inference.rate``."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield f"{above}{key}"
-            yield from dotted_keys(value, f"{above}{key}.")
 
 
 def complaint(message: str) -> str:

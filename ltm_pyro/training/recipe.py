@@ -16,8 +16,9 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.training import model_config, plugins
 from ltm_pyro.training.checkpoints import Saving
 from ltm_pyro.training.datamodule import PackedData
-from ltm_pyro.training.model_config import complaint, load_recipe, refuse_renamed
+from ltm_pyro.training.model_config import complaint, load_recipe
 from ltm_pyro.training.module import LTMModule
+from ltm_pyro.training.old_recipe_keys import refuse_old_keys
 
 DEFAULTS = {
     **model_config.DEFAULTS,
@@ -65,7 +66,7 @@ def recipe_parser() -> ArgumentParser:
 
 def read_recipe(arguments: list[str]) -> Namespace:
     """The options as one configuration; `UsageError` names the key that is wrong."""
-    refuse_renamed(word.removeprefix("--").partition("=")[0] for word in arguments if word.startswith("--"))
+    refuse_old_keys(word.removeprefix("--").partition("=")[0] for word in arguments if word.startswith("--"))
     try:
         return recipe_parser().parse_args([plugins.resolve_argument(word) for word in arguments])
     except ArgumentError as error:

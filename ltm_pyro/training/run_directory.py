@@ -6,7 +6,7 @@ enough, because recipe and tokenizer travel in it.
 
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write, writing
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 RECIPE = "config.yaml"
@@ -104,25 +105,17 @@ def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
     """
     texts = {path / RECIPE: recipe, path / TOKENIZER: tokenizer}
     fresh = not path.exists()
-    try:
-        (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
-        for file, text in texts.items():
-            beside(file).write_text(text, "utf-8")
-        for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
-            old.unlink(missing_ok=True)
-        for file in texts:
-            beside(file).replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            for file in texts:
-                beside(file).unlink(missing_ok=True)
+    with writing(f"the run {path}", "--run"):
+        try:
+            (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
+            with ExitStack() as replaced:
+                for file, text in texts.items():
+                    replaced.enter_context(atomic_write(file)).write_text(text, "utf-8")
+                for leftover in (path / CHECKPOINT.parent).glob("*.new"):  # of a training that was killed
+                    leftover.unlink(missing_ok=True)
+                for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
+                    old.unlink(missing_ok=True)
+        except OSError:
             if fresh:
-                shutil.rmtree(path)
-        raise UsageError(
-            f"Cannot write the run {path}: {error.strerror}; make room there or choose another --run."
-        ) from None
-
-
-def beside(file: Path) -> Path:
-    """Where a file is written before it takes its place."""
-    return file.with_name(file.name + ".new")
+                shutil.rmtree(path, ignore_errors=True)
+            raise

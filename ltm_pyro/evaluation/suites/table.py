@@ -11,8 +11,9 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites import generation, gsm8k, multilingual, reconstruction, zero_shot
 from ltm_pyro.evaluation.suites.suite import Options, Part, Suite
 from ltm_pyro.runs.load import WEIGHTS, is_export, load_run
-from ltm_pyro.training.run_directory import beside, checkpoint_path
+from ltm_pyro.training.run_directory import checkpoint_path
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.files import atomic_write, writing
 
 SUITES = {
     "zero-shot": Suite(
@@ -145,21 +146,14 @@ class _ResultsFile:
         row[column] = figures
         if part.theirs:
             row["paper"] = dict(part.theirs)
-        try:
+        results = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
+        with writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            self._write(RESULTS, json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
-            self._write(REPORT, markdown(self.content))
+            for name, text in {RESULTS: results, REPORT: markdown(self.content)}.items():
+                with atomic_write(self.out / name) as new:
+                    new.write_text(text, "utf-8", "backslashreplace")  # a path may be no UTF-8
             if suite == "reconstruction":
                 draw(self.content["results"][suite], self.out / PICTURE)
-        except OSError as error:
-            raise UsageError(
-                f"Cannot write to {self.out}: {error.strerror}; make room or choose another --out."
-            ) from None
-
-    def _write(self, name: str, text: str) -> None:
-        file = self.out / name
-        beside(file).write_text(text, "utf-8", "backslashreplace")  # a path may be no UTF-8
-        beside(file).replace(file)
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -230,5 +224,5 @@ def draw(parts: dict[str, Any], file: Path) -> None:
     axes.set(xlabel="layers 1 … l hear their thoughts", ylabel="token accuracy", title="Progressive reconstruction")
     axes.set_xticks(range(len(curve)))
     axes.legend()
-    figure.savefig(beside(file), dpi=150, format="png")
-    beside(file).replace(file)
+    with atomic_write(file) as new:
+        figure.savefig(new, dpi=150, format="png")
