@@ -3,6 +3,7 @@
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import Normal, register_kl

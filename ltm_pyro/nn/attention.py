@@ -42,7 +42,7 @@ class ThoughtKV(NamedTuple):
     keys_BHKC: Float[Tensor, "B H K C"]
     values_BMD: Float[Tensor, "B M D"]
 
-    def select(self, index_b: Int[Tensor, " b"]) -> "ThoughtMemory":
+    def select(self, index_b: Int[Tensor, " b"]) -> "ThoughtKV":
         """Those of some sequences."""
         return ThoughtKV(*(x[index_b] for x in self))
 

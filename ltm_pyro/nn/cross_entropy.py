@@ -15,7 +15,7 @@ def token_nats(
     hidden_BTD: Float[Tensor, "... B T D"],
     embedding_VD: Float[Tensor, "V D"],
     value_BT: Int[Tensor, "... B T"],
-    late: LateGradient | None = None,
+    late: "LateGradient | None" = None,
 ) -> Float[Tensor, "... B T"]:
     r"""Nats of every token under a categorical with logits E h.
 

@@ -93,7 +93,7 @@ def parse_model(recipe: str, source: object) -> Namespace:
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
     except (YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"The recipe inside {source} cannot be read ({error!r}): give a run that is whole.") from None
+        raise UsageError(f"The recipe of {source} cannot be read ({error!r}): give a run that is whole.") from None
 
 
 def _model_parser() -> ArgumentParser:
