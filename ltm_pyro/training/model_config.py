@@ -123,4 +123,4 @@ def complaint(message: str) -> str:
     if expected := re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", problem):
         problem = f"expected {' or '.join(dict.fromkeys(a or b for a, b in expected))}"
     place = f"{key} = {value}: " if key and value else f"{key}: " if key else ""
-    return f"{place}{problem}; `ltm fit --help` lists every key and its values."
+    return f"{place}{problem.rstrip('.')}; `ltm fit --help` lists every key and its values."

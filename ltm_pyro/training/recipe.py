@@ -1,4 +1,4 @@
-"""Recipes: a YAML file and command-line options become module, data and Lightning trainer."""
+"""Recipes: from a YAML file and command-line options to module, data and Lightning trainer."""
 
 import logging
 import math
@@ -28,16 +28,14 @@ DEFAULTS = {
     "trainer.max_epochs": -1,
 }
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "32", "64", "bf16")
-LARGEST_SEED = 2**32 - 1  # of NumPy
-OURS = {  # settings of Lightning's trainer that `build` decides
-    *(
-        "use_distributed_sampler",
-        "enable_progress_bar",
-        "enable_model_summary",
-        "enable_checkpointing",
-        "inference_mode",
-    ),
-    *("num_sanity_val_steps", "default_root_dir"),
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+FIXED: dict[str, Any] = {  # settings of Lightning's trainer that no recipe may change
+    "use_distributed_sampler": False,  # `Order` shares sequences out
+    "enable_progress_bar": False,  # `Progress` has one
+    "enable_model_summary": False,  # `cost_summary` is one
+    "enable_checkpointing": False,  # `Checkpoints` writes them
+    "inference_mode": False,  # because validation fits q, which needs gradients
+    "num_sanity_val_steps": 0,
 }
 
 
@@ -56,10 +54,12 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=resume)
     parser.add_argument("--checkpoints", type=Saving, default=Saving(), help="how often the training is saved")
     parser.add_argument("--warm_start", type=str | None, default=None, help="begin from a run without thoughts (K = 0)")
-    parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and noise")
-    parser.add_class_arguments(LTMModule, "model", skip={"seed"})
-    parser.add_class_arguments(PackedData, "data", skip={"seed"})
-    parser.add_class_arguments(pl.Trainer, "trainer", skip=OURS, instantiate=False)
+    parser.add_argument("--seed_everything", type=int, default=0, help="random seed of weights, order and noise")
+    parser.add_class_arguments(LTMModule, "model")
+    parser.add_class_arguments(PackedData, "data")
+    for target in ("model.seed", "data.seed"):
+        parser.link_arguments("seed_everything", target)
+    parser.add_class_arguments(pl.Trainer, "trainer", skip={*FIXED, "default_root_dir"}, instantiate=False)
     parser.set_defaults(DEFAULTS)
     return parser
 
@@ -77,10 +77,10 @@ def read_recipe(arguments: list[str]) -> Namespace:
 
 
 def check_budget(config: Namespace) -> None:
-    """Refuses a training without a step, or without an end: neither schedules nor user would know how far it is."""
+    """Refuses a training without a step, and one without an end, of which no schedule can compute the progress."""
     trainer = config.trainer
     budgets = {
-        "trainer.max_steps": (trainer.max_steps, (None, -1)),  # -1 is Lightning's word for no limit
+        "trainer.max_steps": (trainer.max_steps, (None, -1)),  # -1 means no limit in Lightning
         "trainer.max_epochs": (trainer.max_epochs, (None, -1)),
         "model.max_flops": (config.model.max_flops, (None,)),
     }
@@ -95,11 +95,11 @@ def check_budget(config: Namespace) -> None:
         )
     for name in ("limit_train_batches", "accumulate_grad_batches"):
         if (value := trainer[name]) is not None and not value > 0:
-            raise UsageError(f"`trainer.{name}` is {value}, so that there is no step to take: leave it out.")
+            raise UsageError(f"`trainer.{name}` is {value}, which leaves no batch to train on: leave it out.")
 
 
 def check_seed(config: Namespace) -> None:
-    """Refuses what is no seed."""
+    """Refuses a random seed that NumPy does not take."""
     if not 0 <= config.seed_everything <= LARGEST_SEED:
         raise UsageError(f"`seed_everything` is {config.seed_everything}: choose a seed from 0 to {LARGEST_SEED}.")
 
@@ -142,16 +142,16 @@ def check_data(config: Namespace) -> None:
 
 
 def build_module(config: Namespace) -> LTMModule:
-    """The module of a configuration, its seed the configuration's."""
-    return _instantiate(config).model
+    """The Lightning module of a configuration, without data and trainer."""
+    return recipe_parser().instantiate(config).model
 
 
 def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.Trainer]:
     """Module, data and trainer; ``trainer`` adds to the recipe's own settings."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advertisements would hide our plan
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips would hide the table of costs
     check_seed(config)
     pl.seed_everything(config.seed_everything, verbose=False)
-    objects = _instantiate(config)
+    objects = recipe_parser().instantiate(config)
     settings = {**objects.trainer.as_dict(), **trainer}
     for name in ("callbacks", "logger"):
         settings[name] = [*_listed(objects.trainer[name]), *trainer.get(name, [])]
@@ -167,12 +167,12 @@ def _check_trainer(settings: dict[str, Any]) -> None:
     if not strategy.lower().startswith(("auto", "ddp", "single")):
         raise UsageError(
             f"`trainer.strategy` is {strategy}, but fast steps go backward inside the forward pass, which "
-            f"sharded parameters do not survive: choose ddp, and where a model does not fit lower data.batch_size."
+            f"does not work with sharded parameters: choose ddp, and lower data.batch_size if the model does not fit."
         )
-    if settings["overfit_batches"]:  # no key of `OURS`, for the recipes of earlier runs say that it is 0
+    if settings["overfit_batches"]:  # not in `FIXED`, because the recipes of earlier runs have it as 0
         raise UsageError(
-            f"`trainer.overfit_batches` is {settings['overfit_batches']}, which would replace the order that our data "
-            f"are read in: leave it out, and pack a few texts to overfit them."
+            f"`trainer.overfit_batches` is {settings['overfit_batches']}, which would replace the order in which data "
+            f"are read: leave it out, and pack a few texts to overfit them."
         )
     if not (settings["gradient_clip_val"] or 0) >= 0:
         raise UsageError(f"`trainer.gradient_clip_val` is {settings['gradient_clip_val']}: give 0 or more.")
@@ -188,33 +188,18 @@ def _check_trainer(settings: dict[str, Any]) -> None:
 def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
     _check_trainer(settings)
     try:
-        trainer = pl.Trainer(
-            **settings,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,  # `Checkpoints` does it
-            use_distributed_sampler=False,  # `Order` shares sequences out
-            default_root_dir=run,
-            inference_mode=False,  # validation fits q, which needs gradients
-            num_sanity_val_steps=0,
-        )
+        trainer = pl.Trainer(**settings, **FIXED, default_root_dir=run)
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UsageError(refused(error)) from None
+        raise UsageError(lightning_complaint(error)) from None
     times = [timer.time_remaining() for timer in cast(Any, trainer).callbacks if isinstance(timer, Timer)]
     if any(left is not None and left <= 0 for left in times):
-        raise UsageError(f"`trainer.max_time` is {settings['max_time']}, no time to train in: give a second at least.")
+        raise UsageError(f"`trainer.max_time` is {settings['max_time']}, no time to train: give at least one second.")
     return trainer
 
 
-def refused(error: Exception) -> str:
-    """What Lightning finds wrong, in one line."""
+def lightning_complaint(error: Exception) -> str:
+    """Lightning's complaint in one sentence."""
     return f"Lightning refuses the `trainer` settings: {' '.join(str(error).split())}"
-
-
-def _instantiate(config: Namespace) -> Namespace:
-    objects = recipe_parser().instantiate(config)
-    objects.model.seed = objects.data.seed = config.seed_everything
-    return objects
 
 
 def dump_recipe(config: Namespace) -> str:
