@@ -20,7 +20,8 @@ from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.training.check_model import check_model
-from ltm_pyro.training.recipe import build_module, read_recipe, take_vocabulary
+from ltm_pyro.training.model_config import build_from_recipe
+from ltm_pyro.training.recipe import check_data, read_recipe
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
 from ltm_pyro.utils.files import atomic_write
@@ -71,10 +72,10 @@ class Comparison:
             raise UsageError(f"Two pairs are called {twice[0]}: name each prior and guide once.")
         for prior, guide, options in self.pairs():
             config = self._config(prior, guide, options)
-            take_vocabulary(config)
+            check_data(config)
             read_manifest(config.data.directory).split("val", config.data.directory)
-            module = build_module(config)
-            check_model(module.model, module.guide)
+            built = build_from_recipe(config)
+            check_model(built.model, built.guide)
 
     def begin(self) -> None:
         """Notes what is compared; refuses a directory in which something else was."""

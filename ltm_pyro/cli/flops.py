@@ -5,7 +5,6 @@ import json
 
 from rich.table import Table
 
-from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
 
 
@@ -17,29 +16,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints parameters and FLOPs per token; returns 0."""
-    from ltm_pyro.data import read_manifest
-    from ltm_pyro.data.manifest import is_pack
     from ltm_pyro.training.flops import flops_per_token, flops_per_token_as_published
-    from ltm_pyro.training.recipe import build_module, read_recipe
+    from ltm_pyro.training.model_config import build_from_recipe
+    from ltm_pyro.training.recipe import read_recipe, take_vocabulary
 
     config = read_recipe(["--config", args.config])
-    if config.model.vocabulary is None:
-        if not is_pack(config.data.directory):
-            raise UsageError(
-                f"{args.config} has no vocabulary, and there is no packed data at {config.data.directory} to take one "
-                f"from: add `model.vocabulary` to the recipe."
-            )
-        config.model.vocabulary = read_manifest(config.data.directory).vocabulary
-    module = build_module(config)
-    decoder, inference = module.model.decoder, module.inference
+    take_vocabulary(config)
+    model, guide, inference, _ = build_from_recipe(config)
+    decoder = model.decoder
     published = flops_per_token_as_published(decoder, decoder.length, inference.steps)
-    computed = flops_per_token(decoder, module.guide, decoder.length, inference)
+    spent = flops_per_token(decoder, guide, decoder.length, inference)
     figures = {
-        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "published_flops_per_token": published.total,
-        "flops_per_token": computed.total,
-        "fast_flops_per_token": computed.fast,
-        "slow_flops_per_token": computed.slow,
+        "flops_per_token": spent.total,
+        "fast_flops_per_token": spent.fast,
+        "slow_flops_per_token": spent.slow,
     }
     if args.json:
         print(json.dumps(figures))

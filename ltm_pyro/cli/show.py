@@ -60,16 +60,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _parts(source: str) -> tuple[Any, Any]:
-    from ltm_pyro.runs.load import load_run
-    from ltm_pyro.training.recipe import build_module, read_recipe
-
     if not source.endswith((".yaml", ".yml")):
+        from ltm_pyro.runs.load import load_run
+
         trained = load_run(source)
         return trained.model, trained.guide
+    from ltm_pyro.training.model_config import build_from_recipe
+    from ltm_pyro.training.recipe import read_recipe
+
     config = read_recipe(["--config", source])
     config.model.vocabulary = config.model.vocabulary or VOCABULARY
-    module = build_module(config)
-    return module.model, module.guide
+    built = build_from_recipe(config)
+    return built.model, built.guide
 
 
 def _latent(model: Any) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import fsspec
-
 from ltm_pyro.errors import UsageError
 
 
@@ -23,7 +21,11 @@ def read_file(place: str | Path, name: str) -> bytes:
             f"{place} is neither a folder nor a plain address; give a path or https://, s3:// or the like."
         )
     try:
-        with fsspec.open(path, "rb") if is_address(place) else Path(place, name).open("rb") as stream:
+        if not is_address(place):
+            return Path(place, name).read_bytes()
+        import fsspec  # here, because most packs are folders
+
+        with fsspec.open(path, "rb") as stream:
             return stream.read()
     except (OSError, ValueError, ImportError) as error:  # ValueError: fsspec knows no such protocol
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
-from webdataset.writer import TarWriter
 
 from ltm_pyro.data.manifest import Manifest, Shard
 from ltm_pyro.data.remote import read_file
@@ -30,6 +28,8 @@ def write_shard(rows: Rows, path: Path) -> Shard:
 
     The same rows give the same file byte for byte.
     """
+    from webdataset.writer import TarWriter  # here, because text can be scored without it
+
     with atomic_write(path) as new:
         with new.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for block in rows.blocks(BLOCK):
@@ -53,6 +53,8 @@ def read_shard(place: str | Path, shard: Shard, cache: Path | None = None) -> Ro
     Args:
         cache: a folder for a copy of the shard, under its SHA-256.
     """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     path, content = f"{place}/{shard.file}", _content(place, shard, cache)
     _check(path, "size in bytes", len(content), shard.size)
     _check(path, "SHA-256", hashlib.sha256(content).hexdigest(), shard.sha256)

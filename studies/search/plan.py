@@ -15,7 +15,7 @@ from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition
 from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, Values, configure, options_of
 from ltm_pyro.training.module import LTMModule
-from ltm_pyro.training.recipe import build_module, check_budget, check_seed, dump_recipe, take_vocabulary
+from ltm_pyro.training.recipe import build_module, check_budget, check_data, check_seed, dump_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
             f"There is no packed data at {config.data.directory}: name some with --set data.directory=DIR, "
             f"or make the quickstart's with `make quickstart`."
         )
-    take_vocabulary(config)
+    check_data(config)
     config.run = "runs/ltm"
     manifest = read_manifest(config.data.directory)
     manifest.split("val", config.data.directory)  # every trial is scored on it
@@ -168,7 +168,7 @@ def _check_bound(plan: Plan, config: Any) -> None:
 
 
 def _module(config: Any) -> LTMModule:
-    take_vocabulary(config)
+    check_data(config)
     return build_module(config)
 
 

@@ -236,7 +236,7 @@ def test_a_checkpoint_of_which_a_part_is_missing(run, recipe, refused, tmp_path,
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save(content | change, tmp_path / "x.ckpt")
     for command in (("evaluate",), ("fit", "--config", recipe, "--run", tmp_path / "run", "--ckpt_path")):
-        assert "x.ckpt is damaged, for recipe, tokenizer or weights are" in refused(*command, tmp_path / "x.ckpt")
+        assert "x.ckpt is damaged, because recipe, tokenizer or weights are" in refused(*command, tmp_path / "x.ckpt")
 
 
 def test_a_checkpoint_whose_tokenizer_is_none(run, recipe, refused, tmp_path):
