@@ -9,7 +9,6 @@ sequence. Without a run it says so and measures nothing.
 
 import argparse
 import json
-import math
 import time
 from dataclasses import replace
 from itertools import islice
@@ -24,6 +23,7 @@ from ltm_pyro.evaluation.evaluate import held_out
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_tokens
+from ltm_pyro.utils.statistics import standard_error
 
 Pairs = list[tuple[list[int], list[int]]]
 
@@ -57,7 +57,7 @@ def summary(curve: list[Point]) -> list[dict[str, float]]:
     rows = []
     for setting, seconds, nats_B in curve:
         gain_B = nats_B - curve[0].nats_B
-        error = float(gain_B.std() / math.sqrt(len(gain_B)))
+        error = float(standard_error(gain_B))
         rows.append({"setting": setting, "seconds": seconds, "nats_per_token": float(nats_B.mean()), "stderr": error})
     return rows
 
@@ -127,7 +127,7 @@ def main() -> None:
         for p in curve:
             print(f"{p['setting']:>20}  {p['nats_per_token']:10.4f}  {p['stderr']:6.4f}  {p['seconds']:16.3f}")
     if ar_baseline is not None:
-        print(f"\n{'autoregressive':>20}  {twin:10.4f}")
+        print(f"\n{'autoregressive':>20}  {ar_baseline:10.4f}")
 
 
 if __name__ == "__main__":

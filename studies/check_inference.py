@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions import (
     Independent,
     LowRankMultivariateNormal,
@@ -30,6 +29,7 @@ from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.models import LinearGaussianModel, TwoModesModel
 from ltm_pyro.models.linear_gaussian import Gaussian
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.statistics import standard_error
 
 SHAPE = ThoughtShape(2, 1, 3)
 SEQUENCES, SAMPLES, REPEATS = 8, 5_000, 10
@@ -161,14 +161,10 @@ def _figure(name: str, problem: Problem, repeats: int, evidence: float) -> dict[
     """A estimator's log-probability per sequence, with the standard error of its own draws over repeats."""
     with torch.no_grad():
         values_R = torch.stack([-ESTIMATORS[name].estimate(problem).nats_B.mean() for _ in range(repeats)])
-    estimate, error = values_R.mean().item(), _standard_error(values_R)
+    estimate = values_R.mean().item()
     return {
         "estimate": estimate,
-        "stderr": error,
+        "stderr": standard_error(values_R).item() if repeats > 1 else 0.0,  # one repeat: the estimate has no noise
         "above_evidence": estimate - evidence,
         "is_bound": ESTIMATORS[name].is_bound,
     }
-
-
-def _standard_error(values_R: Tensor) -> float:
-    return values_R.std().item() / len(values_R) ** 0.5 if len(values_R) > 1 else 0.0

@@ -20,6 +20,7 @@ from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.nn.layers import CrossAttention
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.statistics import standard_error
 
 DRAWS = 4
 
@@ -55,12 +56,8 @@ def _averages(by_layer_LB: Tensor, by_thought_LKB: Tensor) -> xr.Dataset:
     axes = ("layer", "thought")
     found = {"by_layer": (axes[:1], by_layer_LB), "by_thought": (axes, by_thought_LKB)}
     means = {name: (at, x.mean(-1).numpy()) for name, (at, x) in found.items()}
-    errors = {f"{name}_stderr": (at, _stderr(x).numpy()) for name, (at, x) in found.items()}
+    errors = {f"{name}_stderr": (at, standard_error(x, axis=-1).numpy()) for name, (at, x) in found.items()}
     return xr.Dataset(means | errors)
-
-
-def _stderr(x: Tensor) -> Tensor:
-    return (x.var(-1, correction=0) / (x.shape[-1] - 1)).sqrt()  # of one sequence NaN, without torch's warning
 
 
 def _nats(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:

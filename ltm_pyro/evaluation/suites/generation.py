@@ -22,6 +22,7 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import decode, generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.scoring import Scoring, score
+from ltm_pyro.utils.statistics import standard_error
 
 TEXTS = 256
 LONGEST = 128  # tokens of a text, if the model is that long
@@ -154,7 +155,7 @@ def _grams(text: Words, n: int) -> list[Words]:
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
+    return float(np.mean(values)), float(standard_error(np.array(values)))
 
 
 def _longest(run: Run) -> int:

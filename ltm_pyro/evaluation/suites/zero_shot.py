@@ -5,6 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 
+import numpy as np
+
 from ltm_pyro.data.documents import read_documents
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.evaluate import evaluate_run
@@ -12,6 +14,7 @@ from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, none_found
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_continuations
 from ltm_pyro.text.thoughts import encode
+from ltm_pyro.utils.statistics import standard_error
 
 DATA = {  # data set -> how its files are named, the likeliest split first
     "ptb": ("ptb*test*", "ptb*valid*", "ptb*"),
@@ -77,14 +80,14 @@ def last_words(place: str, options: Options, run: Run) -> Figures:
         raise UsageError(f"{place} has no passage of two words or more that fits into {run.length} tokens.")
     scoring = Scoring(samples=options.samples, inference=options.inference(run), seed=options.seed)
     scores = score_continuations(run, pairs, scoring)
-    right, n = sum(score.is_greedy for score in scores), len(scores)
+    right_N, n = np.array([score.is_greedy for score in scores]), len(scores)
     tokens = sum(len(score.nats_U) for score in scores)
     nats = math.fsum(score.nats for score in scores)
     return {
         "perplexity": math.exp(nats / tokens),
         "nats_per_token": nats / tokens,
-        "accuracy": right / n,
-        "stderr": math.sqrt(right / n * (1 - right / n) / n),
+        "accuracy": float(right_N.mean()),
+        "stderr": float(standard_error(right_N)) if n > 1 else None,
         "passages": n,
         "left_out": len(passages) - n,
         "tokens": tokens,
