@@ -89,9 +89,7 @@ def in_turn(curves: dict[str, Points]) -> dict[str, Curve]:
     return found
 
 
-def naive_curve(
-    data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How
-) -> Points:
+def naive_curve(data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How) -> Points:
     """The curve of the published structure."""
     model, batches = NaiveLTM(vocabulary, LAYERS, WIDTH, HEADS, WINDOW, LENGTH), rows(data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -12,12 +12,11 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution
 
 from ltm_pyro.runs.load import load_run
+from ltm_pyro.studies.configure import Values, recipe_file
 from ltm_pyro.studies.scaling import decoder
 from ltm_pyro.studies.search import Setting, score, train_and_score
 from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.definition import Row
-from ltm_pyro.studies.search.files import recipe_file
-from ltm_pyro.studies.search.objective import Values
 
 WIDTHS, TRAINED, TESTED = (16, 32, 64), (0, 1, 2, 4, 8, 16), (0, 4, 16, 32)
 SEEDS = 2

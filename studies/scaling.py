@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from optuna.distributions import CategoricalDistribution
 
+from ltm_pyro.studies.configure import recipe_file
 from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.definition import Row
-from ltm_pyro.studies.search.files import recipe_file
 from ltm_pyro.studies.search.fits import PowerLaw, power_law
 
 WIDTHS = {1e11: (8, 16, 32), 4e11: (16, 32, 64), 1.6e12: (32, 64, 96)}  # around the best of each budget

@@ -13,8 +13,8 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.studies.search.files import recipe_file
-from ltm_pyro.studies.search.objective import Objective, Values, train_and_score
+from ltm_pyro.studies.configure import Values, recipe_file
+from ltm_pyro.studies.search.objective import Objective, train_and_score
 
 SHIPPED = ("rate_ratio", "latent_dims", "inference_steps", "prior_family", "scaling")
 Row = dict[str, Any]  # of one trial: number, role, state, seed, parameters, figures, reason

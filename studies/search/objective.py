@@ -3,7 +3,6 @@
 Shapes: B sequences, S posterior samples.
 """
 
-import json
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -19,15 +18,14 @@ from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.evaluation.evaluate import evaluate_run, k_hat
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
-from ltm_pyro.studies.search.budget import Budget
+from ltm_pyro.studies.budget import Budget
+from ltm_pyro.studies.configure import Values, configure
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.milestones import Milestones
 from ltm_pyro.training.module import LTMModule
-from ltm_pyro.training.recipe import read_recipe
 from ltm_pyro.training.run_directory import read_checkpoint
 from ltm_pyro.training.train import train
 
-Values = dict[str, Any]
 Figures = dict[str, float]
 RUNGS = (1 / 9, 1 / 3)  # fractions of the budget after which a trial may be given up; Hyperband's with a factor of 3
 NEED_BOUND = ("bound", "bound_stderr", "kl", "thinking_gain", "k_hat")
@@ -66,16 +64,10 @@ class Setting:
 Objective = Callable[[Setting], Mapping[str, float]]
 
 
-def configure(recipe: str, options: Mapping[str, Any]) -> Namespace:
-    """A recipe with some keys changed; `UsageError` names the key that it does not have."""
-    written = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items()]
-    return read_recipe(["--config", recipe, *written])
-
-
 def options_of(budget: Budget, settings: Values, run: Path, seed: int) -> Values:
     """Everything a trial changes in the base recipe: its point, its only end, its place; it never validates."""
     fixed = {"trainer.limit_val_batches": 0, "run": str(run), "seed_everything": seed}
-    return {**budget.options, **settings, **fixed}
+    return {**budget.settings, **settings, **fixed}
 
 
 def train_and_score(setting: Setting) -> Figures:

@@ -11,9 +11,10 @@ from ltm_pyro.data import read_manifest
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
-from ltm_pyro.studies.search.budget import SPENT, parse_budget
+from ltm_pyro.studies.budget import MAX_FLOPS, parse_budget
+from ltm_pyro.studies.configure import Values, configure
 from ltm_pyro.studies.search.definition import Definition
-from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, Values, configure, options_of
+from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, options_of
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.recipe import build_module, check_budget, check_seed, dump_recipe, take_vocabulary
 
@@ -99,7 +100,7 @@ def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
 def check_changes(definition: Definition, changes: Values, budget: str | None) -> None:
     """Refuses changes to the recipe that every trial would overrule, and a budget where the points have their own."""
     searched = {key for point in definition.tried for key in definition.options(point)}
-    if budget and SPENT in searched:
+    if budget and MAX_FLOPS in searched:
         raise UsageError(f"The points of {Path(definition.source).stem} say what they spend: leave --budget out.")
     own = {*options_of(parse_budget("1s"), {}, Path(), 0), "force", "ckpt_path"}
     for change in _leaves(changes):

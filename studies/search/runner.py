@@ -14,16 +14,17 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.studies.ar_baseline import ar_baseline
+from ltm_pyro.studies.budget import parse_budget
+from ltm_pyro.studies.configure import Values
 from ltm_pyro.studies.search import trials
-from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import Definition
-from ltm_pyro.studies.search.objective import RUNGS, Values, options_of
+from ltm_pyro.studies.search.objective import RUNGS, options_of
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.process import Task, ended, start
 from ltm_pyro.studies.search.watch import Watch
 
 POLL = 1.0  # seconds
-THINKING = {"model.prior": "ltm_pyro.models.GaussianPrior", "model.guide": "ltm_pyro.guides.MeanField"}
 
 
 @dataclass
@@ -203,12 +204,6 @@ class Worker:
             if time.monotonic() - job.received > trials.HEARTBEAT / 2:
                 trials.beat(job.study, job.trial)
                 job.received = time.monotonic()
-
-
-def ar_baseline(settings: Values) -> Values:
-    """The autoregressive baseline's: same trunk, no thoughts, and nothing of a prior or a guide left to learn."""
-    kept = {name: x for name, x in settings.items() if not name.startswith(tuple(THINKING))}
-    return {**kept, **THINKING, "model.decoder.init_args.thoughts": 0}
 
 
 def _stop(job: Job) -> None:

@@ -13,10 +13,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.studies.budget import MAX_FLOPS, parse_budget
+from ltm_pyro.studies.configure import Values, configure
 from ltm_pyro.studies.search import trials
-from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition, load_definition
-from ltm_pyro.studies.search.objective import Values, configure
 from ltm_pyro.studies.search.plan import Plan, base_recipe, check, check_changes
 from ltm_pyro.studies.search.runner import Worker, Workplace
 from ltm_pyro.studies.search.watch import Watch
@@ -132,7 +132,7 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
 
 def _each(study: optuna.Study, plan: Plan) -> str:
     """What every trial may spend, in words."""
-    chosen = any(SPENT in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.live(study))
+    chosen = any(MAX_FLOPS in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.live(study))
     return "the FLOPs that its point says" if chosen else plan.budget
 
 
@@ -208,7 +208,7 @@ def write_best(url: str, name: str | None, file: Path | None, number: int | None
     if file.exists() and not force:
         raise UsageError(f"{file} exists: choose another --out, or add --force.")
     place = {"run": f"runs/{name}-best", "seed_everything": chosen.user_attrs[trials.SEED]}
-    options = parse_budget(plan.budget).options | chosen.user_attrs[trials.SETTINGS] | place
+    options = parse_budget(plan.budget).settings | chosen.user_attrs[trials.SETTINGS] | place
     with base_file(plan) as base:
         text = dump_recipe(configure(str(base), options))
     title = f"# Trial {chosen.number} of the study '{name}': {plan.minimise[0]} {chosen.values[0]:.4f}."

@@ -26,8 +26,9 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.studies.configure import Values
 from ltm_pyro.studies.search.definition import Definition
-from ltm_pyro.studies.search.objective import RUNGS, Values
+from ltm_pyro.studies.search.objective import RUNGS
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.utils.files import check_folder
 
