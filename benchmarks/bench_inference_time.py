@@ -1,10 +1,10 @@
-"""What thinking for longer buys at test time: held-out quality against seconds, without touching the weights.
+"""What more inference buys at test time: held-out quality against seconds, with the weights unchanged.
 
     python benchmarks/bench_inference_time.py --run runs/quickstart [--baseline RUN] [--data TEXT] [--out DIR]
 
 Three curves over sequences of which the second half is scored given the first: T_fast; draws of z under importance
-weights; tokens between two fits. Standard errors are of the difference from a curve's first point, sequence by
-sequence. Without a run it says so and measures nothing.
+weights; tokens between two inferences of q. Standard errors are of the difference from a curve's first point, sequence
+by sequence. Without a run it says so and measures nothing.
 """
 
 import argparse

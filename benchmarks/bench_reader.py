@@ -1,6 +1,6 @@
-"""How many tokens per second the reader delivers, by sequence length and number of reading processes.
+"""How many tokens per second the data loader delivers, by sequence length and number of worker processes.
 
-usage: bench_reader.py [--tokens N]      packs invented text in a temporary folder; reads it for one epoch each
+usage: bench_reader.py [--tokens N]      packs invented text in a temporary folder; loads it for one epoch each
 """
 
 import argparse

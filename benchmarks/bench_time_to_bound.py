@@ -37,7 +37,7 @@ Nats = Callable[[Tensor, Tensor, Tensor], Tensor]  # inputs, targets, z -> −lo
 
 
 def rows(data: PackedData) -> Iterator[Tensor]:
-    """Batches of rows of targets, for ever."""
+    """Batches of rows of targets, without end."""
     while True:
         for batch in data.train_dataloader():
             yield batch.targets_BT[:, :LENGTH]

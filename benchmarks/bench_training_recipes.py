@@ -1,4 +1,4 @@
-"""Which training recipe earns a thought its KL: starts, slow gradients and warm starts at equal training FLOPs.
+"""Which training recipe makes thoughts worth their KL: starts, slow gradients, warm starts at equal training FLOPs.
 
     ltm data pack CORPUS.jsonl --out data/corpus --tokenizer bpe:1024 --seq-len 512
     python benchmarks/bench_training_recipes.py --data data/corpus --out runs/grid

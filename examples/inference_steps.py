@@ -1,4 +1,4 @@
-"""What more thinking buys at test time: the bound over fast steps, the importance-weighted bound over samples.
+"""What more inference buys at test time: the bound over fast steps, the importance-weighted bound over samples.
 
     python examples/inference_steps.py runs/quickstart --out runs/inference-steps
 

@@ -1,6 +1,6 @@
 """The quickstart: is thinking worth it on two cores in three minutes? An LTM beside its autoregressive baseline.
 
-The corpus is English that every CPython carries, so nothing is downloaded.
+The corpus is English text that comes with every CPython, so nothing is downloaded.
 """
 
 import argparse

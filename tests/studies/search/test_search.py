@@ -12,6 +12,7 @@ from ltm_pyro.studies.search import study as search
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.definition import SHIPPED, load_definition
 from ltm_pyro.studies.search.objective import NEED_BOUND, Setting, options_of, train_and_score
+from ltm_pyro.studies.search.storage import open_storage
 from ltm_pyro.training.recipe import build_module
 from tests.studies.search.conftest import FREE
 
@@ -127,9 +128,9 @@ def test_the_baseline_has_no_prior_and_no_guide_of_its_own(recipe):
 def test_of_two_baselines_made_at_once_the_first_counts(run, study_file, tmp_path):
     found = run(2, study_file(), repeats=0)
     url = f"sqlite:///{tmp_path / 'studies.db'}"
-    with trials.opened(url) as storage:
+    with open_storage(url) as storage:
         checks = trials.load_study(storage, found["study"] + trials.CHECKS)
-        (baseline,) = trials.live(checks)
+        (baseline,) = trials.current_trials(checks)
         about = {key: baseline.user_attrs[key] for key in ("of", "settings of", "role")}
         checks.enqueue_trial({}, user_attrs=about)
     again = search.describe(url, found["study"])
