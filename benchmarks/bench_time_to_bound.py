@@ -37,7 +37,7 @@ Nats = Callable[[Tensor, Tensor, Tensor], Tensor]  # inputs, targets, z -> −lo
 
 
 def rows(data: PackedData) -> Iterator[Tensor]:
-    """Batches of rows of targets, for ever."""
+    """Batches of rows of targets, without end."""
     while True:
         for batch in data.train_dataloader():
             yield batch.targets_BT[:, :LENGTH]
@@ -89,9 +89,7 @@ def in_turn(curves: dict[str, Points]) -> dict[str, Curve]:
     return found
 
 
-def flops_per_token_as_published(
-    data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How
-) -> Points:
+def naive_curve(data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How) -> Points:
     """The curve of the published structure."""
     model, batches = NaiveLTM(vocabulary, LAYERS, WIDTH, HEADS, WINDOW, LENGTH), rows(data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -104,7 +102,7 @@ def flops_per_token_as_published(
     return curve(train, lambda: honest_bound(model, (LAYERS, THOUGHTS, WIDTH), held_out), budget, how)
 
 
-def flops_per_token(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how: How) -> Points:
+def our_curve(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how: How) -> Points:
     """The curve of the quickstart's recipe: half the time without thoughts, then with 4 fast steps."""
     decoder = Decoder(
         vocabulary, LAYERS, WIDTH, HEADS, THOUGHTS, WINDOW, LENGTH, thought_width=16, zero_init_cross_attention=True
@@ -165,8 +163,8 @@ def main() -> None:
         torch.set_num_threads(1)
     torch.manual_seed(0)
     curves = {
-        "ours": flops_per_token(data, vocabulary, args.flops_per_token, held_out, how),
-        "naive": flops_per_token_as_published(data, vocabulary, args.naive_rate, args.naive, held_out, how),
+        "ours": our_curve(data, vocabulary, args.ours, held_out, how),
+        "naive": naive_curve(data, vocabulary, args.naive_rate, args.naive, held_out, how),
     }
     report |= in_turn(curves)
     report["reached"] = [reached(report, point["bound"]) for point in report["naive"]]

@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.statistics import standard_error
 
 FOLDS = 5
 
@@ -69,4 +70,4 @@ def _held_out(model: Any, x_ND: Any, y_N: np.ndarray, groups_N: np.ndarray) -> A
 
 def _accuracy(predicted_N: np.ndarray, y_N: np.ndarray) -> Accuracy:
     right_N = predicted_N == y_N
-    return Accuracy(float(right_N.mean()), float(right_N.std() / len(right_N) ** 0.5))
+    return Accuracy(float(right_N.mean()), float(standard_error(right_N)))

@@ -21,6 +21,7 @@ from ltm_pyro.contracts import PARTICLES, Batch, Guide, Model, make_batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import no_param_store
 from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.utils.statistics import standard_error
 
 ACTIVE = 0.01  # variance of posterior means over prior variance (Burda et al. 2016, arXiv 1509.00519)
 MOST_DRAWS = 16
@@ -71,15 +72,11 @@ def decompose(model: Model, guide: Guide, posterior: Posterior) -> Decomposition
         average_kl=float(kl_N.mean()),
         mutual_information=float(information_N.mean()),
         marginal_kl=float(marginal_N.mean()),
-        average_kl_stderr=_stderr(kl_N),
-        mutual_information_stderr=_stderr(information_N),
-        marginal_kl_stderr=_stderr(marginal_N),
+        average_kl_stderr=float(standard_error(kl_N)),
+        mutual_information_stderr=float(standard_error(information_N)),
+        marginal_kl_stderr=float(standard_error(marginal_N)),
         most=math.log(posterior.size),
     )
-
-
-def _stderr(x_N: Float[np.ndarray, " N"]) -> float:
-    return float(x_N.std(ddof=1) / len(x_N) ** 0.5)
 
 
 def log_aggregated(model: Model, guide: Guide, posterior: Posterior, draw: int) -> Float[np.ndarray, " N"]:

@@ -20,6 +20,7 @@ from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.nn.layers import CrossAttention
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.statistics import standard_error
 
 DRAWS = 4
 
@@ -51,9 +52,8 @@ def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int 
     axes = ("layer", "thought")
     found = {"by_layer": (axes[:1], by_layer), "by_thought": (axes, by_thought)}
     means = {name: (at, x.mean(-1).numpy()) for name, (at, x) in found.items()}
-    # without correction, because torch warns of the corrected variance of a single sequence
-    variances = {name: (at, x.var(-1, correction=0) / (x.shape[-1] - 1)) for name, (at, x) in found.items()}
-    return xr.Dataset(means | {f"{name}_stderr": (at, x.sqrt().numpy()) for name, (at, x) in variances.items()})
+    errors = {f"{name}_stderr": (at, standard_error(x, axis=-1).numpy()) for name, (at, x) in found.items()}
+    return xr.Dataset(means | errors)
 
 
 def _log_likelihood(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:

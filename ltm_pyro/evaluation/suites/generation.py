@@ -22,6 +22,7 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import decode, generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.scoring import Scoring, score
+from ltm_pyro.utils.statistics import standard_error
 
 TEXTS = 256
 LENGTH = 128  # tokens per text; the model's length if it is shorter
@@ -153,4 +154,4 @@ def _grams(text: Words, n: int) -> list[Words]:
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
+    return float(np.mean(values)), float(standard_error(np.array(values)))

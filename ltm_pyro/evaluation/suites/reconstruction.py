@@ -15,6 +15,7 @@ from ltm_pyro.evaluation.evaluate import BATCH, held_out
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.thoughts import ThoughtSampling, draw_thoughts, infer_rows
+from ltm_pyro.utils.statistics import ratio_standard_error
 
 
 def parts(options: Options) -> list[Part]:
@@ -43,9 +44,9 @@ def token_accuracy(options: Options, run: Run) -> Figures:
         sizes.append(batch.tokens_B)
     right_BL, tokens_B = torch.cat(found).double(), torch.cat(sizes).double()
     rate_L = right_BL.sum(0) / tokens_B.sum()
-    spread_L = (right_BL - rate_L * tokens_B[:, None]).std(0) * len(tokens_B) ** 0.5 / tokens_B.sum()
+    stderr_L = ratio_standard_error(right_BL, tokens_B)
     curve = {f"accuracy_{layer}": rate for layer, rate in enumerate(rate_L.tolist())}
-    errors = [None if error != error else error for error in spread_L.tolist()]
+    errors = [None if error != error else error for error in stderr_L.tolist()]
     return {
         "accuracy": rate_L[-1].item(),
         "without_thoughts": rate_L[0].item(),

@@ -4,12 +4,15 @@ import math
 from functools import partial
 from itertools import islice
 
+import numpy as np
+
 from ltm_pyro.data.documents import read_documents
 from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, no_data, score_text
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_continuations
+from ltm_pyro.utils.statistics import standard_error
 
 DATA = {  # data set -> file name patterns, in order of preference
     "ptb": ("ptb*test*", "ptb*valid*", "ptb*"),
@@ -75,14 +78,14 @@ def last_words(place: str, options: Options, run: Run) -> Figures:
         raise UsageError(f"{place} has no passage of two words or more that fits into {run.length} tokens.")
     scoring = Scoring(samples=options.samples, inference=options.inference(run), seed=options.seed)
     scores = score_continuations(run, pairs, scoring)
-    right, n = sum(score.is_greedy for score in scores), len(scores)
+    right_N, n = np.array([score.is_greedy for score in scores]), len(scores)
     total = sum(len(score.nats_U) for score in scores)
     nats = math.fsum(score.nats for score in scores)
     return {
         "perplexity": math.exp(nats / total),
         "nats_per_token": nats / total,
-        "accuracy": right / n,
-        "stderr": math.sqrt(right / n * (1 - right / n) / n),
+        "accuracy": float(right_N.mean()),
+        "stderr": float(standard_error(right_N)) if n > 1 else None,
         "passages": n,
         "left_out": len(passages) - n,
         "tokens": total,
