@@ -89,7 +89,7 @@ def test_no_training_step_waits_or_leaves_its_device(prior, guide, options, nowh
 def test_reading_goes_on_without_a_wait(nowhere):
     model, _, batch = nowhere()
     with torch.no_grad():
-        cache = model.decoder.begin(torch.empty(B, *model.decoder.thought_shape, device="meta"))
+        cache = model.decoder.init_cache(torch.empty(B, *model.decoder.thought_shape, device="meta"))
         for tokens_BU in (batch.inputs_BT, batch.inputs_BT[:, :1]):
             assert model.decoder.read(tokens_BU, cache).device.type == "meta"
 
