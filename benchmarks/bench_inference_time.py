@@ -127,7 +127,7 @@ def main() -> None:
         for p in curve:
             print(f"{p['setting']:>20}  {p['nats_per_token']:10.4f}  {p['stderr']:6.4f}  {p['seconds']:16.3f}")
     if ar_baseline is not None:
-        print(f"\n{'autoregressive':>20}  {twin:10.4f}")
+        print(f"\n{'autoregressive':>20}  {ar_baseline:10.4f}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LOCAL = LocalInference(steps=16, rate=0.2, slow_gradient="last")  # the prior le
 FINAL = LocalInference(steps=64, rate=0.1, particles=4)
 
 
-def learn(model: LinearGaussianModel, data: Any, steps: int, rate: float) -> None:
+def train_prior(model: LinearGaussianModel, data: Any, steps: int, rate: float) -> None:
     """Follows the ELBO with the prior's parameters, each batch's q in sixteen fast steps."""
     rates = lambda name: {"lr": 0.1 if name.startswith("z_") else rate}  # noqa: E731
     svi = DualRateSVI(model, MeanField(model), rates, LOCAL, corpus=TRAIN)
@@ -54,7 +54,7 @@ def mixture(seed: int) -> dict[str, Any]:
         for prior in (GaussianPrior(shape), LearnedGaussianPrior(shape), MixturePrior(shape, components=2)):
             model.prior = prior
             if any(True for _ in prior.parameters()):
-                learn(model, training, 150, 0.05)
+                train_prior(model, training, 150, 0.05)
             figures[type(prior).__name__] = bound(model, test)
         state, _ = infer_local(model, MeanField(model), test, FINAL)
         with torch.no_grad():
@@ -79,7 +79,7 @@ def sparse(seed: int) -> dict[str, Any]:
         model.matrix_TN *= 2.0  # as much signal in 8 columns as in 32
         training = model.draw(TRAIN)
         model.prior = SparsePrior(shape)
-        learn(model, training, 400, 0.03)
+        train_prior(model, training, 400, 0.03)
         on_N, scale_N = model.prior.active().flatten(), model.prior.scale.median.flatten()
     return {
         "useless_off": (~on_N[~useful_N]).double().mean().item(),

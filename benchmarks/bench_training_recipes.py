@@ -37,7 +37,7 @@ def options(gradient: str, start: str, decoder: str) -> tuple[str, ...]:
     return (
         *("--model.inference.slow_gradient", gradient, "--model.inference.rate", str(RATES[start])),
         *("--model.curriculum", json.dumps(curriculum)),
-        *("--model.decoder.init_args.quiet_thoughts", str(decoder == "warm").lower()),
+        *("--model.decoder.init_args.zero_init_cross_attention", str(decoder == "warm").lower()),
     )
 
 

@@ -75,7 +75,7 @@ class Comparison:
             module = build_module(config)
             check_model(module.model, module.guide)
 
-    def begin(self) -> None:
+    def open_folder(self) -> None:
         """Notes what is compared; refuses a directory in which something else was."""
         noted = {
             "config": Path(self.config).read_text("utf-8"),

@@ -81,7 +81,7 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def fit(out: Path, packed: Path, *options: str) -> Trained:
+def train_quickstart(out: Path, packed: Path, *options: str) -> Trained:
     """One training with the quickstart recipe and further options."""
     recipe = files("ltm_pyro.studies") / "recipes" / "quickstart.yaml"
     places = ("--run", str(out), "--data.directory", str(packed), "--force")
@@ -108,11 +108,11 @@ def _tokens(dataset: PackedDataset) -> np.ndarray:
     return np.concatenate([row.tokens_T[: row.length] for row in dataset])
 
 
-def summarise(packed: Path, thinking: Trained, ar_baseline: Trained) -> dict[str, Any]:
+def summarise(packed: Path, latent: Trained, ar_baseline: Trained) -> dict[str, Any]:
     """Every figure of ``summary.json``; nats per token where nothing else is said."""
-    scores = evaluate_run(thinking.run).estimates
+    scores = evaluate_run(latent.run).estimates
     figures = {name: score.nats_per_token for name, score in scores.items()}
-    speed = [float(row["train/tokens_per_second"]) for row in metrics(thinking.path) if row["train/tokens_per_second"]]
+    speed = [float(row["train/tokens_per_second"]) for row in metrics(latent.path) if row["train/tokens_per_second"]]
     return {
         **figures,
         "autoregressive": evaluate_run(ar_baseline.run, estimators=["bound"]).estimates["bound"].nats_per_token,
@@ -120,10 +120,10 @@ def summarise(packed: Path, thinking: Trained, ar_baseline: Trained) -> dict[str
         "thinking_gain": figures["prior"] - figures["bound"],
         "bound_stderr": scores["bound"].stderr_nats_per_token,
         "tokens_per_second": float(np.median(speed)),
-        "train_seconds": thinking.seconds,
-        "parameters": sum(p.numel() for p in thinking.run.model.parameters()),
-        "samples": generate(thinking.run, [""] * 3, SAMPLING),
-        "continuation": PROMPT + generate(thinking.run, PROMPT, SAMPLING)[0],
+        "train_seconds": latent.seconds,
+        "parameters": sum(p.numel() for p in latent.run.model.parameters()),
+        "samples": generate(latent.run, [""] * 3, SAMPLING),
+        "continuation": PROMPT + generate(latent.run, PROMPT, SAMPLING)[0],
     }
 
 
@@ -176,14 +176,12 @@ def main() -> None:
     console.print(
         "Training the Latent-Thought model, then its autoregressive twin, for the same time each.", soft_wrap=True
     )
-    thinking = fit(out, packed, *further)
-    ar_baseline = fit(out / "autoregressive", packed, "--model.decoder.init_args.thoughts", "0", *further)
+    latent = train_quickstart(out, packed, *further)
+    ar_baseline = train_quickstart(out / "autoregressive", packed, "--model.decoder.init_args.thoughts", "0", *further)
     console.print(f"Scoring both on held-out documents: {', '.join(DEFAULT)}.", soft_wrap=True)
-    summary = summarise(packed, thinking, ar_baseline)
+    summary = summarise(packed, latent, ar_baseline)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    draw(
-        {"Latent-Thought": thinking.path, "autoregressive": ar_baseline.path}, summary["unigram"], out / "training.png"
-    )
+    draw({"Latent-Thought": latent.path, "autoregressive": ar_baseline.path}, summary["unigram"], out / "training.png")
     show(summary, console)
     console.print(f"Written: {out}/summary.json, {out}/training.png. Next: ltm evaluate {out}", soft_wrap=True)
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         options=[f"--{option}" for option in args.option],
     )
     comparison.check()
-    comparison.begin()
+    comparison.open_folder()
     pairs, rows, console = comparison.pairs(), [], Console(stderr=True)
     for index, (prior, guide, options) in enumerate(pairs):
         title = "autoregressive twin" if options else f"{prior} with {guide}"

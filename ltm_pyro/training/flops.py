@@ -76,7 +76,7 @@ def flops_per_token_as_published(decoder: CountedDecoder, length: int, steps: in
 def flops_per_token(
     decoder: CountedDecoder, guide: Guide, length: int, inference: LocalInference, use_thoughts: bool = True
 ) -> Flops:
-    """What `ltm_pyro.inference.local.learn` spends per token of a sequence of ``length`` tokens.
+    """What `ltm_pyro.inference.local.training_loss` spends per token of a sequence of ``length`` tokens.
 
     A backward pass costs a projection once for its input and once for its weights, an attention product once for each
     factor; where the embedding learns, the logits are computed twice. The stem is computed once per batch. Under

@@ -95,7 +95,7 @@ def _ours(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tenso
 
 
 def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tensor) -> Callable[[], Any]:
-    """What `ltm_pyro.inference.local.learn` does for the paper's prior and guide, in a bare loop."""
+    """What `ltm_pyro.inference.local.training_loss` does for the paper's prior and guide, in a bare loop."""
     decoder = _decoder(method, setting)
     optimizer, shape = _adamw(decoder), (setting.batch, *decoder.thought_shape)
 

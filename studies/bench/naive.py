@@ -58,15 +58,15 @@ class Block(nn.Module):
         super().__init__()
         hidden = -(-8 * width // 3 // 32) * 32
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(3))
-        self.speak, self.hear = Attention(width, heads), Attention(width, heads)
+        self.self_attention, self.cross_attention = Attention(width, heads), Attention(width, heads)
         self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """One layer."""
         h = self.norms[0](x)
-        x = x + self.speak(h, h, mask)
-        x = x + self.hear(self.norms[1](x), z, None)
+        x = x + self.self_attention(h, h, mask)
+        x = x + self.cross_attention(self.norms[1](x), z, None)
         h = self.norms[2](x)
         return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 

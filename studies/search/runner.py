@@ -138,7 +138,7 @@ class Worker:
         )
         trial.set_user_attr(trials.SETTINGS, settings)
         trial.set_user_attr(trials.SEED, seed)
-        self.watch.begin(slot, run.name, parameters)
+        self.watch.add(slot, run.name, parameters)
         return Job(study, trial, *start(task), slot)
 
     def _point(self, study: optuna.Study, trial: optuna.Trial) -> tuple[Values, Values]:

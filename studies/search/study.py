@@ -169,7 +169,7 @@ def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Pla
         spread = f" ± {stdev(again):.4f} (standard deviation over {len(again)} seeds)" if len(again) > 1 else ""
         text += f" Trained again with other seeds: {mean(again):.4f}{spread}."
     ar_baseline = [r["figures"][name] for r in done if r["role"] == "baseline"]
-    text += f" The autoregressive baseline at the same budget: {twin[0]:.4f}." if ar_baseline else ""
+    text += f" The autoregressive baseline at the same budget: {ar_baseline[0]:.4f}." if ar_baseline else ""
     return text + _unequal([r["figures"]["flops"] for r in done if r["figures"].get("flops")], plan)
 
 

@@ -32,7 +32,7 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def begin(self, slot: int, name: str, parameters: dict[str, Any]) -> None:
+    def add(self, slot: int, name: str, parameters: dict[str, Any]) -> None:
         """A trial starts."""
         text = ", ".join(
             f"{k.rsplit('.', 1)[-1]} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in parameters.items()
