@@ -290,6 +290,16 @@ def test_no_bare_import_of_a_room():
     assert not bare
 
 
+def test_no_test_imports_from_a_test():
+    borrowed = [
+        f"{where(path, line)} imports {name}"
+        for path in OUTSIDE
+        for line, name, _ in imports(ast.parse(path.read_text()))
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[:-1])
+    ]
+    assert not borrowed
+
+
 def test_every_module_loads_once():
     for path in (path for path in FILES if path.name not in ("__main__.py", "lm_eval.py")):
         importlib.import_module(module_name(path.relative_to(ROOT)))
