@@ -8,12 +8,12 @@ from ltm_pyro.contracts import ThoughtShape
 PRIORS = {
     "GaussianPrior": {},
     "LearnedGaussianPrior": {},
-    "MixturePrior": {"components": 3},
+    "MixturePrior": {"components": 3, "spread": 1.0},
     "HierarchicalPrior": {"topic": 2},
-    "AutoregressivePrior": {"layers": 1, "width": 8},
+    "AutoregressivePrior": {"layers": 1, "width": 8, "heads": 1},
     "FlowPrior": {"transforms": 2, "width": 8},
     "SparsePrior": {},
-    "EnergyPrior": {"width": 8, "steps": 2, "contrast": 4},
+    "EnergyPrior": {"width": 8, "steps": 2, "step_size": 0.05, "contrast": 4},
     "FlowPrior affine": {"transforms": 2, "width": 8, "kind": "affine"},
 }
 GUIDES = {
@@ -24,7 +24,7 @@ GUIDES = {
     "FlowGuide": {"bins": 4},
     "Point": {},
     "Laplace": {},
-    "Amortized": {"layers": 1, "width": 8, "heads": 2},
+    "Amortized": {"layers": 1, "width": 8, "heads": 2, "window": 4},
     "Langevin": {},
 }
 PAIRS = [(prior, "MeanField") for prior in PRIORS] + [("HierarchicalPrior", guide) for guide in GUIDES]
