@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.runs.load import load_run
-from ltm_pyro.studies.quickstart import fit, precision, prepare
+from ltm_pyro.studies.quickstart import precision, prepare, train_quickstart
 
 GUIDES = ("MeanField", "Amortized")
 
@@ -54,7 +54,7 @@ def main() -> None:
     checks = ("--trainer.val_check_interval", str(max(1, options.steps // 8)), "--trainer.limit_val_batches", "2")
     for guide in GUIDES:
         words = ("--model.guide", f"ltm_pyro.guides.{guide}", "--data.batch_size", "8", *budget, *checks)
-        path = fit(options.out / guide, packed, *words, "--trainer.precision", precision()).path
+        path = train_quickstart(options.out / guide, packed, *words, "--trainer.precision", precision()).path
         scores = evaluate_run(load_run(path), estimators=["bound", "prior"], samples=8, limit=32).estimates
         curves[guide] = curve(path)
         figures[guide] = {

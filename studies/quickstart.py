@@ -82,7 +82,7 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def fit(out: Path, packed: Path, *options: str) -> Trained:
+def train_quickstart(out: Path, packed: Path, *options: str) -> Trained:
     """One training with the quickstart recipe and further options."""
     places = ("--run", str(out), "--data.directory", str(packed), "--force")
     start = time.monotonic()
@@ -175,8 +175,8 @@ def main() -> None:
     packed = prepare(out)
     about = "Training the Latent-Thought model, then its autoregressive baseline, for the same time each."
     console.print(about, soft_wrap=True)
-    latent_thought = fit(out, packed, *further)
-    autoregressive = fit(out / "autoregressive", packed, *as_options(ar_baseline()), *further)
+    latent_thought = train_quickstart(out, packed, *further)
+    autoregressive = train_quickstart(out / "autoregressive", packed, *as_options(ar_baseline()), *further)
     console.print(f"Scoring both on held-out documents: {', '.join(DEFAULT)}.", soft_wrap=True)
     summary = summarise(packed, latent_thought, autoregressive)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")

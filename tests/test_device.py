@@ -16,7 +16,7 @@ from ltm_pyro.inference.estimators import ESTIMATORS
 from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, LatentThoughtModel
-from tests.test_laws import PAIRS, make_guide, make_prior
+from tests.laws import PAIRS, make_guide, make_prior
 
 B, T = 3, 7
 OPTIONS = [
@@ -86,12 +86,12 @@ def test_no_training_step_waits_or_leaves_its_device(prior, guide, options, nowh
     assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
 
 
-def test_reading_goes_on_without_a_wait(nowhere):
+def test_decoding_goes_on_without_a_wait(nowhere):
     model, _, batch = nowhere()
     with torch.no_grad():
-        cache = model.decoder.begin(torch.empty(B, *model.decoder.thought_shape, device="meta"))
+        cache = model.decoder.init_cache(torch.empty(B, *model.decoder.thought_shape, device="meta"))
         for tokens_BU in (batch.inputs_BT, batch.inputs_BT[:, :1]):
-            assert model.decoder.read(tokens_BU, cache).device.type == "meta"
+            assert model.decoder.decode_step(tokens_BU, cache).device.type == "meta"
 
 
 def test_a_run_is_scored_where_it_is(stage, tiny_run, tmp_path):

@@ -8,7 +8,6 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 
-from ltm_pyro import guides, models
 from ltm_pyro.contracts import SEQUENCES, Init, ThoughtShape, make_batch
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.global_latents import global_kl
@@ -18,49 +17,12 @@ from ltm_pyro.inference.local import infer_local, init, training_loss
 from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, LatentThoughtModel
+from tests.laws import GUIDES, PAIRS, PRIORS, make_guide, make_prior
 
-PRIORS = {
-    "GaussianPrior": {},
-    "LearnedGaussianPrior": {},
-    "MixturePrior": {"components": 3},
-    "HierarchicalPrior": {"topic": 2},
-    "AutoregressivePrior": {"layers": 1, "width": 8},
-    "FlowPrior": {"transforms": 2, "width": 8},
-    "SparsePrior": {},
-    "EnergyPrior": {"width": 8, "steps": 2, "contrast": 4},
-    "FlowPrior affine": {"transforms": 2, "width": 8, "kind": "affine"},
-}
-GUIDES = {
-    "MeanField": {},
-    "LowRank": {"rank": 2},
-    "BlockCovariance": {},
-    "FullCovariance": {},
-    "FlowGuide": {"bins": 4},
-    "Point": {},
-    "Laplace": {},
-    "Amortized": {"layers": 1, "width": 8, "heads": 2},
-    "Langevin": {},
-}
 WITHOUT_CLIMB = {"Amortized": "an encoder takes no fast steps", "Langevin": "a sampler wanders"}
 UNNORMALISED = {"EnergyPrior": "its density is known up to a constant, and its draws are short runs"}
-PAIRS = [(prior, "MeanField") for prior in PRIORS] + [("HierarchicalPrior", guide) for guide in GUIDES]
 DRAWS = 10_000
 CLIMB = LocalInference(steps=30, rate=0.05, particles=2, init=Init(log_var=-3.0, jitter=1.0))
-
-
-def make_prior(name, shape=None):
-    """A prior whose parameters are off their first values, so that nothing holds by being zero."""
-    prior = getattr(models, name.split()[0])(shape or ThoughtShape(2, 1, 2), **PRIORS[name])
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-        if name == "SparsePrior":
-            prior.scale.log_scale.fill_(-30.0)  # its scales stand still at their medians
-    return prior
-
-
-def make_guide(name, model):
-    return getattr(guides, name)(model, **GUIDES[name])
 
 
 @pytest.fixture

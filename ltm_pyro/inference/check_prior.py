@@ -57,7 +57,7 @@ def _check_sites(trace: Any, prior: Any, size: int) -> None:
         if SEQUENCES not in {frame.name for frame in node["cond_indep_stack"]}:
             raise UsageError(
                 f"Site '{name}' ({place}) lies outside the plate of sequences, where no guide goes: sample it in the "
-                f"prior's forward, or make it an ltm_pyro.Shared variable."
+                f"prior's forward, or make it an ltm_pyro.GlobalLatent variable."
             )
         if tuple(node["fn"].batch_shape) != (size,):
             raise UsageError(

@@ -3,7 +3,7 @@
 Shapes: S particles, B sequences.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import reduce
@@ -23,6 +23,8 @@ from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.antithetic import Antithetic
 from ltm_pyro.nn.precision import full_precision
+
+AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or one inside a Pyro handler
 
 
 class ElboTerms(NamedTuple):
@@ -64,7 +66,7 @@ class Draws(NamedTuple):
 
 def elbo_terms(
     model: Model,
-    guide: Guide,
+    guide: AnyGuide,
     batch: Batch,
     local: LocalParameters,
     draws: Draws = Draws(),  # noqa: B008 - immutable
@@ -99,7 +101,7 @@ def elbo_terms(
 
 
 def log_weights(
-    model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int | None = None
+    model: Model, guide: AnyGuide, batch: Batch, local: LocalParameters, particles: int | None = None
 ) -> Float[Tensor, "... B"]:
     """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the importance weights of the evidence."""
     return elbo_terms(model, guide, batch, local, Draws(particles, kl="sampled")).elbo_B

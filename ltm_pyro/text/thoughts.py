@@ -7,7 +7,7 @@ Shapes: B rows, L layers, K thoughts per layer, D width.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -101,7 +101,7 @@ def draw_thoughts(
         plate = nullcontext() if particles is None else pyro.plate(PARTICLES, particles, dim=-2)
         with full_precision(batch.inputs_BT), plate:
             q = poutine.trace(run.guide).get_trace(batch, state.parameters)
-        replayed: Any = poutine.replay(run.guide, trace=q)
+        replayed = poutine.replay(run.guide, trace=q)
         log_weight_B = log_weights(run.model, replayed, batch, state.parameters, particles)
         z_BLKD = poutine.replay(run.model.sample_prior, trace=q)(batch.size)
         prior_BLKD = run.model.sample_prior(log_weight_B.numel()).view(z_BLKD.shape)

@@ -12,7 +12,7 @@ from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference, Stop
 from ltm_pyro.models import LatentThoughtModel
 from ltm_pyro.utils.rng import seeded
-from tests.test_laws import PAIRS, make_guide, make_prior
+from tests.laws import PAIRS, make_guide, make_prior
 
 INFERENCE = LocalInference(steps=3, rate=0.1, slow_gradient="last", cuda_graph=True)
 

@@ -161,18 +161,34 @@ def test_a_state_is_found_by_hand_as_by_fit(fitted):
     torch.testing.assert_close(back.parameters["z_loc"], state.parameters["z_loc"])
 
 
-def test_scale_handlers_count_as_in_pyro(fitted):
+@pytest.mark.parametrize(
+    ("estimator", "scale_of_q"), [(Trace_ELBO, 1.0), (Trace_ELBO, 0.1), (TraceMeanField_ELBO, 0.1)]
+)
+def test_scale_handlers_count_as_in_pyro(fitted, estimator, scale_of_q):
+    """A model under ``poutine.scale``, and a guide under its own, have the ELBO of Pyro."""
     model, guide, batch, state = fitted
 
-    class Annealed(type(model)):
+    class ScaledModel(type(model)):
         def forward(self, batch):
-            with pyro.poutine.scale(scale=0.1):
+            with poutine.scale(scale=0.1):
                 return super().forward(batch)
 
-    annealed = Annealed(model.prior, model.decoder)
-    with torch.no_grad():
-        plain, scaled = (elbo_terms(m, guide, batch, state.parameters, Draws(kl="path")) for m in (model, annealed))
-    torch.testing.assert_close(scaled.log_likelihood_B, 0.1 * plain.log_likelihood_B, rtol=0.2, atol=0)
+    class ScaledGuide(MeanField):
+        def __call__(self, batch, local):
+            with poutine.scale(scale=scale_of_q):
+                return super().__call__(batch, local)
+
+    scaled, scaled_guide = ScaledModel(model.prior, model.decoder), ScaledGuide(model)
+    pyro.set_rng_seed(3)
+    theirs = estimator().loss(scaled, LocalPosterior(scaled_guide, state), batch)
+    found = {}
+    for name, pair in {"plain": (model, guide), "scaled": (scaled, scaled_guide)}.items():
+        pyro.set_rng_seed(3)
+        found[name] = elbo_terms(*pair, batch, state.parameters, Draws(kl="path" if estimator is Trace_ELBO else "exact"))
+    assert -found["scaled"].elbo_B.sum().item() == pytest.approx(theirs, abs=1e-9)
+    torch.testing.assert_close(found["scaled"].log_likelihood_B, 0.1 * found["plain"].log_likelihood_B)
+    if scale_of_q == 0.1:
+        torch.testing.assert_close(found["scaled"].kl_B, 0.1 * found["plain"].kl_B)
 
 
 def test_priors_without_moments_start_at_zero_and_one():

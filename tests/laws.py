@@ -1,0 +1,45 @@
+"""Every prior and every guide, small, for the tests of what all of them obey."""
+
+import torch
+
+from ltm_pyro import guides, models
+from ltm_pyro.contracts import ThoughtShape
+
+PRIORS = {
+    "GaussianPrior": {},
+    "LearnedGaussianPrior": {},
+    "MixturePrior": {"components": 3, "spread": 1.0},
+    "HierarchicalPrior": {"topic": 2},
+    "AutoregressivePrior": {"layers": 1, "width": 8, "heads": 1},
+    "FlowPrior": {"transforms": 2, "width": 8},
+    "SparsePrior": {},
+    "EnergyPrior": {"width": 8, "steps": 2, "step_size": 0.05, "contrast": 4},
+    "FlowPrior affine": {"transforms": 2, "width": 8, "kind": "affine"},
+}
+GUIDES = {
+    "MeanField": {},
+    "LowRank": {"rank": 2},
+    "BlockCovariance": {},
+    "FullCovariance": {},
+    "FlowGuide": {"bins": 4},
+    "Point": {},
+    "Laplace": {},
+    "Amortized": {"layers": 1, "width": 8, "heads": 2, "window": 4},
+    "Langevin": {},
+}
+PAIRS = [(prior, "MeanField") for prior in PRIORS] + [("HierarchicalPrior", guide) for guide in GUIDES]
+
+
+def make_prior(name, shape=None):
+    """A prior whose parameters are off their first values, so that nothing holds by being zero."""
+    prior = getattr(models, name.split()[0])(shape or ThoughtShape(2, 1, 2), **PRIORS[name])
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+        if name == "SparsePrior":
+            prior.scale.log_scale.fill_(-30.0)  # its scales stand still at their medians
+    return prior
+
+
+def make_guide(name, model):
+    return getattr(guides, name)(model, **GUIDES[name])
