@@ -45,7 +45,8 @@ def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], 
     built = build_from_recipe(config)
     parts = {"model": built.model, "guide": built.guide}
     modules = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
-    load_weights(modules, {name: weight for name, weight in weights.items() if name != "flops"}, source)
+    modules.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # which training saves with the weights
+    load_weights(modules, weights, source)
     modules.eval()
     return Run(
         model=built.model,
