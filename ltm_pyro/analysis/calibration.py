@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -207,7 +207,7 @@ def simulate_texts(run: Run) -> Simulate:
         raise UsageError("The run has no thoughts (K = 0), so there is nothing to calibrate: give a run with thoughts.")
 
     def simulate(size: int) -> Simulation:
-        trace = poutine.trace(run.model.sample_prior).get_trace(size)
+        trace: Any = poutine.trace(run.model.sample_prior).get_trace(size)
         rows_BT = write_tokens(run, trace.nodes["_RETURN"]["value"], run.length)
         lengths_B = (rows_BT != MISSING).sum(1)
         batch = make_batch(rows_BT.masked_fill(rows_BT == MISSING, run.start_token), lengths_B, run.start_token)

@@ -50,7 +50,7 @@ def save_pretrained(
 
 def card(run: Run, figures: Mapping[str, Any]) -> str:
     """What a reader of the hub sees first."""
-    decoder = run.model.decoder
+    decoder: Any = run.model.decoder
     _, thoughts, width = decoder.thought_shape
     lines = [
         "---",

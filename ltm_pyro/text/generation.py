@@ -145,8 +145,7 @@ class _TokenBuffer:
         self._run, self._stops = run, sampling.stop_strings
         bytes_V = token_texts(run.tokenizer) if self._stops else []
         self._decoders, self._tails = [TextDecoder(bytes_V) for _ in prompts], [""] * len(prompts)
-        weight_VD = run.model.decoder.embedding.weight
-        self.seen_BV = torch.zeros(len(prompts), len(weight_VD), dtype=torch.bool, device=weight_VD.device)
+        self.seen_BV = torch.zeros(len(prompts), run.model.decoder.vocabulary, dtype=torch.bool, device=run.device)
         for row, seen_V in zip(self.rows, self.seen_BV, strict=True):
             seen_V[row] = True  # the prompt's tokens too, as in Hugging Face's generate
 

@@ -39,9 +39,9 @@ def cost_summary(module: LTMModule, config: Namespace, ranks: int) -> Table:
 
 def parameters(module: LTMModule) -> dict[str, int]:
     """How many parameters the model and each of its parts have; parts without any are left out."""
-    total = {"parameters": module.model}
-    parts = {f"  {name}": part for name, part in module.model.named_children()}
-    inner = {f"  decoder.{name}": part for name, part in module.model.decoder.named_children()}
+    model: Any = module.model
+    total, parts = {"parameters": model}, {f"  {name}": part for name, part in model.named_children()}
+    inner = {f"  decoder.{name}": part for name, part in model.decoder.named_children()}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (total | parts | inner).items()}
     return {name: count for name, count in counts.items() if count}
 

@@ -9,14 +9,15 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
 
-from ltm_pyro.contracts import Guide, ThoughtShape
+from ltm_pyro.contracts import Decoder, Guide, ThoughtShape
+from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.nn.layers import CrossAttention, SelfAttention, SwiGLU
 
 
 @runtime_checkable
 class CountedDecoder(Protocol):
-    """A decoder of layers equal but for thoughts, made of the parts in `ltm_pyro.nn.layers`, with a tied embedding."""
+    """A decoder made of the parts of `ltm_pyro.nn.layers`: layers alike but for thoughts, and a tied embedding."""
 
     vocabulary: int
     layers: int
@@ -61,19 +62,20 @@ class _Forward(NamedTuple):
         return sum(self)
 
 
-def flops_per_token_as_published(decoder: CountedDecoder, length: int, steps: int) -> Flops:
+def flops_per_token_as_published(decoder: Decoder, length: int, steps: int) -> Flops:
     r"""What the published method spends per token of a sequence of ``length`` tokens, as its authors count.
 
     .. math:: (T_\mathrm{fast} + 1) \, (6 N + 6 L D T), \quad N = \text{all parameters of the decoder}
 
     Every fast step is a whole forward and backward pass. Source: arXiv 2502.01567, its table of model sizes.
     """
-    parameters = sum(p.numel() for p in decoder.parameters())
-    once = 6.0 * (parameters + decoder.layers * decoder.width * length)
+    counted = _counted(decoder)
+    parameters = sum(p.numel() for p in counted.parameters())
+    once = 6.0 * (parameters + counted.layers * counted.width * length)
     return Flops(fast=steps * once, slow=once)
 
 
-def flops_per_token(decoder: CountedDecoder, guide: Guide, length: int, inference: LocalInference) -> Flops:
+def flops_per_token(decoder: Decoder, guide: Guide, length: int, inference: LocalInference) -> Flops:
     """What `ltm_pyro.inference.local.training_loss` spends per token of a sequence of ``length`` tokens.
 
     A backward pass costs a projection once for its input and once for its weights, an attention product once for each
@@ -84,10 +86,11 @@ def flops_per_token(decoder: CountedDecoder, guide: Guide, length: int, inferenc
     without fast steps pays for the gradients of its `finalize`, and its encoder learns in the slow step. Without
     ``inference.use_thoughts`` there is neither cross-attention nor a fast step.
     """
-    one = _forward(decoder, length, inference.use_thoughts)
-    steps = inference.steps if decoder.thought_shape.thoughts and inference.use_thoughts else 0
+    counted = _counted(decoder)
+    one = _forward(counted, length, inference.use_thoughts)
+    steps = inference.steps if counted.thought_shape.thoughts and inference.use_thoughts else 0
     fast_steps, final_steps = (steps if guide.uses_fast_steps else 0), (guide.finalize_cost(steps) if steps else 0)
-    draws, again = inference.particles, 2.0 * decoder.vocabulary * decoder.width
+    draws, again = inference.particles, 2.0 * counted.vocabulary * counted.width
     gradient = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
     learned = 3 * (one.total - one.stem) + again
     if inference.slow_gradient == "trajectory" and fast_steps:
@@ -95,6 +98,15 @@ def flops_per_token(decoder: CountedDecoder, guide: Guide, length: int, inferenc
     encoder = 3 * _encoder(guide, length) if steps else 0.0
     slow = 3 * one.stem + draws * (learned - (0 if encoder else one.thoughts)) + encoder  # who else needs z's gradient?
     return Flops(fast=(draws * fast_steps + final_steps) * gradient, slow=slow)
+
+
+def _counted(decoder: Decoder) -> CountedDecoder:
+    if not isinstance(decoder, CountedDecoder):
+        raise UsageError(
+            f"The FLOPs of {type(decoder).__name__} cannot be counted, because it is not made of layers as in "
+            f"ltm_pyro.models.Decoder: give it the attributes of ltm_pyro.training.flops.CountedDecoder."
+        )
+    return decoder
 
 
 def _encoder(guide: Guide, length: int) -> float:

@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import nn
 from yaml import YAMLError
 
-from ltm_pyro.contracts import Guide, Model, ThoughtShape
+from ltm_pyro.contracts import Guide, Model, TextModel, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training import plugins
@@ -28,7 +28,7 @@ TRAINING_KEYS = ("slow", "curriculum", "max_flops", "keep_local", "on_nonfinite"
 class BuiltModel(NamedTuple):
     """What the `model` part of a recipe describes."""
 
-    model: Any  # p(x, z), a `TextModel`
+    model: TextModel  # p(x, z)
     guide: Guide  # q(z | x)
     inference: LocalInference  # while training
     evaluation: LocalInference  # while validating and afterwards

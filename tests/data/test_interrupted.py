@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
+from webdataset.writer import TarWriter
 
 from ltm_pyro.data.pack import pack
 from ltm_pyro.data.rows import Cutter
-from ltm_pyro.data.shards import TarWriter
 from ltm_pyro.data.staging import staged
 from ltm_pyro.errors import UsageError
 

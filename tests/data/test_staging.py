@@ -3,9 +3,9 @@ import re
 from pathlib import Path
 
 import pytest
+from webdataset.writer import TarWriter
 
 from ltm_pyro.data.pack import pack
-from ltm_pyro.data.shards import TarWriter
 from ltm_pyro.data.staging import staged
 from ltm_pyro.errors import UsageError
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from ltm_pyro.analysis import Drawing, draw_posterior
+from ltm_pyro.analysis import DrawOptions, draw_posterior
 from ltm_pyro.data import pack_texts
 from ltm_pyro.data.documents import Document
 from ltm_pyro.data.encode import batch_of_rows, encode_document, encode_documents, encode_prompt
@@ -36,7 +36,7 @@ def packed(run):
 WHOLE = {
     "packed data": packed,
     "score": lambda run: score(run, [TEXT], Scoring(samples=2)),
-    "draw_posterior": lambda run: draw_posterior(run, [TEXT], Drawing(samples=25)),
+    "draw_posterior": lambda run: draw_posterior(run, [TEXT], DrawOptions(samples=25)),
     "interpolate": lambda run: interpolate(run, (TEXT, TEXT), 2, Sampling(max_new_tokens=1)),
     "features": lambda run: features.of_run(run)([TEXT], 0),
 }

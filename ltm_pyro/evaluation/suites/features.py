@@ -6,6 +6,7 @@ Shapes: N texts, F features, B rows, T tokens, D width.
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def run_extractor(run: Run, batch_size: int = BATCH) -> Extractor:
                 batch = run.model.prepare(batch)
                 keys = [(seed, first + row) for row in range(batch.size)]
                 z_BLKD = draw_thoughts(run, batch, infer_rows(run, batch, run.inference, keys), keys=keys).z_BLKD
-                hidden_BTD: Tensor = run.model.decoder(batch.stem_BTD, z_BLKD)
+                hidden_BTD = run.model.decoder(cast(Tensor, batch.stem_BTD), z_BLKD)
             found.append(hidden_BTD[torch.arange(batch.size), batch.tokens_B - 1])
         return torch.cat(found).double().cpu().numpy()
 

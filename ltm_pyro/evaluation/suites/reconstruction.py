@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, L layers.
 """
 
 from functools import partial
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -60,7 +61,7 @@ def token_accuracy(options: Options, run: Run) -> Figures:
 
 def _hits(run: Run, batch: Batch, z_BLKD: Float[Tensor, "B L K D"], last: int) -> Int[Tensor, " B"]:
     """Correctly predicted tokens per sequence when layers 1 to ``last`` attend to their thoughts."""
-    decoder = run.model.decoder
-    hidden_BTD = decoder(batch.stem_BTD, ThoughtSampling(layers=tuple(range(1, last + 1))).mask_layers(z_BLKD))
+    decoder, masked_BLKD = run.model.decoder, ThoughtSampling(layers=tuple(range(1, last + 1))).mask_layers(z_BLKD)
+    hidden_BTD = decoder(cast(Tensor, batch.stem_BTD), masked_BLKD)
     likeliest_BT = decoder.logits(hidden_BTD).argmax(-1)
     return ((likeliest_BT == batch.targets_BT) & batch.mask_BT).sum(-1)
