@@ -1,6 +1,7 @@
 """The Lightning module: curricula, warm start, persistent local parameters, and what a bad sequence does."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -257,3 +258,23 @@ def test_without_fast_steps_the_loss_is_the_autoregressive_one(data):
     inference = curriculum.at(0.0, LocalInference(), count)
     module, batch = make_module(), next(iter(data.val_dataloader()))
     assert training_loss(module.model, module.guide, batch, inference).terms.kl_B.abs().max() == 0
+
+
+@pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
+def test_algorithm_1_is_six_frames_deep(train, slow_gradient):
+    """From `training_step` to the guide: what a reader has to follow of the paper's algorithm."""
+    seen = []
+
+    class Traced(MeanField):
+        def __call__(self, batch, local):
+            frame, names = sys._getframe(), []
+            while names[-1:] != ["training_step"]:
+                if "site-packages" not in frame.f_code.co_filename:  # jaxtyping's checks are there in tests only
+                    names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            seen.append(names[::-1])
+            return super().__call__(batch, local)
+
+    train(make_module(guide=Traced, inference=LocalInference(steps=2, slow_gradient=slow_gradient)), max_steps=1)
+    assert seen[0] == ["training_step", "training_loss", "run_steps", "step", "elbo_terms", "__call__"]
+    assert all(len(names) <= 6 for names in seen)
