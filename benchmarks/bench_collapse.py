@@ -30,7 +30,7 @@ def curve(run: Path) -> dict[str, list[float]]:
     }
 
 
-def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     names = {"kl": "KL (q || p), nats per token", "bound": "honest bound, nats per token"}
     for axes, key in zip(figure.subplots(1, 2), names, strict=True):
@@ -64,7 +64,7 @@ def main() -> None:
             "thinking_gain": scores["prior"].nats_per_token - scores["bound"].nats_per_token,
         }
         print(json.dumps({guide: figures[guide]}), flush=True)
-    draw(curves, options.figure)
+    plot_curves(curves, options.figure)
     print(json.dumps(figures))
 
 

@@ -1,15 +1,14 @@
-"""What thinking for longer buys at test time: held-out quality against seconds, without touching the weights.
+"""What more inference buys at test time: held-out quality against seconds, with the weights unchanged.
 
     python benchmarks/bench_inference_time.py --run runs/quickstart [--baseline RUN] [--data TEXT] [--out DIR]
 
 Three curves over sequences of which the second half is scored given the first: T_fast; draws of z under importance
-weights; tokens between two fits. Standard errors are of the difference from a curve's first point, sequence by
-sequence. Without a run it says so and measures nothing.
+weights; tokens between two inferences of q. Standard errors are of the difference from a curve's first point, sequence
+by sequence. Without a run it says so and measures nothing.
 """
 
 import argparse
 import json
-import math
 import time
 from dataclasses import replace
 from itertools import islice
@@ -24,6 +23,7 @@ from ltm_pyro.evaluation.evaluate import held_out
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_tokens
+from ltm_pyro.utils.statistics import standard_error
 
 Pairs = list[tuple[list[int], list[int]]]
 
@@ -36,7 +36,7 @@ class Point(NamedTuple):
     nats_B: Tensor
 
 
-def continuations(run: Run, count: int, text: str | None = None) -> Pairs:
+def split_sequences(run: Run, count: int, text: str | None = None) -> Pairs:
     """Whole sequences of a text, or of the run's own held-out data, cut in the middle."""
     dataset, half = load_text_or_pack(text, run.tokenizer, run.length) if text else held_out(run), run.length // 2
     rows = (dataset[index] for index in range(len(dataset)))
@@ -46,9 +46,9 @@ def continuations(run: Run, count: int, text: str | None = None) -> Pairs:
 
 def point(run: Run, pairs: Pairs, scoring: Scoring, setting: int) -> Point:
     """Nats per token of every sequence, and seconds per sequence on this machine."""
-    began = time.process_time()
+    start = time.process_time()
     scores = score_tokens(run, pairs, scoring)
-    seconds = (time.process_time() - began) / len(pairs)
+    seconds = (time.process_time() - start) / len(pairs)
     return Point(setting, seconds, torch.tensor([found.nats / len(found.nats_U) for found in scores]))
 
 
@@ -57,13 +57,13 @@ def summary(curve: list[Point]) -> list[dict[str, float]]:
     rows = []
     for setting, seconds, nats_B in curve:
         gain_B = nats_B - curve[0].nats_B
-        error = float(gain_B.std() / math.sqrt(len(gain_B)))
+        error = float(standard_error(gain_B))
         rows.append({"setting": setting, "seconds": seconds, "nats_per_token": float(nats_B.mean()), "stderr": error})
     return rows
 
 
 def curves(run: Run, pairs: Pairs) -> dict[str, list[Point]]:
-    """Every curve; causal is the estimator that fits again."""
+    """Every curve; `causal` is the estimator that infers q again after each block of tokens."""
     half = run.length // 2
     fits = {steps: replace(run.inference, steps=steps) for steps in (0, 1, 2, 4, 8, 16, 32, 64)}
     return {
@@ -75,7 +75,7 @@ def curves(run: Run, pairs: Pairs) -> dict[str, list[Point]]:
     }
 
 
-def draw(found: dict[str, list[dict[str, float]]], baseline: float | None, file: Path) -> None:
+def plot_curves(found: dict[str, list[dict[str, float]]], baseline: float | None, file: Path) -> None:
     """Nats per token over processor seconds per sequence, one panel a curve."""
     from matplotlib.figure import Figure
 
@@ -98,7 +98,7 @@ def draw(found: dict[str, list[dict[str, float]]], baseline: float | None, file:
 
 
 def main() -> None:
-    """Measures, draws and prints."""
+    """Measures, plots and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--baseline", type=Path, help="an autoregressive run")
@@ -111,23 +111,23 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     run = load_run(args.run)
-    pairs = continuations(run, args.sequences, args.data)
+    pairs = split_sequences(run, args.sequences, args.data)
     found = {name: summary(curve) for name, curve in curves(run, pairs).items()}
-    ar_baseline = (
-        point(load_run(args.baseline), pairs, Scoring(samples=1), 0).nats_B.mean().item() if args.baseline else None
-    )
+    baseline = None
+    if args.baseline:
+        baseline = point(load_run(args.baseline), pairs, Scoring(samples=1), 0).nats_B.mean().item()
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        draw(found, ar_baseline, args.out / "inference-time.png")
+        plot_curves(found, baseline, args.out / "inference-time.png")
         (args.out / "inference-time.json").write_text(
-            json.dumps({"curves": found, "autoregressive": ar_baseline}, indent=1)
+            json.dumps({"curves": found, "autoregressive": baseline}, indent=1)
         )
     for name, curve in found.items():
         print(f"\n{name:>20}  nats/token  ± s.e.  seconds/sequence")
         for p in curve:
             print(f"{p['setting']:>20}  {p['nats_per_token']:10.4f}  {p['stderr']:6.4f}  {p['seconds']:16.3f}")
-    if ar_baseline is not None:
-        print(f"\n{'autoregressive':>20}  {ar_baseline:10.4f}")
+    if baseline is not None:
+        print(f"\n{'autoregressive':>20}  {baseline:10.4f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What two priors find when there is something to find: components of a mixture, and dimensions nobody needs.
+"""What two priors find when there is something to find: components of a mixture, and unused dimensions.
 
     python benchmarks/bench_priors.py [--seed 0] [--figure docs/figures/priors.png]
 
-Thoughts are drawn from a known density and seen through a known linear decoder with noise, so that the truth can be
-compared with. Only the prior learns; q is fitted sequence by sequence; figures are of fresh sequences.
+Thoughts are drawn from a known density and observed through a known linear decoder with noise, so that the truth is
+known. Only the prior learns; q is inferred sequence by sequence; figures are of fresh sequences.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from ltm_pyro.models import GaussianPrior, LearnedGaussianPrior, LinearGaussianM
 from ltm_pyro.utils.rng import seeded
 
 TRAIN, TEST, BATCH = 1024, 512, 128
-LOCAL = LocalInference(steps=16, rate=0.2, slow_gradient="last")  # the prior learns from q where it has settled
+LOCAL = LocalInference(steps=16, rate=0.2, slow_gradient="last")  # the prior follows its gradient at the final q
 FINAL = LocalInference(steps=64, rate=0.1, particles=4)
 
 
 def train_prior(model: LinearGaussianModel, data: Any, steps: int, rate: float) -> None:
-    """Follows the ELBO with the prior's parameters, each batch's q in sixteen fast steps."""
+    """Trains the prior on the ELBO, with sixteen fast steps for the q of each batch."""
     rates = lambda name: {"lr": 0.1 if name.startswith("z_") else rate}  # noqa: E731
     svi = DualRateSVI(model, MeanField(model), rates, LOCAL, corpus=TRAIN)
     for _ in range(steps):
@@ -50,7 +50,7 @@ def mixture(seed: int) -> dict[str, Any]:
         model.prior = truth
         training, test = model.draw(TRAIN), model.draw(TEST)
         with torch.no_grad():
-            truths_B = truth.responsibilities(exact(model, truth, test))[:, 0] > 0.5
+            truths_B = truth.responsibilities(least_squares(model, test))[:, 0] > 0.5
         for prior in (GaussianPrior(shape), LearnedGaussianPrior(shape), MixturePrior(shape, components=2)):
             model.prior = prior
             if any(True for _ in prior.parameters()):
@@ -63,8 +63,8 @@ def mixture(seed: int) -> dict[str, Any]:
     return {"bounds": figures, "assignment_accuracy": max(agreement, 1 - agreement)}
 
 
-def exact(model: LinearGaussianModel, truth: MixturePrior, data: Any) -> torch.Tensor:
-    """The thoughts nearest to what was seen: with 16 views of 8 numbers, least squares tells the components apart."""
+def least_squares(model: LinearGaussianModel, data: Any) -> torch.Tensor:
+    """The thoughts nearest to the observations: 16 of 8 numbers, so least squares separates the components."""
     z_BN = torch.linalg.lstsq(model.matrix_TN, model.observed(data).T).solution.T
     return z_BN.unflatten(-1, (1, 2, 4))
 
@@ -89,7 +89,7 @@ def sparse(seed: int) -> dict[str, Any]:
     }
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
+def plot_priors(figures: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     bounds = figures["mixture"]["bounds"]
@@ -116,7 +116,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pyro.clear_param_store()
     figures = {"mixture": mixture(options.seed), "sparse": sparse(options.seed)}
-    draw(figures, options.figure)
+    plot_priors(figures, options.figure)
     print(json.dumps(figures, indent=1))
 
 

@@ -1,6 +1,6 @@
-"""How many tokens per second the reader delivers, by sequence length and number of reading processes.
+"""How many tokens per second the data loader delivers, by sequence length and number of worker processes.
 
-usage: bench_reader.py [--tokens N]      packs invented text in a temporary folder; reads it for one epoch each
+usage: bench_reader.py [--tokens N]      packs invented text in a temporary folder; loads it for one epoch each
 """
 
 import argparse
@@ -14,11 +14,11 @@ from ltm_pyro.data import pack
 from ltm_pyro.data.speed import reading_speed
 
 
-def write(path: Path, tokens: int) -> None:
+def write_text(path: Path, tokens: int) -> None:
     """Some words of common lengths, about one token each."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 4))) for _ in range(300)]
-    texts = (" ".join(draw.choices(words, k=500)) for _ in range(tokens // 500))
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 4))) for _ in range(300)]
+    texts = (" ".join(rng.choices(words, k=500)) for _ in range(tokens // 500))
     path.write_text("\n\n\n".join(texts))
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| tokens a sequence | processes | million tokens per second |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder, "a.txt"), options.tokens)
+        write_text(Path(folder, "a.txt"), options.tokens)
         for seq_len in (128, 1024):
             out = Path(folder, f"{seq_len}")
             pack([Path(folder, "a.txt")], out, tokenizer="bpe:1024", seq_len=seq_len)

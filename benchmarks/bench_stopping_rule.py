@@ -1,4 +1,4 @@
-"""What the stopping rule saves: fast steps per sequence at an equal bound, on a run's own held-out text.
+"""What early stopping saves: fast steps per sequence at an equal bound, on a run's own held-out text.
 
     python benchmarks/bench_stopping_rule.py --run runs/quickstart [--steps 32] [--json]
 

@@ -37,7 +37,7 @@ Nats = Callable[[Tensor, Tensor, Tensor], Tensor]  # inputs, targets, z -> −lo
 
 
 def rows(data: PackedData) -> Iterator[Tensor]:
-    """Batches of rows of targets, for ever."""
+    """Batches of rows of targets, without end."""
     while True:
         for batch in data.train_dataloader():
             yield batch.targets_BT[:, :LENGTH]
@@ -89,9 +89,7 @@ def in_turn(curves: dict[str, Points]) -> dict[str, Curve]:
     return found
 
 
-def flops_per_token_as_published(
-    data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How
-) -> Points:
+def naive_curve(data: PackedData, vocabulary: int, rate: float, budget: float, held_out: Tensor, how: How) -> Points:
     """The curve of the published structure."""
     model, batches = NaiveLTM(vocabulary, LAYERS, WIDTH, HEADS, WINDOW, LENGTH), rows(data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -104,7 +102,7 @@ def flops_per_token_as_published(
     return curve(train, lambda: honest_bound(model, (LAYERS, THOUGHTS, WIDTH), held_out), budget, how)
 
 
-def flops_per_token(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how: How) -> Points:
+def our_curve(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how: How) -> Points:
     """The curve of the quickstart's recipe: half the time without thoughts, then with 4 fast steps."""
     decoder = Decoder(
         vocabulary, LAYERS, WIDTH, HEADS, THOUGHTS, WINDOW, LENGTH, thought_width=16, zero_init_cross_attention=True
@@ -117,9 +115,8 @@ def flops_per_token(data: PackedData, vocabulary: int, budget: float, held_out: 
         optimizer.param_groups[0]["lr"] = rate * warmup_cosine(done, 0.05, 0.1)
         targets_BT = next(batches)
         batch = make_batch(targets_BT, torch.full((len(targets_BT),), LENGTH), start_token=0)
-        decoder.use_thoughts = done >= 0.5
-        start = Init(log_var=-4 + 3 * max(2 * done - 1, 0.0), jitter=0.1)
-        inference = LocalInference(steps=4 if decoder.use_thoughts else 0, rate=0.2, init=start)
+        thoughts, narrow = done >= 0.5, Init(log_var=-4 + 3 * max(2 * done - 1, 0.0), jitter=0.1)
+        inference = LocalInference(steps=4 if thoughts else 0, rate=0.2, init=narrow, use_thoughts=thoughts)
         (training_loss(model, guide, batch, inference).loss / targets_BT.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -130,7 +127,6 @@ def flops_per_token(data: PackedData, vocabulary: int, budget: float, held_out: 
         return token_nats(hidden_BTD, decoder.embedding.weight, targets_BT).sum(1)
 
     def bound() -> float:
-        decoder.use_thoughts = True
         return honest_bound(nats, tuple(decoder.thought_shape), held_out)
 
     return curve(train, bound, budget, how)
@@ -167,8 +163,8 @@ def main() -> None:
         torch.set_num_threads(1)
     torch.manual_seed(0)
     curves = {
-        "ours": flops_per_token(data, vocabulary, args.flops_per_token, held_out, how),
-        "naive": flops_per_token_as_published(data, vocabulary, args.naive_rate, args.naive, held_out, how),
+        "ours": our_curve(data, vocabulary, args.ours, held_out, how),
+        "naive": naive_curve(data, vocabulary, args.naive_rate, args.naive, held_out, how),
     }
     report |= in_turn(curves)
     report["reached"] = [reached(report, point["bound"]) for point in report["naive"]]

@@ -1,4 +1,4 @@
-"""What more thinking buys at test time: the bound over fast steps, the importance-weighted bound over samples.
+"""What more inference buys at test time: the bound over fast steps, the importance-weighted bound over samples.
 
     python examples/inference_steps.py runs/quickstart --out runs/inference-steps
 
@@ -35,7 +35,7 @@ def measure(run: Run, limit: int | None) -> dict[str, dict[str, Score]]:
     }
 
 
-def draw(curves: dict[str, dict[str, Score]], path: Path) -> None:
+def plot_curves(curves: dict[str, dict[str, Score]], path: Path) -> None:
     """Two panels with error bars (two standard errors over sequences)."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = zip(figure.subplots(1, 2, sharey=True), ("bound, by fast steps", "iwae, by samples"), strict=True)
@@ -48,7 +48,7 @@ def draw(curves: dict[str, dict[str, Score]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints and draws."""
+    """Measures, prints and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run directory or checkpoint")
     parser.add_argument("--out", type=Path, default=Path("runs/inference-steps"), help="where table and picture go")
@@ -64,7 +64,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     plain = {name: {at: vars(score) for at, score in points.items()} for name, points in curves.items()}
     (options.out / "inference_steps.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
-    draw(curves, options.out / "inference_steps.png")
+    plot_curves(curves, options.out / "inference_steps.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A guide of your own, in a file of your own: each number of a thought is logistic, with wider tails than a normal's.
+"""A guide of your own, in a file of your own: each number of a thought is logistic, with heavier tails than a normal's.
 
 ltm fit --config studies/recipes/quickstart.yaml --model.guide examples/my_guide.py:LogisticGuide
 """

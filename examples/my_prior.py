@@ -1,4 +1,4 @@
-"""A prior of your own, in a file of your own: most numbers of a thought are nearly zero.
+"""A prior of your own, in a file of your own: most numbers of a thought are near zero.
 
     ltm fit --config studies/recipes/quickstart.yaml --model.prior examples/my_prior.py:SpikeAndSlab \
         --model.prior.rate 0.1
@@ -17,11 +17,11 @@ class SpikeAndSlab(PyroModule):
 
     def __init__(self, shape: ThoughtShape, rate: float = 0.1, spike: float = 0.05) -> None:
         super().__init__()
-        self.logit = torch.nn.Parameter(torch.logit(torch.full(tuple(shape), rate)))  # learned, as rates of their own
+        self.logit = torch.nn.Parameter(torch.logit(torch.full(tuple(shape), rate)))  # learned, one rate per number
         self.register_buffer("scales", torch.tensor([1.0, spike]))
 
     def forward(self) -> torch.Tensor:
-        """Samples z inside the plate of sequences; which of the two a number is, is summed out."""
+        """Samples z inside the plate of sequences; the choice between the two is summed out."""
         which = dist.Categorical(logits=torch.stack([self.logit, torch.zeros_like(self.logit)], dim=-1))
         each = dist.Normal(0.0, self.scales.expand(*self.logit.shape, 2))
         return pyro.sample("z", dist.MixtureSameFamily(which, each).to_event(3))

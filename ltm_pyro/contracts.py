@@ -29,10 +29,10 @@ LocalParameters = dict[str, Tensor]  # q's parameters by name, each with leading
 
 @lru_cache(maxsize=64)
 def sequence_plate(size: int) -> pyro.plate:
-    """The plate `SEQUENCES`, at dim −1: entered again at every fast step, and made once.
+    """The plate `SEQUENCES` at dim −1, created once per size because it is entered again at every fast step.
 
-    To make one is a statement of its own, which draws indices for a subsample. No handler sees it, or traces would
-    depend on whether they are the first.
+    Creating a plate emits a sample site for its subsample. `poutine.block` hides that site, so that a trace does not
+    depend on whether it is the first one of its size.
     """
     with poutine.block():
         return pyro.plate(SEQUENCES, size, dim=-1)
@@ -122,7 +122,7 @@ class Prior(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """p(x, z): a Pyro model of one batch. `think` samples the thoughts; calling it also observes the tokens."""
+    """p(x, z): a Pyro model of one batch. `sample_prior` samples z; calling the model also observes the tokens."""
 
     def sample_prior(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples z for ``size`` sequences inside the plate `SEQUENCES`."""
@@ -133,7 +133,11 @@ class Model(Protocol):
         ...
 
     def __call__(self, batch: Batch) -> Any:
-        """Samples z, then observes ``batch.targets_BT`` at the site `TOKENS`."""
+        """Samples z, then observes ``batch.targets_BT`` at the site `TOKENS`.
+
+        A model that trains without its thoughts at first (``inference.use_thoughts`` False) also takes
+        ``use_thoughts=False``: the tokens then do not depend on z.
+        """
         ...
 
     def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> Any:
@@ -163,12 +167,74 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
+class Decoder(Protocol):
+    """The network of p(x | z): tokens and thoughts in, hidden states out, logits from hidden states.
+
+    Nothing here says that position t predicts the token behind it, nor that there are thoughts: a network without
+    latent variables has ``thought_shape.thoughts`` 0 and takes None for z. What writes token by token is a
+    `CachedDecoder`.
+    """
+
+    vocabulary: int
+    length: int
+    thought_shape: ThoughtShape
+
+    def stem(self, inputs_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """The part of the network that z does not enter."""
+        ...
+
+    def __call__(
+        self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"] | None
+    ) -> Float[Tensor, "... B T D"]:
+        """The last hidden states, for every particle of z; without cross-attention if z is None."""
+        ...
+
+    def logits(self, hidden_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        """Unnormalised log-probabilities of all tokens."""
+        ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All parameters, those that are shared once."""
+        ...
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """All parts, as of every `torch.nn.Module`."""
+        ...
+
+
+@runtime_checkable
+class CachedDecoder(Decoder, Protocol):
+    """A `Decoder` whose position t predicts the next token, and that can therefore write one token after another."""
+
+    def init_cache(self, z_BLKD: Float[Tensor, "B L K thought"]) -> Any:
+        """The key/value cache of B rows that hold no token yet."""
+        ...
+
+    def decode_step(
+        self,
+        tokens_BT: Int[Tensor, "B T"],
+        cache: Any,
+        lengths_B: Int[Tensor, " B"] | None = None,
+        compile: bool = False,
+    ) -> Float[Tensor, "B D"]:
+        """The hidden state behind the last of each row's new tokens, which are added to the cache in place."""
+        ...
+
+
+class TextModel(Model, Protocol):
+    """A `Model` made of a prior and a decoder: what a recipe describes and a run holds."""
+
+    prior: Any
+    decoder: CachedDecoder
+
+
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """Where q starts: Gaussian guides begin at the prior's mean, and at 0 where it is not known in closed form.
+    """How q is initialised: Gaussian guides at the prior's mean, or at 0 if that has no closed form.
 
     Args:
-        log_var: log-variance relative to the prior's; 0 is its own, −5 the published code's narrow start.
+        log_var: log-variance relative to the prior's; 0 is the prior's own, −5 the published code's narrow q.
         jitter: standard deviation of noise on the means, in prior standard deviations.
     """
 
@@ -177,14 +243,14 @@ class Init:
 
 
 class Guide(ABC):
-    """q(z | x): one family, made for a model. It keeps nothing between batches; its parameters come in and go out.
+    """q(z | x): one variational family, made for a model. It stores nothing: parameters come in and go out.
 
-    A family that learns over the whole corpus, such as an encoder, is a `torch.nn.Module` as well; the slow step trains
-    it, and checkpoints hold it.
+    A family with global parameters, such as an encoder, is a `torch.nn.Module` as well; the slow step trains it, and
+    checkpoints hold it.
     """
 
-    has_density: ClassVar[bool] = True  # without a density (a point, a sampler's last position) there is no bound
-    uses_fast_steps: ClassVar[bool] = True  # False where fast steps do not find q, and `settle` alone does
+    has_density: ClassVar[bool] = True  # False for a point or a sampler's last position: then there is no bound
+    uses_fast_steps: ClassVar[bool] = True  # False if `finalize` alone finds q
 
     @abstractmethod
     def __init__(self, model: Model) -> None: ...
@@ -198,17 +264,17 @@ class Guide(ABC):
         """Samples every latent site from q inside the plate `SEQUENCES`."""
 
     def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
-        """q after the last fast step: where it is more than the climb has found. The model is frozen.
+        """q after the last fast step, for families that add to what the fast steps found. The model is frozen.
 
         Args:
-            steps, rate: of local inference; not called when ``steps`` is 0, which leaves q at its start.
+            steps, rate: of local inference; not called if ``steps`` is 0, which leaves q at its initial value.
         """
         return local
 
     def finalize_cost(self, steps: int) -> int:
-        """How many gradients of log p(x, z) `settle` computes after ``steps``, which is what it costs."""
+        """How many gradients of log p(x, z) `finalize` computes after ``steps`` fast steps: its cost."""
         return 0
 
     def natural_gradient(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
-        """F⁻¹ ∇: the gradients in the geometry of q, F its Fisher information (Amari 1998)."""
+        """F⁻¹ ∇, the natural gradient, F the Fisher information of q (Amari 1998)."""
         raise UsageError(f"{type(self).__name__} has no natural gradient: choose the optimizer adam, adamw or sgd.")

@@ -1,4 +1,4 @@
-"""A Latent-Thought Language Model as a Pyro program: think (the prior), then speak (the decoder)."""
+"""A Latent-Thought Language Model as a Pyro program: thoughts from the prior, tokens from the decoder."""
 
 from typing import cast
 
@@ -27,10 +27,8 @@ class LatentThoughtModel(PyroModule):
         decoder: the network of p_β; ``decoder.thought_shape`` is (L, K, D).
 
     Raises:
-        UsageError: the prior's sites or thoughts have not the shapes that `check_prior` asks for.
+        UsageError: the prior's sites or thoughts do not have the shapes that `check_prior` asks for.
     """
-
-    frozen = False  # True inside `ltm_pyro.inference.local.frozen`
 
     def __init__(self, prior: Prior, decoder: Decoder) -> None:
         super().__init__()
@@ -47,24 +45,27 @@ class LatentThoughtModel(PyroModule):
         """The batch with the decoder's stem, which no thought enters."""
         return batch._replace(stem_BTD=self.decoder.stem(batch.inputs_BT))
 
-    def forward(self, batch: Batch) -> Float[Tensor, "... L K D"]:
+    def forward(self, batch: Batch, use_thoughts: bool = True) -> Float[Tensor, "... L K D"]:
         """Samples z, observes the tokens, and returns z.
 
-        With ``batch.targets_BT`` set to None the tokens are sampled, each given the inputs before it.
+        With ``batch.targets_BT`` set to None the tokens are sampled, each given the inputs before it. With
+        ``use_thoughts`` False the tokens do not depend on z.
         """
         with sequence_plate(batch.size):
             with full_precision(batch.inputs_BT):
                 z_BLKD = self.prior()
-            pyro.sample(TOKENS, self.observation(z_BLKD, batch), obs=self.observed(batch))
+            tokens = self.observation(z_BLKD if use_thoughts else None, batch)
+            pyro.sample(TOKENS, tokens, obs=self.observed(batch))
         return z_BLKD
 
-    def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> TokenCategorical:
-        """p(x | z), padding left out."""
-        # once: at every look Pyro goes through all its parameters, and registers those that learn
-        decoder = cast(Decoder, self._modules["decoder"]) if self.frozen else self.decoder
+    def observation(self, z_BLKD: Float[Tensor, "... L K D"] | None, batch: Batch) -> TokenCategorical:
+        """p(x | z), padding left out; with z None the decoder goes without its cross-attention."""
+        decoder = cast(Decoder, self._modules["decoder"])
+        if decoder.embedding.weight.requires_grad:
+            decoder = self.decoder  # PyroModule.__getattr__ registers all parameters, too slow if none of them learns
         stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
-        embedding_VD = decoder.embedding.weight
-        late = LateGradient.of(embedding_VD, (*z_BLKD.shape[:-3], stem_BTD.shape[1]))
+        embedding_VD, lead = decoder.embedding.weight, stem_BTD.shape[:1] if z_BLKD is None else z_BLKD.shape[:-3]
+        late = LateGradient.of(embedding_VD, (*lead, stem_BTD.shape[1]))
         return TokenCategorical(decoder(stem_BTD, z_BLKD), embedding_VD, batch.mask_BT, late)
 
     def observed(self, batch: Batch) -> Int[Tensor, "B T"] | None:

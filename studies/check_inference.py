@@ -1,4 +1,4 @@
-"""Is local inference right? Every shipped guide on the models whose posterior and evidence are known.
+"""Is local inference right? Every shipped guide on models whose posterior and evidence are known.
 
 Shapes: B sequences, N latent coordinates, S posterior samples.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions import (
     Independent,
     LowRankMultivariateNormal,
@@ -30,11 +29,12 @@ from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.models import LinearGaussianModel, TwoModesModel
 from ltm_pyro.models.linear_gaussian import Gaussian
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.statistics import standard_error
 
 SHAPE = ThoughtShape(2, 1, 3)
 SEQUENCES, SAMPLES, REPEATS = 8, 5_000, 10
 BOUNDS = ("bound", "iwae", "prior")
-COARSE = LocalInference(steps=500, rate=0.05, noise="reused", init=Init(log_var=0.0))  # the published code's way
+COARSE = LocalInference(steps=500, rate=0.05, noise="reused", init=Init(log_var=0.0))  # as in the published code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,14 @@ class Case:
     truth: Callable[[LinearGaussianModel, Batch], Gaussian] = LinearGaussianModel.posterior
 
 
-# along the path no noise is left once q is the posterior
+# the path-wise KL has no noise once q is the posterior
 EXACT = LocalInference(steps=300, rate=0.1, optimizer="natural", particles=64, noise="antithetic", kl="path")
-# the exact KL and mirrored draws leave the means without noise; many draws and a falling rate settle the variances
+# exact KL and antithetic draws: no noise in the means; many draws and a falling rate let the variances converge
 FACTORISED = LocalInference(steps=1200, rate=0.1, optimizer="natural", particles=1024, noise="antithetic")
-CLIMB = LocalInference(steps=600, rate=0.05, particles=64, kl="path")
-ASCENT = LocalInference(steps=2000, rate=0.1)  # without draws there is no noise
+NOISY = LocalInference(steps=600, rate=0.05, particles=64, kl="path")
+WITHOUT_DRAWS = LocalInference(steps=2000, rate=0.1)  # without draws there is no noise
 
-CASES = {  # every shipped guide that has a density and needs no text to read
+CASES = {  # every shipped guide that has a density and no encoder
     "MeanField": Case(guide=MeanField, inference=FACTORISED, truth=LinearGaussianModel.factorised),
     "BlockCovariance": Case(
         guide=BlockCovariance,
@@ -63,26 +63,26 @@ CASES = {  # every shipped guide that has a density and needs no text to read
         truth=lambda model, batch: model.factorised(batch, block=SHAPE.width),
     ),
     "FullCovariance": Case(guide=FullCovariance, inference=EXACT),
-    "LowRank": Case(guide=LowRank, inference=CLIMB),
-    "FlowGuide": Case(guide=FlowGuide, inference=CLIMB),
-    "Laplace": Case(guide=Laplace, inference=ASCENT),
+    "LowRank": Case(guide=LowRank, inference=NOISY),
+    "FlowGuide": Case(guide=FlowGuide, inference=NOISY),
+    "Laplace": Case(guide=Laplace, inference=WITHOUT_DRAWS),
 }
 
 
 def check_inference(seed: int = 0) -> dict[str, Any]:
     """Truth, estimate and error for every guide on both models; evidence and bounds are nats per sequence."""
     with double_precision(), seeded(seed):
-        known, torn = LinearGaussianModel(SHAPE), TwoModesModel(SHAPE)
-        batch = known.draw(SEQUENCES)
+        linear, two_modes = LinearGaussianModel(SHAPE), TwoModesModel(SHAPE)
+        batch = linear.draw(SEQUENCES)
         cases = _available()
         return {
-            "linear_gaussian": {name: _on_known_truth(known, batch, case) for name, case in cases.items()},
-            "two_modes": {name: _on_two_modes(torn, batch, case) for name, case in cases.items()},
+            "linear_gaussian": {name: _on_linear_gaussian(linear, batch, case) for name, case in cases.items()},
+            "two_modes": {name: _on_two_modes(two_modes, batch, case) for name, case in cases.items()},
         }
 
 
 def _available() -> dict[str, Case]:
-    """The cases whose guides can be made here; a warning says which extra the others lack."""
+    """The cases whose guides are installed; a warning says which extra the others need."""
     found, model = {}, LinearGaussianModel(SHAPE)
     for name, case in CASES.items():
         try:
@@ -104,11 +104,11 @@ def double_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _on_known_truth(model: LinearGaussianModel, batch: Batch, case: Case) -> dict[str, Any]:
+def _on_linear_gaussian(model: LinearGaussianModel, batch: Batch, case: Case) -> dict[str, Any]:
     guide = case.guide(model)
     state, _ = infer_local(model, guide, batch, case.inference)
     truth = case.truth(model, batch)
-    found = gaussian(guide, state)
+    found = fitted_gaussian(guide, state)
     variance_BN, true_BN = (x.covariance_BNN.diagonal(dim1=-2, dim2=-1) for x in (found, truth))
     spread = truth.covariance_BNN.abs().amax((-2, -1), keepdim=True)
     return {
@@ -126,8 +126,8 @@ def _on_two_modes(model: TwoModesModel, batch: Batch, case: Case) -> dict[str, A
     return _bounds(model, guide, batch, state)
 
 
-def gaussian(guide: Any, state: LocalState, draws: int = 20_000) -> Gaussian:
-    """Mean and covariance of q's one site ``z``: in closed form where q is a Gaussian, else of ``draws`` draws."""
+def fitted_gaussian(guide: Any, state: LocalState, draws: int = 20_000) -> Gaussian:
+    """Mean and covariance of q's one site ``z``: in closed form if q is a Gaussian, else from ``draws`` draws."""
     q = guide.posterior("z", state.parameters)
     base = q.base_dist
     while isinstance(base, Independent):
@@ -158,17 +158,13 @@ def _bounds(model: Any, guide: Guide, batch: Batch, state: LocalState) -> dict[s
 
 
 def _figure(name: str, problem: Problem, repeats: int, evidence: float) -> dict[str, Any]:
-    """A estimator's log-probability per sequence, with the standard error of its own draws over repeats."""
+    """An estimator's log-probability per sequence, with the standard error of its own draws over repeats."""
     with torch.no_grad():
         values_R = torch.stack([-ESTIMATORS[name].estimate(problem).nats_B.mean() for _ in range(repeats)])
-    estimate, error = values_R.mean().item(), _standard_error(values_R)
+    estimate = values_R.mean().item()
     return {
         "estimate": estimate,
-        "stderr": error,
+        "stderr": standard_error(values_R).item() if repeats > 1 else 0.0,  # one repeat: the estimate has no noise
         "above_evidence": estimate - evidence,
         "is_bound": ESTIMATORS[name].is_bound,
     }
-
-
-def _standard_error(values_R: Tensor) -> float:
-    return values_R.std().item() / len(values_R) ** 0.5 if len(values_R) > 1 else 0.0

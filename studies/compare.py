@@ -1,4 +1,7 @@
-"""Priors and guides side by side: every pair trained for the same time, then scored; taken up again after a kill."""
+"""Priors and guides side by side: every pair trained for the same time, then scored; resumed where it was interrupted.
+
+`ltm compare` makes a `Comparison`, checks it, writes its settings, and asks for the figures of each pair.
+"""
 
 import csv
 import json
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
@@ -19,18 +22,47 @@ from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
+from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
+from ltm_pyro.studies.budget import Budget
+from ltm_pyro.studies.configure import Values, as_options
 from ltm_pyro.training.check_model import check_model
-from ltm_pyro.training.recipe import build_module, read_recipe, take_vocabulary
-from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, beside, read_checkpoint
+from ltm_pyro.training.model_config import build_from_recipe
+from ltm_pyro.training.recipe import check_data, read_recipe
+from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
+from ltm_pyro.utils.files import atomic_write
 
 RESULT, SETTINGS = "result.json", "compare.json"
-DRAWS, FITTED = 100, 32  # importance weights per sequence, and sequences, for k-hat
-OWN = (  # what every training sets
-    *("run", "force", "ckpt_path", "model.prior", "model.guide"),
-    *("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "model.max_flops"),
-)
-ALONE = ("GaussianPrior", "MeanField", ("--model.decoder.init_args.thoughts", "0"))  # the autoregressive twin
+K_HAT_SEQUENCES, K_HAT_DRAWS = 32, 100
+
+
+class Pair(NamedTuple):
+    """A prior and a guide that are trained together: names of ours, dotted paths, or ``file.py:Name``."""
+
+    prior: str
+    guide: str
+    is_ar_baseline: bool = False
+
+    @property
+    def name(self) -> str:
+        """That of its run's folder."""
+        return "autoregressive" if self.is_ar_baseline else f"{_short(self.prior)}-{_short(self.guide)}"
+
+    @property
+    def full_names(self) -> dict[str, str]:
+        """The prior's and the guide's, ours by dotted path."""
+        named = {"prior": (self.prior, "models"), "guide": (self.guide, "guides")}
+        return {part: name if "." in name else f"ltm_pyro.{room}.{name}" for part, (name, room) in named.items()}
+
+    @property
+    def settings(self) -> Values:
+        """What the pair changes in the recipe."""
+        if self.is_ar_baseline:
+            return ar_baseline()
+        return {f"model.{part}": name for part, name in self.full_names.items()}
+
+
+AR_BASELINE = Pair(PARTS["model.prior"], PARTS["model.guide"], is_ar_baseline=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +72,7 @@ class Comparison:
     Args:
         config: the recipe that every training follows.
         priors, guides: names of ours, dotted paths, or ``file.py:Name``.
-        minutes: of training, for each pair and for the autoregressive twin.
+        minutes: of training, for each pair and for the autoregressive baseline.
         out: a directory with a run for each pair.
         samples: S, draws per sequence for the bounds.
         limit: held-out sequences that are scored; all when not given.
@@ -56,133 +88,125 @@ class Comparison:
     limit: int | None = None
     options: Sequence[str] = ()
 
-    def pairs(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """(prior, guide, options), the autoregressive twin first."""
-        return [ALONE, *((prior, guide, ()) for prior, guide in product(self.priors, self.guides))]
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every prior with every guide, behind the autoregressive baseline."""
+        return [AR_BASELINE, *(Pair(prior, guide) for prior, guide in product(self.priors, self.guides))]
+
+    @property
+    def budget(self) -> Budget:
+        """What each training may spend."""
+        return Budget(60 * self.minutes, "s")
 
     def check(self) -> None:
         """Refuses, before the first is trained, a pair that could not be, and two of one name."""
+        own = ("run", "force", "ckpt_path", "model.prior", "model.guide", *self.budget.settings)
         for key in (option[2:].split("=")[0] for option in self.options):
-            if any(f"{key}.".startswith(f"{own}.") for own in OWN):
-                raise UsageError(f"--option {key} would change nothing, for every training sets it: leave it out.")
-        names = [_name(*pair) for pair in self.pairs()]
+            if any(f"{key}.".startswith(f"{setting}.") for setting in own):
+                raise UsageError(f"--option {key} would change nothing, because every training sets it: leave it out.")
+        names = [pair.name for pair in self.pairs]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"Two pairs are called {twice[0]}: name each prior and guide once.")
-        for prior, guide, options in self.pairs():
-            config = self._config(prior, guide, options)
-            take_vocabulary(config)
+        for pair in self.pairs:
+            config = self._configure(pair)
+            check_data(config)
             read_manifest(config.data.directory).split("val", config.data.directory)
-            module = build_module(config)
-            check_model(module.model, module.guide)
+            built = build_from_recipe(config)
+            check_model(built.model, built.guide)
 
-    def open_folder(self) -> None:
-        """Notes what is compared; refuses a directory in which something else was."""
-        noted = {
+    def write_settings(self) -> None:
+        """Writes what is compared into the directory; refuses one in which something else was compared."""
+        settings = {
             "config": Path(self.config).read_text("utf-8"),
-            "pack": read_manifest(self._config(*ALONE).data.directory).digest,
+            "pack": read_manifest(self._configure(AR_BASELINE).data.directory).digest,
             **{name: getattr(self, name) for name in ("minutes", "samples", "limit")},
             "options": [*self.options],
         }
         path = self.out / SETTINGS
         try:
-            if path.exists() and json.loads(path.read_text("utf-8")) != noted:
+            if path.exists() and json.loads(path.read_text("utf-8")) != settings:
                 raise UsageError(
                     f"{self.out} holds a comparison with another recipe, data, time, samples, limit or options: choose "
                     f"another --out."
                 )
             self.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(noted, ensure_ascii=False), "utf-8")
+            path.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.out} cannot hold a comparison ({error}): choose another --out.") from None
 
-    def row(self, prior: str, guide: str, options: Sequence[str]) -> dict[str, Any]:
-        """One pair's figures: read where they are, else measured after training, which goes on where it was."""
-        name = _name(prior, guide, options)
-        path = self.out / name
-        asked = {"prior": _full(prior, "models"), "guide": _full(guide, "guides")}
-        if (path / RESULT).exists():
-            found: dict[str, Any] = json.loads((path / RESULT).read_text("utf-8"))
-            if found["asked"] != asked:
-                there = " with ".join(found["asked"].values())
-                raise UsageError(f"{path} holds the figures of {there}: choose another --out.")
-            return found
-        self._train(path, prior, guide, options)
-        parts = {"name": name, "prior": _short(prior), "guide": _short(guide), "asked": asked}
-        figures = parts | {k: None if _odd(v) else v for k, v in _measured(path, self).items()}
-        beside(path / RESULT).write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
-        beside(path / RESULT).replace(path / RESULT)
+    def figures(self, pair: Pair) -> dict[str, Any]:
+        """One pair's figures: read if they are there, else measured after a training, which resumes if it was begun.
+
+        A figure is None if the pair does not have it, or if it is not finite, which JSON cannot write.
+        """
+        run, asked = self.out / pair.name, pair.full_names
+        result = run / RESULT
+        if result.exists():
+            stored: dict[str, Any] = json.loads(result.read_text("utf-8"))
+            if stored["asked"] != asked:
+                there = " with ".join(stored["asked"].values())
+                raise UsageError(f"{run} holds the figures of {there}: choose another --out.")
+            return stored
+        resume = ("--ckpt_path", str(run / CHECKPOINT)) if (run / CHECKPOINT).exists() else ("--force",)
+        train(self._configure(pair, "--run", str(run), *resume))
+        measured = self._score(load_run(run)) | _pace(run)
+        figures = {
+            **{"name": pair.name, "prior": _short(pair.prior), "guide": _short(pair.guide), "asked": asked},
+            **{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()},
+        }
+        with atomic_write(result) as temp_path:
+            temp_path.write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
         return figures
 
-    def _train(self, path: Path, prior: str, guide: str, options: Sequence[str]) -> None:
-        again = ("--ckpt_path", str(path / CHECKPOINT)) if (path / CHECKPOINT).exists() else ("--force",)
-        train(self._config(prior, guide, (*options, "--run", str(path), *again)))
+    def _configure(self, pair: Pair, *options: str) -> Namespace:
+        """A pair's recipe, which ends when the time is up and for no other reason."""
+        settings = as_options(pair.settings | self.budget.settings)
+        return read_recipe(["--config", self.config, *self.options, *settings, *options])
 
-    def _config(self, prior: str, guide: str, options: Sequence[str]) -> Namespace:
-        """A pair's recipe; time is its only end."""
-        hours, seconds = divmod(round(60 * self.minutes), 3600)
-        budget = f"{hours // 24:02}:{hours % 24:02}:{seconds // 60:02}:{seconds % 60:02}"
-        ends = ("--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--model.max_flops=null")
-        parts = ("--model.prior", _full(prior, "models"), "--model.guide", _full(guide, "guides"))
-        words = ("--config", self.config, *self.options, *parts, *options)
-        return read_recipe([*words, *ends, "--trainer.max_time", budget])
+    def _score(self, run: Run) -> dict[str, Any]:
+        """The bounds on held-out sequences (nats per token), what thinking is worth, and Pareto k-hat.
+
+        Without a bound there is the score under thoughts from the prior only; without thoughts there is no k-hat.
+        """
+        no_bound = missing_bound(run.model, run.guide)
+        estimators = ["prior"] if no_bound else ["bound", "iwae", "prior"]
+        found = evaluate_run(run, estimators=estimators, samples=self.samples, limit=self.limit)
+        prior, bound, iwae = (found.estimates.get(name) for name in ("prior", "bound", "iwae"))
+        assert prior is not None
+        gain, k_B = found.thinking_gain, None
+        if not no_bound and run.model.decoder.thought_shape.thoughts:
+            k_B = k_hat(run, K_HAT_SEQUENCES, K_HAT_DRAWS)
+        return {
+            "bound": bound and bound.nats_per_token,
+            "iwae": iwae and iwae.nats_per_token,
+            "without_thinking": prior.nats_per_token,
+            "stderr": (bound or prior).stderr_nats_per_token,
+            "thinking_gain": gain and gain.nats_per_token,
+            "thinking_gain_stderr": gain and gain.stderr_nats_per_token,
+            "kl": bound and bound.kl_nats_per_token,
+            "k_hat": None if k_B is None else k_B.median().item(),
+            "trusted": None if k_B is None else (k_B < TRUSTED).double().mean().item(),  # share of the sequences
+            "sequences": found.sequences,
+            "tokens": found.tokens,
+            "no_bound": no_bound,
+        }
 
 
-def _odd(value: Any) -> bool:
-    """Whether JSON has no such number."""
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _name(prior: str, guide: str, options: Sequence[str]) -> str:
-    return "autoregressive" if options else f"{_short(prior)}-{_short(guide)}"
-
-
-def _full(name: str, room: str) -> str:
-    return name if "." in name else f"ltm_pyro.{room}.{name}"
-
-
-def _short(name: str) -> str:
-    return name.replace(":", ".").rsplit(".", 1)[-1]
-
-
-def _measured(path: Path, comparison: Comparison) -> dict[str, Any]:
-    run = load_run(path)
-    reason = missing_bound(run.model, run.guide)
-    wanted = ["prior"] if reason else ["bound", "iwae", "prior"]
-    found = evaluate_run(run, estimators=wanted, samples=comparison.samples, limit=comparison.limit)
-    scores, gain = found.estimates, found.thinking_gain
-    nats = {name: score.nats_per_token for name, score in scores.items()}
-    steps, seconds = _pace(path, run)
+def _pace(run: Path) -> dict[str, Any]:
+    """The steps of a training, and their median seconds."""
+    with (run / METRICS).open(newline="") as file:
+        speeds = [float(speed) for row in csv.DictReader(file) if (speed := row["train/tokens_per_second"])]
+    if not speeds:
+        raise UsageError(f"{run} has logged no step: give more --minutes, or log more often.")
+    config = read_recipe(["--config", str(run / "config.yaml")])
+    sequences = config.data.batch_size * config.trainer.accumulate_grad_batches
+    tokens = sequences * read_manifest(config.data.directory).seq_len
     return {
-        "bound": nats.get("bound"),
-        "iwae": nats.get("iwae"),
-        "without_thinking": nats["prior"],
-        "stderr": scores["bound" if "bound" in scores else "prior"].stderr_nats_per_token,
-        "thinking_gain": gain and gain.nats_per_token,
-        "thinking_gain_stderr": gain and gain.stderr_nats_per_token,
-        "kl": scores["bound"].kl_nats_per_token if "bound" in scores else None,
-        **({"k_hat": None, "trusted": None} if reason else _k_hat(run)),
-        "sequences": found.sequences,
-        "tokens": found.tokens,
-        "seconds_per_step": seconds,
-        "steps": steps,
-        "no_bound": reason,
+        "seconds_per_step": tokens / statistics.median(speeds),
+        "steps": read_checkpoint(run)["global_step"],
     }
 
 
-def _pace(path: Path, run: Run) -> tuple[int, float]:
-    with (path / METRICS).open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["train/tokens_per_second"]]
-    if not rows:
-        raise UsageError(f"{path} has logged no step: give more --minutes, or log more often.")
-    config = read_recipe(["--config", str(path / "config.yaml")])
-    batches = config.data.batch_size * config.trainer.accumulate_grad_batches
-    speed = statistics.median(float(row["train/tokens_per_second"]) for row in rows)
-    return read_checkpoint(path)["global_step"], batches * read_manifest(run.data).seq_len / speed
-
-
-def _k_hat(run: Run) -> dict[str, float | None]:
-    """The median of Pareto k-hat over some held-out sequences, and the share of them below 0.7."""
-    if not run.model.decoder.thought_shape.thoughts:
-        return {"k_hat": None, "trusted": None}
-    k_B = k_hat(run, FITTED, DRAWS)
-    return {"k_hat": k_B.median().item(), "trusted": (k_B < TRUSTED).double().mean().item()}
+def _short(name: str) -> str:
+    """The class of a dotted path or ``file.py:Name``."""
+    return name.replace(":", ".").rsplit(".", 1)[-1]

@@ -12,12 +12,11 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution
 
 from ltm_pyro.runs.load import load_run
+from ltm_pyro.studies.configure import Values, recipe_file
 from ltm_pyro.studies.scaling import decoder
 from ltm_pyro.studies.search import Setting, score, train_and_score
 from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.definition import Row
-from ltm_pyro.studies.search.files import recipe_file
-from ltm_pyro.studies.search.objective import Values
 
 WIDTHS, TRAINED, TESTED = (16, 32, 64), (0, 1, 2, 4, 8, 16), (0, 4, 16, 32)
 SEEDS = 2
@@ -30,12 +29,12 @@ points = tuple({"width": width, "steps": steps} for _, width, steps in product(r
 
 
 def settings(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Width and T_fast; without fast steps there is no use for thoughts."""
+    """Width and T_fast; without fast steps there are no thoughts."""
     return decoder(parameters["width"], 4 if parameters["steps"] else 0, parameters["steps"])
 
 
 def objective(setting: Setting) -> dict[str, float]:
-    """What `train_and_score` says, and the bound after every number of fast steps at test time (``bound_at_16``)."""
+    """Those of `train_and_score`, and the bound after each number of fast steps at test time (``bound_at_16``)."""
     figures = train_and_score(setting)
     run = load_run(setting.run)
     tested = TESTED if setting.parameters["steps"] and "bound" in figures else ()
@@ -82,7 +81,7 @@ def _training(grid: Grid) -> bytes:
 
 
 def _testing(grid: Grid) -> bytes:
-    """How far thinking carries below z from the prior."""
+    """How far the bound falls below the score under z from the prior."""
     figure, *panels = _axes("fast steps at test time", "thinking gain, nats per held-out token", len(grid))
     for axes, (width, trained) in zip(panels, sorted(grid.items()), strict=True):
         for steps, points in sorted((t, p) for t, p in trained.items() if t):

@@ -1,7 +1,7 @@
-"""How many thoughts, how wide, and heard by which layers? K per layer and the width of a thought, at equal FLOPs.
+"""How many thoughts, how wide, and attended to by which layers? K per layer and the width of a thought, at equal FLOPs.
 
-Every coordinate of z costs KL until it is used, and every thought costs keys and values: more room can be worse. What
-lies below the first layer with thoughts is computed once per batch, so thoughts for the second layer only are cheaper.
+Every coordinate of z costs KL until it is used, and every thought costs keys and values: more of them can be worse. The
+layers below the first one with thoughts are computed once per batch, so thoughts for the second layer only are cheaper.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""The quickstart: is thinking worth it on two cores in three minutes? An LTM beside its autoregressive twin.
+"""The quickstart: is thinking worth it on two cores in three minutes? An LTM beside its autoregressive baseline.
 
-The corpus is English that every CPython carries, so nothing is downloaded.
+The corpus is English text that comes with every CPython, so nothing is downloaded.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import json
 import sysconfig
 import time
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,8 @@ from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.inference.estimators import DEFAULT
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
+from ltm_pyro.studies.ar_baseline import ar_baseline
+from ltm_pyro.studies.configure import as_options, recipe_file
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.training.recipe import read_recipe
@@ -83,17 +84,16 @@ class Trained(NamedTuple):
 
 def train_quickstart(out: Path, packed: Path, *options: str) -> Trained:
     """One training with the quickstart recipe and further options."""
-    recipe = files("ltm_pyro.studies") / "recipes" / "quickstart.yaml"
     places = ("--run", str(out), "--data.directory", str(packed), "--force")
-    began = time.monotonic()
-    path = train(read_recipe(["--config", str(recipe), *places, *options]))
-    return Trained(load_run(path), path, time.monotonic() - began)
+    start = time.monotonic()
+    path = train(read_recipe(["--config", recipe_file("quickstart.yaml"), *places, *options]))
+    return Trained(load_run(path), path, time.monotonic() - start)
 
 
 def precision() -> str:
-    """bfloat16 where the processor multiplies it in hardware, which is about twice as fast here; else float32."""
-    abilities = torch.cpu.get_capabilities()
-    return "bf16-mixed" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "32-true"
+    """bfloat16 if the processor multiplies it in hardware, which is about twice as fast here; else float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
 
 
 def unigram(packed: Path) -> float:
@@ -108,22 +108,22 @@ def _tokens(dataset: PackedDataset) -> np.ndarray:
     return np.concatenate([row.tokens_T[: row.length] for row in dataset])
 
 
-def summarise(packed: Path, latent: Trained, ar_baseline: Trained) -> dict[str, Any]:
-    """Every figure of ``summary.json``; nats per token where nothing else is said."""
-    scores = evaluate_run(latent.run).estimates
+def summarise(packed: Path, latent_thought: Trained, autoregressive: Trained) -> dict[str, Any]:
+    """Every figure of ``summary.json``; nats per token unless the name says otherwise."""
+    scores = evaluate_run(latent_thought.run).estimates
     figures = {name: score.nats_per_token for name, score in scores.items()}
-    speed = [float(row["train/tokens_per_second"]) for row in metrics(latent.path) if row["train/tokens_per_second"]]
+    speeds = [float(x) for row in metrics(latent_thought.path) if (x := row["train/tokens_per_second"])]
     return {
         **figures,
-        "autoregressive": evaluate_run(ar_baseline.run, estimators=["bound"]).estimates["bound"].nats_per_token,
+        "autoregressive": evaluate_run(autoregressive.run, estimators=["bound"]).estimates["bound"].nats_per_token,
         "unigram": unigram(packed),
         "thinking_gain": figures["prior"] - figures["bound"],
         "bound_stderr": scores["bound"].stderr_nats_per_token,
-        "tokens_per_second": float(np.median(speed)),
-        "train_seconds": latent.seconds,
-        "parameters": sum(p.numel() for p in latent.run.model.parameters()),
-        "samples": generate(latent.run, [""] * 3, SAMPLING),
-        "continuation": PROMPT + generate(latent.run, PROMPT, SAMPLING)[0],
+        "tokens_per_second": float(np.median(speeds)),
+        "train_seconds": latent_thought.seconds,
+        "parameters": sum(p.numel() for p in latent_thought.run.model.parameters()),
+        "samples": generate(latent_thought.run, [""] * 3, SAMPLING),
+        "continuation": PROMPT + generate(latent_thought.run, PROMPT, SAMPLING)[0],
     }
 
 
@@ -133,7 +133,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def draw(runs: dict[str, Path], unigram: float, path: Path) -> None:
+def plot_training(runs: dict[str, Path], unigram: float, path: Path) -> None:
     """Held-out nats per token over seconds of training, one curve a run, and the unigram's as a line."""
     from matplotlib.figure import Figure
 
@@ -151,7 +151,7 @@ def draw(runs: dict[str, Path], unigram: float, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def show(summary: dict[str, Any], console: Console) -> None:
+def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The table and the samples."""
     table = Table("nats per held-out token", "", title="Quickstart")
     for name in FIGURES:
@@ -160,7 +160,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
     table.add_row("thinking gain (prior - bound)", f"{summary['thinking_gain']:.3f}")
     console.print(table)
     texts = [("from the prior", text) for text in summary["samples"]]
-    for title, text in (*texts, ("behind a prompt", summary["continuation"])):
+    for title, text in (*texts, ("after a prompt", summary["continuation"])):
         console.print(Panel(Text(text.strip()), title=title, title_align="left"))
 
 
@@ -173,16 +173,16 @@ def main() -> None:
     further = ["--trainer.precision", precision(), *given]
     console, out = Console(), options.out
     packed = prepare(out)
-    console.print(
-        "Training the Latent-Thought model, then its autoregressive twin, for the same time each.", soft_wrap=True
-    )
-    latent = train_quickstart(out, packed, *further)
-    ar_baseline = train_quickstart(out / "autoregressive", packed, "--model.decoder.init_args.thoughts", "0", *further)
+    about = "Training the Latent-Thought model, then its autoregressive baseline, for the same time each."
+    console.print(about, soft_wrap=True)
+    latent_thought = train_quickstart(out, packed, *further)
+    autoregressive = train_quickstart(out / "autoregressive", packed, *as_options(ar_baseline()), *further)
     console.print(f"Scoring both on held-out documents: {', '.join(DEFAULT)}.", soft_wrap=True)
-    summary = summarise(packed, latent, ar_baseline)
+    summary = summarise(packed, latent_thought, autoregressive)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    draw({"Latent-Thought": latent.path, "autoregressive": ar_baseline.path}, summary["unigram"], out / "training.png")
-    show(summary, console)
+    runs = {"Latent-Thought": latent_thought.path, "autoregressive": autoregressive.path}
+    plot_training(runs, summary["unigram"], out / "training.png")
+    print_summary(summary, console)
     console.print(f"Written: {out}/summary.json, {out}/training.png. Next: ltm evaluate {out}", soft_wrap=True)
 
 

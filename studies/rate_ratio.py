@@ -1,6 +1,6 @@
-"""How much faster should thoughts move than the decoder? η_fast / η_slow, with η_slow and the in-fit schedule.
+"""How much faster should thoughts move than the decoder? η_fast / η_slow, with η_slow and the fast schedule.
 
-The paper's ratio is 750 (0.3 to 4e-4, D = 512). Small decoders stand higher slow rates, and then ask for a smaller one.
+The paper's ratio is 750 (0.3 to 4e-4, D = 512). Small decoders train at higher slow rates, with a smaller ratio.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ first = {"ratio": 25.0, "slow_rate": 8e-3, "schedule": "cosine"}  # the quicksta
 
 
 def settings(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The ratio as recipe settings; a curriculum of the fast rate would overrule it."""
+    """The ratio as recipe settings; a curriculum of the fast rate would override it."""
     return {
         "model.inference.rate": parameters["ratio"] * parameters["slow_rate"],
         "model.inference.schedule": parameters["schedule"],

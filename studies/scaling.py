@@ -2,8 +2,8 @@
 
 Every point of the grid trains until it has spent its FLOPs, fast steps included, so more fast steps mean fewer tokens.
 T_fast = 0 without thoughts is the plain autoregressive decoder. Half of the FLOPs go to a decoder without thoughts, as
-in the quickstart. The whole grid is there for two seeds, one after the other, and cheap points come first: a study that
-is stopped early has complete curves up to some budget.
+in the quickstart. The whole grid is run for two seeds, one after the other, cheap points first: a study that is
+stopped early has complete curves up to some budget.
 """
 
 from itertools import product
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from optuna.distributions import CategoricalDistribution
 
+from ltm_pyro.studies.configure import recipe_file
 from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.definition import Row
-from ltm_pyro.studies.search.files import recipe_file
 from ltm_pyro.studies.search.fits import PowerLaw, power_law
 
 WIDTHS = {1e11: (8, 16, 32), 4e11: (16, 32, 64), 1.6e12: (32, 64, 96)}  # around the best of each budget
@@ -39,7 +39,7 @@ points = tuple(
 
 
 class Point(NamedTuple):
-    """One place of the grid: its parameter count, and the bound of every seed there."""
+    """One place of the grid: its parameter count, and the bound of every seed."""
 
     parameters: float
     bounds: list[float]
@@ -74,8 +74,8 @@ def analyse(rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
     laws = {way: power_law(*points) for way, points in frontiers.items() if len({*points[0]}) > 2}
     said = [f"{_name(way)}: bound of the best size = {law}." for way, law in laws.items()]
     pictures = {"iso flop curves": _iso_flop(grid)}
-    if frontiers:  # a budget at which every size is there
-        pictures["frontier"] = _draw(frontiers, laws)
+    if frontiers:  # some budget has every size
+        pictures["frontier"] = _plot_frontiers(frontiers, laws)
     return pictures, [*said, *filter(None, (_trade(grid, flops) for flops in WIDTHS))]
 
 
@@ -93,7 +93,7 @@ def _name(way: Way) -> str:
 
 
 def _frontier(budgets: dict[float, dict[int, Point]]) -> Frontier:
-    """FLOPs and bound of every seed at the size with the lowest mean, wherever all sizes are there."""
+    """FLOPs and bound of every seed at the size with the lowest mean, for budgets that have all sizes."""
     best = {
         flops: min(sizes.values(), key=lambda point: mean(point.bounds))
         for flops, sizes in sorted(budgets.items())
@@ -135,7 +135,7 @@ def _iso_flop(grid: Grid) -> bytes:
     return png(figure)
 
 
-def _draw(frontiers: dict[Way, Frontier], laws: dict[Way, PowerLaw]) -> bytes:
+def _plot_frontiers(frontiers: dict[Way, Frontier], laws: dict[Way, PowerLaw]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")

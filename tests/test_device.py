@@ -36,7 +36,7 @@ def stage(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: off)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr("ltm_pyro.nn.attention.backend", lambda *case: "sdpa")
-    monkeypatch.setattr("ltm_pyro.nn.cross_entropy.kernel", lambda function, device: function)
+    monkeypatch.setattr("ltm_pyro.nn.cross_entropy_autograd.kernel", lambda function, device: function)
     monkeypatch.setattr(F, "embedding", lambda x, weight, *more, sparse=False: dense(x, weight, *more))
 
 

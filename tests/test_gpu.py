@@ -141,13 +141,13 @@ def test_a_run_scores_and_writes_on_the_device_as_on_the_cpu(tiny_run, tmp_path)
 
 def test_posteriors_are_found_and_calibrated_on_the_device_as_on_the_cpu(tiny_run):
     pytest.importorskip("xarray")
-    from ltm_pyro.analysis import Drawing, draw_posterior
+    from ltm_pyro.analysis import DrawOptions, draw_posterior
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
 
     run, found = tiny_run(), {}
     for device in ("cpu", "cuda"):
         run.to(device)
-        posterior = draw_posterior(run, ["a short text"], Drawing(samples=400, replicas=1))
+        posterior = draw_posterior(run, ["a short text"], DrawOptions(samples=400, replicas=1))
         found[device] = float(posterior.stats["elbo"].mean()), float(posterior.stats["kl"].mean())
         calibrate(run.model, run.guide, run.inference, simulate_texts(run), simulations=20, samples=9)
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.1)  # the noise is another

@@ -47,7 +47,7 @@ DOORS = {  # outsider -> the files that may know it, and how many of them
     "lm_eval": ("ltm_pyro/evaluation/lm_eval.py", 1),
     "jinja2": ("ltm_pyro/analysis/report.py", 1),
     "optuna": ("studies/**/*.py", 99),
-    "sqlalchemy": ("studies/search/trials.py", 1),
+    "sqlalchemy": ("studies/search/storage.py", 1),
 }
 FILES = {path: ast.parse(path.read_text()) for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))}
 OUTSIDE = [path for folder in ("tests", "benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]

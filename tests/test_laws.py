@@ -184,7 +184,7 @@ def test_closed_form_kl_is_the_average_of_its_draws(prior, guide, ground, batch)
     with torch.no_grad():
         batch = batch.crop(0, 1)  # the KL has no use for tokens
         exact_SB = elbo_terms(model, guide, batch, local, Draws(DRAWS)).kl_B.expand(DRAWS, 2)
-        sampled_SB = elbo_terms(model, guide, batch, local, Draws(DRAWS, path=True)).kl_B
+        sampled_SB = elbo_terms(model, guide, batch, local, Draws(DRAWS, kl="path")).kl_B
     error_B = (sampled_SB.var(0) + exact_SB.var(0)).sqrt() / math.sqrt(DRAWS)
     assert ((exact_SB.mean(0) - sampled_SB.mean(0)).abs() < 3 * error_B).all()
     assert (exact_SB.std(0) < 0.9 * sampled_SB.std(0)).all(), "the closed form is not in use"

@@ -1,4 +1,4 @@
-"""Bayesian analysis of latent posteriors: is q right, and what do the thoughts say?
+"""Bayesian analysis of latent posteriors: how good q is, and what information the thoughts carry.
 
 Needs the extra ``analysis``: ``pip install 'ltm-pyro[analysis]'``.
 """
@@ -11,9 +11,9 @@ for package in ("arviz", "h5netcdf", "jinja2", "matplotlib", "sklearn", "xarray"
     if find_spec(package) is None:
         raise UsageError(f"The analysis needs {package}: pip install 'ltm-pyro[analysis]'.")
 
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_posterior  # noqa: E402
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_posterior  # noqa: E402
 from ltm_pyro.analysis.posterior import Posterior  # noqa: E402
-from ltm_pyro.analysis.reference import Chains  # noqa: E402
+from ltm_pyro.analysis.reference import ChainOptions  # noqa: E402
 from ltm_pyro.analysis.texts import Text, read_texts  # noqa: E402
 
-__all__ = ["Chains", "Drawing", "Posterior", "Text", "draw_posterior", "read_texts"]
+__all__ = ["ChainOptions", "DrawOptions", "Posterior", "Text", "draw_posterior", "read_texts"]

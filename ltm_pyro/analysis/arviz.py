@@ -1,6 +1,6 @@
-"""The door to ArviZ, before 1.0 (`arviz.InferenceData`) and since (`xarray.DataTree`).
+"""ArviZ before 1.0 (`arviz.InferenceData`) and from 1.0 on (`xarray.DataTree`).
 
-Shapes: C chains, S draws, n whatever follows.
+Shapes: C chains, S draws, n any further axes.
 """
 
 import warnings
@@ -11,14 +11,14 @@ import numpy as np
 import xarray as xr
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.0 at every import
+    warnings.simplefilter("ignore", FutureWarning)  # 0.23 warns of 1.0 at every import
     import arviz
 
-SPLIT = int(version("arviz").split(".")[0]) >= 1  # one package before 1.0, three since
+SPLIT = int(version("arviz").split(".")[0]) >= 1  # one package before 1.0, three packages from 1.0 on
 
 
 def inference_data(tree: xr.DataTree) -> Any:
-    """The tree as the installed ArviZ takes it."""
+    """The tree in the form that the installed ArviZ accepts."""
     if SPLIT:
         return tree
     groups = {name: node.to_dataset() for name, node in tree.children.items() if name != "local"}
@@ -31,7 +31,7 @@ def rhat(x_CSn: np.ndarray) -> np.ndarray:
 
 
 def ess(x_CSn: np.ndarray) -> np.ndarray:
-    """Bulk effective sample size of every coordinate (same source)."""
+    """Bulk effective sample size of every coordinate (Vehtari et al. 2021)."""
     return arviz.ess(_named(x_CSn))["x"].values
 
 

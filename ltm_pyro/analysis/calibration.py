@@ -1,9 +1,9 @@
-"""Simulation-based calibration: is q right on average over the texts that the model itself would write?
+"""Simulation-based calibration: is q calibrated on average over texts that the model generates?
 
 Shapes: N simulations, S draws, C coordinates of z, R = S + 1 ranks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,9 @@ from jaxtyping import Float, Int
 from pyro import poutine
 from rich.progress import track
 from scipy import stats
-from torch import Tensor
 
-from ltm_pyro.analysis.draw_posterior import MISSING, written
-from ltm_pyro.analysis.draws import Sites, describe, draw, evenly
+from ltm_pyro.analysis.draw_posterior import MISSING, write_tokens
+from ltm_pyro.analysis.draws import Sites, draw_from_guide, evenly_spaced, log_densities
 from ltm_pyro.analysis.storage import read_tree, stamp, write_tree
 from ltm_pyro.contracts import Batch, Guide, Model, make_batch
 from ltm_pyro.errors import UsageError
@@ -31,31 +30,31 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
 
-BATCH = 16  # simulations fitted together
+BATCH = 16  # simulations per fit
 BINS = 10
 PERMUTATIONS = 999
 LOG_LIKELIHOOD = "log p(x | z)"
 
 
 class Simulation(NamedTuple):
-    """What the prior's sites were, each (B, *event), and the texts written from them."""
+    """Draws of the prior's latent sites, each (B, *event), and the texts generated from them."""
 
     sites: Sites
     batch: Batch
 
 
-Simulate = Callable[[int], Simulation]
+Simulate = Callable[[int], Simulation]  # batch size -> simulation
 
 
 @dataclass(frozen=True)
 class Calibration:
-    r"""The truth and S draws of q beside it, for N simulations (Talts et al. 2018, arXiv 1804.06788).
+    r"""The truth z* and S draws from q for each of N simulations (Talts et al. 2018, arXiv 1804.06788).
 
     .. math:: z^* \sim p(z), \quad x \sim p(x \mid z^*), \quad z_1 \dots z_S \sim q(z \mid x)
 
     If q(z | x) = p(z | x), the truth and the draws are exchangeable, and the rank of each coordinate of z* among the
-    draws is uniform. ``values`` holds all of them, the truth first: (N, S + 1, C). The last coordinate is
-    log p(x | z), which sees what single coordinates cannot (Modrák et al. 2023, arXiv 2211.02383).
+    draws is uniform. ``values`` has shape (N, S + 1, C), the truth first. The last coordinate is log p(x | z), which
+    detects errors that no single coordinate shows (Modrák et al. 2023, arXiv 2211.02383).
     """
 
     values: Float[np.ndarray, "N R C"]
@@ -63,7 +62,7 @@ class Calibration:
 
     @cached_property
     def all_ranks(self) -> Int[np.ndarray, "N R C"]:
-        """Of each of the S + 1 values, how many of the others are smaller; ties at random."""
+        """For each of the S + 1 values, how many of the others are smaller; ties are broken at random."""
         ties = np.random.default_rng(0).random(self.values.shape)
         return np.lexsort((ties, self.values), axis=1).argsort(1)
 
@@ -78,12 +77,13 @@ class Calibration:
         return _histogram(_bins(self.ranks, self.values.shape[1]))
 
     def p_value(self, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-        r"""An exact p-value for "q is the posterior", all coordinates together and however they depend.
+        r"""An exact p-value of the hypothesis "q is the posterior", for all coordinates and any dependence among them.
 
-        Rank histograms are compared with uniform ones by their chi-squared distance, summed over the coordinates of z;
-        log p(x | z), which many coordinates would drown, has a distance of its own. Under the hypothesis any of the
-        S + 1 values could have been the truth, so that both are known as they are when one value is chosen at random in
-        every simulation. The larger of the two, each in its standard deviations from its mean, is the statistic.
+        Two distances: the chi-squared distance of the rank histograms from uniform ones, summed over the coordinates of
+        z, and that of log p(x | z) alone, which would be negligible in a sum over many coordinates. Under the
+        hypothesis each of the S + 1 values is equally likely to be the truth. So the null distribution of both
+        distances is found by choosing one value at random in every simulation. Each distance is standardised by that
+        distribution; the statistic is the larger one.
         """
         binned, random = _bins(self.all_ranks, self.values.shape[1]), np.random.default_rng(seed)
         simulations, candidates, _ = binned.shape
@@ -99,11 +99,11 @@ class Calibration:
         return dict(zip(self.names, np.atleast_1d(found).tolist(), strict=True))
 
     def coverage(self, levels: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """How often central intervals of these probabilities hold the truth, over all coordinates of z."""
+        """The share of truths inside central intervals of these probabilities, over all coordinates of z."""
         return _inside(self.ranks[:, :-1], self.values.shape[1], levels)
 
     def attainable(self, levels: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """How often they would if q were the posterior: S + 1 ranks have no other intervals."""
+        """The coverage that these intervals have if q is the posterior, given that there are only S + 1 ranks."""
         candidates = self.values.shape[1]
         return _inside(np.arange(candidates), candidates, levels)
 
@@ -117,7 +117,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """What `save` wrote."""
+        """Reads a file that `save` has written."""
         found = read_tree(path, "calibration").children["prior_sbc"].to_dataset()
         return cls(found["values"].values, tuple(map(str, found["coordinate"].values)))
 
@@ -131,7 +131,7 @@ def _histogram(binned_NC: Int[np.ndarray, "N C"]) -> Int[np.ndarray, "bins C"]:
 
 
 def _distances(counts: Int[np.ndarray, "bins C"]) -> Float[np.ndarray, " 2"]:
-    """From uniform: of all coordinates of z together, and of log p(x | z)."""
+    """Chi-squared distances from uniform: summed over the coordinates of z, and of log p(x | z)."""
     expected = counts.sum(0) / BINS
     distance_C = ((counts - expected) ** 2 / expected).sum(0)
     return np.array([distance_C[:-1].sum(), distance_C[-1]])
@@ -145,7 +145,7 @@ def _inside(
 
 
 def envelope(simulations: int, points: Float[np.ndarray, " n"], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper limits that the ECDF of uniform ranks stays within at all points at once.
+    """Lower and upper limits that contain the ECDF of uniform ranks at all points with probability ``level``.
 
     Found by simulation (Säilynoja, Bürkner & Vehtari 2022, arXiv 2103.10522).
     """
@@ -167,60 +167,48 @@ def calibrate(
     coordinates: int = 128,
     seed: int = 0,
 ) -> Calibration:
-    """Draws z from the prior, lets texts be written from it, infers, and ranks.
+    """Draws z from the prior and texts given z, fits q to the texts, draws from q, and ranks z among the draws.
 
     Args:
-        samples: S; S + 1 is best a multiple of ten, the number of bins.
-        coordinates: at most so many coordinates of z are kept, evenly spread; log p(x | z) is one more.
+        simulate: makes a simulation of a given batch size.
+        samples: S; S + 1 must be a multiple of the number of bins, 10.
+        coordinates: the largest number of coordinates of z that are kept, evenly spaced; log p(x | z) is one more.
+        seed: random seed.
     """
     if simulations < 2 * BINS:
         raise UsageError(f"A rank histogram needs at least {2 * BINS} simulations, got {simulations}.")
     if (samples + 1) % BINS:
         raise UsageError(f"Samples + 1 must be a multiple of {BINS}, got {samples}: choose 99, for example.")
-    found = []
-    with fix_global_draws(model, seed):
-        for index, first in enumerate(_shown(range(0, simulations, BATCH))):
-            with seeded(seed, index), torch.no_grad():
-                simulated = simulate(min(BATCH, simulations - first))
-                found.append(_ranked(model, guide, inference, simulated, samples, coordinates))
-    return Calibration(np.concatenate([x for x, _ in found]), found[0][1])
-
-
-def _shown(firsts: range) -> Iterable[int]:
     console = Console(stderr=True)
-    return track(firsts, "calibrating", console=console, transient=True, disable=not console.is_terminal)
-
-
-def _ranked(
-    model: Model, guide: Guide, inference: LocalInference, simulated: Simulation, samples: int, coordinates: int
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    batch = model.prepare(simulated.batch)
-    state, _ = infer_local(model, guide, batch, inference)
-    drawn = draw(model, guide, batch, state.parameters, samples).described
-    truth = describe(model, batch, {name: x[None] for name, x in simulated.sites.items()})
-    z_RBLKD = torch.cat([truth.z_SBLKD, drawn.z_SBLKD])
-    nats_RB = torch.cat([truth.log_likelihood_SBT, drawn.log_likelihood_SBT]).sum(-1)
-    kept, names = _spread(z_RBLKD, coordinates)
-    values_RBC = torch.cat([kept, nats_RB[..., None]], dim=-1)
-    return values_RBC.transpose(0, 1).double().cpu().numpy(), (*names, LOG_LIKELIHOOD)
-
-
-def _spread(z_RBLKD: Tensor, most: int) -> tuple[Tensor, list[str]]:
-    """At most so many coordinates of z, and their names."""
-    shape = z_RBLKD.shape[2:]
-    index = evenly(shape.numel(), most)
-    names = [f"z[{', '.join(map(str, place))}]" for place in zip(*np.unravel_index(index, shape), strict=True)]
-    return z_RBLKD.flatten(2)[..., index], names
+    firsts = range(0, simulations, BATCH)
+    shown = track(firsts, "calibrating", console=console, transient=True, disable=not console.is_terminal)
+    values = []
+    with fix_global_draws(model, seed):
+        for index, first in enumerate(shown):
+            with seeded(seed, index), torch.no_grad():
+                simulation = simulate(min(BATCH, simulations - first))
+                batch = model.prepare(simulation.batch)
+                state, _ = infer_local(model, guide, batch, inference)
+                drawn = draw_from_guide(model, guide, batch, state.parameters, samples).densities
+                truth = log_densities(model, batch, {name: x[None] for name, x in simulation.sites.items()})
+            z_RBLKD = torch.cat([truth.z_SBLKD, drawn.z_SBLKD])
+            nats_RB = torch.cat([truth.log_likelihood_SBT, drawn.log_likelihood_SBT]).sum(-1)
+            shape = z_RBLKD.shape[2:]
+            kept = evenly_spaced(shape.numel(), coordinates)
+            values_RBC = torch.cat([z_RBLKD.flatten(2)[..., kept], nats_RB[..., None]], dim=-1)
+            values.append(values_RBC.transpose(0, 1).double().cpu().numpy())
+    names = [f"z[{', '.join(map(str, place))}]" for place in zip(*np.unravel_index(kept, shape), strict=True)]
+    return Calibration(np.concatenate(values), (*names, LOG_LIKELIHOOD))
 
 
 def simulate_texts(run: Run) -> Simulate:
-    """Texts of a run's own, each from a draw of the prior, up to their end or the model's length."""
+    """A simulator for `calibrate`: texts that a run generates from draws of the prior, up to the model's length."""
     if 0 in run.model.decoder.thought_shape:
         raise UsageError("The run has no thoughts (K = 0), so there is nothing to calibrate: give a run with thoughts.")
 
     def simulate(size: int) -> Simulation:
         trace = poutine.trace(run.model.sample_prior).get_trace(size)
-        rows_BT = written(run, trace.nodes["_RETURN"]["value"], run.length)
+        rows_BT = write_tokens(run, trace.nodes["_RETURN"]["value"], run.length)
         lengths_B = (rows_BT != MISSING).sum(1)
         batch = make_batch(rows_BT.masked_fill(rows_BT == MISSING, run.start_token), lengths_B, run.start_token)
         sites = {name: trace.nodes[name]["value"] for name in prior_sites(run.model, 1)}

@@ -1,4 +1,4 @@
-"""The door to scikit-learn: can a classifier tell two sets of draws apart, or read a label off?
+"""Classifiers of scikit-learn: the classifier two-sample test and linear probes.
 
 Shapes: N examples, D features.
 """
@@ -15,40 +15,42 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.statistics import standard_error
 
 FOLDS = 5
 
 
 class Accuracy(NamedTuple):
-    """The share of held-out examples that were told right, and its standard error over examples."""
+    """The share of held-out examples that are classified correctly, and its standard error over examples."""
 
     mean: float
     stderr: float
 
 
 def c2st(a_ND: Float[np.ndarray, "n D"], b_ND: Float[np.ndarray, "m D"], seed: int = 0) -> Accuracy:
-    """How well a classifier tells two sets of draws apart: 0.5 if they are of one distribution, 1 if of two.
+    """The classifier two-sample test: accuracy 0.5 if both sets have the same distribution, up to 1 if they differ.
 
-    The classifier is the best one between two Gaussians, a quadratic discriminant with shrunk covariances, scored on
-    held-out draws (Lopez-Paz & Oquab 2017, arXiv 1610.06545). Draws within a set must be independent, and not all the
-    same.
+    The classifier is a quadratic discriminant with shrunk covariances, optimal for two Gaussians, scored on held-out
+    draws (Lopez-Paz & Oquab 2017, arXiv 1610.06545). Draws within a set must be independent; `UsageError` if they are
+    all equal.
     """
     size = min(len(a_ND), len(b_ND))
     x_ND = np.concatenate([a_ND[:size], b_ND[:size]])
     y_N = np.repeat([0, 1], size)
-    discriminant = QuadraticDiscriminantAnalysis(solver="eigen", shrinkage="auto", tol=0.0)  # a narrow set has rank too
+    # tol=0 because a very narrow set of draws has full rank too
+    discriminant = QuadraticDiscriminantAnalysis(solver="eigen", shrinkage="auto", tol=0.0)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     try:
-        said_N = cross_val_predict(make_pipeline(StandardScaler(), discriminant), x_ND, y_N, cv=folds)
+        predicted_N = cross_val_predict(make_pipeline(StandardScaler(), discriminant), x_ND, y_N, cv=folds)
     except np.linalg.LinAlgError:
         raise UsageError(
-            f"The {size} draws of one set do not vary, so no Gaussian fits them: take a guide that is no point."
+            f"The {size} draws of one set do not vary, so no Gaussian fits them: use a guide other than Point."
         ) from None
-    return _accuracy(said_N, y_N)
+    return _accuracy(predicted_N, y_N)
 
 
 def linear_probe(x_ND: Any, y_N: Int[np.ndarray, " N"], groups_N: Int[np.ndarray, " N"]) -> Accuracy:
-    """Held-out accuracy of a logistic regression on standardised features; a group is never on both sides."""
+    """Held-out accuracy of a logistic regression on standardised features; no group is in training and test."""
     model = make_pipeline(
         StandardScaler(with_mean=isinstance(x_ND, np.ndarray)), LogisticRegression(C=0.1, max_iter=2000)
     )
@@ -66,6 +68,6 @@ def _held_out(model: Any, x_ND: Any, y_N: np.ndarray, groups_N: np.ndarray) -> A
     return _accuracy(cross_val_predict(model, x_ND, y_N, groups=groups_N, cv=folds), y_N)
 
 
-def _accuracy(said_N: np.ndarray, y_N: np.ndarray) -> Accuracy:
-    right_N = said_N == y_N
-    return Accuracy(float(right_N.mean()), float(right_N.std() / len(right_N) ** 0.5))
+def _accuracy(predicted_N: np.ndarray, y_N: np.ndarray) -> Accuracy:
+    right_N = predicted_N == y_N
+    return Accuracy(float(right_N.mean()), float(standard_error(right_N)))

@@ -1,4 +1,4 @@
-"""How belief moves as a text is read: q fitted to its beginning only, longer and longer.
+"""How the posterior changes with the length of the context: q fitted to longer and longer beginnings of a text.
 
 Shapes: P lengths of context, B sequences.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from ltm_pyro.analysis.draws import draw, token_log_likelihood
+from ltm_pyro.analysis.draws import draw_from_guide, token_log_likelihood
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.errors import UsageError
@@ -18,16 +18,17 @@ from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
 
-DRAWS, FEW = 64, 8  # for the KL, and for the rest of the text
+DRAWS, FEW = 64, 8  # draws for the KL, and for the nats of the rest of the text
 
 
 def shift(
     model: Model, guide: Guide, batch: Batch, inference: LocalInference, lengths: Sequence[int], seed: int = 0
 ) -> xr.Dataset:
-    """The posterior given the first ``lengths`` tokens: what it has learned, and how far it still is from the last.
+    """The posterior given the first tokens of each text, for several context lengths.
 
-    ``kl_to_prior`` and ``nats`` (per token of the rest of the text, averaged over draws) by length and sequence;
-    ``distance`` is that of the mean to the mean at the last length. Nats.
+    By length and sequence: ``kl_to_prior`` in nats; ``nats`` per token of the rest of the text, averaged over draws
+    (NaN if there is no rest); ``distance``, the Euclidean distance from the mean of q to its mean at the last length.
+    Only the whole text ends with `END_OF_TEXT`.
     """
     if len(lengths) < 2 or min(lengths) < 1 or max(lengths) > batch.inputs_BT.shape[1]:
         raise UsageError(f"Context needs two or more lengths from 1 to {batch.inputs_BT.shape[1]}, got {[*lengths]}.")
@@ -38,10 +39,10 @@ def shift(
         batch = model.prepare(batch)
         for length in lengths:
             with seeded(seed):
-                read = batch.crop(0, length)  # nothing of q may see what comes later
-                state, _ = infer_local(model, guide, read, inference)
-                drawn = draw(model, guide, read, state.parameters, DRAWS)
-            z_SBLKD, log_prior_SB, _ = drawn.described
+                context = batch.crop(0, length)  # q must not depend on later tokens
+                state, _ = infer_local(model, guide, context, inference)
+                drawn = draw_from_guide(model, guide, context, state.parameters, DRAWS)
+            z_SBLKD, log_prior_SB, _ = drawn.densities
             means.append(z_SBLKD.mean(0))
             kl.append((drawn.log_q_SB - log_prior_SB).mean(0))
             nats_BT = -torch.stack([token_log_likelihood(model, batch, z_BLKD) for z_BLKD in z_SBLKD[:FEW]]).mean(0)
@@ -56,6 +57,6 @@ def shift(
 
 
 def default_lengths(posterior: Posterior) -> list[int]:
-    """An eighth of the longest text, a quarter, a half, three quarters and all of it."""
+    """1/8, 1/4, 1/2, 3/4 and all of the longest sequence, in tokens."""
     length = posterior.group("observed_data").sizes["token"]
     return sorted({max(1, round(length * share)) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)})

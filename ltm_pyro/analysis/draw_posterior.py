@@ -1,4 +1,4 @@
-"""From texts to a `Posterior`: fit q to each (or run a chain), draw, and write down what the draws say.
+"""From texts to a `Posterior`: fit q to each sequence (or run chains), draw from it, and store draws and figures.
 
 Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 """
@@ -14,13 +14,14 @@ from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor
 
-from ltm_pyro.analysis.draws import Described, Drawn, Sites, draw
-from ltm_pyro.analysis.moments import Moments, closed_form, marginal_kl, of_draws
+from ltm_pyro.analysis.draws import LogDensities, Sites, draw_from_guide
+from ltm_pyro.analysis.moments import Moments, exact_moments, marginal_kl, sample_moments
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
-from ltm_pyro.analysis.reference import Chains, sample
+from ltm_pyro.analysis.reference import ChainOptions, run_chains
 from ltm_pyro.analysis.storage import stamp
-from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, batch_of, pieces
+from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, pieces
 from ltm_pyro.contracts import Batch, Guide, Model
+from ltm_pyro.data.encode import batch_of_rows
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.inference.global_latents import fix_global_draws
@@ -35,25 +36,25 @@ from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
 
 BATCH = 16  # sequences fitted together
-MISSING = -1  # a token that is not there
+MISSING = -1  # marks padding in stored tokens
 Method = Literal["guide", "nuts", "langevin"]
 Groups = dict[str, xr.Dataset]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How a posterior is drawn.
+class DrawOptions:
+    """How draws of a posterior are made.
 
     Args:
-        method: ``guide`` fits q and draws from it; ``nuts`` and ``langevin`` are reference chains, one sequence each.
-        samples: S, draws per sequence (and chain).
-        chains: how the reference chains run.
-        replicas: texts written from draws of z per sequence, for predictive checks.
+        method: ``guide`` fits q and draws from it; ``nuts`` and ``langevin`` run Markov chains, one sequence at a time.
+        samples: S, draws per sequence (and per chain).
+        chains: options of the Markov chains.
+        replicas: texts per sequence that are generated from draws of z, for posterior predictive checks.
     """
 
     method: Method = "guide"
     samples: int = 100
-    chains: Chains = field(default_factory=Chains)
+    chains: ChainOptions = field(default_factory=ChainOptions)
     replicas: int = 0
 
     def __post_init__(self) -> None:
@@ -66,185 +67,135 @@ class Drawing:
 def draw_posterior(
     run: Run,
     texts: Sequence[str | Text],
-    drawing: Drawing | None = None,
+    options: DrawOptions | None = None,
     steps: int | None = None,
     guide: Guide | None = None,
     longer: Longer = "refuse",
     seed: int = 0,
 ) -> Posterior:
-    """The posterior of the thoughts of each text, one sequence per text (or per part of it).
+    """The posterior of the thoughts of each text, one sequence per text (or several if ``longer`` is ``split``).
 
     Args:
-        drawing: method and number of draws.
-        steps: T_fast; what the recipe says under ``evaluation`` when not given.
-        guide: another family than the run's own.
-        longer: what becomes of texts longer than the model (`pieces`).
-        seed: of all noise, and of the one draw of what all sequences share.
+        options: method and number of draws.
+        steps: T_fast; by default the recipe's ``evaluation.steps``.
+        guide: used in place of the run's own guide.
+        longer: what to do with texts longer than the model (see `pieces`).
+        seed: random seed, also of the one draw of each global latent variable.
     """
     if 0 in run.model.decoder.thought_shape:
         raise UsageError("The run has no thoughts (K = 0), so there is no posterior: give a run with thoughts.")
     run = run._replace(guide=guide or run.guide)
     run = run if steps is None else run._replace(inference=replace(run.inference, steps=steps))
-    drawing, found = drawing or Drawing(), pieces(run, as_texts(texts), longer)
+    options, found = options or DrawOptions(), pieces(run, as_texts(texts), longer)
     length = max(len(piece.tokens) for piece in found)
-    size = BATCH if drawing.method == "guide" else 1
+    size = BATCH if options.method == "guide" else 1
     chunks = [found[first : first + size] for first in range(0, len(found), size)]
-    groups = []
-    with fix_global_draws(run.model, seed):
-        for index, chunk in enumerate(_shown(chunks)):
-            with seeded(seed, index):
-                batch = batch_of(chunk, run.start_token, length).to(run.device)
-                groups.append(_inferred(run, chunk, batch, drawing))
-    attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed, "run": run.source}
-    return _assemble(groups, drawing.method, attrs)
-
-
-def _inferred(run: Run, chunk: Sequence[Piece], batch: Batch, drawing: Drawing) -> Groups:
-    groups = _groups(run.model, run.guide, batch, run.inference, drawing)
-    for name, data in _texts(run, chunk).items():
-        groups[name] = groups[name].assign(data)
-    if drawing.replicas:
-        groups |= _replicas(run, groups["posterior"]["z"], drawing.replicas, batch.inputs_BT.shape[1])
-    return groups
-
-
-def _shown(chunks: list[list[Piece]]) -> Any:
     console = Console(stderr=True)
-    return track(chunks, "inferring", console=console, transient=True, disable=not console.is_terminal)
+    shown = track(chunks, "inferring", console=console, transient=True, disable=not console.is_terminal)
+    parts = []
+    with fix_global_draws(run.model, seed):
+        for index, chunk in enumerate(shown):
+            with seeded(seed, index):
+                rows = [piece.tokens for piece in chunk]
+                batch = batch_of_rows(rows, run.start_token, run.length, run.device, pad_to=length)
+                groups = _batch_groups(run.model, run.guide, batch, run.inference, options)
+                for name, data in _text_groups(run, chunk).items():
+                    groups[name] = groups[name].assign(data)
+                if options.replicas:
+                    z_RBLKD = torch.from_numpy(groups["posterior"]["z"].values[0, : options.replicas]).to(run.device)
+                    tokens = np.stack([_numpy(write_tokens(run, z_BLKD, length)) for z_BLKD in z_RBLKD])[None]
+                    axes = (*SAMPLES, "sequence", "token")
+                    groups["posterior_predictive"] = xr.Dataset({"tokens": (axes, tokens)})
+                parts.append(groups)
+    attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed, "run": run.source}
+    return _concatenate(parts, options.method, attrs)
 
 
 def draw_batch_posterior(
-    model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing | None = None
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions | None = None
 ) -> Posterior:
-    """The posterior of each sequence of a batch, for any model and guide; texts and labels are `infer`'s."""
-    drawing = drawing or Drawing()
+    """The posterior of each sequence of a batch, for any model and guide; `draw_posterior` adds texts and labels."""
+    options = options or DrawOptions()
     alone = [batch.select(torch.tensor([index])) for index in range(batch.size)]
-    parts = [batch] if drawing.method == "guide" else alone
+    batches = [batch] if options.method == "guide" else alone
     with fix_global_draws(model, torch.initial_seed()):
-        groups = [_groups(model, guide, part, inference, drawing) for part in parts]
-    return _assemble(groups, drawing.method)
+        parts = [_batch_groups(model, guide, part, inference, options) for part in batches]
+    return _concatenate(parts, options.method)
 
 
-def _groups(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
+def _batch_groups(model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions) -> Groups:
+    """All groups of a `Posterior` that do not need text."""
     with torch.no_grad():
         batch = batch if batch.stem_BTD is not None else model.prepare(batch)
-    if drawing.method == "guide":
-        groups = _guide(model, guide, batch, inference, drawing)
+    if options.method == "guide":
+        groups = _guide_groups(model, guide, batch, inference, options.samples)
     else:
-        groups = _chains(model, batch, drawing)
+        groups = _chain_groups(model, batch, options)
+    with torch.no_grad():
+        prior_SLKD = model.sample_prior(options.samples)
     tokens_BT = batch.targets_BT.masked_fill(~batch.mask_BT, MISSING)
-    prior, lone = _prior(model, drawing.samples), ("chain", "draw", *THOUGHTS)
     groups["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), _numpy(tokens_BT))})
     names = np.array([f"sequence:{index}" for index in batch.ids_B.tolist()], dtype=object)
     groups["constant_data"] = xr.Dataset({"document": ("sequence", names)})
-    groups["prior"] = xr.Dataset({"z": (lone, _numpy(prior)[None])})
+    groups["prior"] = xr.Dataset({"z": ((*SAMPLES, *THOUGHTS), _numpy(prior_SLKD)[None])})
     return groups
 
 
-def _assemble(groups: Sequence[Groups], method: str, attrs: dict[str, Any] | None = None) -> Posterior:
-    joined = {
-        name: groups[0][name]
-        if name == "prior"
-        else xr.concat([x[name] for x in groups], "sequence", data_vars="all", join="override")
-        for name in groups[0]
-    }
-    joined = {name: _counted(x) for name, x in joined.items()}
-    tree = xr.DataTree.from_dict(joined)
-    tree.attrs = stamp("posterior") | {"method": method} | (attrs or {})
-    return Posterior(tree)
-
-
-def _counted(data: xr.Dataset) -> xr.Dataset:
-    axes = dict.fromkeys(("sequence", *SAMPLES, "dim", "token"), 0) | {"layer": 1, "thought": 1}
-    return data.assign_coords(
-        {name: np.arange(first, first + data.sizes[name]) for name, first in axes.items() if name in data.sizes}
-    )
-
-
-def _guide(model: Model, guide: Guide, batch: Batch, inference: LocalInference, drawing: Drawing) -> Groups:
+def _guide_groups(model: Model, guide: Guide, batch: Batch, inference: LocalInference, samples: int) -> Groups:
+    """Fits q; draws from it, with k-hat, moments and, if log p(z) is known, the bounds and the KL in nats."""
     state, _ = infer_local(model, guide, batch, inference)
-    drawn = draw(model, guide, batch, state.parameters, drawing.samples)
-    sites = {name: x[None] for name, x in drawn.sites.items()}
-    groups = _described(sites, Described._make(x[None] for x in drawn.described), batch)
+    q = draw_from_guide(model, guide, batch, state.parameters, samples)
+    sites = {name: x[None] for name, x in q.sites.items()}
+    groups = _draw_groups(sites, LogDensities._make(x[None] for x in q.densities), batch)
     stats = groups["sample_stats"]
     if guide.has_density:
-        stats["log_q"] = (("chain", "draw", "sequence"), _numpy(drawn.log_q_SB)[None])
-        for name, x_B in _weighed(drawn, bounded=missing_bound(model, guide) is None).items():
+        stats["log_q"] = (("chain", "draw", "sequence"), _numpy(q.log_q_SB)[None])
+        log_weights_SB = q.log_weights_SB
+        figures = {"pareto_k": pareto_k(log_weights_SB)}
+        if missing_bound(model, guide) is None:  # an unnormalised prior's constant does not change k-hat
+            figures["elbo"] = log_weights_SB.mean(0)
+            figures["iwae"] = log_weights_SB.logsumexp(0) - np.log(samples)
+            figures["kl"] = -q.log_ratio_SB.mean(0)
+        for name, x_B in figures.items():
             stats[name] = ("sequence", _numpy(x_B))
-    z_SBLKD, own = drawn.described.z_SBLKD, _site(drawn.described.z_SBLKD, drawn.sites)
-    known = closed_form(guide.posterior(own, state.parameters)) if own and hasattr(guide, "posterior") else None
-    q, p = known or of_draws(z_SBLKD), _prior_moments(model, z_SBLKD, drawn.sites)
-    _summarised(stats, q, p, guide.has_density)
+    z_SBLKD = q.densities.z_SBLKD
+    site = _thought_site(z_SBLKD, q.sites)
+    exact = exact_moments(guide.posterior(site, state.parameters)) if site and hasattr(guide, "posterior") else None
+    moments, prior = exact or sample_moments(z_SBLKD), _prior_moments(model, z_SBLKD, q.sites)
+    _add_moments(stats, moments, prior if guide.has_density else None)
     groups["local"] = xr.Dataset(
         {name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()}
     )
     return groups
 
 
-def _weighed(drawn: Drawn, bounded: bool) -> dict[str, Float[Tensor, " B"]]:
-    """k-hat, and, if log p(z) is known and not only up to a constant, the bounds and the KL in nats."""
-    weights_SB = drawn.described.log_prior_SB - drawn.log_q_SB
-    log_weights_SB = weights_SB + drawn.described.log_likelihood_SBT.sum(-1)
-    found = {"pareto_k": pareto_k(log_weights_SB)}
-    if not bounded:
-        return found
-    iwae_B = log_weights_SB.logsumexp(0) - np.log(len(log_weights_SB))
-    return found | {"elbo": log_weights_SB.mean(0), "iwae": iwae_B, "kl": -weights_SB.mean(0)}
-
-
-def _summarised(stats: xr.Dataset, q: Moments, p: Moments, has_density: bool) -> None:
-    """Adds mean and scale of z under q, and the KL of its coordinates' Gaussian marginals, summed over each thought."""
-    axes = ("sequence", *THOUGHTS)
-    for name, x_BLKD in {"mean": q.mean, "sd": q.variance.sqrt(), "mcse_mean": q.mcse}.items():
-        stats[name] = (axes, _numpy(x_BLKD))
-    if has_density:
-        stats["kl_by_thought"] = (axes[:-1], _numpy(marginal_kl(q, p).sum(-1)))
-
-
-def _site(z_SBLKD: Tensor, sites: Sites) -> str | None:
-    """The site that the thoughts are themselves, if there is one."""
-    return next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
-
-
-def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites) -> Moments:
-    """Of p(z), which a site knows in closed form if it depends on no other."""
-    own = _site(z_SBLKD, sites) if len(sites) == 1 else None
-    known = closed_form(prior_sites(model, z_SBLKD.shape[1])[own]) if own else None
-    return known or of_draws(_prior(model, 1000))
-
-
-def _prior(model: Model, samples: int) -> Float[Tensor, "S L K D"]:
-    with torch.no_grad():
-        return model.sample_prior(samples)
-
-
-def _chains(model: Model, batch: Batch, drawing: Drawing) -> Groups:
-    """A reference posterior; the batch has one sequence."""
-    found = sample(model, batch, drawing.method, drawing.samples, drawing.chains)
-    groups = _described(found.sites, found.described, batch)
+def _chain_groups(model: Model, batch: Batch, options: DrawOptions) -> Groups:
+    """Runs Markov chains for a batch of one sequence; their draws, moments, R-hat and effective sample sizes."""
+    chains = run_chains(model, batch, options.method, options.samples, options.chains)
+    groups = _draw_groups(chains.sites, chains.densities, batch)
     stats = groups["sample_stats"]
-    flat_SBLKD = found.described.z_SBLKD.flatten(0, 1)
-    p = _prior_moments(model, flat_SBLKD, {name: x.flatten(0, 1) for name, x in found.sites.items()})
-    _summarised(stats, of_draws(flat_SBLKD, torch.from_numpy(found.diagnostics["ess"])), p, has_density=True)
-    for name, x_BLKD in found.diagnostics.items():
+    z_SBLKD = chains.densities.z_SBLKD.flatten(0, 1)
+    prior = _prior_moments(model, z_SBLKD, {name: x.flatten(0, 1) for name, x in chains.sites.items()})
+    _add_moments(stats, sample_moments(z_SBLKD, torch.from_numpy(chains.diagnostics["ess"])), prior)
+    for name, x_BLKD in chains.diagnostics.items():
         stats[name] = (("sequence", *THOUGHTS), x_BLKD)
     return groups
 
 
-def _described(sites: Sites, described: Described, batch: Batch) -> Groups:
-    """Draws with leading axes chain and draw, as datasets."""
-    z, log_prior, by_token = described
+def _draw_groups(sites: Sites, densities: LogDensities, batch: Batch) -> Groups:
+    """Draws with leading axes chain and draw, and their log-densities, as datasets."""
+    z, log_prior, by_token = densities
     by_sequence = by_token.sum(-1)
-    shown = {name: x for name, x in sites.items() if x.shape != z.shape or not torch.equal(x, z)}
-    renamed = {f"{name}_site" if name == "z" else name: x for name, x in shown.items()}
+    others = {name: x for name, x in sites.items() if x.shape != z.shape or not torch.equal(x, z)}
+    renamed = {f"{name}_site" if name == "z" else name: x for name, x in others.items()}
     lead = (*SAMPLES, "sequence")
-    unscored = by_token.masked_fill(~batch.mask_BT, torch.nan)
+    without_padding = by_token.masked_fill(~batch.mask_BT, torch.nan)
     return {
         "posterior": xr.Dataset(
             {"z": ((*lead, *THOUGHTS), _numpy(z))} | {n: (_axes(n, x, *lead), _numpy(x)) for n, x in renamed.items()}
         ),
         "log_likelihood": xr.Dataset(
-            {"by_token": ((*lead, "token"), _numpy(unscored)), "by_sequence": (lead, _numpy(by_sequence))}
+            {"by_token": ((*lead, "token"), _numpy(without_padding)), "by_sequence": (lead, _numpy(by_sequence))}
         ),
         "sample_stats": xr.Dataset(
             {"lp": (lead, _numpy(log_prior + by_sequence)), "log_prior": (lead, _numpy(log_prior))}
@@ -252,12 +203,34 @@ def _described(sites: Sites, described: Described, batch: Batch) -> Groups:
     }
 
 
-def _axes(name: str, x: Tensor, *lead: str) -> tuple[str, ...]:
-    return (*lead, *(f"{name}_dim_{index}" for index in range(x.dim() - len(lead))))
+def _add_moments(stats: xr.Dataset, q: Moments, prior: Moments | None) -> None:
+    """Adds mean and scale of z under q and, given the prior's, the KL of the coordinates' Gaussian marginals.
+
+    The KL is summed over the coordinates of each thought.
+    """
+    axes = ("sequence", *THOUGHTS)
+    for name, x_BLKD in {"mean": q.mean, "sd": q.variance.sqrt(), "mcse_mean": q.mcse}.items():
+        stats[name] = (axes, _numpy(x_BLKD))
+    if prior:
+        stats["kl_by_thought"] = (axes[:-1], _numpy(marginal_kl(q, prior).sum(-1)))
 
 
-def _texts(run: Run, found: Sequence[Piece]) -> Groups:
-    """What was read, the document it is of, and its labels."""
+def _thought_site(z_SBLKD: Tensor, sites: Sites) -> str | None:
+    """The latent site whose draws are the thoughts themselves, if there is one."""
+    return next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
+
+
+def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites) -> Moments:
+    """The moments of p(z): exact if z is the only site and its moments are known, else from 1,000 draws."""
+    site = _thought_site(z_SBLKD, sites) if len(sites) == 1 else None
+    if site and (exact := exact_moments(prior_sites(model, z_SBLKD.shape[1])[site])):
+        return exact
+    with torch.no_grad():
+        return sample_moments(model.sample_prior(1000))
+
+
+def _text_groups(run: Run, found: Sequence[Piece]) -> Groups:
+    """The text of each sequence as the decoder sees it, its document and its labels."""
     texts = [run.tokenizer.decode([x for x in piece.tokens if x != run.start_token]) for piece in found]
     names = sorted({name for piece in found for name in piece.text.labels})
     labels = {name: [piece.text.labels.get(name, "") for piece in found] for name in names}
@@ -268,20 +241,30 @@ def _texts(run: Run, found: Sequence[Piece]) -> Groups:
     }
 
 
-def _replicas(run: Run, z: xr.DataArray, replicas: int, length: int) -> Groups:
-    """Texts written from the first draws of z, as rows of tokens."""
-    z_RBLKD = torch.from_numpy(z.values[0, :replicas]).to(run.device)
-    rows = [written(run, z_BLKD, length) for z_BLKD in z_RBLKD]
-    tokens = np.stack([_numpy(row) for row in rows])[None]
-    return {"posterior_predictive": xr.Dataset({"tokens": ((*SAMPLES, "sequence", "token"), tokens)})}
+def _concatenate(parts: Sequence[Groups], method: str, attrs: dict[str, Any] | None = None) -> Posterior:
+    """One `Posterior` of the groups of several batches, with numbered axes; the prior's draws are the first batch's."""
+    groups = {}
+    first = dict.fromkeys(("sequence", *SAMPLES, "dim", "token"), 0) | {"layer": 1, "thought": 1}
+    for name, data in parts[0].items():
+        if name != "prior":
+            data = xr.concat([part[name] for part in parts], "sequence", data_vars="all", join="override")
+        axes = {axis: np.arange(n, n + data.sizes[axis]) for axis, n in first.items() if axis in data.sizes}
+        groups[name] = data.assign_coords(axes)
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs = stamp("posterior") | {"method": method} | (attrs or {})
+    return Posterior(tree)
 
 
-def written(run: Run, z_BLKD: Float[Tensor, "B L K D"], length: int) -> Int[Tensor, "B T"]:
-    """A text written from each z, at most ``length`` tokens up to the end of text; `MISSING` behind it."""
+def write_tokens(run: Run, z_BLKD: Float[Tensor, "B L K D"], length: int) -> Int[Tensor, "B T"]:
+    """The tokens of a text generated from each z, at most ``length`` up to the end of text; `MISSING` after it."""
     seed = int(torch.randint(2**62, ()))
     keys = [(seed, index) for index in range(len(z_BLKD))]
     rows = write(run, [[]] * len(keys), z_BLKD, keys, Sampling(max_new_tokens=length))
     return torch.tensor([[*row, run.start_token, *[MISSING] * length][:length] for row in rows])
+
+
+def _axes(name: str, x: Tensor, *lead: str) -> tuple[str, ...]:
+    return (*lead, *(f"{name}_dim_{index}" for index in range(x.dim() - len(lead))))
 
 
 def _numpy(x: Tensor) -> np.ndarray:

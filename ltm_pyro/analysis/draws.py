@@ -1,4 +1,4 @@
-"""Draws from q and their densities: the raw material of every diagnostic.
+"""Draws from q with log q(z | x), log p(z) and log p(x | z): what every diagnostic is computed from.
 
 Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 """
@@ -23,78 +23,82 @@ from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.nn.cross_entropy import token_nats
 from ltm_pyro.nn.token_categorical import TokenCategorical
 
-Sites = dict[str, Tensor]  # a latent site's draws, each (S, B, *event)
+Sites = dict[str, Tensor]  # name of a latent site -> its draws (S, B, *event)
 
 
-class Described(NamedTuple):
-    """The thoughts at draws of the prior's sites, and their log-densities in nats."""
+class LogDensities(NamedTuple):
+    """The thoughts z at draws of the prior's latent sites, with log p(z) and log p(x_t | x_<t, z), in nats."""
 
     z_SBLKD: Float[Tensor, "S B L K D"]
     log_prior_SB: Float[Tensor, "S B"]
     log_likelihood_SBT: Float[Tensor, "S B T"]
 
 
-class Drawn(NamedTuple):
-    """Draws of every latent site, their log-density under q and what the model says of them."""
+class GuideDraws(NamedTuple):
+    """Draws of every latent site from q, log q(z | x) in nats, and the model's log-densities at the draws."""
 
     sites: Sites
     log_q_SB: Float[Tensor, "S B"]
-    described: Described
+    densities: LogDensities
+
+    @property
+    def log_ratio_SB(self) -> Float[Tensor, "S B"]:
+        """log p(z) − log q(z | x), in nats."""
+        return self.densities.log_prior_SB - self.log_q_SB
+
+    @property
+    def log_weights_SB(self) -> Float[Tensor, "S B"]:
+        """The log importance weights log p(x, z) − log q(z | x), in nats."""
+        return self.log_ratio_SB + self.densities.log_likelihood_SBT.sum(-1)
 
 
-def draw(model: Model, guide: Guide, batch: Batch, local: LocalParameters, samples: int) -> Drawn:
-    """S draws z ~ q(z | x), in chunks that fit in memory."""
-    chunk = max(1, TOKENS_AT_ONCE // batch.inputs_BT.numel())
-    counts = [min(chunk, samples - done) for done in range(0, samples, chunk)]
-    with torch.no_grad():
-        return _joined([_chunk(model, guide, batch, local, count) for count in counts])
+def draw_from_guide(model: Model, guide: Guide, batch: Batch, local: LocalParameters, samples: int) -> GuideDraws:
+    """S draws z ~ q(z | x), computed in chunks that fit in memory."""
+    size = max(1, TOKENS_AT_ONCE // batch.inputs_BT.numel())
+    chunks = []
+    for done in range(0, samples, size):
+        names = prior_sites(model, 1)
+        with torch.no_grad(), no_param_store(), pyro.plate(PARTICLES, min(size, samples - done), dim=-2):
+            q = poutine.trace(guide).get_trace(batch, local)
+        sites = {name: cast(Tensor, q.nodes[name]["value"]) for name in names}
+        with torch.no_grad():
+            chunks.append(GuideDraws(sites, sum_log_probs(q, names), log_densities(model, batch, sites)))
+    densities = zip(*(chunk.densities for chunk in chunks), strict=True)
+    return GuideDraws(
+        {name: torch.cat([chunk.sites[name] for chunk in chunks]) for name in chunks[0].sites},
+        torch.cat([chunk.log_q_SB for chunk in chunks]),
+        LogDensities._make(torch.cat(x) for x in densities),
+    )
 
 
-def _chunk(model: Model, guide: Guide, batch: Batch, local: LocalParameters, count: int) -> Drawn:
-    names = prior_sites(model, 1)
-    with no_param_store(), pyro.plate(PARTICLES, count, dim=-2):
-        q = poutine.trace(guide).get_trace(batch, local)
-    sites = {name: cast(Tensor, q.nodes[name]["value"]) for name in names}
-    return Drawn(sites, log_density(q, names), describe(model, batch, sites))
-
-
-def _joined(chunks: list[Drawn]) -> Drawn:
-    sites = {name: torch.cat([chunk.sites[name] for chunk in chunks]) for name in chunks[0].sites}
-    described = zip(*(chunk.described for chunk in chunks), strict=True)
-    log_q_SB = torch.cat([chunk.log_q_SB for chunk in chunks])
-    return Drawn(sites, log_q_SB, Described._make(torch.cat(x) for x in described))
-
-
-def describe(model: Model, batch: Batch, sites: Sites) -> Described:
-    """What the model says of draws of its latent sites."""
+def log_densities(model: Model, batch: Batch, sites: Sites) -> LogDensities:
+    """log p(z) and log p(x | z) at given draws of all latent sites, without gradients."""
     samples = len(next(iter(sites.values())))
     with no_param_store(), torch.no_grad(), pyro.plate(PARTICLES, samples, dim=-2):
         p = poutine.trace(poutine.condition(model.sample_prior, data=sites)).get_trace(batch.size)
     z_SBLKD = cast(Tensor, p.nodes["_RETURN"]["value"])
-    return Described(z_SBLKD, log_density(p, sites), token_log_likelihood(model, batch, z_SBLKD))
+    return LogDensities(z_SBLKD, sum_log_probs(p, sites), token_log_likelihood(model, batch, z_SBLKD))
 
 
 def token_log_likelihood(model: Model, batch: Batch, z_SBLKD: Float[Tensor, "*S B L K D"]) -> Float[Tensor, "*S B T"]:
-    """log p(x_t | x_<t, z) of every token in nats; 0 at padding."""
+    """log p(x_t | x_<t, z) of every token, in nats; 0 at padding. `UsageError` if p(x | z) does not factorise so."""
     with no_param_store(), torch.no_grad():
-        return _by_token(model.observation(z_SBLKD, batch), model.observed(batch))
+        tokens: Any = model.observation(z_SBLKD, batch)
+        value_BT = model.observed(batch)
+        if isinstance(tokens, TokenCategorical):
+            return -(token_nats(tokens.hidden_BTD, tokens.embedding_VD, value_BT) * tokens.mask_BT)
+        if hasattr(tokens, "base_dist"):
+            return tokens.base_dist.log_prob(value_BT)
+    raise UsageError(f"{type(tokens).__name__} has no log-probability per token: the analysis needs p(x_t | x_<t, z).")
 
 
-def _by_token(tokens: Any, value_BT: Tensor) -> Tensor:
-    if isinstance(tokens, TokenCategorical):
-        return -(token_nats(tokens.hidden_BTD, tokens.embedding_VD, value_BT) * tokens.mask_BT)
-    if not hasattr(tokens, "base_dist"):
-        raise UsageError(f"{type(tokens).__name__} says nothing of single tokens: the analysis needs p(x_t | x_<t, z).")
-    return tokens.base_dist.log_prob(value_BT)
-
-
-def log_density(trace: Trace, sites: Iterable[str]) -> Float[Tensor, "*S B"]:
-    """The summed log-density at some of a trace's sites, in nats."""
+def sum_log_probs(trace: Trace, sites: Iterable[str]) -> Float[Tensor, "*S B"]:
+    """The sum of a trace's log-densities over the named sites, per draw and sequence, in nats."""
     with pyro.validation_enabled(False):
         trace.compute_log_prob(lambda name, _: name in sites)
     return reduce(torch.add, (trace.nodes[name]["log_prob"] for name in sites))
 
 
-def evenly(size: int, most: int) -> Int[np.ndarray, " N"]:
-    """At most so many of ``size`` places, evenly spread over all of them."""
+def evenly_spaced(size: int, most: int) -> Int[np.ndarray, " N"]:
+    """At most ``most`` different indices from 0 to ``size`` − 1, evenly spaced from first to last."""
     return np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(int))

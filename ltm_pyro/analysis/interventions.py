@@ -1,4 +1,4 @@
-"""What the decoder does with the thoughts: taking some away, walking between two texts, and where each token looks.
+"""How the decoder uses the thoughts: ablation, interpolation between two texts, and attention weights.
 
 Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width, H heads.
 """
@@ -10,9 +10,9 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from ltm_pyro.analysis.draw_posterior import written
+from ltm_pyro.analysis.draw_posterior import write_tokens
 from ltm_pyro.analysis.draws import token_log_likelihood
-from ltm_pyro.analysis.information import observed
+from ltm_pyro.analysis.information import observed_batch
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.contracts import Batch, Model
 from ltm_pyro.errors import UsageError
@@ -20,23 +20,24 @@ from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.nn.layers import CrossAttention
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.statistics import standard_error
 
 DRAWS = 4
 
 
 def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int = DRAWS) -> xr.Dataset:
-    r"""What a layer's or a thought's information is worth: the nats per sequence that are lost without it.
+    r"""Ablation: the log-likelihood per sequence that is lost without a layer's or a thought's information, in nats.
 
     .. math:: E_q[\log p(x \mid z)] - E_q[\log p(x \mid z_{\setminus k}, \tilde z_k)], \qquad \tilde z_k \sim p(z_k)
 
-    The thoughts in question are drawn from the prior instead of q. ``by_layer`` and ``by_thought`` are averages over
-    sequences and ``draws`` draws, ``*_stderr`` their standard errors over sequences; NaN for one.
+    The ablated thoughts are drawn from the prior instead of q. ``by_layer`` and ``by_thought`` are averages over
+    sequences and ``draws`` draws, ``*_stderr`` their standard errors over sequences, NaN for a single sequence.
     """
     z_SBLKD = torch.from_numpy(posterior.z.values[0, :draws])
     prior_SLKD = torch.from_numpy(posterior.group("prior")["z"].values[0])
     other_SBLKD = prior_SLKD[torch.arange(z_SBLKD[..., 0, 0, 0].numel()) % len(prior_SLKD)].view_as(z_SBLKD)
-    batch = observed(posterior, start_token)
-    whole_B = _nats(model, batch, z_SBLKD)
+    batch = observed_batch(posterior, start_token)
+    whole_B = _log_likelihood(model, batch, z_SBLKD)
     _, _, layers, thoughts, _ = z_SBLKD.shape
     without = torch.zeros(layers, thoughts, dtype=torch.bool)
     lost = {}
@@ -45,26 +46,18 @@ def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int 
             chosen = without.clone()
             chosen[layer, places] = True
             mixed = torch.where(chosen[..., None], other_SBLKD, z_SBLKD)
-            lost[layer, places if isinstance(places, int) else None] = whole_B - _nats(model, batch, mixed)
+            lost[layer, places if isinstance(places, int) else None] = whole_B - _log_likelihood(model, batch, mixed)
     by_layer = torch.stack([lost[layer, None] for layer in range(layers)])
     by_thought = torch.stack([torch.stack([lost[layer, k] for k in range(thoughts)]) for layer in range(layers)])
-    return _averages(by_layer, by_thought)
-
-
-def _averages(by_layer_LB: Tensor, by_thought_LKB: Tensor) -> xr.Dataset:
     axes = ("layer", "thought")
-    found = {"by_layer": (axes[:1], by_layer_LB), "by_thought": (axes, by_thought_LKB)}
+    found = {"by_layer": (axes[:1], by_layer), "by_thought": (axes, by_thought)}
     means = {name: (at, x.mean(-1).numpy()) for name, (at, x) in found.items()}
-    errors = {f"{name}_stderr": (at, _stderr(x).numpy()) for name, (at, x) in found.items()}
+    errors = {f"{name}_stderr": (at, standard_error(x, axis=-1).numpy()) for name, (at, x) in found.items()}
     return xr.Dataset(means | errors)
 
 
-def _stderr(x: Tensor) -> Tensor:
-    return (x.var(-1, correction=0) / (x.shape[-1] - 1)).sqrt()  # of one sequence NaN, without torch's warning
-
-
-def _nats(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:
-    """log p(x | z) averaged over draws, sequence by sequence."""
+def _log_likelihood(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:
+    """log p(x | z) of each sequence, averaged over draws, in nats."""
     size = max(1, TOKENS_AT_ONCE // batch.inputs_BT.shape[1])
     chunks = torch.arange(batch.size).split(size)
     return torch.cat(
@@ -76,7 +69,7 @@ def _nats(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """A point between two texts: its share of the second, what is written there, and what both texts cost there."""
+    """A point between two texts: the weight of the second, the text generated there, and both texts' −log p(x | z)."""
 
     share: float
     text: str
@@ -85,41 +78,41 @@ class Step(NamedTuple):
 
 
 def interpolate(run: Run, posterior: Posterior, first: int, second: int, steps: int = 5, seed: int = 0) -> list[Step]:
-    """Texts written on the straight line between the means of two sequences' q, with the same noise at every point."""
+    """Texts generated along the line between the means of two sequences' q, with one random seed for all points."""
     if steps < 2:
-        raise UsageError(f"A path needs at least 2 steps, got {steps}.")
+        raise UsageError(f"An interpolation needs at least 2 steps, got {steps}.")
     pair = posterior.select([first, second])
-    ends, batch = torch.from_numpy(pair.stats["mean"].values), observed(pair, run.start_token)
+    ends, batch = torch.from_numpy(pair.stats["mean"].values), observed_batch(pair, run.start_token)
     path = []
     for share in torch.linspace(0, 1, steps).tolist():
         z_LKD = torch.lerp(ends[0], ends[1], share)
         nats = -token_log_likelihood(run.model, batch, torch.stack([z_LKD, z_LKD])).sum(-1)
         with seeded(seed):
-            row = written(run, z_LKD[None], batch.inputs_BT.shape[1])[0]
-        path.append(Step(share, decoded(run, row), *nats.tolist()))
+            row = write_tokens(run, z_LKD[None], batch.inputs_BT.shape[1])[0]
+        path.append(Step(share, decode_row(run, row), *nats.tolist()))
     return path
 
 
-def decoded(run: Run, row: Any) -> str:
-    """The text of a row of tokens."""
+def decode_row(run: Run, row: Any) -> str:
+    """The text of a row of tokens, without padding and end of text."""
     return run.tokenizer.decode([int(x) for x in row if x >= 0 and x != run.start_token])
 
 
 def attention(run: Run, posterior: Posterior, sequence: int) -> xr.DataArray:
-    """How much each token looks at each thought of each layer: softmax weights averaged over heads, at the mean of q.
+    """The cross-attention weights of each token on the thoughts of each layer, averaged over heads, at the mean of q.
 
-    Axes: layer, token, thought; each token's weights sum to one.
+    Axes: layer, token, thought; the weights of each token sum to 1.
     """
     one = posterior.select([sequence])
-    batch, found = observed(one, run.start_token), []
+    batch, found = observed_batch(one, run.start_token), []
 
-    def look(module: Any, arguments: tuple[Any, ...]) -> None:
+    def record_weights(module: Any, arguments: tuple[Any, ...]) -> None:
         x_BTD, turn, thoughts = arguments
         q_BHTC = module.queries(x_BTD, turn)
         found.append((q_BHTC @ thoughts.keys_BHKC.mT * q_BHTC.shape[-1] ** -0.5).softmax(-1).mean(1)[0])
 
     sublayers = [m for m in run.model.decoder.modules() if isinstance(m, CrossAttention)]
-    hooks = [m.register_forward_pre_hook(look) for m in sublayers]
+    hooks = [m.register_forward_pre_hook(record_weights) for m in sublayers]
     try:
         token_log_likelihood(run.model, batch, torch.from_numpy(one.stats["mean"].values))
     finally:

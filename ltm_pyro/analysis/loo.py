@@ -1,4 +1,4 @@
-"""Leave one out, by Pareto-smoothed importance sampling: a token of a sequence, or a sequence with its own thoughts.
+"""PSIS-LOO: leave-one-out predictive densities by Pareto-smoothed importance sampling, by token and by sequence.
 
 Shapes: S draws, N sequences, T tokens.
 """
@@ -14,7 +14,7 @@ from ltm_pyro.analysis.posterior import Posterior
 
 
 class Loo(NamedTuple):
-    """Each unit's expected log predictive density in nats, its k-hat, and which unit is left out."""
+    """The expected log predictive density of each unit in nats, its k-hat, and a description of the unit."""
 
     elpd: xr.DataArray
     pareto_k: xr.DataArray
@@ -22,12 +22,12 @@ class Loo(NamedTuple):
 
 
 def loo_by_token(posterior: Posterior) -> Loo:
-    r"""Leaves one token out of its own sequence; the sequence's other tokens, the later ones too, stay.
+    r"""Leaves one token out; all other tokens of its sequence, before and after it, are kept.
 
     .. math:: \log E_{p(z \mid x_{-t})}[p(x_t \mid x_{<t}, z)], \qquad
         w_s \propto \frac{p(x, z_s)}{q(z_s \mid x)\, p(x_t \mid x_{<t}, z_s)}
 
-    The weights also correct q (Magnusson et al. 2019, arXiv 1904.10679). Padding is nan.
+    The weights also correct q (Magnusson et al. 2019, arXiv 1904.10679). Padding is NaN.
     """
     by_token = _rows(posterior.group("log_likelihood")["by_token"])
     weights = _rows(posterior.log_weights())[:, None]
@@ -37,8 +37,8 @@ def loo_by_token(posterior: Posterior) -> Loo:
 def loo_by_sequence(posterior: Posterior) -> Loo:
     r"""Leaves one sequence out.
 
-    Its thoughts are its own, so without it they are the prior's, and what is left is the sequence's evidence under the
-    model's fixed parameters: the importance-weighted bound with its largest weights smoothed.
+    No other sequence informs its thoughts, so without it their distribution is the prior. The predictive density is
+    then the sequence's evidence, estimated by the importance-weighted bound with Pareto-smoothed weights.
 
     .. math:: \log E_{p(z)}[p(x \mid z)] \approx \log \tfrac1S \textstyle\sum_s \tilde w_s, \qquad
         w_s = p(x, z_s) / q(z_s \mid x)
@@ -46,14 +46,14 @@ def loo_by_sequence(posterior: Posterior) -> Loo:
     posterior.check_normalised()
     raw = _rows(posterior.log_weights())
     smooth, k_hat = psis(raw)
-    lowest = raw.argmin(-1)[:, None]  # not in the tail, so left as it is: there the normaliser shows
+    lowest = raw.argmin(-1)[:, None]  # not in the tail, so not smoothed: the difference there is the log normaliser
     total = np.take_along_axis(raw - smooth, lowest, -1)[:, 0]
     elpd = total - np.log(raw.shape[-1])
     return Loo(xr.DataArray(elpd, dims="sequence"), xr.DataArray(k_hat, dims="sequence"), "a sequence")
 
 
 def _rows(x: xr.DataArray) -> np.ndarray:
-    """Draws last."""
+    """As an array with all draws on the last axis."""
     flat = x.stack(sample=("chain", "draw"), create_index=False)
     return flat.transpose(..., "sample").values.astype(float)
 

@@ -1,6 +1,6 @@
-"""A posterior as an object of its own: draws, densities and diagnostics of every sequence, on named axes and on disk.
+"""The class `Posterior`: draws, log-densities and diagnostics of every sequence, with named axes, stored as netCDF.
 
-Its groups are ArviZ's. Axes: chain, draw, sequence, layer, thought, dim, token.
+Its groups have ArviZ's names. Axes: chain, draw, sequence, layer, thought, dim, token.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ SAMPLES = ("chain", "draw")
 
 @dataclass(frozen=True)
 class Posterior:
-    """Draws of z given each of N sequences, and everything computed from them.
+    """Draws of z given each of N sequences, and what is computed from them.
 
     ``tree`` has the groups ``posterior`` (``z``, and the prior's other latent sites), ``prior``, ``log_likelihood``
     (``by_token``, ``by_sequence``; nats), ``sample_stats`` (``lp`` = log p(x, z), ``log_prior``, ``log_q`` of every
     draw; ``elbo``, ``iwae``, ``kl``, ``pareto_k``, ``mean``, ``sd``, ``mcse_mean``, ``kl_by_thought`` of every
     sequence), ``observed_data`` (tokens and text), ``constant_data`` (document and labels), ``posterior_predictive``
-    (texts written from draws of z) and ``local``, q's parameters.
+    (texts generated from draws of z) and ``local``, q's parameters.
     """
 
     tree: xr.DataTree
@@ -53,7 +53,7 @@ class Posterior:
 
     @property
     def draws(self) -> xr.DataArray:
-        """The draws of all chains in a row: sequence, draw, coordinate (layers, thoughts and dims as one axis)."""
+        """The draws of all chains concatenated: sequence, draw, coordinate (layer, thought and dim flattened)."""
         flat = self.z.stack(sample=SAMPLES, coordinate=THOUGHTS, create_index=False)
         return flat.drop_vars(SAMPLES).rename(sample="draw").transpose("sequence", "draw", "coordinate")
 
@@ -64,12 +64,12 @@ class Posterior:
 
     @property
     def texts(self) -> list[str]:
-        """The texts, as the decoder has read them."""
+        """The texts as the decoder sees them, decoded from the tokens."""
         return [str(text) for text in self.group("observed_data")["text"].values]
 
     @property
     def labels(self) -> dict[str, list[str]]:
-        """Every label's values, by name; ``document`` is what a sequence is a part of."""
+        """The values of every label by name, one per sequence; ``document`` is the sequence's document."""
         known = self.group("constant_data").data_vars.items()
         return {str(name): [str(x) for x in values.values] for name, values in known}
 
@@ -80,7 +80,7 @@ class Posterior:
 
     @property
     def tokens(self) -> int:
-        """How many tokens all sequences have together."""
+        """The number of tokens of all sequences together."""
         return int((self.group("observed_data")["tokens"] >= 0).sum())
 
     @property
@@ -89,21 +89,21 @@ class Posterior:
         return {str(name): x for name, x in self.tree.attrs.items()}
 
     def log_weights(self) -> xr.DataArray:
-        """log p(x, z) − log q(z | x) of every draw, in nats; only a guide's draws have them."""
+        """The stored draws' log importance weights log p(x, z) − log q(z | x), in nats; `UsageError` without log q."""
         if "log_q" not in self.stats:
             raise UsageError("The draws have no density q: infer with a guide that has one (--method guide).")
         return self.stats.lp - self.stats.log_q
 
     def check_normalised(self) -> None:
-        """Refuses what needs log p(z) and log q(z | x) themselves, not up to a constant."""
+        """`UsageError` unless log p(z) and log q(z | x) are known without an unknown constant."""
         if "kl" not in self.stats:
             raise UsageError(
-                "This posterior has no bound: its draws have no density q, or its prior no known normaliser; "
+                "This posterior has no bound, because its draws have no density q or its prior no known normaliser: "
                 "infer with another guide or prior."
             )
 
     def local(self) -> LocalParameters:
-        """q's parameters by name, each with leading axis N; a fit can go on from them."""
+        """q's parameters by name, each with leading axis N; a fit can be continued from them."""
         if "local" not in self.tree:
             raise UsageError(f"Draws by {self.attrs['method']} have no q: use a posterior of --method guide.")
         return {str(name): torch.from_numpy(x.values.copy()) for name, x in self.group("local").data_vars.items()}
@@ -114,20 +114,20 @@ class Posterior:
         return Posterior(self.tree.map_over_datasets(lambda x: x.isel(sequence=index, missing_dims="ignore")))
 
     def to_datatree(self) -> xr.DataTree:
-        """What ArviZ 1.x takes."""
+        """The data tree, which ArviZ 1.x accepts."""
         return self.tree
 
     def to_inferencedata(self) -> Any:
-        """What the installed ArviZ takes: `arviz.InferenceData` before 1.0, the data tree itself since."""
+        """The object that the installed ArviZ accepts: `arviz.InferenceData` before 1.0, else the data tree."""
         from ltm_pyro.analysis.arviz import inference_data
 
         return inference_data(self.tree)
 
     def save(self, path: str | Path) -> None:
-        """Writes netCDF, or zarr where the name ends in ``.zarr``."""
+        """Writes netCDF, or zarr if the name ends in ``.zarr``."""
         write_tree(self.tree, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Posterior":
-        """What `save` wrote; refuses any other file, and the format of another version."""
+        """Reads a file that `save` has written; `UsageError` for other files and other format versions."""
         return cls(read_tree(path, "posterior"))

@@ -1,4 +1,4 @@
-"""Posterior predictive checks: do texts written from q's draws look like the texts q was fitted to?
+"""Posterior predictive checks: are texts generated from q's draws like the texts that q was fitted to?
 
 Shapes: N sequences, T tokens, R replicas.
 """
@@ -12,7 +12,7 @@ import xarray as xr
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.errors import UsageError
 
-Row = Any  # the tokens of one text, padding left out
+Row = Any  # the tokens of one text, without padding
 
 
 def _repeated_pairs(row: Row) -> float:
@@ -29,14 +29,14 @@ STATISTICS: dict[str, Callable[[Row], float]] = {
 
 
 def check(posterior: Posterior, statistics: dict[str, Callable[[Row], float]] | None = None) -> xr.Dataset:
-    """Each statistic of the texts and of their replicas, averaged over sequences, and the share of larger replicas.
+    """Compares statistics of the texts with those of their replicas (Gelman, Meng & Stern 1996).
 
-    ``observed`` and ``replicated`` (by replica) are averages; ``p_value`` is the share of pairs (sequence, replica)
-    whose replica has the larger value, ties by half: near 0 or 1 where the model's texts differ from the data's
-    (Gelman, Meng & Stern 1996). Replicas are written from draws of q, which has seen the text.
+    ``observed`` and ``replicated`` (by replica) are averages over sequences; ``p_value`` is the share of pairs
+    (sequence, replica) whose replica has the larger value, ties counted half: near 0 or 1 if the model's texts differ
+    from the data. Replicas are generated from draws of q, which was fitted to the same text.
     """
     if "posterior_predictive" not in posterior.tree:
-        raise UsageError("There are no replicas: write some with `ltm posterior --replicas 2`.")
+        raise UsageError("This posterior has no replicas: make some with `ltm posterior --replicas 2`.")
     statistics = statistics or STATISTICS
     own = posterior.group("observed_data")["tokens"].values
     replicas = posterior.group("posterior_predictive")["tokens"].values[0]

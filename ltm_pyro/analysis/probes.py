@@ -1,4 +1,4 @@
-"""What can be read off the thoughts: labels by a linear probe, and which texts lie near.
+"""Linear probes that predict labels from the thoughts, and nearest neighbours.
 
 Shapes: N sequences, D coordinates, V vocabulary.
 """
@@ -15,7 +15,7 @@ from ltm_pyro.errors import UsageError
 
 
 class Probe(NamedTuple):
-    """Held-out accuracies of one label's probes, the share of its largest class, and what was left out as too rare."""
+    """Held-out accuracies of the probes of one label, the share of its largest class, and the classes left out."""
 
     label: str
     classes: tuple[str, ...]
@@ -27,10 +27,10 @@ class Probe(NamedTuple):
 
 
 def probe(posterior: Posterior, label: str) -> Probe:
-    """Predicts a label from the means of q, and from the bag of tokens for comparison, on held-out documents.
+    """Predicts a label from the means of q and, for comparison, from the bag of tokens.
 
-    A logistic regression, five folds; the sequences of one document are on one side. Classes of fewer than five
-    documents are left out.
+    Logistic regression with five-fold cross-validation; all sequences of a document are in the same fold. Classes with
+    fewer than five documents are left out.
     """
     if label not in posterior.labels:
         raise UsageError(f"There is no label {label!r}: the labels are {', '.join(posterior.labels)}.")
@@ -55,7 +55,7 @@ def probe(posterior: Posterior, label: str) -> Probe:
 
 
 def probable_labels(posterior: Posterior) -> list[str]:
-    """The labels that a probe can be trained for."""
+    """The labels that `probe` accepts: at least two classes with five documents each."""
     found = []
     for label in posterior.labels:
         documents = np.array(posterior.labels["document"])
@@ -68,7 +68,7 @@ def probable_labels(posterior: Posterior) -> list[str]:
 
 
 def token_counts(posterior: Posterior) -> csr_matrix:
-    """How often each token stands in each sequence: (N, V)."""
+    """How often each token occurs in each sequence: (N, V)."""
     tokens_NT = posterior.group("observed_data")["tokens"].values
     row, column = np.nonzero(tokens_NT >= 0)
     shape = (len(tokens_NT), int(tokens_NT.max()) + 1)
@@ -76,14 +76,14 @@ def token_counts(posterior: Posterior) -> csr_matrix:
 
 
 class Neighbour(NamedTuple):
-    """A sequence and how far the mean of its q is, in prior standard deviations over all coordinates."""
+    """A sequence and the distance of the mean of its q, in prior standard deviations."""
 
     sequence: int
     distance: float
 
 
 def neighbours(posterior: Posterior, sequence: int, count: int = 5) -> list[Neighbour]:
-    """The sequences whose thoughts are nearest to one's own: the Euclidean distance of the means of q."""
+    """The sequences whose means of q have the smallest Euclidean distance, coordinates scaled by the prior."""
     if not 0 <= sequence < posterior.size:
         raise UsageError(f"There is no sequence {sequence}: they are numbered from 0 to {posterior.size - 1}.")
     scale = posterior.group("prior")["z"].std(("chain", "draw")).values

@@ -1,4 +1,4 @@
-"""Reference posteriors: Markov chains that are right in the long run, for judging q on a few sequences.
+"""Reference posteriors by Markov chain Monte Carlo, asymptotically exact, to judge q on a few sequences.
 
 Shapes: C chains, S draws, B = 1 sequence, L layers, K thoughts, D width.
 """
@@ -12,28 +12,28 @@ import torch
 from pyro.infer import HMC, MCMC, NUTS
 from torch import Tensor
 
-from ltm_pyro.analysis.draws import Described, Sites, describe
+from ltm_pyro.analysis.draws import LogDensities, Sites, log_densities
 from ltm_pyro.contracts import Batch, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.global_latents import fix_global_draws
+from ltm_pyro.inference.global_latents import FixGlobalDraws, fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import frozen
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "nuts": lambda model: NUTS(model, max_tree_depth=6),
-    # one leapfrog step and a Metropolis test: Langevin dynamics, adjusted (Roberts & Tweedie 1996)
+    # HMC with one leapfrog step is the Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996)
     "langevin": lambda model: HMC(model, step_size=0.1, num_steps=1, target_accept_prob=0.57),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chains:
-    """How a reference runs.
+class ChainOptions:
+    """Options of the Markov chains.
 
     Args:
-        chains: C, each from a start of its own.
-        warmup: steps per chain that find the step size and are thrown away.
-        thin: steps per kept draw.
+        chains: C, each with its own random initial point.
+        warmup: steps per chain that adapt the step size and are discarded.
+        thin: steps per draw that is kept.
     """
 
     chains: int = 2
@@ -45,35 +45,33 @@ class Chains:
             raise UsageError(f"R-hat compares chains and needs at least 2, got {self.chains}.")
 
 
-class Reference(NamedTuple):
-    """Draws (C, S, 1, …), what the model says of them, and R-hat and effective sample size of every coordinate."""
+class ChainDraws(NamedTuple):
+    """Draws (C, S, 1, …), the model's log-densities there, and R-hat and effective sample size per coordinate."""
 
     sites: Sites
-    described: Described
+    densities: LogDensities
     diagnostics: dict[str, np.ndarray]
 
 
-def sample(model: Model, batch: Batch, method: str, samples: int, chains: Chains) -> Reference:
-    """S draws of each of C chains for one sequence; the decoder stands still."""
+def run_chains(model: Model, batch: Batch, method: str, samples: int, options: ChainOptions) -> ChainDraws:
+    """S draws from each of C chains for one sequence; the model's parameters are fixed."""
     if method not in KERNELS:
         raise UsageError(f"Unknown method {method!r}: choose from guide, {', '.join(KERNELS)}.")
     if batch.size != 1:
         raise UsageError(f"A chain moves all sequences of a batch as one, got {batch.size}: give one at a time.")
-    with frozen(model), fix_global_draws(model, torch.initial_seed()):
-        found = [_chain(model, batch, method, samples, chains) for _ in range(chains.chains)]
-        parts = [describe(model, batch, chain) for chain in found]
-    sites = {name: torch.stack([chain[name] for chain in found]) for name in found[0]}
-    described = Described._make(torch.stack(x) for x in zip(*parts, strict=True))
-    return Reference(sites, described, convergence(described.z_SBLKD))
-
-
-def _chain(model: Model, batch: Batch, method: str, samples: int, chains: Chains) -> Sites:
-    kernel = KERNELS[method](model)
-    names = list(prior_sites(model, 1))
-    mcmc = MCMC(kernel, samples * chains.thin, chains.warmup, disable_progbar=True)
-    mcmc.run(batch)
-    drawn = mcmc.get_samples()
-    return {name: drawn[name][:: chains.thin].detach() for name in names}
+    chains: list[Sites] = []
+    with frozen(model), fix_global_draws(model, torch.initial_seed()) as draws:
+        fixed = FixGlobalDraws(draws)(model)  # MCMC hides the handlers around it from the model
+        for _ in range(options.chains):
+            names = list(prior_sites(model, 1))
+            mcmc = MCMC(KERNELS[method](fixed), samples * options.thin, options.warmup, disable_progbar=True)
+            mcmc.run(batch)
+            drawn = mcmc.get_samples()
+            chains.append({name: drawn[name][:: options.thin].detach() for name in names})
+        parts = [log_densities(model, batch, sites) for sites in chains]
+    sites = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
+    densities = LogDensities._make(torch.stack(x) for x in zip(*parts, strict=True))
+    return ChainDraws(sites, densities, convergence(densities.z_SBLKD))
 
 
 def convergence(z_CSBLKD: Tensor) -> dict[str, np.ndarray]:

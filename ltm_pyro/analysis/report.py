@@ -1,7 +1,6 @@
-"""A report one can read: a single page of HTML that needs no network, at a desk or on a phone."""
+"""The HTML report of a posterior: a single page that loads nothing from the network."""
 
 import base64
-from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,26 +12,36 @@ from rich.progress import track
 
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.probes import neighbours
-from ltm_pyro.analysis.sections import SECTIONS, ReportInputs, card, sections
+from ltm_pyro.analysis.sections import SECTIONS, ReportInputs, sections, sequence_card
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.files import atomic_write, writing
 
-TOP = 5
-MOST_CARDS = 1000  # sequences shown one by one: keeps the page under 10 MB
+TOP = 5  # sequences listed per thought
+MOST_CARDS = 1000  # sequences with an entry of their own; keeps the page under 10 MB
 
 
-def report(of: ReportInputs) -> str:
-    """The page; sections that lack something say what."""
-    _check(of)
-    posterior = of.posterior
+def render_report(inputs: ReportInputs) -> str:
+    """The page as HTML; a section whose inputs are missing says which. `UsageError` if the run does not fit."""
+    posterior = inputs.posterior
+    if inputs.run is not None:
+        own, theirs = tuple(posterior.z.shape[3:]), tuple(inputs.run.model.decoder.thought_shape)
+        if own != theirs:
+            raise UsageError(
+                f"The posterior's thoughts are {own} (layers, thoughts, width), but the run's are {theirs}: "
+                f"give the run it came from."
+            )
+    console, total = Console(stderr=True), len(SECTIONS)
+    hidden = not console.is_terminal
+    shown = track(sections(inputs), "writing", total=total, console=console, transient=True, disable=hidden)
     made = [
         {"title": title, "section": section, "pictures": [_picture(ax) for ax in section.pictures]}
-        for title, section in _shown(sections(of))
+        for title, section in shown
     ]
-    cards = [card(posterior, sequence) for sequence in range(min(posterior.size, MOST_CARDS))]
-    for one in cards:
-        one["neighbours"] = neighbours(posterior, one["index"], 3)
+    cards = [sequence_card(posterior, sequence) for sequence in range(min(posterior.size, MOST_CARDS))]
+    for card in cards:
+        card["neighbours"] = neighbours(posterior, card["index"], 3)
     kl_NLK = posterior.stats["kl_by_thought"].values if "kl_by_thought" in posterior.stats else None
     environment = Environment(
         loader=PackageLoader("ltm_pyro.analysis", "."), autoescape=select_autoescape(default=True), trim_blocks=True
@@ -40,17 +49,17 @@ def report(of: ReportInputs) -> str:
     return environment.get_template("report.html.j2").render(
         sections=made,
         cards=cards,
-        thoughts=[] if kl_NLK is None else _thoughts(kl_NLK[: len(cards)]),
+        thoughts=[] if kl_NLK is None else _top_sequences(kl_NLK[: len(cards)]),
         most_kl=1.0 if kl_NLK is None else float(kl_NLK.max()) or 1.0,
         attrs=posterior.attrs,
         size=posterior.size,
         tokens=posterior.tokens,
-        figures=_figures(posterior),
+        figures=_headline_figures(posterior),
     )
 
 
-def _figures(posterior: Posterior) -> dict[str, str]:
-    """What a reader wants to know first."""
+def _headline_figures(posterior: Posterior) -> dict[str, str]:
+    """The figures at the top of the page."""
     stats, tokens = posterior.stats, posterior.tokens
     found: dict[str, str] = {}
     if "elbo" in stats:
@@ -65,14 +74,8 @@ def _figures(posterior: Posterior) -> dict[str, str]:
     return found
 
 
-def _shown(made: Iterable[Any]) -> Iterable[Any]:
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return track(made, "writing", total=len(SECTIONS), console=console, transient=True, disable=hidden)
-
-
-def _thoughts(kl_NLK: np.ndarray) -> list[dict[str, Any]]:
-    """Every thought with the sequences that pay most KL for it."""
+def _top_sequences(kl_NLK: np.ndarray) -> list[dict[str, Any]]:
+    """Every thought with its average KL and the sequences with the largest KL."""
     _, layers, thoughts = kl_NLK.shape
     places = ((layer, thought) for layer in range(layers) for thought in range(thoughts))
     return [
@@ -87,7 +90,7 @@ def _thoughts(kl_NLK: np.ndarray) -> list[dict[str, Any]]:
 
 
 class Picture(NamedTuple):
-    """An SVG as a data URI; letters are drawn, so that no font is needed."""
+    """An SVG as a data URI; letters are paths, so that the page needs no font."""
 
     uri: str
     wide: bool
@@ -102,24 +105,8 @@ def _picture(ax: Axes) -> Picture:
     return Picture(uri, figure.get_figwidth() > 6)
 
 
-def _check(of: ReportInputs) -> None:
-    """Refuses a run of other thoughts than the posterior's."""
-    if of.run is None:
-        return
-    own, theirs = tuple(of.posterior.z.shape[3:]), tuple(of.run.model.decoder.thought_shape)
-    if own != theirs:
-        raise UsageError(
-            f"The posterior's thoughts are {own} (layers, thoughts, width), but the run's are {theirs}: "
-            f"give the run it came from."
-        )
-
-
-def write_report(of: ReportInputs, path: str | Path) -> None:
-    """Writes the page; the file takes its place once it is whole."""
-    page, beside = report(of), Path(f"{path}.new")
-    try:
-        beside.write_text(page, "utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UsageError(f"Cannot write {path}: {error.strerror}; choose another --out.") from None
+def write_report(inputs: ReportInputs, path: str | Path) -> None:
+    """Writes the page, whole or not at all."""
+    page = render_report(inputs)
+    with writing(path), atomic_write(Path(path)) as temp_path:
+        temp_path.write_text(page, "utf-8")

@@ -1,4 +1,4 @@
-"""The sections of a report: each a verdict in plain words, pictures and tables."""
+"""The sections of a report: each has a verdict in plain words, pictures and tables."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,19 +10,19 @@ from matplotlib.axes import Axes
 from ltm_pyro.analysis.against_reference import CONVERGED, compare, geometric_mean, narrow_rows
 from ltm_pyro.analysis.calibration import Calibration
 from ltm_pyro.analysis.context import default_lengths, shift
-from ltm_pyro.analysis.information import active_units, aggregate, decompose, observed
+from ltm_pyro.analysis.information import active_units, aggregate, decompose, observed_batch
 from ltm_pyro.analysis.interventions import ablate, attention, interpolate
 from ltm_pyro.analysis.loo import loo_by_sequence, loo_by_token
-from ltm_pyro.analysis.pictures.calibration import draw_coverage, draw_ecdf, draw_ranks
+from ltm_pyro.analysis.pictures.calibration import plot_coverage, plot_ecdf, plot_ranks
 from ltm_pyro.analysis.pictures.thoughts import (
-    draw_attention,
-    draw_bounds,
-    draw_by_thought,
-    draw_map,
-    draw_pareto_k,
-    draw_path,
-    draw_scales,
-    draw_shift,
+    plot_attention,
+    plot_bounds,
+    plot_by_thought,
+    plot_map,
+    plot_pareto_k,
+    plot_path,
+    plot_scales,
+    plot_shift,
 )
 from ltm_pyro.analysis.posterior import THOUGHTS, Posterior
 from ltm_pyro.analysis.predictive import check
@@ -31,28 +31,28 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.runs.run import Run
 
-FEW = 16  # sequences for what costs a fit per length of context
-SIZE = 0.05  # of every test
+FEW = 16  # sequences for the context lengths, because each length needs a fit of its own
+SIZE = 0.05  # significance level of every test
 
 
 class Table(NamedTuple):
-    """A head and rows of cells, ready to be printed."""
+    """Column titles and rows of formatted cells."""
 
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
 
 class Section(NamedTuple):
-    """What a diagnostic found."""
+    """The result of one diagnostic."""
 
     verdict: str
     pictures: tuple[Axes, ...] = ()
     tables: tuple[Table, ...] = ()
-    good: bool | None = None  # None: there is nothing to be good or bad
+    good: bool | None = None  # None if the diagnostic does not judge q
 
 
 class ReportInputs(NamedTuple):
-    """What a report is made from; only the posterior must be there."""
+    """What a report is made from; everything but the posterior is optional."""
 
     posterior: Posterior
     run: Run | None = None
@@ -60,15 +60,15 @@ class ReportInputs(NamedTuple):
     reference: Posterior | None = None
 
     def need_run(self) -> Run:
-        """The run, for what only the decoder can say."""
+        """The run, for sections that need the decoder; `UsageError` without one."""
         if self.run is None:
             raise UsageError("Needs the run: give --run.")
         return self.run
 
 
-def trust(of: ReportInputs) -> Section:
-    """Pareto k-hat and the gap between the bounds."""
-    stats, size = of.posterior.stats, of.posterior.size
+def trust(inputs: ReportInputs) -> Section:
+    """Pareto k-hat and the gap between the two bounds."""
+    stats, size = inputs.posterior.stats, inputs.posterior.size
     if "pareto_k" not in stats:
         raise UsageError("The draws have no density q.")
     bad = int((stats["pareto_k"] > TRUSTED).sum())
@@ -78,40 +78,40 @@ def trust(of: ReportInputs) -> Section:
             f"q is too narrow, or misses part of the posterior, for {bad} of {size} sequences: k-hat > {TRUSTED}. "
             f"Read their intervals with care, and do not reweight their draws."
         )
-    pictures = [draw_pareto_k(of.posterior)]
+    pictures = [plot_pareto_k(inputs.posterior)]
     if "elbo" in stats:
         gap = float((stats["iwae"] - stats["elbo"]).mean())
         verdict += f" The importance-weighted bound is {gap:.2f} nats per sequence above the ELBO."
-        pictures.append(draw_bounds(of.posterior))
+        pictures.append(plot_bounds(inputs.posterior))
     return Section(verdict, tuple(pictures), good=not bad)
 
 
-def calibration(of: ReportInputs) -> Section:
-    """Ranks of the truth on the model's own texts."""
-    found = of.calibration
+def calibration(inputs: ReportInputs) -> Section:
+    """Simulation-based calibration on texts that the model generated."""
+    found = inputs.calibration
     if found is None:
         raise UsageError("Needs `ltm calibrate RUN --out FILE`: give --calibration.")
     p = found.p_value()
-    said = "No sign that q is off" if p > SIZE else "q is not the posterior"
-    held = float(found.coverage(np.array([0.9]))[0])
+    result = "No sign that q differs from the posterior" if p > SIZE else "q is not the posterior"
+    covered = float(found.coverage(np.array([0.9]))[0])
     verdict = (
-        f"{said} on {len(found.values)} texts that the model wrote itself: p = {p:.3f}. "
-        f"Its 90 % intervals hold {held:.0%} of the true coordinates."
+        f"{result}, on {len(found.values)} texts that the model generated: p = {p:.3f}. "
+        f"Its 90 % intervals contain {covered:.0%} of the true coordinates."
     )
     alone = found.p_values()
     rows = [
         (name, f"{alone[name]:.4f}" if alone[name] >= 1e-4 else "< 0.0001")
         for name in sorted(alone, key=lambda name: alone[name])[:5]
     ]
-    pictures = (draw_ranks(found), draw_ecdf(found), draw_coverage(found))
+    pictures = (plot_ranks(found), plot_ecdf(found), plot_coverage(found))
     return Section(verdict, pictures, (Table(("smallest p-values", "p"), rows),), good=p > SIZE)
 
 
-def reference(of: ReportInputs) -> Section:
-    """q beside Markov chains."""
-    if of.reference is None:
+def reference(inputs: ReportInputs) -> Section:
+    """q compared with Markov chains."""
+    if inputs.reference is None:
         raise UsageError("Needs chains of a few of the texts (`ltm posterior --method nuts`): give --reference.")
-    found = compare(of.posterior, of.reference)
+    found = compare(inputs.posterior, inputs.reference)
     narrow = narrow_rows(found)
     verdict = f"q is too narrow in {len(narrow)} of {found['scale_ratio'].isel(dim=0).size} thoughts (ratio < 0.9)."
     if late := int((found["r_hat"] > CONVERGED).sum()):
@@ -129,30 +129,30 @@ def reference(of: ReportInputs) -> Section:
         )
         for index, row in ((i, found.isel(sequence=i)) for i in range(found.sizes["sequence"]))
     ]
-    head = ("sequence", "mean off by (sd)", "scale q / chains", "correlation q / chains", "C2ST", "R-hat", "ESS")
+    head = ("sequence", "error of the mean (sd)", "scale q / chains", "correlation q / chains", "C2ST", "R-hat", "ESS")
     worst = [(str(r["sequence"]), str(r["layer"]), str(r["thought"]), f"{r['ratio']:.2f}") for r in narrow[:10]]
     narrowest = Table(("sequence", "layer", "thought", "scale q / chains"), worst)
     tables = (Table(head, rows), *([narrowest] if worst else []))
-    return Section(verdict, (draw_scales(found),), tables, good=not narrow and not late)
+    return Section(verdict, (plot_scales(found),), tables, good=not narrow and not late)
 
 
-def information(of: ReportInputs) -> Section:
-    """KL and active units by thought, and what the KL is made of."""
-    posterior, stats = of.posterior, of.posterior.stats
+def information(inputs: ReportInputs) -> Section:
+    """KL and active units by thought, and the KL as mutual information and marginal KL."""
+    posterior, stats = inputs.posterior, inputs.posterior.stats
     units = active_units(posterior)
     coordinates = posterior.draws.sizes["coordinate"]
-    verdict = f"{int(units.sum())} of {coordinates} coordinates move with the text (active units)."
-    pictures = [draw_by_thought(units, "Active units", "coordinates")]
+    verdict = f"{int(units.sum())} of {coordinates} coordinates depend on the text (active units)."
+    pictures = [plot_by_thought(units, "Active units", "coordinates")]
     if "kl_by_thought" in stats:
         by_thought = stats["kl_by_thought"].mean("sequence")
-        pictures.insert(0, draw_by_thought(by_thought, "KL by thought", "nats per sequence"))
-    if of.run is None or "kl" not in stats:
+        pictures.insert(0, plot_by_thought(by_thought, "KL by thought", "nats per sequence"))
+    if inputs.run is None or "kl" not in stats:
         return Section(verdict, tuple(pictures))
-    parts = decompose(of.run.model, of.run.guide, posterior)
+    parts = decompose(inputs.run.model, inputs.run.guide, posterior)
     verdict += (
-        f" Of {parts.average_kl:.2f} nats of KL per sequence, {parts.mutual_information:.2f} say which text it is "
-        f"(at most {parts.most:.2f} can show with {posterior.size} sequences) and {parts.marginal_kl:.2f} are the "
-        f"distance of the aggregated posterior from the prior."
+        f" Of {parts.average_kl:.2f} nats of KL per sequence, {parts.mutual_information:.2f} are mutual information "
+        f"(at most {parts.most:.2f} can be measured with {posterior.size} sequences) and {parts.marginal_kl:.2f} are "
+        f"the KL of the aggregated posterior to the prior."
     )
     rows = [
         ("average KL", f"{parts.average_kl:.3f}", f"{parts.average_kl_stderr:.3f}"),
@@ -162,29 +162,29 @@ def information(of: ReportInputs) -> Section:
     return Section(verdict, tuple(pictures), (Table(("nats per sequence", "", "± s.e."), rows),))
 
 
-def aggregated(of: ReportInputs) -> Section:
-    """The aggregated posterior against the prior."""
-    found = aggregate(of.posterior)
+def aggregated(inputs: ReportInputs) -> Section:
+    """Two-sample tests of the aggregated posterior against the prior."""
+    found = aggregate(inputs.posterior)
     apart = found.mmd.p_value < SIZE
-    said = "differs from" if apart else "cannot be told from"
+    result = "differs from" if apart else "cannot be told from"
     rows = [
         ("classifier accuracy (0.5: the same)", f"{found.c2st.mean:.3f} ± {found.c2st.stderr:.3f}"),
         ("MMD²", f"{found.mmd.mmd2:.2e} (p = {found.mmd.p_value:.3f})"),
     ]
-    verdict = f"One draw of each q, all together, {said} the prior."
+    verdict = f"The aggregated posterior (one draw of each q) {result} the prior."
     return Section(verdict, (), (Table(("", ""), rows),), good=not apart)
 
 
-def labels(of: ReportInputs) -> Section:
-    """Linear probes for every label that has enough documents."""
-    names = probable_labels(of.posterior)
+def labels(inputs: ReportInputs) -> Section:
+    """Linear probes of every label that has enough documents."""
+    names = probable_labels(inputs.posterior)
     if not names:
-        raise UsageError("No label has two classes of five documents: put labels beside the text in the JSONL.")
-    found = [probe(of.posterior, name) for name in names]
+        raise UsageError("No label has two classes of five documents: add labels to the JSONL.")
+    found = [probe(inputs.posterior, name) for name in names]
     best = max(found, key=lambda x: x.thoughts.mean - x.majority)
     verdict = (
-        f"From the thoughts alone the label '{best.label}' is read off in {best.thoughts.mean:.0%} of held-out "
-        f"sequences; always naming the largest class gets {best.majority:.0%}, a bag of tokens {best.tokens.mean:.0%}."
+        f"A linear probe predicts the label '{best.label}' from the thoughts with {best.thoughts.mean:.0%} accuracy on "
+        f"held-out documents; a bag of tokens reaches {best.tokens.mean:.0%}, the largest class {best.majority:.0%}."
     )
     rows = [
         (
@@ -197,55 +197,58 @@ def labels(of: ReportInputs) -> Section:
         for x in found
     ]
     head = ("label (classes)", "sequences", "thoughts", "bag of tokens", "largest class")
-    return Section(verdict, (draw_map(of.posterior, best.label),), (Table(head, rows),))
+    return Section(verdict, (plot_map(inputs.posterior, best.label),), (Table(head, rows),))
 
 
-def ablation(of: ReportInputs) -> Section:
-    """What each thought is worth to the decoder."""
-    run = of.need_run()
-    lost = ablate(run.model, of.posterior, run.start_token)
+def ablation(inputs: ReportInputs) -> Section:
+    """The log-likelihood that each thought is worth to the decoder."""
+    run = inputs.need_run()
+    lost = ablate(run.model, inputs.posterior, run.start_token)
     worth = lost["by_layer"].values
     verdict = f"Without the thoughts of layer {int(worth.argmax()) + 1} a sequence costs {worth.max():.1f} nats more."
     rows = [
         (str(layer), f"{value:.2f}", "" if np.isnan(error) else f"{error:.2f}")
         for layer, (value, error) in enumerate(zip(worth, lost["by_layer_stderr"].values, strict=True), 1)
     ]
-    picture = draw_by_thought(lost["by_thought"], "Cost of losing one thought", "nats per sequence")
+    picture = plot_by_thought(lost["by_thought"], "Loss without one thought", "nats per sequence")
     return Section(verdict, (picture,), (Table(("layer", "nats per sequence", "± s.e."), rows),))
 
 
-def reading(of: ReportInputs) -> Section:
-    """Where tokens look, and how belief grows with the text."""
-    run = of.need_run()
-    some = of.posterior.select(slice(FEW))
-    batch = observed(some, run.start_token)
+def context_lengths(inputs: ReportInputs) -> Section:
+    """The KL by context length, and the attention weights of one sequence."""
+    run = inputs.need_run()
+    some = inputs.posterior.select(slice(FEW))
+    batch = observed_batch(some, run.start_token)
     moved = shift(run.model, run.guide, batch, run.inference, default_lengths(some))
-    weights = attention(run, of.posterior, 0)
+    weights = attention(run, inputs.posterior, 0)
     kl = moved["kl_to_prior"].mean("sequence").values
     verdict = (
         f"The KL to the prior grows from {kl[0]:.1f} nats after {int(moved['context'][0])} tokens to {kl[-1]:.1f} "
-        f"after {int(moved['context'][-1])} (first {some.size} sequences). Below, where the tokens of sequence 0 look."
+        f"after {int(moved['context'][-1])} (first {some.size} sequences). The attention weights are of sequence 0."
     )
-    return Section(verdict, (draw_shift(moved), *(draw_attention(weights, layer) for layer in range(len(weights)))))
+    return Section(verdict, (plot_shift(moved), *(plot_attention(weights, layer) for layer in range(len(weights)))))
 
 
-def path(of: ReportInputs) -> Section:
-    """From one text's thoughts to another's."""
-    run = of.need_run()
-    if of.posterior.size < 2:
-        raise UsageError("A path needs two sequences: infer from more texts.")
-    steps = interpolate(run, of.posterior, 0, of.posterior.size - 1)
+def interpolation(inputs: ReportInputs) -> Section:
+    """Interpolation between the thoughts of two texts."""
+    run = inputs.need_run()
+    if inputs.posterior.size < 2:
+        raise UsageError("An interpolation needs two sequences: infer from more texts.")
+    last = inputs.posterior.size - 1
+    steps = interpolate(run, inputs.posterior, 0, last)
     rows = [(f"{step.share:.2f}", step.text[:300]) for step in steps]
-    verdict = f"What the decoder writes on the straight line from sequence 0 to sequence {of.posterior.size - 1}."
-    return Section(verdict, (draw_path(steps),), (Table(("share", "text"), rows),))
+    verdict = f"Texts generated along the line from the thoughts of sequence 0 to those of sequence {last}."
+    return Section(verdict, (plot_path(steps),), (Table(("weight of the second", "text"), rows),))
 
 
-def predictive(of: ReportInputs) -> Section:
-    """Statistics of texts and replicas."""
-    found = check(of.posterior)
+def predictive(inputs: ReportInputs) -> Section:
+    """Posterior predictive checks: statistics of texts and replicas."""
+    found = check(inputs.posterior)
     usual = (found.p_value > SIZE) & (found.p_value < 1 - SIZE)
     off = [str(name) for name in found.statistic.values[~usual.values]]
-    verdict = f"Replicas differ from the texts in: {', '.join(off)}." if off else "Replicas look like the texts."
+    verdict = "The replicas do not differ from the texts in any statistic."
+    if off:
+        verdict = f"The replicas differ from the texts in: {', '.join(off)}."
     rows = [
         (
             str(name),
@@ -259,11 +262,11 @@ def predictive(of: ReportInputs) -> Section:
     return Section(verdict, (), (Table(head, rows),), good=not off)
 
 
-def leave_one_out(of: ReportInputs) -> Section:
-    """PSIS-LOO, by token and by sequence."""
+def leave_one_out(inputs: ReportInputs) -> Section:
+    """PSIS-LOO by token and by sequence."""
     rows: list[tuple[str, ...]] = []
     bad = 0
-    for found in (loo_by_token(of.posterior), loo_by_sequence(of.posterior)):
+    for found in (loo_by_token(inputs.posterior), loo_by_sequence(inputs.posterior)):
         units, untrusted = int(np.isfinite(found.elpd).sum()), int((found.pareto_k > TRUSTED).sum())
         rows.append((found.unit, f"{units:,}", f"{float(found.elpd.mean()):.3f}", f"{untrusted:,}"))
         bad += untrusted
@@ -271,7 +274,7 @@ def leave_one_out(of: ReportInputs) -> Section:
     if bad:
         verdict += (
             f" For {rows[0][3]} of {rows[0][1]} tokens and {rows[1][3]} of {rows[1][1]} sequences k-hat > {TRUSTED}: "
-            f"there q is too far from what is left, and the figure may be off."
+            f"there the estimate is not reliable, because q is too far from the leave-one-out posterior."
         )
     head = ("left out", "units", "log predictive density (nats)", f"k-hat > {TRUSTED}")
     return Section(verdict, (), (Table(head, rows),), good=not bad)
@@ -281,29 +284,29 @@ SECTIONS: dict[str, Callable[[ReportInputs], Section]] = {
     "Can q be trusted?": trust,
     "Calibration": calibration,
     "Against reference chains": reference,
-    "What the thoughts carry": information,
+    "Information in the thoughts": information,
     "Aggregated posterior": aggregated,
-    "What can be read off": labels,
-    "What the decoder uses": ablation,
-    "Reading": reading,
-    "Between two texts": path,
+    "Labels": labels,
+    "Ablation": ablation,
+    "Context length and attention": context_lengths,
+    "Interpolation between two texts": interpolation,
     "Predictive checks": predictive,
     "Leave one out": leave_one_out,
 }
 
 
-def sections(of: ReportInputs) -> Iterable[tuple[str, Section]]:
-    """Every section by title; where something is missing, the sentence that says what."""
+def sections(inputs: ReportInputs) -> Iterable[tuple[str, Section]]:
+    """Every section with its title; a section whose inputs are missing says which."""
     for title, make in SECTIONS.items():
         try:
             with torch.no_grad():
-                yield title, make(of)
+                yield title, make(inputs)
         except UsageError as missing:
             yield title, Section(f"Left out. {missing}")
 
 
-def card(posterior: Posterior, sequence: int) -> dict[str, Any]:
-    """What a report says of one sequence."""
+def sequence_card(posterior: Posterior, sequence: int) -> dict[str, Any]:
+    """The entry of one sequence: text, labels, figures and KL by thought."""
     stats = posterior.stats.isel(sequence=sequence)
     figures = {name: float(stats[name]) for name in ("elbo", "kl", "pareto_k") if name in stats}
     return {

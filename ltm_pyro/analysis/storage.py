@@ -1,6 +1,5 @@
-"""Trees of datasets on disk: written whole or not at all, and read only if this version wrote them."""
+"""Atomic writing of `xarray.DataTree` as netCDF or zarr, and reading with a check of kind and format version."""
 
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,42 +7,31 @@ from typing import Any
 import xarray as xr
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write, remove, writing
 
 FORMAT = 1
 
 
 def write_tree(tree: xr.DataTree, path: str | Path) -> None:
-    """Writes netCDF, or zarr where the name ends in ``.zarr``; it takes its place once it is whole."""
+    """Writes netCDF, or zarr if the name ends in ``.zarr``; an old file is replaced once the new one is whole."""
     path = Path(path)
     if path.is_dir() and not is_store(path):
         raise UsageError(f"{path} is a folder: choose another --out.")
-    beside = path.with_name(f".{path.name}.new")
-    try:
+    with writing(path), atomic_write(path) as new:
         if path.suffix == ".zarr":
-            tree.to_zarr(beside, mode="w", consolidated=False)
+            tree.to_zarr(new, mode="w", consolidated=False)
         else:
-            tree.to_netcdf(beside, mode="w", engine="h5netcdf", encoding=_encoding(tree))
-        _remove(path)
-        beside.replace(path)
-    except OSError as error:
-        _remove(beside)
-        reason = error.strerror or error
-        raise UsageError(f"Cannot write {path}: {reason}; make room there or choose another --out.") from None
+            tree.to_netcdf(new, mode="w", engine="h5netcdf", encoding=_encoding(tree))
+        remove(path)  # an old zarr store is a folder, which is not replaced
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder is a zarr store, which takes a file's place."""
+    """Whether a path is a zarr store, which is a folder."""
     return path.suffix == ".zarr" and any((path / name).exists() for name in ("zarr.json", ".zgroup"))
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
 def read_tree(path: str | Path, kind: str) -> xr.DataTree:
-    """A tree of that kind (``posterior`` or ``calibration``) in memory."""
+    """Reads a tree of the kind ``posterior`` or ``calibration`` into memory."""
     path = Path(path)
     if not path.exists():
         raise UsageError(f"There is no {kind} at {path}: write one first (see `ltm --help`).")
@@ -51,23 +39,23 @@ def read_tree(path: str | Path, kind: str) -> xr.DataTree:
         how = {"engine": "zarr", "consolidated": False} if path.suffix == ".zarr" else {"engine": "h5netcdf"}
         with xr.open_datatree(path, **how) as stored:
             tree = stored.load()
-    except Exception:  # the engines raise whatever their libraries do
-        raise UsageError(f"{path} cannot be read as netCDF or zarr: give a file that ltm has written.") from None
+    except Exception:  # the exception depends on the engine
+        raise UsageError(f"{path} cannot be read as netCDF or zarr: give a file that ltm wrote.") from None
     found = tree.attrs.get(f"ltm_pyro_{kind}")
     if found is None:
-        raise UsageError(f"{path} is not a {kind} of ltm_pyro: give a file that ltm has written.")
+        raise UsageError(f"{path} is not a {kind} of ltm_pyro: give a file that ltm wrote.")
     if found != FORMAT:
         raise UsageError(f"{path} has format {found}, and this version reads {FORMAT}: write it again.")
     return tree
 
 
 def stamp(kind: str) -> dict[str, Any]:
-    """The attributes that `read_tree` looks for."""
+    """The attributes that `read_tree` checks."""
     return {f"ltm_pyro_{kind}": FORMAT, "ltm_pyro": version("ltm-pyro")}
 
 
 def _encoding(tree: xr.DataTree) -> dict[str, dict[str, Any]]:
-    """Compression for everything numeric."""
+    """Compression settings for all numeric variables."""
     packed = {"zlib": True, "complevel": 1, "shuffle": True}
     return {
         node.path: {str(name): packed for name, x in node.data_vars.items() if x.dtype.kind in "fi" and x.ndim}

@@ -1,4 +1,4 @@
-"""Texts to sequences, one text or one part of it each, with the labels that came along.
+"""From texts with labels to sequences of tokens; a sequence is one text or a part of it.
 
 Shapes: B sequences, T tokens.
 """
@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
-from ltm_pyro.contracts import Batch, make_batch
 from ltm_pyro.data.documents import input_files, read_documents
+from ltm_pyro.data.encode import Tokens, encode_document, split_tokens
 from ltm_pyro.data.formats import read_records
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.run import Run
@@ -23,7 +21,7 @@ _VALUE = re.compile(r"[^\0\ud800-\udfff]*")
 
 
 class Text(NamedTuple):
-    """A text, the document it is of, and its labels by name."""
+    """A text, the id of its document, and its labels by name."""
 
     text: str
     document: str
@@ -31,14 +29,14 @@ class Text(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One sequence: a text's tokens, or those of a part of it."""
+    """One sequence: the tokens of a text or of a part of it."""
 
     text: Text
-    tokens: list[int]
+    tokens: Tokens
 
 
 def read_texts(path: str | Path) -> list[Text]:
-    """The documents of a file or folder (`read_documents`); other plain values in JSON lines become labels."""
+    """The documents of a file or folder (`read_documents`); other strings and numbers in JSON lines become labels."""
     documents = [*read_documents([path])]
     labels = {
         f"{name}:{index}": _plain(record)
@@ -53,7 +51,7 @@ def _plain(record: dict[str, Any]) -> dict[str, str]:
 
 
 def as_texts(texts: Sequence[str | Text]) -> list[Text]:
-    """Plain strings become texts without labels; what is empty, or no posterior can store, is refused."""
+    """Strings become texts without labels; `UsageError` for empty texts and for what netCDF cannot store."""
     if not texts:
         raise UsageError("No text was given: a posterior needs at least one.")
     found = [Text(x, f"text:{index}") if isinstance(x, str) else x for index, x in enumerate(texts)]
@@ -65,7 +63,7 @@ def as_texts(texts: Sequence[str | Text]) -> list[Text]:
 
 
 def _check_storable(text: Text) -> None:
-    """Before the work and not after it, when the file is written."""
+    """Raises `UsageError` before any fit, and not hours later when the file is written."""
     for name, value in {"text": text.text, **text.labels}.items():
         if not _NAME.fullmatch(name):
             raise UsageError(
@@ -80,26 +78,20 @@ def _check_storable(text: Text) -> None:
 
 
 def pieces(run: Run, texts: Sequence[Text], longer: Longer) -> list[Piece]:
-    """Each text's tokens and the end of text behind them, in sequences of at most the model's length.
+    """The tokens of each text as a document (`encode_document`), in sequences of at most the model's length.
 
     Args:
-        longer: what becomes of a longer text: refused, ``cut`` to its start, or ``split`` into several sequences.
+        longer: what happens to a longer text: ``refuse`` it, ``cut`` it to its start, or ``split`` it into several
+            sequences.
     """
     found = []
     for text in texts:
-        tokens = [*run.tokenizer.encode(text.text, add_special_tokens=False).ids, run.start_token]
+        tokens = encode_document(run.tokenizer, text.text)
         if longer == "refuse" and len(tokens) > run.length:
             raise UsageError(
                 f"Text {text.document} has {len(tokens)} tokens, but the model's length is {run.length}: "
                 f"choose to `cut` longer texts to their start, or to `split` them into several sequences."
             )
-        last = run.length if longer == "cut" else len(tokens)
-        found += [Piece(text, tokens[first : first + run.length]) for first in range(0, last, run.length)]
+        rows = split_tokens(tokens, run.length)
+        found += [Piece(text, row) for row in (rows[:1] if longer == "cut" else rows)]
     return found
-
-
-def batch_of(found: Sequence[Piece], start_token: int, length: int) -> Batch:
-    """The pieces as a batch of rows of ``length`` tokens."""
-    lengths_B = torch.tensor([len(piece.tokens) for piece in found])
-    rows = [piece.tokens + [start_token] * (length - len(piece.tokens)) for piece in found]
-    return make_batch(torch.tensor(rows), lengths_B, start_token)

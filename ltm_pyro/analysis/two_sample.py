@@ -1,4 +1,4 @@
-"""Two sets of draws: are they of one distribution?
+"""A kernel two-sample test: do two sets of draws have the same distribution?
 
 Shapes: N draws, D coordinates.
 """
@@ -12,14 +12,14 @@ PERMUTATIONS = 99
 
 
 class Discrepancy(NamedTuple):
-    """The squared maximum mean discrepancy, and how often a random split of the pooled draws has a larger one."""
+    """The squared maximum mean discrepancy, and its p-value from random splits of the pooled draws."""
 
     mmd2: float
     p_value: float
 
 
 def mmd(a_ND: Float[np.ndarray, "n D"], b_ND: Float[np.ndarray, "m D"], seed: int = 0) -> Discrepancy:
-    r"""The unbiased MMD² with a Gaussian kernel of the median distance's width (Gretton et al. 2012).
+    r"""The unbiased MMD² with a Gaussian kernel whose bandwidth is the median distance (Gretton et al. 2012).
 
     .. math:: E\,k(a, a') + E\,k(b, b') - 2 E\,k(a, b)
     """

@@ -1,4 +1,4 @@
-"""The command line `ltm`: one small file per command, imported only when it is called."""
+"""The command line `ltm`: one file per command, imported only when the command is called."""
 
 from ltm_pyro.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`python -m ltm_pyro.cli` is `ltm`."""
+"""`python -m ltm_pyro.cli` is the same as `ltm`."""
 
 from ltm_pyro.cli import main
 

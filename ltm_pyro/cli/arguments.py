@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common: numbers with a lower limit, and complaints of one sentence."""
+"""Shared parts of the commands' argument parsers: number types, errors of one sentence, defaults in the help."""
 
 import argparse
 import math
@@ -18,17 +18,17 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """The default behind every option that has one and does not speak of it."""
+    """Appends the default to the help of every option that has one and does not mention it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        default, said = action.default, action.help or ""
-        if default is None or default is False or default in ([], "") or "default" in said:
+        default, text = action.default, action.help or ""
+        if default is None or default is False or default in ([], "") or "default" in text:
             return action.help
         return super()._get_help_string(action)
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """The type of a whole number, ``low`` or more."""
+    """An argument type: whole numbers from ``low`` on."""
 
     def parse(text: str) -> int:
         if not text.removeprefix("-").isdecimal() or int(text) < low:
@@ -39,7 +39,7 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """The type of a finite number above 0."""
+    """An argument type: finite numbers above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -51,11 +51,11 @@ def positive(text: str) -> float:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device``."""
-    about = "where the model computes: cpu, cuda or cuda:N"
-    parser.add_argument("--device", type=_device, default="cpu", metavar="NAME", help=about)
 
+    def device(text: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+        return text
 
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
-    return text
+    about = "where the model runs: cpu, cuda or cuda:N"
+    parser.add_argument("--device", type=device, default="cpu", metavar="NAME", help=about)

@@ -31,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "wall, or cpu: processor time, for a machine with other work (then with --threads 1)"
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=about)
     parser.add_argument("--eager", action="store_true", help="without torch's compiler, which takes minutes")
-    parser.add_argument("--data", metavar="DIR", help="instead of all suites: how fast this packed corpus is read")
+    parser.add_argument("--data", metavar="DIR", help="instead of all suites: how fast this packed corpus is loaded")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; returns 0."""
     if args.data:
-        print(json.dumps(_reader(args.data, args.clock)))
+        print(json.dumps(_measure_reading(args.data, args.clock)))
         return 0
     study = import_module(STUDY)
     chosen = args.suites or ["steps", "pyro", "attention", "generation"]
@@ -67,8 +67,8 @@ def _check(what: str, names: Iterable[str], known: Collection[str]) -> None:
         raise UsageError(f"There is no {what} '{unknown[0]}': choose from {', '.join(known)}.")
 
 
-def _reader(place: str, clock: str) -> dict[str, Any]:
-    """Tokens per second of the reader alone, by reading processes; processor time is known of this one only."""
+def _measure_reading(place: str, clock: str) -> dict[str, Any]:
+    """Tokens per second of the data loader alone, by worker processes; processor time is known of this process only."""
     from ltm_pyro.data.speed import reading_speed
 
     workers = (0, 1, 2) if clock == "wall" else (0,)

@@ -1,4 +1,4 @@
-"""`ltm calibrate RUN`: does q cover the truth on texts that the model itself has written?"""
+"""`ltm calibrate RUN`: simulation-based calibration of q on texts that the model generates."""
 
 import argparse
 import json
@@ -23,28 +23,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm calibrate`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument(
-        "--simulations", type=at_least(1), default=100, metavar="N", help="texts to write and infer from"
+        "--simulations", type=at_least(1), default=100, metavar="N", help="texts to generate and fit q to"
     )
-    parser.add_argument("--samples", type=at_least(1), default=99, metavar="S", help="draws per text; 9, 19, … 99")
+    parser.add_argument("--samples", type=at_least(1), default=99, metavar="S", help="draws per text: 9, 19, … 99")
     parser.add_argument(
-        "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; the recipe's by default"
+        "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; by default the recipe's"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="ranks as netCDF, for `ltm report --calibration`")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="rank histogram, ECDF and coverage (.png, .svg, …)"
+        "--picture", type=Path, metavar="FILE", help="plot rank histogram, ECDF and coverage (.png, .svg, …)"
     )
     add_device(parser)
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulates, ranks and prints; returns 0."""
+    """Runs the simulations and prints p-values and coverage; returns 0."""
     for path in filter(None, (args.out, args.picture)):
         check_out(path, args.force)
     if args.picture:
-        _check_format(args.picture)
+        canvas = extra("matplotlib.backend_bases", "plots", "A picture").FigureCanvasBase
+        formats = sorted(canvas.get_supported_filetypes())
+        if args.picture.suffix.lower().removeprefix(".") not in formats:
+            raise UsageError(f"No picture can be written as {args.picture}: end its name in .{', .'.join(formats)}.")
     from dataclasses import replace
 
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
@@ -59,22 +62,16 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         found.save(args.out)
     if args.picture:
-        from ltm_pyro.analysis.pictures.calibration import figure
+        from ltm_pyro.analysis.pictures.calibration import plot_calibration
 
-        figure(found).savefig(args.picture, dpi=150)
+        plot_calibration(found).savefig(args.picture, dpi=150)
     figures = summary(found)
     print(json.dumps(figures)) if args.json else Console().print(_table(figures, args.run))
     return 0
 
 
-def _check_format(picture: Path) -> None:
-    formats = extra("matplotlib.backend_bases", "plots", "A picture").FigureCanvasBase.get_supported_filetypes()
-    if picture.suffix.lower().removeprefix(".") not in formats:
-        raise UsageError(f"No picture can be written as {picture}: end its name in .{', .'.join(sorted(formats))}.")
-
-
 def summary(found: "Calibration") -> dict[str, Any]:
-    """p-values and coverage as plain numbers."""
+    """p-values and coverage as a dictionary for JSON."""
     import numpy as np
 
     p_values, levels = found.p_values(), np.array(LEVELS)
@@ -94,13 +91,13 @@ def summary(found: "Calibration") -> dict[str, Any]:
 def _table(figures: dict[str, Any], title: str) -> Table:
     from ltm_pyro.analysis.calibration import LOG_LIKELIHOOD
 
-    heading = f"{title}: {figures['simulations']} texts of the model's own, {figures['samples']} draws of q each"
+    heading = f"{title}: {figures['simulations']} generated texts, {figures['samples']} draws of q each"
     table = Table("", "", "what it should be", title=heading, title_justify="left")
     table.add_row("p-value of 'q is the posterior'", f"{figures['p_value']:.3f}", "not small")
-    below, of = figures["coordinates_below_0.01"], figures["coordinates"]
+    below, total = figures["coordinates_below_0.01"], figures["coordinates"]
     table.add_row(f"p-value of {LOG_LIKELIHOOD} alone", f"{figures['p_values'][LOG_LIKELIHOOD]:.3f}", "not small")
-    table.add_row("coordinates with p < 0.01", f"{below} of {of}", f"about {0.01 * of:.0f}")
+    table.add_row("coordinates with p < 0.01", f"{below} of {total}", f"about {0.01 * total:.0f}")
     for level, share in figures["coverage"].items():
         expected = f"{figures['attainable'][level]:.0%}"
-        table.add_row(f"{float(level):.0%} intervals hold the truth", f"{share:.1%}", expected)
+        table.add_row(f"{float(level):.0%} intervals contain the truth", f"{share:.1%}", expected)
     return table

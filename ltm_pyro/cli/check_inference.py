@@ -14,7 +14,7 @@ STUDY = "ltm_pyro.studies.check_inference"  # by dotted path: the command line i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm check-inference`."""
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and noise")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of data and noise")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

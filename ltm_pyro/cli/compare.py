@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ltm_pyro.cli.arguments import at_least, positive
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
 
+STUDY = "ltm_pyro.studies.compare"  # by dotted path: the command line imports no study
 COLUMNS = {  # figure to head, and the figure that is its standard error
     "bound": ("bound", "stderr"),
     "iwae": ("iwae", None),
@@ -40,14 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, scores, and prints one table; returns 0. The same command goes on after an interruption."""
-    from ltm_pyro.studies.compare import Comparison
-
+    """Trains, scores, and prints one table; returns 0. The same command resumes after an interruption."""
     if round(60 * args.minutes) < 1:
         raise UsageError(f"--minutes is {args.minutes}: give each pair a second at least, such as 2 minutes.")
     if not Path(args.config).is_file():
         raise UsageError(f"There is no recipe {args.config}: give a YAML file.")
-    comparison = Comparison(
+    comparison = import_module(STUDY).Comparison(
         config=args.config,
         priors=[name.strip() for name in args.priors.split(",")],
         guides=[name.strip() for name in args.guides.split(",")],
@@ -58,15 +58,15 @@ def run(args: argparse.Namespace) -> int:
         options=[f"--{option}" for option in args.option],
     )
     comparison.check()
-    comparison.open_folder()
-    pairs, rows, console = comparison.pairs(), [], Console(stderr=True)
-    for index, (prior, guide, options) in enumerate(pairs):
-        title = "autoregressive twin" if options else f"{prior} with {guide}"
-        console.print(f"{index + 1} of {len(pairs)}: {title}, {args.minutes:g} minutes", soft_wrap=True)
+    comparison.write_settings()
+    pairs, rows, console = comparison.pairs, [], Console(stderr=True)
+    for number, pair in enumerate(pairs, 1):
+        title = "autoregressive baseline" if pair.is_ar_baseline else f"{pair.prior} with {pair.guide}"
+        console.print(f"{number} of {len(pairs)}: {title}, {args.minutes:g} minutes", soft_wrap=True)
         try:
-            rows.append(comparison.row(prior, guide, options))
+            rows.append(comparison.figures(pair))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted; the same command goes on where it stopped.") from None
+            raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
     if args.json:
         print(json.dumps({"minutes": args.minutes, "out": str(args.out), "rows": rows}))
     else:
@@ -88,7 +88,7 @@ def _table(rows: list[dict[str, Any]], minutes: float) -> Table:
         pair = ("autoregressive", "") if row["name"] == "autoregressive" else (row["prior"], row["guide"])
         table.add_row(*pair, *(_cell(row, figure, error) for figure, (_, error) in COLUMNS.items()))
     table.caption = "\n".join(
-        f"{row['name']}: no bound, for {row['no_bound']}; {row['without_thinking']:.3f} without thinking."
+        f"{row['name']}: no bound, because {row['no_bound']}; {row['without_thinking']:.3f} without thinking."
         for row in rows
         if row["no_bound"]
     )
@@ -98,5 +98,5 @@ def _table(rows: list[dict[str, Any]], minutes: float) -> Table:
 def _cell(row: dict[str, Any], figure: str, error: str | None) -> str:
     if row[figure] is None:
         return "-"
-    spread = row[error] if error else None
-    return f"{row[figure]:.3f}" + (f"\n±{spread:.3f}" if spread is not None else "")
+    stderr = row[error] if error else None
+    return f"{row[figure]:.3f}" + (f"\n±{stderr:.3f}" if stderr is not None else "")

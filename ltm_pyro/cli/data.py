@@ -1,4 +1,4 @@
-"""`ltm data pack`: text to token shards."""
+"""`ltm data pack`: packs text into shards of tokens."""
 
 import argparse
 import json
@@ -19,19 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm data pack` to ``parser``."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=INPUTS)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to create")
-    parser.add_argument("--tokenizer", default="bpe:4096", metavar="bpe:SIZE|PATH", help="train one, or load one")
-    parser.add_argument("--seq-len", type=at_least(1), default=128, metavar="N", help="tokens a sequence")
-    parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of documents held out")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="which documents are held out")
     parser.add_argument(
-        "--drop-duplicates", choices=("exact", "near"), help="leave out documents that repeat an earlier one"
+        "--tokenizer", default="bpe:4096", metavar="bpe:SIZE|PATH", help="train a tokenizer, or load one"
+    )
+    parser.add_argument("--seq-len", type=at_least(1), default=128, metavar="N", help="tokens per sequence")
+    parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of documents held out")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed of the held-out split")
+    parser.add_argument(
+        "--drop-duplicates",
+        choices=("exact", "near"),
+        help="drop documents that are equal or similar to an earlier one",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing pack")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Packs, then prints a table or, under ``--json``, one object; returns 0. Raises `UsageError`."""
+    """Packs the text, prints a table or one JSON object; returns 0. Raises `UsageError`."""
     spinner = (SpinnerColumn(), TextColumn("packing, {task.completed:,.0f} tokens written"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*spinner, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(manifest: Manifest, out: str) -> dict[str, Any]:
-    """The manifest with the shards counted instead of listed."""
+    """The manifest for JSON, with the number of shards instead of their list."""
     summary = {"out": out} | manifest.to_dict()
     for split in summary["splits"].values():
         split["shards"] = len(split["shards"])
@@ -63,7 +67,7 @@ def summary(manifest: Manifest, out: str) -> dict[str, Any]:
 
 
 def counts(manifest: Manifest, out: str) -> Table:
-    """The manifest's counts, a line for each split."""
+    """A table of the manifest's counts, one row per split."""
     title = f"{out}: sequences of {manifest.seq_len} tokens, vocabulary {manifest.vocabulary:,}"
     title += f", {manifest.dropped:,} duplicates left out" if manifest.dropped else ""
     columns = ("documents", "sequences", "tokens", "bytes", "shards")

@@ -1,4 +1,4 @@
-"""`ltm data show DIR`: what is in a packed corpus."""
+"""`ltm data show DIR`: counts, document lengths and sample sequences of a packed corpus."""
 
 import argparse
 import json
@@ -13,20 +13,20 @@ from ltm_pyro.data.describe import Description, describe
 from ltm_pyro.data.manifest import read_manifest
 from ltm_pyro.utils.console import Console
 
-_BAR = 40
+_BAR = 40  # characters of the longest bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm data show` to ``parser``."""
-    parser.add_argument("pack", metavar="DIR", help="a packed corpus, folder or address")
+    parser.add_argument("pack", metavar="DIR", help="a packed corpus: folder or URL")
     parser.add_argument("--split", default="train", metavar="NAME", help="train or val")
     parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="sequences to decode")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="which sequences")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed of the sequences shown")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints counts, lengths of documents and decoded sequences; returns 0."""
+    """Prints counts, document lengths and decoded sequences; returns 0."""
     manifest = read_manifest(args.pack)
     found = describe(args.pack, args.split, args.samples, args.seed)
     if args.json:

@@ -1,4 +1,4 @@
-"""`ltm data verify DIR`: whether every shard is what the manifest says."""
+"""`ltm data verify DIR`: compares every shard with size and checksum in the manifest."""
 
 import argparse
 import json
@@ -13,12 +13,12 @@ from ltm_pyro.utils.console import Console
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm data verify` to ``parser``."""
-    parser.add_argument("pack", metavar="DIR", help="a packed corpus, folder or address")
+    parser.add_argument("pack", metavar="DIR", help="a packed corpus: folder or URL")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reads every shard whole; returns 0 if all are sound. Raises `UsageError` after naming those that are not."""
+    """Reads all shards; returns 0 if none is damaged. Raises `UsageError` after printing what is wrong with which."""
     manifest, _ = open_pack(args.pack)
     shards = sum(len(split.shards) for split in manifest.splits.values())
     console = Console(stderr=True)
@@ -39,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
     if damaged:
         raise UsageError(f"{len(damaged)} of {shards} shards of {args.pack} are damaged: {', '.join(damaged)}.")
     if not args.json:
-        print(f"{args.pack}: all {shards} shards are sound.")
+        print(f"{args.pack}: all {shards} shards are intact.")
     return 0

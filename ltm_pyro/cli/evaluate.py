@@ -1,4 +1,4 @@
-"""`ltm evaluate RUN`: every estimator's figures for held-out text, or the paper's table suite by suite."""
+"""`ltm evaluate RUN`: scores held-out text by several estimators, or computes the suites of the paper's table."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, Evaluation, check_estimators
 from ltm_pyro.utils.console import Console
 
-# options that one of the two uses heeds, and their defaults
+# options that have an effect only without or only with --suite, and their defaults
 OF_ESTIMATORS: dict[str, Any] = {"data": None, "estimators": ",".join(DEFAULT), "block": 16, "normaliser": None}
 OF_SUITES: dict[str, Any] = {
     "suite_dir": None,
@@ -30,39 +30,42 @@ OF_SUITES: dict[str, Any] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm evaluate`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
-    parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; the run's own by default")
-    parser.add_argument("--estimators", metavar="A,B,…", help=f"of {', '.join(ESTIMATORS)}")
+    parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; by default the run's own")
+    parser.add_argument("--estimators", metavar="A,B,…", help=f"any of {', '.join(ESTIMATORS)}")
+    parser.add_argument("--samples", type=at_least(1), default=16, metavar="S", help="draws per sequence after the fit")
     parser.add_argument(
-        "--samples", type=at_least(1), default=16, metavar="S", help="draws per sequence after q is final"
+        "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; by default the recipe's"
     )
+    parser.add_argument("--block", type=at_least(1), metavar="N", help="tokens per block of the estimator `causal`")
     parser.add_argument(
-        "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; the recipe's by default"
-    )
-    parser.add_argument("--block", type=at_least(1), metavar="N", help="tokens of a block of `causal`")
-    parser.add_argument(
-        "--normaliser", type=at_least(2), metavar="N", help="draws to estimate an unnormalised prior's constant with"
+        "--normaliser",
+        type=at_least(2),
+        metavar="N",
+        help="draws for an estimate of the normaliser of an unnormalised prior",
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N sequences")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     suites = parser.add_argument_group("suites: the paper's evaluation table")
     suites.add_argument(
-        "--suite", metavar="A,B,…", help="of zero-shot, multilingual, gsm8k, reconstruction, generation"
+        "--suite", metavar="A,B,…", help="any of zero-shot, multilingual, gsm8k, reconstruction, generation"
     )
-    suites.add_argument("--suite-dir", type=Path, metavar="DIR", help="where the data are")
-    suites.add_argument("--source", action="append", metavar="NAME=PLACE", help="one data set elsewhere")
-    suites.add_argument("--baseline", metavar="RUN", help="an autoregressive run, for a column of its own")
+    suites.add_argument("--suite-dir", type=Path, metavar="DIR", help="folder with the data sets")
+    suites.add_argument(
+        "--source", action="append", metavar="NAME=PLACE", help="file or folder of one data set; can be repeated"
+    )
+    suites.add_argument("--baseline", metavar="RUN", help="an autoregressive run to compare with")
     suites.add_argument("--shots", type=at_least(0), metavar="N", help="worked examples of gsm8k, if they fit")
-    suites.add_argument("--attempts", type=at_least(1), metavar="N", help="answers per question of gsm8k")
-    suites.add_argument("--features", metavar="DIR", help="run or Hugging Face model whose states MAUVE compares")
-    suites.add_argument("--out", type=Path, metavar="DIR", help="results and report; RUN/suites by default")
-    suites.add_argument("--force", action="store_true", help="begin anew where --out has results of other settings")
+    suites.add_argument("--attempts", type=at_least(1), metavar="N", help="generated answers per question of gsm8k")
+    suites.add_argument("--features", metavar="DIR", help="run or Hugging Face model for MAUVE's features")
+    suites.add_argument("--out", type=Path, metavar="DIR", help="results and report; by default RUN/suites")
+    suites.add_argument("--force", action="store_true", help="replace results of other settings")
     parser.set_defaults(**OF_ESTIMATORS, **OF_SUITES)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores, then prints a table or one JSON object; returns 0."""
+    """Scores the run and prints a table or one JSON object; returns 0."""
     _check(args)
     if args.suite:
         return _suites(args)
@@ -91,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses options that the other use of the command alone would heed."""
+    """Refuses options that would have no effect."""
     ignored = OF_ESTIMATORS if args.suite else OF_SUITES
     given = [f"--{name.replace('_', '-')}" for name, default in ignored.items() if getattr(args, name) != default]
     if given and args.suite:
         raise UsageError(f"The suites choose their own data and estimators: leave out {', '.join(given)}.")
     if given:
-        raise UsageError(f"Without --suite nothing heeds {', '.join(given)}: name a suite, or leave that out.")
+        raise UsageError(f"Without --suite {', '.join(given)} would have no effect: name a suite, or leave that out.")
 
 
 def _suites(args: argparse.Namespace) -> int:
@@ -151,5 +154,6 @@ def _table(evaluation: Evaluation, title: str) -> Table:
     if e.thinking_gain:
         gain = (e.thinking_gain.nats_per_token, e.thinking_gain.stderr_nats_per_token)
         table.add_row("prior - bound", *(f"{x:.4f}" for x in gain))
-    table.caption = " ".join(f"{name}: unavailable, for {reason}." for name, reason in e.unavailable.items()) or None
+    reasons = (f"{name}: unavailable, because {reason}." for name, reason in e.unavailable.items())
+    table.caption = " ".join(reasons) or None
     return table

@@ -1,4 +1,4 @@
-"""`ltm export RUN --out DIR`: a trained model to share."""
+"""`ltm export RUN --out DIR`: writes a trained model as safetensors, recipe, tokenizer and model card."""
 
 import argparse
 import json
@@ -8,12 +8,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm export`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--force", action="store_true", help="write over such a folder")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in that folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the folder and names its files; returns 0."""
+    """Writes the folder and prints its files; returns 0."""
     from ltm_pyro.runs.export import save_pretrained
 
     folder = save_pretrained(args.run, args.out, force=args.force)

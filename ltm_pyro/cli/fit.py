@@ -1,4 +1,4 @@
-"""`ltm fit --config FILE [--key value …]`: trains and leaves a run directory."""
+"""`ltm fit --config FILE [--key value …]`: trains a model and writes a run directory."""
 
 import sys
 
@@ -7,7 +7,7 @@ from ltm_pyro.training.train import train
 
 
 def run(arguments: list[str]) -> int:
-    """Trains; returns 0. Raises `UsageError`, or `KeyboardInterrupt` once an interrupted run is saved."""
+    """Trains; returns 0. Raises `UsageError`, or `KeyboardInterrupt` after an interrupted run is saved."""
     path = train(read_recipe(arguments))
     print(f"Run written to {path}; next: ltm evaluate {path}", file=sys.stderr)
     return 0

@@ -1,4 +1,4 @@
-"""`ltm generate RUN`: text from the prior, behind a prompt, or on the way from one text to another."""
+"""`ltm generate RUN`: generates text from the prior, after a prompt, or between two texts."""
 
 import argparse
 import json
@@ -11,36 +11,57 @@ from ltm_pyro.errors import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm generate`."""
+
+    def layers(text: str) -> tuple[int, ...]:
+        return tuple(int(layer) for layer in text.split(","))
+
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported model")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what to continue; z comes from the prior without")
-    parser.add_argument("--interpolate", nargs=2, metavar="TEXT", help="thoughts on the way from one text to the other")
-    parser.add_argument("--num-samples", type=at_least(1), default=1, metavar="N", help="texts to write, one z each")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of z and of the tokens")
-    parser.add_argument("--stream", action="store_true", help="print the text while it is written")
-    about = "half a minute of torch's compiler first, then a single text is written twice as fast"
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue; without it z is from the prior")
+    parser.add_argument("--interpolate", nargs=2, metavar="TEXT", help="interpolate between the thoughts of two texts")
+    parser.add_argument("--num-samples", type=at_least(1), default=1, metavar="N", help="texts to generate, one z each")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed of z and of the tokens")
+    parser.add_argument("--stream", action="store_true", help="print the text while it is generated")
+    about = "compile the decoder: half a minute first, then single texts are generated twice as fast"
     parser.add_argument("--compile", action="store_true", help=about)
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     tokens = parser.add_argument_group("tokens, as in Hugging Face's generate")
     tokens.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N", help="tokens after the prompt")
-    tokens.add_argument("--greedy", action="store_true", help="take the likeliest token instead of drawing one")
-    tokens.add_argument("--temperature", type=float, default=1.0, metavar="X", help="divides the logits")
-    tokens.add_argument("--top-k", type=at_least(0), default=0, metavar="N", help="only the N likeliest; 0 for all")
-    tokens.add_argument("--top-p", type=float, default=1.0, metavar="X", help="only the likeliest of this mass")
+    tokens.add_argument("--greedy", action="store_true", help="take the most likely token, do not sample")
+    tokens.add_argument("--temperature", type=float, default=1.0, metavar="X", help="divide the logits by X")
     tokens.add_argument(
-        "--min-p", type=float, default=0.0, metavar="X", help="at least so likely, next to the likeliest"
+        "--top-k", type=at_least(0), default=0, metavar="N", help="only the N most likely tokens; 0 for all"
     )
-    tokens.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="on tokens seen; 1 for none")
-    tokens.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end behind this; can be repeated")
+    tokens.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="only the most likely tokens of total probability X"
+    )
+    tokens.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="at least X times the highest probability"
+    )
+    tokens.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="penalty on earlier tokens; 1 for none"
+    )
+    tokens.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop after TEXT; can be repeated")
     thoughts = parser.add_argument_group("thoughts")
-    thoughts.add_argument("--fast-steps", type=at_least(0), metavar="N", help="per fit; the recipe's by default")
-    thoughts.add_argument("--candidates", type=at_least(1), default=1, metavar="N", help="draws of z to choose from")
-    thoughts.add_argument("--refit-every", type=at_least(0), default=0, metavar="N", help="think again every N tokens")
-    thoughts.add_argument("--layers", type=_layers, metavar="1,2,…", help="which hear thoughts, of those with thoughts")
+    thoughts.add_argument("--fast-steps", type=at_least(0), metavar="N", help="steps per fit; by default the recipe's")
+    thoughts.add_argument(
+        "--candidates",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="draws of z, of which one is kept by importance weight",
+    )
+    thoughts.add_argument("--refit-every", type=at_least(0), default=0, metavar="N", help="fit q again every N tokens")
+    thoughts.add_argument(
+        "--layers",
+        type=layers,
+        metavar="1,2,…",
+        help="layers that use their thoughts, counted from 1 among those with thoughts; all by default",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the texts to standard output; returns 0."""
+    """Prints the generated texts; returns 0."""
     _check(args)
     from ltm_pyro.runs.load import load_run
     from ltm_pyro.text.sampling import Sampling
@@ -57,7 +78,6 @@ def run(args: argparse.Namespace) -> int:
         stop_strings=tuple(args.stop),
     )
     trained = load_run(args.run, args.device)
-    trained.model.decoder.compiled_reading = args.compile
     try:
         texts = _texts(trained, args, sampling)
     except RuntimeError as error:
@@ -88,22 +108,21 @@ def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
         layers=args.layers,
     )
     if args.interpolate:
-        return interpolate(trained, tuple(args.interpolate), args.num_samples, sampling, thought_sampling, args.seed)
+        ends, points = tuple(args.interpolate), args.num_samples
+        return interpolate(trained, ends, points, sampling, thought_sampling, args.seed, args.compile)
     if args.stream:
         print(args.prompt, end="", flush=True)
     streamer = TextStreamer(trained.tokenizer) if args.stream else None
-    return generate(trained, args.prompt, sampling, thought_sampling, seed=args.seed, streamer=streamer)
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(layer) for layer in text.split(","))
+    return generate(
+        trained, args.prompt, sampling, thought_sampling, seed=args.seed, streamer=streamer, compile=args.compile
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.interpolate and (args.prompt or args.stream or args.refit_every):
-        raise UsageError("--interpolate writes from thoughts alone: leave out --prompt, --stream and --refit-every.")
+        raise UsageError("--interpolate does not go with --prompt, --stream and --refit-every: leave them out.")
     if args.stream and args.json:
-        raise UsageError("--stream prints text while it is written, --json one object at the end: choose one of them.")
+        raise UsageError("--stream prints text at once, --json one object at the end: choose one of them.")
     for name, text in (("--prompt", args.prompt), *(("--interpolate", text) for text in args.interpolate or [])):
         try:
             text.encode()

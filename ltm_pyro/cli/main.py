@@ -1,4 +1,4 @@
-"""`ltm COMMAND …`: finds the command, and turns what a user got wrong into one sentence and exit code 2."""
+"""`ltm COMMAND …`: finds and runs the command; a user's error becomes one sentence and exit code 2."""
 
 import sys
 import warnings
@@ -9,27 +9,27 @@ from pathlib import Path
 
 from ltm_pyro.utils.malloc import keep_freed_memory
 
-COMMANDS = {  # name -> module and the line of help
-    "data pack": ("ltm_pyro.cli.data", "text, JSONL, Parquet or a data set -> token shards"),
-    "data verify": ("ltm_pyro.cli.data_verify", "is every shard of a pack what its manifest says?"),
-    "data show": ("ltm_pyro.cli.data_show", "what is in a pack: counts, lengths, decoded samples"),
-    "fit": ("ltm_pyro.cli.fit", "train as a recipe says"),
+COMMANDS = {  # name -> module, line of help
+    "data pack": ("ltm_pyro.cli.data", "pack text, JSONL, Parquet or a Hugging Face data set into token shards"),
+    "data verify": ("ltm_pyro.cli.data_verify", "compare every shard of a pack with its manifest"),
+    "data show": ("ltm_pyro.cli.data_show", "print counts, document lengths and samples of a pack"),
+    "fit": ("ltm_pyro.cli.fit", "train a model by a recipe"),
     "evaluate": ("ltm_pyro.cli.evaluate", "score held-out text: bounds, perplexity, bits per byte"),
-    "generate": ("ltm_pyro.cli.generate", "write text, freely or behind a prompt"),
-    "posterior": ("ltm_pyro.cli.posterior", "the thoughts of every text, with their diagnostics, as netCDF"),
-    "calibrate": ("ltm_pyro.cli.calibrate", "does q cover the truth on the model's own texts?"),
-    "report": ("ltm_pyro.cli.report", "every diagnostic of a posterior on one page of HTML"),
-    "compare": ("ltm_pyro.cli.compare", "priors and guides trained for the same time, side by side"),
-    "show": ("ltm_pyro.cli.show", "sites, shapes and plate diagram of a run or a recipe"),
-    "new": ("ltm_pyro.cli.new", "a commented prior, guide or study to start from, with a test"),
-    "export": ("ltm_pyro.cli.export", "a run as safetensors, recipe, tokenizer and model card"),
-    "check-inference": ("ltm_pyro.cli.check_inference", "every guide against known posteriors and evidences"),
-    "bench": ("ltm_pyro.cli.bench", "speed and memory beside the published structure, on this machine"),
-    "flops": ("ltm_pyro.cli.flops", "what a recipe costs per token"),
+    "generate": ("ltm_pyro.cli.generate", "generate text, with or without a prompt"),
+    "posterior": ("ltm_pyro.cli.posterior", "infer the thoughts of texts; draws and diagnostics as netCDF"),
+    "calibrate": ("ltm_pyro.cli.calibrate", "simulation-based calibration of q on generated texts"),
+    "report": ("ltm_pyro.cli.report", "write all diagnostics of a posterior as one HTML page"),
+    "compare": ("ltm_pyro.cli.compare", "train priors and guides for the same time and compare them"),
+    "show": ("ltm_pyro.cli.show", "show sites, shapes and plate diagram of a run or a recipe"),
+    "new": ("ltm_pyro.cli.new", "write a commented prior, guide or study to start from, with a test"),
+    "export": ("ltm_pyro.cli.export", "export a run as safetensors, recipe, tokenizer and model card"),
+    "check-inference": ("ltm_pyro.cli.check_inference", "test every guide on known posteriors and evidences"),
+    "bench": ("ltm_pyro.cli.bench", "measure speed and memory, also of the published structure"),
+    "flops": ("ltm_pyro.cli.flops", "print parameters and FLOPs per token of a recipe"),
     "study run": ("ltm_pyro.cli.study", "search settings at equal training budgets, on any number of machines"),
-    "study list": ("ltm_pyro.cli.study", "the studies in a storage"),
-    "study show": ("ltm_pyro.cli.study", "a study's trials, failed and pruned ones with the reason"),
-    "study report": ("ltm_pyro.cli.study", "a study as a page: pictures, trials and the recommended setting"),
+    "study list": ("ltm_pyro.cli.study", "list the studies in a storage"),
+    "study show": ("ltm_pyro.cli.study", "show a study's trials, failed and pruned ones with the reason"),
+    "study report": ("ltm_pyro.cli.study", "write a study as a page: plots, trials and the recommended setting"),
     "study best": ("ltm_pyro.cli.study", "write the recommended setting as a recipe for `ltm fit`"),
 }
 
@@ -37,19 +37,19 @@ PACKAGES = {"ltm_pyro": "ltm-pyro", "torch": "torch", "pyro": "pyro-ppl"}  # mod
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command and exits: 0 done, 2 the user can mend it, 130 interrupted."""
+    """Runs one command and exits: 0 if done, 2 after an error that the user can fix, 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--version"]:
         print(", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items()))
         sys.exit(0)
     name, rest = _split(arguments)
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last, for a user's own modules
+        sys.path.append(str(Path.cwd()))  # last, so that a recipe can name the user's own modules
     from ltm_pyro.errors import UsageError
 
     keep_freed_memory()
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no UTF-8, and a terminal know fewer letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
     try:
         sys.exit(_call(name, rest))
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as interruption:
         print(f"\nltm {name}: {interruption or 'interrupted.'}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # for example `ltm … | head`
         sys.stderr.close()
         sys.exit(1)
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _call(name: str, rest: list[str]) -> int:
     module, help_line = COMMANDS[name]
     command = import_module(module)
-    if name == "fit":  # Lightning's conventions, parsed by jsonargparse
+    if name == "fit":  # has Lightning's conventions and is parsed by jsonargparse
         return command.run(rest)
     from ltm_pyro.cli.arguments import Help, Parser
 
@@ -77,16 +77,16 @@ def _call(name: str, rest: list[str]) -> int:
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:
-    """The command's name and its arguments; prints the list of commands and exits where there is none."""
+    """The command's name and its arguments; without a command, prints the list of commands and exits."""
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
-    said = [word for word in arguments[:2] if not word.startswith("-")]
-    listed = {name: line for name, (_, line) in COMMANDS.items() if not said or name.startswith(f"{said[0]} ")}
-    if said and (not listed or len(said) == 2):
-        print(f"ltm: there is no command '{' '.join(said)}'; `ltm --help` lists them.", file=sys.stderr)
+    given = [word for word in arguments[:2] if not word.startswith("-")]
+    listed = {name: line for name, (_, line) in COMMANDS.items() if not given or name.startswith(f"{given[0]} ")}
+    if given and (not listed or len(given) == 2):
+        print(f"ltm: there is no command '{' '.join(given)}'; `ltm --help` lists them.", file=sys.stderr)
         sys.exit(2)
-    print("usage: ltm COMMAND [options]   (ltm COMMAND --help says which; ltm --version)\n")
+    print("usage: ltm COMMAND [options]   (options: ltm COMMAND --help; version: ltm --version)\n")
     print("\n".join(f"  {name:<17}{line}" for name, line in listed.items()))
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""`ltm new prior|guide|study NAME`: a commented file to start from, with a test that passes."""
+"""`ltm new prior|guide|study NAME`: writes a commented file to start from, and a test that passes."""
 
 import argparse
 import re
@@ -10,23 +10,23 @@ from pathlib import Path
 
 from ltm_pyro.errors import UsageError
 
-TEMPLATES = files("ltm_pyro.cli") / "templates"  # KIND.txt and KIND_test.txt; MyName and my_name stand for the user's
+TEMPLATES = files("ltm_pyro.cli") / "templates"  # KIND.txt and KIND_test.txt, in which MyName and my_name are replaced
 
 
 def kinds() -> list[str]:
-    """What can be made new."""
+    """The kinds of files that can be written."""
     return sorted(x.name.removesuffix(".txt") for x in TEMPLATES.iterdir() if not x.name.endswith("_test.txt"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm new`."""
-    parser.add_argument("kind", choices=kinds(), help="what to write")
-    parser.add_argument("name", metavar="NAME", help="of the class or the study, such as SpikeAndSlab")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where; the current folder by default")
+    parser.add_argument("kind", choices=kinds(), help="kind of file")
+    parser.add_argument("name", metavar="NAME", help="name of the class or the study, such as SpikeAndSlab")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder; by default the current one")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes both files; returns 0."""
+    """Writes the file and its test; returns 0."""
     module = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", args.name).lower()
     title = "".join(part[:1].upper() + part[1:] for part in args.name.split("_"))
     templates = {name: (TEMPLATES / f"{name}.txt").read_text("utf-8") for name in (args.kind, f"{args.kind}_test")}
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_name(name: str, module: str, title: str, templates: str) -> None:
-    """Refuses a name of which no file, no module or no class can be made."""
+    """Refuses a name that cannot be used for the file, the module and the class."""
     if not name.isidentifier() or name.startswith("_") or iskeyword(module) or iskeyword(title):
         raise UsageError(f"{name!r} is no name for a file and a class in Python: give one such as SpikeAndSlab.")
     if re.search(rf"\b{title}\b", templates.replace("MyName", "")) or module.startswith(("test_", "conftest")):

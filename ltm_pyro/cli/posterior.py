@@ -1,4 +1,4 @@
-"""`ltm posterior RUN`: what the thoughts of every text may be, as netCDF for ArviZ and `ltm report`."""
+"""`ltm posterior RUN`: draws from the posterior of every text's thoughts, as netCDF for ArviZ and `ltm report`."""
 
 import argparse
 import json
@@ -22,38 +22,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", required=True, metavar="FILE", help=".txt or .jsonl; other JSONL values are labels")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="netCDF, or zarr if it ends in .zarr")
     parser.add_argument(
-        "--method", default="guide", choices=("guide", "nuts", "langevin"), help="fit q, or run a chain"
+        "--method",
+        default="guide",
+        choices=("guide", "nuts", "langevin"),
+        help="fit q and draw from it, or run Markov chains",
     )
     parser.add_argument("--samples", type=at_least(1), default=100, metavar="S", help="draws per sequence and chain")
     parser.add_argument(
-        "--longer", default="refuse", choices=("refuse", "cut", "split"), help="texts beyond the length"
+        "--longer", default="refuse", choices=("refuse", "cut", "split"), help="what to do with texts that are too long"
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N texts")
     parser.add_argument(
-        "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; the recipe's by default"
+        "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; by default the recipe's"
     )
-    parser.add_argument(
-        "--replicas", type=at_least(0), default=0, metavar="R", help="texts to write from draws of each q"
-    )
-    parser.add_argument("--chains", type=at_least(2), default=2, metavar="C", help="chains of a reference method")
-    parser.add_argument("--warmup", type=at_least(1), default=200, metavar="N", help="steps a chain throws away")
+    parser.add_argument("--replicas", type=at_least(0), default=0, metavar="R", help="texts to generate from each q")
+    parser.add_argument("--chains", type=at_least(2), default=2, metavar="C", help="Markov chains per sequence")
+    parser.add_argument("--warmup", type=at_least(1), default=200, metavar="N", help="discarded steps of each chain")
     add_device(parser)
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all noise")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Infers, writes the file and prints what is in it; returns 0."""
+    """Draws the posterior, writes the file and prints a summary; returns 0."""
     check_out(args.out, args.force)
-    from ltm_pyro.analysis import Chains, Drawing, draw_posterior, read_texts  # here, so that --help need not wait
+    # imported here, because --help must not wait for them
+    from ltm_pyro.analysis import ChainOptions, DrawOptions, draw_posterior, read_texts
     from ltm_pyro.runs.load import load_run
 
-    chains = Chains(chains=args.chains, warmup=args.warmup)
-    drawing = Drawing(method=args.method, samples=args.samples, chains=chains, replicas=args.replicas)
+    chains = ChainOptions(chains=args.chains, warmup=args.warmup)
+    options = DrawOptions(method=args.method, samples=args.samples, chains=chains, replicas=args.replicas)
     texts = read_texts(args.input)[: args.limit]
     trained = load_run(args.run, args.device)
-    posterior = draw_posterior(trained, texts, drawing, args.fast_steps, longer=args.longer, seed=args.seed)
+    posterior = draw_posterior(trained, texts, options, args.fast_steps, longer=args.longer, seed=args.seed)
     posterior.save(args.out)
     figures = summary(posterior)
     if args.json:
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_out(path: Path, force: bool) -> None:
-    """Refuses to replace a file, or to begin hours of work whose result has no place to go."""
+    """Refuses a path that exists or cannot be written, before hours of work."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists already: choose another --out, or add --force.")
     if path.is_dir():
@@ -79,7 +81,7 @@ def check_out(path: Path, force: bool) -> None:
 
 
 def summary(posterior: "Posterior") -> dict[str, float]:
-    """The figures of all sequences together; nats per sequence."""
+    """Figures of all sequences together; bounds and KL in nats per sequence."""
     from ltm_pyro.inference.pareto import TRUSTED
 
     stats = posterior.stats

@@ -1,4 +1,4 @@
-"""`ltm show RUN_OR_CONFIG`: a model's latent sites, all its shapes, its guide's local parameters, the plate diagram."""
+"""`ltm show RUN_OR_CONFIG`: latent sites, shapes, the guide's local parameters and the plate diagram of a model."""
 
 import argparse
 import json
@@ -9,21 +9,21 @@ from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.files import writing
 
-SEQUENCES, TOKENS = 2, 8  # of the batch that is shown
-VOCABULARY = 256  # where a recipe has none yet
+SEQUENCES, TOKENS = 2, 8  # of the batch whose shapes are shown
+VOCABULARY = 256  # for a recipe without one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm show`."""
     parser.add_argument("source", metavar="RUN_OR_CONFIG", help="run directory, checkpoint, or recipe (YAML)")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="where the plate diagram goes; NAME.svg by default")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="plate diagram; by default NAME.svg")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints shapes and writes the diagram; returns 0."""
-    import torch  # here, so that --help need not wait
+    import torch  # imported here, because --help must not wait for it
     from pyro import poutine
 
     from ltm_pyro.contracts import make_batch
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"Latent sites of {type(model.prior).__name__}: name, shape, prior")
     for name, site in latent.items():
-        of = "each sequence" if site["of_each_sequence"] else "all sequences"
-        print(f"  {name}  {' '.join(map(str, site['shape']))}  {site['prior']}, of {of}")
+        scope = "each sequence" if site["of_each_sequence"] else "all sequences"
+        print(f"  {name}  {' '.join(map(str, site['shape']))}  {site['prior']}, of {scope}")
     print(
         trace.format_shapes(
             title=f"p: {type(model.prior).__name__} ({SEQUENCES} sequences of {tokens_BT.shape[1]} tokens)"
@@ -60,16 +60,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _parts(source: str) -> tuple[Any, Any]:
-    from ltm_pyro.runs.load import load_run
-    from ltm_pyro.training.recipe import build_module, read_recipe
-
     if not source.endswith((".yaml", ".yml")):
+        from ltm_pyro.runs.load import load_run
+
         trained = load_run(source)
         return trained.model, trained.guide
+    from ltm_pyro.training.model_config import build_from_recipe
+    from ltm_pyro.training.recipe import read_recipe
+
     config = read_recipe(["--config", source])
     config.model.vocabulary = config.model.vocabulary or VOCABULARY
-    module = build_module(config)
-    return module.model, module.guide
+    built = build_from_recipe(config)
+    return built.model, built.guide
 
 
 def _latent(model: Any) -> dict[str, dict[str, Any]]:
@@ -88,7 +90,7 @@ def _latent(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def _family(fn: Any) -> str:
-    """The name of a distribution, whose independent axes have none."""
+    """The name of the distribution inside any `Independent`."""
     from torch.distributions import Independent
 
     return _family(fn.base_dist) if isinstance(fn, Independent) else type(fn).__name__

@@ -43,28 +43,28 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base-config", metavar="FILE", help="the recipe that is varied; the study's own by default")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe in all trials")
     add("--budget", metavar="N[flops|s]", help="training of each trial: 2e13flops or 120s; 4e12flops by default")
-    add("--trials", type=at_least(1), metavar="N", help="in all, over workers and restarts; 20, or the grid's")
+    add("--trials", type=at_least(1), metavar="N", help="in total, over workers and restarts; 20, or the grid's")
     add("--workers", type=at_least(1), default=1, metavar="N", help="trials at a time on this machine")
-    add("--study-name", metavar="S", help="in the storage; the study's by default")
+    add("--study-name", metavar="S", help="its name in the storage; the study's by default")
     add("--minimise", default="bound", metavar="A[,B]", help="figures to minimise; several give a Pareto front")
     add("--at-most", action="append", default=[], metavar="FIGURE=X", help="a limit, such as peak_memory_mib=4000")
-    add("--prune", action="store_true", help="give hopeless trials up early (Hyperband)")
+    add("--prune", action="store_true", help="give up early on trials that are behind (Hyperband)")
     add("--repeats", type=at_least(0), default=2, metavar="N", help="trainings of the best setting with other seeds")
     add("--memory", type=positive, metavar="GIB", help="the most memory one trial may allocate")
     add("--samples", type=at_least(1), default=8, metavar="S", help="draws per sequence after q is final")
     add("--limit", type=at_least(2), default=64, metavar="N", help="score only the first N held-out sequences")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of the search and of every training")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="random seed of the search and of every training")
     add("--out", metavar="DIR", help="where the trials' runs go; runs/studies/S by default")
 
 
-def _named(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--study-name", metavar="S", help="the only one there when not given")
+def _study_name_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--study-name", metavar="S", help="its name in the storage; not needed if there is only one")
 
 
 def _best_arguments(parser: argparse.ArgumentParser) -> None:
-    _named(parser)
+    _study_name_argument(parser)
     parser.add_argument("--out", metavar="FILE", help="the recipe to write; S-best.yaml by default")
-    parser.add_argument("--trial", type=at_least(0), metavar="N", help="this one instead of the recommended")
+    parser.add_argument("--trial", type=at_least(0), metavar="N", help="this trial instead of the recommended one")
     parser.add_argument("--force", action="store_true", help="replace the file")
 
 
@@ -83,14 +83,14 @@ def _run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     name = args.study_name or plan.study
-    workplace = study.Workplace(
+    resources = study.Resources(
         out=Path(args.out or f"runs/studies/{name}"), workers=args.workers, memory_gib=args.memory
     )
     total = args.trials or len(definition.points) or study.TRIALS
     try:
-        study.run_study(definition, plan, args.storage, name, total, workplace, args.repeats)
+        study.run_study(definition, plan, args.storage, name, total, resources, args.repeats)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on where it stopped.") from None
+        raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
     found = study.describe(args.storage, name)
     _print(found, args.json)
     return 0 if any(row["state"] == "complete" for row in found["trials"]) else 2
@@ -178,9 +178,9 @@ def _best(args: argparse.Namespace) -> int:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    _named(parser)
+    _study_name_argument(parser)
     parser.add_argument("--out", metavar="DIR", help="folder to write; S-report by default")
-    parser.add_argument("--force", action="store_true", help="also into a folder that is not empty")
+    parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -201,7 +201,7 @@ def _report(args: argparse.Namespace) -> int:
 _ARGUMENTS = {
     "run": _run_arguments,
     "list": lambda parser: None,
-    "show": _named,
+    "show": _study_name_argument,
     "report": _report_arguments,
     "best": _best_arguments,
 }

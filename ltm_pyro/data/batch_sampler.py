@@ -1,4 +1,4 @@
-"""In which order sequences are read: fixed by seed and epoch, shared out among ranks, resumable at any batch."""
+"""The order of the sequences: fixed by random seed and epoch, divided among ranks, resumable at any batch."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,24 +8,24 @@ from torch.utils.data import Sampler
 
 from ltm_pyro.errors import UsageError
 
-MIXED = 16  # shards that are shuffled together, and so held in memory together
+MIXED = 16  # shards that are shuffled together, and so are in memory together
 
 
-class Order(Sampler[list[int]]):
-    """The ids of one rank's batches, epoch after epoch; every sequence comes once an epoch, on one rank.
+class DistributedBatchSampler(Sampler[list[int]]):
+    """The ids of one rank's batches, one epoch per iteration; every sequence appears once per epoch, on one rank.
 
-    All ranks together take the same R · B ids in a step, whatever R is, and every rank has equally many steps. The last
-    step takes what remains; less than one for each rank goes to the step before it, whose batches then have up to one
-    sequence more. Shards come in an order of each epoch's own, and rows are shuffled among `MIXED` of them. How many
-    processes read does not enter.
+    In each step all ranks together take the same R · B ids for every R, and all ranks have equally many steps. The last
+    step takes the remaining sequences; if they are fewer than R, the step before it takes them, and its batches have up
+    to one sequence more. Each epoch has its own order of shards, and rows are shuffled among `MIXED` of them. The order
+    does not depend on the number of worker processes.
 
     Args:
         shards: the ids of each shard.
         batch_size: B, sequences per rank and step.
-        rank: which of the ranks.
+        rank: from 0 to R − 1.
         ranks: R.
-        seed: of the order.
-        shuffle: or in the order of the ids.
+        seed: the random seed of the order.
+        shuffle: if False, the ids come in ascending order.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Order(Sampler[list[int]]):
             )
 
     def __len__(self) -> int:
-        """Steps of an epoch, also of one that is begun in its middle."""
+        """Steps of a whole epoch, also if it is resumed in its middle."""
         full, rest = divmod(self.sequences, self.whole)
         return full + (rest >= self.ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This rank's batches, from step ``start`` on."""
+        """This rank's batches from step ``start`` on."""
         pending, step = np.empty(0, np.int64), self.start
         for ids in self._ids(self.start * self.whole):
             pending = np.concatenate([pending, ids])
@@ -63,12 +63,12 @@ class Order(Sampler[list[int]]):
             yield pending[self.rank :: self.ranks].tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the beginning of an epoch, unless it is the one that is being read."""
+        """Goes to the first step of an epoch, unless it is the current one."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
     def resume(self, epoch: int, step: int) -> None:
-        """Goes on at one step of an epoch."""
+        """Continues at one step of an epoch."""
         self.epoch, self.start = (epoch, step) if step < len(self) else (epoch + 1, 0)
 
     def _ids(self, first: int) -> Iterator[Int[np.ndarray, " N"]]:

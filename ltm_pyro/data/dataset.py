@@ -1,4 +1,4 @@
-"""A split by index: rows of tokens, shards read when they are needed, and batches."""
+"""A split by index: rows of tokens, their shards read on demand, and batches of them."""
 
 from bisect import bisect_right
 from collections import OrderedDict
@@ -15,7 +15,7 @@ from ltm_pyro.contracts import Batch, make_batch
 from ltm_pyro.data.batch_sampler import MIXED
 from ltm_pyro.data.documents import Document, read_documents
 from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, is_pack, read_manifest
-from ltm_pyro.data.remote import read
+from ltm_pyro.data.remote import read_file
 from ltm_pyro.data.rows import Row, Rows, pack_rows
 from ltm_pyro.data.shards import read_shard
 from ltm_pyro.data.tokenizer import end_of_text, load_tokenizer, tokenizer_hash, vocabulary_size
@@ -23,17 +23,17 @@ from ltm_pyro.errors import UsageError
 
 
 class PackedDataset(Dataset[Row]):
-    """N rows of T tokens (uint16 or uint32) by index, with the tokenizer and manifest they go with.
+    """N rows of T tokens (uint16 or uint32) by index, with their tokenizer and manifest.
 
     ``dataset[i]`` is a `Row`; a `torch.utils.data.DataLoader` takes ``collate_fn=dataset.collate``. A shard is read and
-    checked when a row of it is asked for, and only the shards used last are held in memory.
+    checked when one of its rows is asked for; only the shards used last are kept in memory.
 
     Args:
         place: the pack's folder or address.
         manifest: of the pack.
         tokenizer: of the pack.
-        split: which side of it.
-        cache: a folder for copies of shards that are read from an address.
+        split: ``"train"`` or ``"val"``.
+        cache: a folder for copies of the shards of a remote pack.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class PackedDataset(Dataset[Row]):
         self._cache, self._start_token = cache, end_of_text(tokenizer)
         self.shards: tuple[Shard, ...] = manifest.split(split, place).shards
         self._ends = [*accumulate(shard.sequences for shard in self.shards)]
-        self._held: OrderedDict[int, Rows] = OrderedDict()  # by shard, the last used last
+        self._loaded: OrderedDict[int, Rows] = OrderedDict()  # by shard, the last used last
 
     @classmethod
     def open(cls, place: str | Path, split: str = "train", cache: Path | None = None) -> "PackedDataset":
-        """One split of the pack at ``place``; raises `UsageError` if it is no pack or has no such split."""
+        """One split of the pack at ``place``; raises `UsageError` if there is no pack or no such split."""
         return cls(place, *open_pack(place), split, cache)
 
     def __len__(self) -> int:
@@ -58,19 +58,19 @@ class PackedDataset(Dataset[Row]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
-        rows = self._held.get(number)
+        rows = self._loaded.get(number)
         if rows is None:
-            rows = self._held[number] = self.read(number)
-            while len(self._held) > MIXED + 1:
-                self._held.popitem(last=False)
-        self._held.move_to_end(number)
+            rows = self._loaded[number] = self.read_shard(number)
+            while len(self._loaded) > MIXED + 1:
+                self._loaded.popitem(last=False)
+        self._loaded.move_to_end(number)
         return rows.row(index)
 
     def __iter__(self) -> Iterator[Row]:
         """All rows, in order."""
         return map(self.__getitem__, range(len(self)))
 
-    def read(self, number: int) -> Rows:
+    def read_shard(self, number: int) -> Rows:
         """All rows of one shard."""
         return read_shard(self.place, self.shards[number], self._cache)
 
@@ -79,14 +79,14 @@ class PackedDataset(Dataset[Row]):
         return [range(end - shard.sequences, end) for end, shard in zip(self._ends, self.shards, strict=True)]
 
     def collate(self, rows: Sequence[Row]) -> Batch:
-        """The batch of B ``rows``, behind `END_OF_TEXT` as start token."""
+        """The batch of B ``rows``, with `END_OF_TEXT` as start token."""
         ids, tokens, lengths, sizes, _ = zip(*rows, strict=True)
         tokens_BT = torch.from_numpy(np.stack(tokens).astype(np.int64))
         return make_batch(tokens_BT, torch.tensor(lengths), self._start_token, torch.tensor(ids), torch.tensor(sizes))
 
 
-class Batches(Dataset[Batch]):
-    """A dataset by lists of ids, as an `Order` gives them."""
+class BatchDataset(Dataset[Batch]):
+    """A `PackedDataset` indexed by lists of ids, as a `DistributedBatchSampler` gives them."""
 
     def __init__(self, dataset: PackedDataset) -> None:
         self._dataset = dataset
@@ -97,9 +97,9 @@ class Batches(Dataset[Batch]):
 
 
 def open_pack(place: str | Path) -> tuple[Manifest, Tokenizer]:
-    """Manifest and tokenizer of a pack; `UsageError` where they do not belong together."""
+    """Manifest and tokenizer of a pack; raises `UsageError` if they do not belong together."""
     manifest = read_manifest(place)
-    tokenizer = load_tokenizer(f"{place}/{TOKENIZER}", read(place, TOKENIZER))
+    tokenizer = load_tokenizer(f"{place}/{TOKENIZER}", read_file(place, TOKENIZER))
     known = (manifest.tokenizer_hash, manifest.vocabulary)
     if (tokenizer_hash(tokenizer), vocabulary_size(tokenizer)) != known:
         raise UsageError(f"{place}/{TOKENIZER} is not the tokenizer of its manifest; pack the text again.")
@@ -107,14 +107,14 @@ def open_pack(place: str | Path) -> tuple[Manifest, Tokenizer]:
 
 
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> PackedDataset:
-    """Documents ``texts`` packed in memory, row for row as `pack` would; the ids are ``"text:0"``, ``"text:1"``…"""
+    """The documents ``texts`` packed in memory, into the rows that `pack` makes; their ids are ``"text:0"``, …"""
     return _pack_documents([Document(f"text:{i}", text, "text") for i, text in enumerate(texts)], tokenizer, seq_len)
 
 
 def load_text_or_pack(path: str | Path, tokenizer: Tokenizer, seq_len: int) -> PackedDataset:
     """The validation split of a pack, or text in files or a folder packed on the fly with ``tokenizer``.
 
-    A pack's tokenizer must be ``tokenizer`` and its sequences no longer than ``seq_len``, else `UsageError`.
+    Raises `UsageError` if a pack has another tokenizer or sequences longer than ``seq_len``.
     """
     if not is_pack(path):
         return _pack_documents([*read_documents([path])], tokenizer, seq_len)
@@ -135,13 +135,13 @@ def load_text_or_pack(path: str | Path, tokenizer: Tokenizer, seq_len: int) -> P
 
 
 class _InMemory(PackedDataset):
-    """Rows that were never written."""
+    """Rows in memory, without shards on disk."""
 
     def __init__(self, rows: Rows, manifest: Manifest, tokenizer: Tokenizer) -> None:
         self._rows = rows
         super().__init__("", manifest, tokenizer, "val")
 
-    def read(self, number: int) -> Rows:
+    def read_shard(self, number: int) -> Rows:
         return self._rows
 
 

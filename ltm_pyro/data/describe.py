@@ -1,4 +1,4 @@
-"""What is in one split of a pack: how long its documents are, and how its sequences read."""
+"""What one split of a pack contains: lengths of its documents, their sources, and a few sequences as text."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,7 +11,7 @@ from ltm_pyro.data.tokenizer import end_of_text
 
 
 class Description(NamedTuple):
-    """Documents by their length, ``"64-127"`` tokens and so on, sequences by source, and some sequences decoded."""
+    """Counts of documents by length (``"64-127"`` tokens, …) and of sequences by source, and some sequences as text."""
 
     lengths: dict[str, int]
     sources: dict[str, int]
@@ -19,13 +19,13 @@ class Description(NamedTuple):
 
 
 def describe(place: str | Path, split: str, samples: int, seed: int) -> Description:
-    """Reads one split once; a sequence counts for the source of every document it has tokens of."""
+    """Reads one split once; a sequence is counted for the source of every document that it has tokens of."""
     dataset = PackedDataset.open(place, split)
     end, before = end_of_text(dataset.tokenizer), -1
     lengths: Counter[int] = Counter()
     sources: Counter[str] = Counter()
     for number, shard in enumerate(dataset.shards):
-        rows = dataset.read(number)
+        rows = dataset.read_shard(number)
         tokens = rows.tokens_NT.reshape(-1)[: shard.tokens]  # only the last row of a split is padded
         ends = np.flatnonzero(tokens == end)
         lengths.update(np.diff(ends, prepend=before).tolist())
@@ -37,7 +37,7 @@ def describe(place: str | Path, split: str, samples: int, seed: int) -> Descript
 
 
 def _by_powers(lengths: Counter[int]) -> dict[str, int]:
-    """Counts between powers of two."""
+    """The counts summed between powers of two."""
     spans: Counter[int] = Counter()
     for length, count in lengths.items():
         spans[length.bit_length()] += count

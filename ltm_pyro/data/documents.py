@@ -1,4 +1,4 @@
-"""Text in: documents from files, folders of them and Hugging Face data sets, one piece of a file at a time."""
+"""Documents from files, folders of them and Hugging Face data sets, read as a stream."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ HUB = "hf:"
 class Document(NamedTuple):
     """One text of the corpus.
 
-    ``id`` is ``"file:index"``, the index counted from 0 within the file; ``source`` is what the data say under
+    ``id`` is ``"file:index"``, the index counted from 0 within the file; ``source`` is the record's value of
     ``"source"``, else the file's name.
     """
 
@@ -26,11 +26,11 @@ def read_documents(inputs: Iterable[str | Path]) -> Iterator[Document]:
     """Every document of ``inputs``, in order; a folder is searched recursively, sorted by name.
 
     An input is a file (`EXTENSIONS`), a folder of them, or ``hf:NAME[:CONFIG]``. A `.txt` file is split into documents
-    at runs of two or more empty lines, and at a line's end where one would be longer than 4 million characters.
-    `.jsonl` has one object a line, with the text under ``"text"`` and perhaps a label under ``"source"``; the columns
-    of Parquet and of data sets are named likewise. Other keys are ignored, and documents of nothing but white space
-    dropped. A folder's hidden files and files of other kinds are passed over. Raises `UsageError` for input that cannot
-    be read as such.
+    at runs of two or more empty lines, and at the end of a line if one would be longer than 4 million characters.
+    `.jsonl` has one object per line, with the text under ``"text"`` and optionally a label under ``"source"``; the
+    columns of Parquet and of data sets have the same names. Other keys are ignored, and documents of white space only
+    are dropped. In a folder, hidden files and files of other kinds are skipped. Raises `UsageError` for input that
+    cannot be read in its format.
     """
     for given in inputs:
         for origin, name, texts in _origins(given):
@@ -42,7 +42,7 @@ def read_documents(inputs: Iterable[str | Path]) -> Iterator[Document]:
 
 
 def input_files(given: str | Path) -> list[tuple[Path, str]]:
-    """The files behind one input, each with its name in document ids; none behind a data set."""
+    """The files of one input, each with its name in document ids; a data set has none."""
     path = Path(given)
     if str(given).startswith(HUB):
         return []
@@ -61,7 +61,7 @@ def input_files(given: str | Path) -> list[tuple[Path, str]]:
 
 
 def _origins(given: str | Path) -> Iterator[tuple[str, str, Iterator[Text]]]:
-    """Every file or data set behind an input: where it is, its name in document ids, and its texts."""
+    """Every file or data set of an input: its place, its name in document ids, and its texts."""
     if str(given).startswith(HUB):
         name = str(given).removeprefix(HUB)
         yield str(given), name, read_hub(name)

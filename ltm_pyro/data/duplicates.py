@@ -1,4 +1,4 @@
-"""Which documents repeat an earlier one: exactly, or nearly by MinHash (Broder 1997) with banding.
+"""Documents that repeat an earlier one: near-duplicates by MinHash (Broder 1997) with banding.
 
 Shapes: N documents, m shingles, B bands.
 """
@@ -6,16 +6,16 @@ Shapes: N documents, m shingles, B bands.
 import numpy as np
 from jaxtyping import Bool, UInt
 
-BANDS, ROWS = 16, 8  # two texts that share a share s of their shingles meet with probability 1 − (1 − s^8)^16
+BANDS, ROWS = 16, 8  # texts with Jaccard similarity s agree in a band with probability 1 − (1 − s^8)^16
 _WIDTH = 24  # bytes of a shingle, from a word's start: some four words
 _AT_ONCE = 4096
 _ODD_P, _SHIFT_P = np.random.default_rng(0).integers(0, 2**64, (2, BANDS * ROWS), np.uint64) | np.uint64(1)
 
 
 def signature(text: str) -> UInt[np.ndarray, " B"]:
-    """One number for each band; texts that agree in one are near-duplicates, 0.7 being where half of all pairs meet.
+    """One number for each band; texts that agree in any band are near-duplicates, as half of all pairs with s = 0.7.
 
-    Case and the kind and number of spaces do not count.
+    Upper and lower case and the kind and number of spaces make no difference.
     """
     minima_P = np.full(BANDS * ROWS, 2**64 - 1, np.uint64)
     shingles_m = _shingles(text)
@@ -26,7 +26,7 @@ def signature(text: str) -> UInt[np.ndarray, " B"]:
 
 
 def repeats(signatures_NB: UInt[np.ndarray, "N B"]) -> Bool[np.ndarray, " N"]:
-    """Whether an earlier document has the same number in one of the bands."""
+    """Whether an earlier document has the same number in a band."""
     repeats_N = np.zeros(len(signatures_NB), bool)
     for band_N in signatures_NB.T:
         _, first, group_N = np.unique(band_N, return_index=True, return_inverse=True)

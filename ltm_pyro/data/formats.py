@@ -1,6 +1,6 @@
 """One reader per format: plain text, JSON lines and Parquet, compressed or not, and data sets of Hugging Face.
 
-Each yields texts with the source label that the data give them, and none holds more than a piece of a file in memory.
+Each yields texts with their source labels, and has only a part of a file in memory.
 """
 
 import codecs
@@ -15,19 +15,19 @@ from typing import Any
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.extras import extra
 
-Text = tuple[str, str | None]  # and where it comes from, if the data say
+Text = tuple[str, str | None]  # a text, and its source if the data have one
 LONGEST = 2**22  # characters of a `.txt` document
 _CHUNK = 2**20
 _BREAK = re.compile(r"\r?\n(?:\r?\n){2,}")  # a line's end and two or more empty lines
 
 
 def read_texts(file: Path) -> Iterator[Text]:
-    """The texts of one file, by its extension; raises `UsageError` where it cannot be read as such."""
+    """The texts of one file, by its extension; raises `UsageError` if it cannot be read in that format."""
     yield from _READERS[_format(file)](file)
 
 
 def read_records(file: Path) -> Iterator[Any]:
-    """The objects of a file of JSON lines, compressed or not, with all their keys; none of another format's."""
+    """The objects of a file of JSON lines, compressed or not, with all their keys; nothing for other formats."""
     if _format(file) == ".jsonl":
         yield from (record for record, _ in _records(file))
 
@@ -48,7 +48,7 @@ def read_hub(name: str) -> Iterator[Text]:
 
 
 def text_of(record: Any, where: str) -> Text:
-    """What is under ``"text"`` of one record, and its ``"source"`` if that is a string."""
+    """The value of ``"text"`` of one record, and that of ``"source"`` if it is a string."""
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UsageError(f'{where} has no string under the key "text"; name the text of each document "text".')
@@ -68,7 +68,7 @@ def _txt(file: Path) -> Iterator[Text]:
     pending = ""
     for chunk in _decoded(file):
         pending += chunk
-        end = len(pending.rstrip("\r\n"))  # line ends at the end may be half of a break
+        end = len(pending.rstrip("\r\n"))  # the last line ends may be the first half of a break
         *whole, last = _BREAK.split(pending[:end])
         pending = last + pending[end:]
         yield from ((text, None) for text in whole)
@@ -84,7 +84,7 @@ def _jsonl(file: Path) -> Iterator[Text]:
 
 
 def _records(file: Path) -> Iterator[tuple[Any, str]]:
-    """Each line's object, and where it stands."""
+    """Each line's object, and its place for messages."""
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
             where = f"{file} line {number}"
@@ -120,7 +120,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _decoded(file: Path) -> Iterator[str]:
-    """The text of ``file`` in chunks; a byte order mark at its start is dropped."""
+    """The text of ``file`` in chunks, without a byte order mark at its start."""
     decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     for raw in _chunks(file):
         if (nul := raw.find(b"\0")) >= 0:
@@ -141,7 +141,7 @@ def _decode(decoder: codecs.IncrementalDecoder, raw: bytes, file: Path, offset: 
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
-    """The bytes of ``file``, decompressed; `UsageError` where it is cut or damaged."""
+    """The bytes of ``file``, decompressed; raises `UsageError` if it is cut or damaged."""
     try:
         with file.open("rb") as raw:
             if file.suffix == ".zst":

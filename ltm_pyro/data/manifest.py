@@ -1,4 +1,4 @@
-"""What a packed folder says about itself: `manifest.json`, against which every shard is checked when it is read."""
+"""The manifest of a pack, `manifest.json`: every shard is checked against it when it is read."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ltm_pyro.data.remote import is_address, read
+from ltm_pyro.data.remote import is_address, read_file
 from ltm_pyro.errors import UsageError
 
 MANIFEST = "manifest.json"
@@ -28,7 +28,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One side of the corpus; tokens count one `END_OF_TEXT` for each document and no padding, bytes are of UTF-8."""
+    """One part of the corpus; tokens count one `END_OF_TEXT` for each document and no padding, bytes are UTF-8."""
 
     documents: int
     sequences: int
@@ -38,7 +38,7 @@ class Split:
 
     @classmethod
     def of(cls, documents: int, shards: tuple[Shard, ...]) -> "Split":
-        """The split of ``shards``, everything but ``documents`` summed over them."""
+        """The split of ``shards``, with their sums."""
         sums = {name: sum(getattr(shard, name) for shard in shards) for name in ("sequences", "tokens", "bytes")}
         return cls(documents=documents, shards=shards, **sums)
 
@@ -47,7 +47,7 @@ class Split:
 class Manifest:
     """A pack: ``seq_len`` tokens a sequence, over a vocabulary of V tokens, by split (``"train"``, ``"val"``).
 
-    ``dropped`` counts the documents that repeat others and were left out.
+    ``dropped`` counts the documents left out as duplicates of others.
     """
 
     format: int
@@ -63,11 +63,11 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """64 bits, in hexadecimals, of the SHA-256 of the manifest, which holds that of every shard."""
+        """The first 64 bits of the manifest's SHA-256 in hexadecimal; it covers every shard, whose hashes are in it."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def split(self, name: str, place: str | Path) -> Split:
-        """One split of the pack at ``place``; `UsageError` where it has no such split."""
+        """One split of the pack at ``place``; raises `UsageError` if it has no such split."""
         if name not in self.splits:
             raise UsageError(
                 f"pack {place} has no split {name!r} but {sorted(self.splits)}; pack the text again with one."
@@ -76,7 +76,7 @@ class Manifest:
 
 
 def is_pack(place: str | Path) -> bool:
-    """Whether ``place`` has a manifest, and so is a pack; an address is always taken for one."""
+    """Whether ``place`` is a pack, that is, has a manifest; an address always counts as one."""
     return is_address(place) or (Path(place) / MANIFEST).is_file()
 
 
@@ -86,12 +86,12 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
 
 
 def read_manifest(place: str | Path) -> Manifest:
-    """The manifest of the pack at ``place``; raises `UsageError` if there is none or it cannot be understood."""
+    """The manifest of the pack at ``place``; raises `UsageError` if it is missing or invalid."""
     path = f"{place}/{MANIFEST}"
     if not is_pack(place) and not str(place).startswith("pipe:"):
         raise UsageError(f"{place} is not a packed corpus (no {MANIFEST}); make one with `ltm data pack`.")
     try:
-        raw = json.loads(read(place, MANIFEST))
+        raw = json.loads(read_file(place, MANIFEST))
         _check_format(raw["format"], path)
         splits = {name: _split(split) for name, split in raw.pop("splits").items()}
         manifest = Manifest(**raw, splits=splits)

@@ -12,17 +12,19 @@ from tokenizers import Tokenizer
 
 from ltm_pyro.data.documents import Document, input_files, read_documents
 from ltm_pyro.data.duplicates import repeats, signature
+from ltm_pyro.data.encode import encode_documents, text_pieces
 from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, write_manifest
-from ltm_pyro.data.rows import Cutter, Rows, check_seq_len, encode, text_pieces
+from ltm_pyro.data.rows import Cutter, Rows, check_seq_len
 from ltm_pyro.data.shards import write_shard
 from ltm_pyro.data.staging import Staging, staged
 from ltm_pyro.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write
 
 SHARD_ROWS = 4096
-SAMPLE = 2**27  # bytes of text that a tokenizer learns from: its vocabulary gains nothing from more
-Told = Callable[[int], None]
-_SIDES = {"train": 1, "val": 2}  # 0 is left out
+SAMPLE = 2**27  # bytes of text that a tokenizer learns from; more does not improve its vocabulary
+Progress = Callable[[int], None]
+_SIDES = {"train": 1, "val": 2}  # 0: dropped
 
 
 def pack(
@@ -36,19 +38,19 @@ def pack(
     drop_duplicates: Literal["exact", "near"] | None = None,
     force: bool = False,
     shard_rows: int = SHARD_ROWS,
-    progress: Told | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Packs the documents of ``inputs`` (`read_documents`) into ``out`` and returns its manifest.
 
-    A document is held out for validation when a hash of ``seed`` and its text falls below ``val_fraction``, so equal
-    texts fall on the same side; of two different documents or more, at least one is on each side. Under
-    ``drop_duplicates`` only the first of several ``exact`` or ``near`` duplicates stays (`signature`), so that none
-    straddles the sides. ``tokenizer`` is ``"bpe:SIZE"``, trained on a sample of the training documents, or the path of
-    a `tokenizer.json`. Each side is its documents, each followed by `END_OF_TEXT`, cut into rows of ``seq_len`` tokens.
+    A document is held out for validation if a hash of ``seed`` and its text is below ``val_fraction``, so equal texts
+    are in the same split; with two or more different documents, each split has at least one. With ``drop_duplicates``
+    only the first of several ``exact`` or ``near`` duplicates is kept (`signature`), so that none is in both splits.
+    ``tokenizer`` is ``"bpe:SIZE"``, trained on a sample of the training documents, or the path of a `tokenizer.json`.
+    The documents of a split, each followed by `END_OF_TEXT`, are cut into rows of ``seq_len`` tokens.
 
-    Memory does not grow with the text but for a few bytes a document. ``progress`` is called with the tokens of each
-    shard. Interrupted or killed, the same call goes on after the last whole shard and gives the same files. Raises
-    `UsageError`, and then leaves nothing behind; an existing pack is replaced only under ``force``, once the new one is
+    Memory grows by a few bytes per document only. ``progress`` is called with the number of tokens of each finished
+    shard. After an interruption the same call continues after the last finished shard and gives the same files. If it
+    raises `UsageError`, nothing is left on disk; an existing pack is replaced only with ``force``, once the new one is
     complete.
     """
     inputs, spec = [*inputs], parse_tokenizer(tokenizer)
@@ -78,16 +80,16 @@ def pack(
 
 
 def _fingerprint(given: str | Path) -> list[Any]:
-    """By what an input is known again: every file's path, size and time of change."""
+    """Identifies an input when a pack is resumed: path, size and modification time of every file."""
     stats = [(str(file.resolve()), file.stat()) for file, _ in input_files(given)]
     return [str(given), *([path, stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Corpus:
-    """The documents of ``inputs``, read again on every pass, and what is to become of each.
+    """The documents of ``inputs``, read again on every pass, and how each is used.
 
-    ``sides_N`` says where a document goes, ``sampled_N`` whether the tokenizer may learn from it.
+    ``sides_N`` is the split of a document (0 if it is dropped), ``sampled_N`` whether the tokenizer learns from it.
     """
 
     inputs: list[str | Path]
@@ -139,7 +141,7 @@ def _survey(
 
 
 def _threshold(shares_N: Float[np.ndarray, " N"], val_fraction: float) -> float:
-    """``val_fraction``, or the nearest number that leaves at least one text on each side."""
+    """``val_fraction``, or the nearest number with at least one text in each split."""
     lowest, highest = float(shares_N.min()), float(shares_N.max())
     if val_fraction == 0 or len(shares_N) == 1:
         return 0.0
@@ -151,23 +153,28 @@ def _threshold(shares_N: Float[np.ndarray, " N"], val_fraction: float) -> float:
 
 
 def _tokenizer(path: Path, spec: int | Path, corpus: _Corpus) -> Tokenizer:
-    """The pack's tokenizer, trained or loaded, unless an interrupted pack has left it at ``path``."""
+    """The pack's tokenizer: trained or loaded, or the one that an interrupted pack has written to ``path``."""
     if path.exists():
         return load_tokenizer(path)
     tokenizer = train_tokenizer(corpus.training_text(), spec) if isinstance(spec, int) else load_tokenizer(spec)
-    new = path.with_suffix(".new")
-    new.write_text(tokenizer.to_str(pretty=True), "utf-8")
-    new.replace(path)
+    with atomic_write(path) as new:
+        new.write_text(tokenizer.to_str(pretty=True), "utf-8")
     return tokenizer
 
 
 class _Writer:
-    """Both sides' shards in one pass over the text, each after those that are written already."""
+    """Writes the shards of both splits in one pass over the text, after those that are finished already."""
 
     def __init__(
-        self, corpus: _Corpus, tokenizer: Tokenizer, staging: Staging, seq_len: int, shard_rows: int, told: Told | None
+        self,
+        corpus: _Corpus,
+        tokenizer: Tokenizer,
+        staging: Staging,
+        seq_len: int,
+        shard_rows: int,
+        progress: Progress | None,
     ) -> None:
-        self._corpus, self._tokenizer, self._staging, self._told = corpus, tokenizer, staging, told
+        self._corpus, self._tokenizer, self._staging, self._progress = corpus, tokenizer, staging, progress
         self._shards: dict[str, list[Shard]] = {split: [] for split in _SIDES}
         positions = dict.fromkeys(_SIDES, (0, 0))
         for entry in staging.entries:
@@ -177,9 +184,9 @@ class _Writer:
         self._cutters = {s: Cutter(tokenizer, seq_len, shard_rows, positions[s], rows[s]) for s in _SIDES}
 
     def write(self) -> dict[str, Split]:
-        """Writes what is missing; the split "val" is there only if it has documents."""
+        """Writes the missing shards; the split "val" exists only if it has documents."""
         sides = {side: split for split, side in _SIDES.items()}
-        for piece in encode(self._unwritten(), self._tokenizer):
+        for piece in encode_documents(self._unwritten(), self._tokenizer):
             split = sides[int(self._corpus.sides_N[piece.number])]
             self._add(split, self._cutters[split].add(piece))
         for split, cutter in self._cutters.items():
@@ -188,7 +195,7 @@ class _Writer:
         return {split: Split.of(n, tuple(self._shards[split])) for split, n in counts.items() if n}
 
     def _unwritten(self) -> Iterator[tuple[int, Document]]:
-        first = np.zeros(1 + len(_SIDES), int)  # by side
+        first = np.zeros(1 + len(_SIDES), int)  # document by side
         for split, side in _SIDES.items():
             first[side] = self._cutters[split].position[0]
         for number, document in self._corpus.documents():
@@ -205,8 +212,8 @@ class _Writer:
 
     def _finished(self, split: str, shard: Shard) -> None:
         self._shards[split].append(shard)
-        if self._told:
-            self._told(shard.tokens)
+        if self._progress:
+            self._progress(shard.tokens)
 
 
 def _check_length(train: Split, seq_len: int) -> None:

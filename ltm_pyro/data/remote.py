@@ -1,21 +1,19 @@
-"""Where a pack is: a folder, or an address that fsspec can read (https, s3, gs and others)."""
+"""Reading a pack from a folder, or from an address that fsspec knows (https, s3, gs and others)."""
 
 from pathlib import Path
-
-import fsspec
 
 from ltm_pyro.errors import UsageError
 
 
 def is_address(place: str | Path) -> bool:
-    """Whether ``place`` is an address instead of a path."""
+    """Whether ``place`` is an address and not a path."""
     return "://" in str(place)
 
 
-def read(place: str | Path, name: str) -> bytes:
-    """The file ``name`` at ``place``, whole; raises `UsageError` where it cannot be read.
+def read_file(place: str | Path, name: str) -> bytes:
+    """The content of the file ``name`` at ``place``; raises `UsageError` if it cannot be read.
 
-    Nothing is executed to read it: ``pipe:`` and chained addresses are refused.
+    ``pipe:`` and chained addresses are refused, because fsspec may run commands for them.
     """
     path = f"{str(place).rstrip('/')}/{name}"
     if path.startswith("pipe:") or "::" in path:
@@ -23,7 +21,11 @@ def read(place: str | Path, name: str) -> bytes:
             f"{place} is neither a folder nor a plain address; give a path or https://, s3:// or the like."
         )
     try:
-        with fsspec.open(path, "rb") if is_address(place) else Path(place, name).open("rb") as stream:
+        if not is_address(place):
+            return Path(place, name).read_bytes()
+        import fsspec  # here, because most packs are folders
+
+        with fsspec.open(path, "rb") as stream:
             return stream.read()
     except (OSError, ValueError, ImportError) as error:  # ValueError: fsspec knows no such protocol
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

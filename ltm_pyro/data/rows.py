@@ -1,12 +1,9 @@
-"""Documents to rows: every document followed by `END_OF_TEXT`, all of them cut into rows of T tokens, nothing lost.
+"""Documents to rows: their tokens in one sequence, cut into rows of T tokens; none is lost.
 
 Shapes: N rows, T tokens, V vocabulary.
 """
 
-import re
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -15,14 +12,9 @@ from jaxtyping import Int, UInt
 from tokenizers import Tokenizer
 
 from ltm_pyro.data.documents import Document
-from ltm_pyro.data.tokenizer import end_of_text, token_bytes, token_dtype
+from ltm_pyro.data.encode import Encoded, encode_documents
+from ltm_pyro.data.tokenizer import end_of_text, token_bytes
 from ltm_pyro.errors import UsageError
-
-_PIECE = 2**16  # characters; the library needs over 100 bytes of memory for each while it encodes
-_BATCH = 2**19  # characters encoded in parallel
-_AHEAD = 2  # batches encoded while earlier ones are cut
-_SPACE = re.compile(r"(?<=\S) (?=\S)")
-
 
 Named = tuple[str, str]  # a document's id and source
 
@@ -30,8 +22,8 @@ Named = tuple[str, str]  # a document's id and source
 class Row(NamedTuple):
     """T tokens of a split: the first ``length`` are text, the rest `END_OF_TEXT` as padding (in the last row only).
 
-    ``id`` counts the split's rows from 0, ``bytes`` the UTF-8 bytes behind the tokens; ``documents`` are, in order,
-    id and source of those that the row has tokens of.
+    ``id`` counts the split's rows from 0, ``bytes`` the UTF-8 bytes of the tokens' text; ``documents`` are, in order,
+    id and source of the documents that the row has tokens of.
     """
 
     id: int
@@ -68,68 +60,15 @@ class Rows:
 
     @classmethod
     def join(cls, parts: list["Rows"]) -> "Rows":
-        """Rows that follow one another, as one."""
+        """Consecutive rows joined."""
         arrays = {n: np.concatenate([getattr(p, n) for p in parts]) for n in ("tokens_NT", "lengths_N", "bytes_N")}
         return cls(first=parts[0].first, documents=[x for p in parts for x in p.documents], **arrays)
 
 
-class Encoded(NamedTuple):
-    """A piece of document ``number`` as tokens; the document's last piece has `END_OF_TEXT` behind."""
-
-    number: int
-    document: Document
-    tokens: UInt[np.ndarray, " n"]
-
-
-def encode(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """The numbered documents' pieces, in order; batches are encoded on every core while earlier ones are used."""
-    end, dtype = end_of_text(tokenizer), token_dtype(tokenizer)
-    waiting: deque = deque()
-
-    def finish() -> Iterator[Encoded]:
-        batch, encoding = waiting.popleft()
-        for (number, document, _, last), found in zip(batch, encoding.result(), strict=True):
-            yield Encoded(number, document, np.array(found.ids + [end] * last, dtype))
-
-    with ThreadPoolExecutor(1) as pool:  # the library lets go of the interpreter, and uses every core by itself
-        for batch in _batches(documents):
-            texts = [text for _, _, text, _ in batch]
-            waiting.append((batch, pool.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)))
-            if len(waiting) > _AHEAD:
-                yield from finish()
-        while waiting:
-            yield from finish()
-
-
-class _Text(NamedTuple):
-    """A piece of document ``number`` before it is encoded."""
-
-    number: int
-    document: Document
-    text: str
-    last: bool
-
-
-def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[_Text]]:
-    batch: list[_Text] = []
-    size = 0
-    for number, document in documents:
-        *init, last = text_pieces(document.text)
-        named = document._replace(text="")  # which is not held longer than it takes to encode it
-        for text in (*init, last):
-            batch.append(_Text(number, named, text, text is last))
-            size += len(text)
-            if size >= _BATCH:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def pack_rows(documents: Iterable[Document], tokenizer: Tokenizer, seq_len: int) -> Iterator[Rows]:
-    """The documents' rows of ``seq_len`` tokens, some at a time."""
+    """The documents in rows of ``seq_len`` tokens, some rows at a time."""
     cutter = Cutter(tokenizer, seq_len, rows=4096)
-    for piece in encode(enumerate(documents), tokenizer):
+    for piece in encode_documents(enumerate(documents), tokenizer):
         yield from cutter.add(piece)
     yield from cutter.finish()
 
@@ -140,22 +79,13 @@ def check_seq_len(seq_len: int) -> None:
         raise UsageError(f"seq_len {seq_len} leaves no token in a sequence; give at least 1.")
 
 
-def text_pieces(text: str) -> Iterator[str]:
-    """``text`` in pieces of some 65,000 characters, cut at single spaces, where byte-level BPE cuts anyway."""
-    start = 0
-    while space := _SPACE.search(text, start + _PIECE):
-        yield text[start : space.start()]
-        start = space.start()
-    yield text[start:]
-
-
 class Cutter:
-    """Pieces in, `Rows` out, ``rows`` of them at a time: in bounded memory, and from any point on.
+    """Turns encoded pieces into `Rows`, ``rows`` at a time: in bounded memory, and from any position on.
 
-    ``position`` is (document, offset): where the tokens begin that no row has yet.
+    ``position`` is (document, offset) of the first token that is in no row yet.
 
     Args:
-        position: where an earlier cutter came to; tokens before it are left out.
+        position: that of an earlier cutter, to continue from there; tokens before it are skipped.
         first: the id of the next row.
     """
 
@@ -168,10 +98,10 @@ class Cutter:
         self._end, self._bytes_V = end_of_text(tokenizer), token_bytes(tokenizer)
         self._pieces: list[Encoded] = []
         self._size = 0  # tokens in them
-        self._at = (-1, 0)  # the last piece's document, and how many of its tokens have come
+        self._at = (-1, 0)  # the last piece's document, and how many of its tokens were added
 
     def add(self, piece: Encoded) -> Iterator[Rows]:
-        """Takes one piece; yields rows as often as enough are full."""
+        """Adds one piece; yields rows whenever enough of them are full."""
         number, _, tokens = piece
         begun = self._at[1] if number == self._at[0] else 0
         self._at = (number, begun + len(tokens))
@@ -184,7 +114,7 @@ class Cutter:
             yield self._cut(self._rows)
 
     def finish(self) -> Iterator[Rows]:
-        """What is left, its last row padded with `END_OF_TEXT`."""
+        """The remaining rows, the last one padded with `END_OF_TEXT`."""
         if self._size:
             yield self._cut(-(-self._size // self._seq_len))
 
@@ -203,14 +133,14 @@ class Cutter:
         return cut
 
     def _documents(self, first_N: Int[np.ndarray, " N"], last_N: Int[np.ndarray, " N"]) -> list[list[Named]]:
-        """Every row's documents, each once, from its first and last token."""
+        """The documents of every row, each once, from the positions of its first and last token."""
         ends = np.cumsum([len(piece.tokens) for piece in self._pieces])
         named = [(piece.document.id, piece.document.source) for piece in self._pieces]
         spans = np.searchsorted(ends, np.stack([first_N, last_N]), "right").T.tolist()
         return [list(dict.fromkeys(named[first : last + 1])) for first, last in spans]
 
     def _keep(self, rest: UInt[np.ndarray, " n"]) -> None:
-        """Goes on with the tokens that are left; all are of the last piece, since rows are cut as soon as full."""
+        """Keeps the remaining tokens; all are of the last piece, because rows are cut as soon as they are full."""
         self._pieces = [self._pieces[-1]._replace(tokens=rest)] if len(rest) else []
         self._size = len(rest)
         self.position = (self._at[0], self._at[1] - len(rest))

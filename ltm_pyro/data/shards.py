@@ -1,43 +1,42 @@
-"""Rows to WebDataset tar shards and back; the one door to webdataset.
+"""Rows to WebDataset tar shards and back; the only file that imports webdataset.
 
-Shards are opened here as plain files and their members decoded here as JSON and pickle-free `.npy`: webdataset's own
-openers and decoders, which run commands and unpickle, are never called.
+Shards are opened here as plain files, and their members decoded as JSON and as `.npy` without pickle. webdataset's own
+openers and decoders are never called, because they run commands and unpickle.
 """
 
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
-from webdataset.writer import TarWriter
 
 from ltm_pyro.data.manifest import Manifest, Shard
-from ltm_pyro.data.remote import read
+from ltm_pyro.data.remote import read_file
 from ltm_pyro.data.rows import Rows
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write
 
 BLOCK = 64  # rows of one sample: a member costs a kilobyte and 50 µs, too much for a row of 256 bytes
 _TOKENS, _META = "tokens.npy", "meta.json"
 
 
 def write_shard(rows: Rows, path: Path) -> Shard:
-    """Writes ``rows`` into a tar file, `BLOCK` rows a sample; it appears whole or not at all.
+    """Writes ``rows`` into a tar file, `BLOCK` rows per sample, whole or not at all.
 
     The same rows give the same file byte for byte.
     """
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for block in rows.blocks(BLOCK):
-            tar.write(_encode(block))
-    with new.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    size = new.stat().st_size
-    new.replace(path)
+    from webdataset.writer import TarWriter  # here, because text can be scored without it
+
+    with atomic_write(path) as new:
+        with new.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for block in rows.blocks(BLOCK):
+                tar.write(_encode(block))
+        with new.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        size = new.stat().st_size
     return Shard(
         file=path.name,
         sha256=digest,
@@ -49,11 +48,13 @@ def write_shard(rows: Rows, path: Path) -> Shard:
 
 
 def read_shard(place: str | Path, shard: Shard, cache: Path | None = None) -> Rows:
-    """The rows of one shard, of which every byte and count has been checked; `UsageError` names what is damaged.
+    """The rows of one shard, every byte and count checked; raises `UsageError` that names the damage.
 
     Args:
-        cache: keeps a copy of what is read here, under its SHA-256.
+        cache: a folder for a copy of the shard, under its SHA-256.
     """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     path, content = f"{place}/{shard.file}", _content(place, shard, cache)
     _check(path, "size in bytes", len(content), shard.size)
     _check(path, "SHA-256", hashlib.sha256(content).hexdigest(), shard.sha256)
@@ -65,7 +66,7 @@ def read_shard(place: str | Path, shard: Shard, cache: Path | None = None) -> Ro
 
 
 def damage(place: str | Path, manifest: Manifest) -> Iterator[tuple[str, Shard, str | None]]:
-    """Split, shard, and what is wrong with it (None where nothing is), for every shard of a pack."""
+    """Split, shard and its damage (None if it is whole), for every shard of a pack."""
     for name, split in manifest.splits.items():
         for shard in split.shards:
             try:
@@ -79,15 +80,14 @@ def _content(place: str | Path, shard: Shard, cache: Path | None) -> bytes:
     if Path(shard.file).name != shard.file or ":" in shard.file:
         raise UsageError(f"pack {place} names the shard {shard.file!r}, which is not a file in it; pack again.")
     if cache is None:
-        return read(place, shard.file)
-    kept = cache / shard.sha256
+        return read_file(place, shard.file)
+    cached = cache / shard.sha256
     try:
-        if not kept.exists():
+        if not cached.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            new = kept.with_suffix(f".{os.getpid()}.new")  # other processes may fetch the same
-            new.write_bytes(read(place, shard.file))
-            new.replace(kept)
-        return kept.read_bytes()
+            with atomic_write(cached) as new:  # other processes may fetch the same shard
+                new.write_bytes(read_file(place, shard.file))
+        return cached.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot keep shards in {cache}: {error.strerror}; choose another data.cache.") from error
 

@@ -1,4 +1,4 @@
-"""How fast a pack is read, when nothing else is done with it."""
+"""How fast a pack can be read."""
 
 import time
 from collections.abc import Callable
@@ -6,17 +6,17 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from ltm_pyro.data.batch_sampler import Order
-from ltm_pyro.data.dataset import Batches, PackedDataset
+from ltm_pyro.data.batch_sampler import DistributedBatchSampler
+from ltm_pyro.data.dataset import BatchDataset, PackedDataset
 
 
 def reading_speed(
     place: str | Path, workers: int = 0, batch_size: int = 32, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Tokens per second of one epoch of the training split: shuffled, checked, in batches, as training gets them."""
+    """Tokens per second over one epoch of the training split: shuffled, checked and in batches, as in training."""
     dataset = PackedDataset.open(place)
-    order = Order(dataset.ranges(), batch_size)
+    order = DistributedBatchSampler(dataset.ranges(), batch_size)
     began = clock()
-    batches = DataLoader(Batches(dataset), batch_size=None, sampler=order, num_workers=workers)
+    batches = DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=workers)
     tokens = sum(batch.inputs_BT.numel() for batch in batches)
     return tokens / (clock() - began)

@@ -1,6 +1,6 @@
-"""All or nothing: a pack is written beside its destination and moved there when it is complete.
+"""A pack is written into a staging folder, and moved to its destination when it is complete.
 
-What is written survives an interruption: the same command goes on from the last whole shard.
+An interrupted pack is resumed: the same command continues after the last complete shard.
 """
 
 import fcntl
@@ -18,27 +18,28 @@ from ltm_pyro.data.manifest import MANIFEST, TOKENIZER
 from ltm_pyro.errors import UsageError
 
 _PACKED = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val)-\d+\.tar|journal\.jsonl")
-_JOURNAL = "journal.jsonl"  # the settings on the first line, then one line for every shard
+_JOURNAL = "journal.jsonl"  # the settings on the first line, then one line for each finished shard
 
 
 class Staging:
-    """The folder that a pack is written into, and ``entries``: what has been said of its finished shards."""
+    """The folder that a pack is written into, and ``entries``: the journal's lines, one for each finished shard."""
 
     def __init__(self, folder: Path, journal: TextIO, settings: dict[str, Any]) -> None:
         self.folder, self._journal = folder, journal
         lines = _whole_lines(journal)
         known = lines[:1] == [settings] and all(_is_there(folder, entry["shard"]) for entry in lines[1:])
         self.entries = lines[1:] if known else []
-        if not known:
-            _empty(folder)
-            lines = [settings]
+        kept = {_JOURNAL, *([TOKENIZER] if known else []), *(entry["shard"]["file"] for entry in self.entries)}
+        for path in folder.iterdir():
+            if path.name not in kept:  # another pack's, or what a killed process has not finished
+                path.unlink()
         journal.seek(0)
         journal.truncate()
-        for line in lines:  # again, without a last one that was cut off
+        for line in (settings, *self.entries):  # written again, because the last line may be cut off
             self._write(line)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Says of a shard that it is finished."""
+        """Appends a finished shard to the journal."""
         self._write(entry)
         self.entries.append(entry)
 
@@ -51,9 +52,10 @@ class Staging:
 def staged(out: str | Path, force: bool, settings: dict[str, Any]) -> Iterator[Staging]:
     """A folder to write into, which becomes ``out`` if the block succeeds.
 
-    If the input is refused it vanishes. If anything else happens once a shard is finished it stays, and the next pack
-    to ``out`` with the same ``settings`` goes on from there. Raises `UsageError` if ``out`` cannot be written, or
-    exists: an empty folder is taken, a pack is replaced under ``force``, anything else is never touched.
+    If the block raises `UsageError`, the folder is removed. After any other error or interruption it stays as soon as
+    one shard is finished, and the next pack to ``out`` with the same ``settings`` continues from there. Raises
+    `UsageError` if ``out`` cannot be written or exists already: an empty folder is used, a pack is replaced under
+    ``force``, anything else is never changed.
     """
     out, staging = Path(out).resolve(), None
     try:
@@ -79,14 +81,14 @@ def staged(out: str | Path, force: bool, settings: dict[str, Any]) -> Iterator[S
 
 
 def _folder(out: Path) -> Path:
-    """In the nearest existing folder above ``out``: on the same file system, so that the move is one rename."""
+    """The staging folder, in the nearest existing parent of ``out``: on the same file system, so it can be renamed."""
     home = next(parent for parent in out.parents if parent.exists())
     return home / f".{out.name}.{hashlib.sha256(os.fsencode(out)).hexdigest()[:8]}.partial"
 
 
 @contextmanager
 def _journal(folder: Path, out: Path) -> Iterator[TextIO]:
-    """The journal, held by this process alone until it ends, however it ends."""
+    """The journal, locked by this process until it ends, even if it is killed."""
     folder.mkdir(exist_ok=True)
     with (folder / _JOURNAL).open("a+", encoding="utf-8") as journal:
         try:
@@ -99,7 +101,7 @@ def _journal(folder: Path, out: Path) -> Iterator[TextIO]:
 
 
 def _whole_lines(journal: TextIO) -> list[Any]:
-    """What the journal says; a last line that was cut off does not count."""
+    """The journal's complete lines; a last line that was cut off is ignored."""
     journal.seek(0)
     lines = journal.read().split("\n")[:-1]
     return [json.loads(line) for line in lines]
@@ -108,12 +110,6 @@ def _whole_lines(journal: TextIO) -> list[Any]:
 def _is_there(folder: Path, shard: dict[str, Any]) -> bool:
     path = folder / shard["file"]
     return path.is_file() and path.stat().st_size == shard["size"]
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != _JOURNAL:
-            path.unlink()
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -131,7 +127,7 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def _move(staging: Path, out: Path) -> None:
-    """Puts ``staging`` in the place of ``out``; an old pack is deleted last, and put back if the move fails."""
+    """Renames ``staging`` to ``out``; an old pack is deleted last, and restored if the rename fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if not out.exists():
         staging.rename(out)

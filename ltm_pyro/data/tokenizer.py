@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ltm_pyro.errors import UsageError
 
-END_OF_TEXT = "<|endoftext|>"  # stands after every document, and before every sequence as its start token
+END_OF_TEXT = "<|endoftext|>"  # follows every document, and is the start token of every sequence
 SMALLEST_VOCABULARY = 257  # every byte and END_OF_TEXT
 _PROBE = (
     "The quick-brown fox\u2019s 1,234 jumps!\r\n\t  A\u0308\u00c4 \ufb01 \u4f60\u597d \U0001f600\n\n " + END_OF_TEXT
@@ -21,7 +21,7 @@ _PROBE = (
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE of at most ``vocabulary`` tokens learned from ``texts``; the same texts give the same tokenizer.
 
-    A text too small for that many merges gives fewer tokens: `vocabulary_size` tells.
+    A small text may give fewer tokens (`vocabulary_size`).
     """
     _check_vocabulary(vocabulary, f"bpe:{vocabulary}")
     tokenizer = Tokenizer(models.BPE())
@@ -41,7 +41,7 @@ def load_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
     """The tokenizer saved at ``path``; raises `UsageError` unless it is byte-level and has `END_OF_TEXT`.
 
     Args:
-        content: of that file, where it has been read already.
+        content: of that file, if it has been read already.
     """
     if content is None and not Path(path).is_file():
         raise UsageError(f"tokenizer {path} is not a file; give bpe:SIZE or the path of a tokenizer.json.")
@@ -82,7 +82,7 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 def end_of_text(tokenizer: Tokenizer) -> int:
     """The id of `END_OF_TEXT`, which is also the start token of every sequence."""
     token = tokenizer.token_to_id(END_OF_TEXT)
-    assert token is not None, "load_tokenizer sees to that"
+    assert token is not None, "load_tokenizer has checked it"
     return token
 
 
@@ -92,7 +92,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def token_bytes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
-    """UTF-8 bytes behind each token: summed over the tokens of a text, exactly its length; 0 for special tokens."""
+    """UTF-8 bytes of each token, 0 for special tokens; the sum over the tokens of a text is its length in bytes."""
     added = tokenizer.get_added_tokens_decoder()
     bytes_V = np.zeros(vocabulary_size(tokenizer), np.int64)
     for token, index in tokenizer.get_vocab().items():
@@ -114,7 +114,7 @@ def _check_vocabulary(vocabulary: int, spec: str) -> None:
 
 
 def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Nothing is cut or padded, and a text that spells a special token is text: no token or byte is lost."""
+    """Switches off truncation and padding, and encodes text that spells a special token as plain text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -122,7 +122,7 @@ def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    """Whether a text with letters, marks, spaces and emoji comes back whole, with every byte counted."""
+    """Whether a text with letters, marks, spaces and emoji is decoded unchanged, with every byte counted."""
     ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
     whole = tokenizer.decode(ids, skip_special_tokens=False) == _PROBE
     return whole and int(token_bytes(tokenizer)[ids].sum()) == len(_PROBE.encode())

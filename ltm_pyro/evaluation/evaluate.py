@@ -1,6 +1,10 @@
-"""One run, scored on one text."""
+"""Evaluation of one run on one data set.
+
+Shapes: B sequences.
+"""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +24,7 @@ from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
 
 BATCH = 32  # sequences fitted together
-TOGETHER = 8  # draws of all of them that are held in memory at once
+TOGETHER = 8  # draws per sequence that are in memory at the same time
 
 
 def evaluate_run(
@@ -34,43 +38,53 @@ def evaluate_run(
     block: int = 16,
     normaliser: int | None = None,
 ) -> Evaluation:
-    """A run's evaluation on packed data, or on text packed on the fly with its tokenizer.
+    """The nats, perplexity and bits per byte of a data set under every estimator, q fitted to each sequence.
+
+    The run is left unchanged.
 
     Args:
-        data: the held-out part of the run's own data when not given.
-        estimators: of `ESTIMATORS`.
-        samples: S, draws per sequence made after q is final.
-        fast_steps: T_fast; what the recipe says under ``evaluation`` when not given.
-        limit: only the first so many sequences.
-        seed: of all noise.
-        block: tokens of one block of ``causal``.
-        normaliser: draws with which an unnormalised prior's constant is estimated; figures that use it are no bounds.
+        data: packed data, or text that is packed here with the run's tokenizer; by default the held-out split of the
+            run's own data.
+        estimators: names from `ESTIMATORS`.
+        samples: S, draws per sequence after the fit.
+        fast_steps: T_fast; by default the recipe's ``evaluation.steps``.
+        limit: only the first ``limit`` sequences.
+        seed: random seed.
+        block: tokens per block of the estimator ``causal``.
+        normaliser: number of draws with which the constant of an unnormalised prior is estimated; figures that use the
+            estimate are not bounds.
     """
-    if normaliser:
-        _estimate(run.model, normaliser)
+    model = with_estimated_normaliser(run.model, normaliser) if normaliser else run.model
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
     dataset = held_out(run) if data is None else load_text_or_pack(data, run.tokenizer, run.length)
     chosen = Subset(dataset, range(len(dataset))[:limit])
     batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate)
     console = Console(stderr=True)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
-    moved = (batch.to(run.device) for batch in shown)
-    return evaluate(run.model, run.guide, moved, inference, estimators, samples, seed, block)
+    on_device = (batch.to(run.device) for batch in shown)
+    return evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block)
 
 
-def _estimate(model: Any, samples: int) -> None:
-    parts = [part for part in model.modules() if hasattr(part, "estimate_normaliser")]
-    if not parts:
+def with_estimated_normaliser(model: Any, samples: int, seed: int = 0) -> Any:
+    """A copy of a model whose unnormalised prior has an estimate of log C, from ``samples`` draws; prints the estimate.
+
+    The copy shares the decoder with the given model, which is left unchanged. Raises `UsageError` if the prior is
+    normalised.
+    """
+    model = deepcopy(model, {id(model.decoder): model.decoder})
+    priors = [part for part in model.modules() if hasattr(part, "estimate_normaliser")]
+    if not priors:
         raise UsageError("This run's prior is normalised: there is nothing to estimate, leave --normaliser out.")
-    with seeded(0):
-        for part in parts:
-            value, error = part.estimate_normaliser(samples)
-            text = f"log normaliser of {type(part).__name__}: {value:.4f} ± {error:.4f} nats per sequence, estimated"
+    with seeded(seed):
+        for prior in priors:
+            value, stderr = prior.estimate_normaliser(samples)
+            text = f"log normaliser of {type(prior).__name__}: {value:.4f} ± {stderr:.4f} nats per sequence, estimated"
             Console(stderr=True).print(text)
+    return model
 
 
 def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
-    """Pareto k-hat of the first held-out ``sequences`` (B), each from so many draws after q is final: shape (B,)."""
+    """Pareto k-hat of the first ``sequences`` held-out sequences, from ``draws`` draws of q after the fit: (B,)."""
     dataset = held_out(run)
     batch = dataset.collate([dataset[i] for i in range(min(sequences, len(dataset)))]).to(run.device)
     problem = fit_problem(run.model, run.guide, batch, run.inference, draws, (seed,))
@@ -81,7 +95,7 @@ def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
 
 
 def held_out(run: Run) -> PackedDataset:
-    """The held-out part of a run's own data."""
+    """The held-out split of the data that the run was trained on."""
     if not is_pack(run.data):
-        raise UsageError(f"The run's own data is no longer at {run.data}: give --data, packed or text.")
+        raise UsageError(f"The run's own data is no longer at {run.data}: give packed data or a text with --data.")
     return load_text_or_pack(run.data, run.tokenizer, run.length)

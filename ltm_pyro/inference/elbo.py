@@ -3,10 +3,11 @@
 Shapes: S particles, B sequences.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
@@ -23,6 +24,8 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.antithetic import Antithetic
 from ltm_pyro.nn.precision import full_precision
 
+AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or one inside a Pyro handler
+
 
 class ElboTerms(NamedTuple):
     """log p(x | z) and KL(q ‖ p) of each sequence, in nats; with particles, a leading axis S."""
@@ -35,85 +38,84 @@ class ElboTerms(NamedTuple):
         """log p(x | z) − KL, to be maximised."""
         return self.log_likelihood_B - self.kl_B
 
+    def mean(self) -> "ElboTerms":
+        """The terms averaged over particles; unchanged without a particle axis."""
+        return self if self.kl_B.dim() == 1 else ElboTerms(self.log_likelihood_B.mean(0), self.kl_B.mean(0))
 
-@contextmanager
-def no_param_store() -> Iterator[None]:
-    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
-
-    Validation waits for the device at every site, and lets one sequence's non-finite parameters stop all the others.
-    """
-    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        yield
+    def detach(self) -> "ElboTerms":
+        """The terms without their graph."""
+        return ElboTerms(self.log_likelihood_B.detach(), self.kl_B.detach())
 
 
 class Draws(NamedTuple):
-    """How the ELBO is drawn: S particles or one without an axis, mirrored or not, KL exact or along the path."""
+    """How the ELBO is estimated.
+
+    Args:
+        particles: S draws of z along a leading axis, or one draw without that axis (None).
+        antithetic: draws z in mirrored pairs.
+        kl: ``exact`` at every site whose KL torch knows, log q − log p at the draw elsewhere; ``sampled`` takes the
+            latter everywhere; ``path`` also holds q's parameters fixed inside log q (arXiv 1703.09194).
+        use_thoughts: False leaves z out of the decoder.
+    """
 
     particles: int | None = None
     antithetic: bool = False
-    path: bool = False
+    kl: Literal["exact", "sampled", "path"] = "exact"
+    use_thoughts: bool = True
 
 
-@no_param_store()
 def elbo_terms(
-    model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws | None = None
+    model: Model,
+    guide: AnyGuide,
+    batch: Batch,
+    local: LocalParameters,
+    draws: Draws = Draws(),  # noqa: B008 - immutable
 ) -> ElboTerms:
     r"""One draw (or S draws) of the ELBO's terms.
 
     .. math:: \mathrm{ELBO} = E_q[\log p(x \mid z)] - \mathrm{KL}(q(z \mid x) \,\|\, p(z))
 
-    The KL is exact at every site where torch knows it, and log q − log p at the draw elsewhere; with ``draws.path``
-    it is the latter everywhere, q's parameters held fixed inside log q. Unlike Pyro's own estimators it never waits
-    for the device. Source: arXiv 2502.01567, equation 4.
+    The guide is traced, then the model is replayed against it, as in `pyro.infer.Trace_ELBO`; S particles become a
+    plate left of the sequences. Unlike Pyro's own estimators it never waits for the device. Source: arXiv 2502.01567,
+    equation 4.
     """
-    return _terms(model, guide, batch, local, draws or Draws())
-
-
-def _terms(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> ElboTerms:
-    q, p = traces(model, guide, batch, local, draws)
-    prior, posterior = _sampled(p), _latent(q)
-    log_likelihood_B = _log_likelihood(prior, posterior)
-    if draws.path:
-        posterior = _latent(_replayed(guide, q, batch, {name: x.detach() for name, x in local.items()}, draws))
-    kl = _sampled_kl if draws.path else _kl
-    with full_precision(batch.inputs_BT):
-        kl_B = _total(kl(node, prior[name]) for name, node in posterior.items())
+    antithetic = Antithetic() if draws.antithetic else nullcontext()
+    particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
+    with no_param_store():
+        with full_precision(batch.inputs_BT), antithetic, particles, poutine.trace() as q:  # antithetic sees the plate
+            guide(batch, local)
+        with particles, poutine.trace() as p, poutine.replay(trace=q.trace):
+            model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
+        prior, posterior = sample_sites(p.trace), latent_sites(q.trace)
+        check_sites(posterior, latent_sites(p.trace))
+        log_likelihood_B = _sum(_log_prob(site) for name, site in prior.items() if name not in posterior)
+        with full_precision(batch.inputs_BT):
+            if draws.kl == "path":
+                fixed = {name: x.detach() for name, x in local.items()}
+                with particles, poutine.trace() as q_fixed, poutine.replay(trace=q.trace):
+                    guide(batch, fixed)
+                posterior = latent_sites(q_fixed.trace)
+            kl = _kl if draws.kl == "exact" else _sampled_kl
+            kl_B = _sum(kl(site, prior[name]) for name, site in posterior.items())
     return ElboTerms(log_likelihood_B, kl_B.expand_as(log_likelihood_B))
 
 
-def average_terms(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> ElboTerms:
-    """The terms averaged over S draws, inside `quiet`; one draw carries no particle axis through the decoder."""
-    if draws.particles == 1:
-        return _terms(model, guide, batch, local, draws._replace(particles=None))
-    return ElboTerms(*(x.mean(0) for x in _terms(model, guide, batch, local, draws)))
-
-
-@no_param_store()
 def log_weights(
-    model: Model, guide: Guide, batch: Batch, local: LocalParameters, particles: int
-) -> Float[Tensor, "S B"]:
+    model: Model, guide: AnyGuide, batch: Batch, local: LocalParameters, particles: int | None = None
+) -> Float[Tensor, "... B"]:
     """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the importance weights of the evidence."""
-    return weigh(*traces(model, guide, batch, local, Draws(particles)))
+    return elbo_terms(model, guide, batch, local, Draws(particles, kl="sampled")).elbo_B
 
 
-def weigh(q: Trace, p: Trace) -> Float[Tensor, "... B"]:
-    """log p(x, z) − log q(z | x) of each sequence at the guide's draw, in nats."""
-    prior, posterior = _sampled(p), _latent(q)
-    log_likelihood_B = _log_likelihood(prior, posterior)
-    with full_precision(log_likelihood_B):
-        return log_likelihood_B + _total(_log_prob(prior[name]) - _log_prob(node) for name, node in posterior.items())
-
-
-@no_param_store()
 def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
     """log p(x | z) at S draws z ~ p(z), in nats."""
-    with pyro.plate(PARTICLES, particles, dim=-2):
+    with no_param_store(), pyro.plate(PARTICLES, particles, dim=-2):
         p = poutine.trace(model).get_trace(batch)
-    return _total(_log_prob(node) for node in _sampled(p).values() if node["is_observed"])
+    return _sum(_log_prob(site) for site in sample_sites(p).values() if site["is_observed"])
 
 
 def missing_bound(model: Model, guide: Guide) -> str | None:
-    """Why the ELBO of this pair bounds no evidence; None where it does, or where a normaliser has been estimated."""
+    """Why the ELBO of this pair bounds no evidence; None if it does, or if a normaliser has been estimated."""
     if not guide.has_density:
         return f"{type(guide).__name__} has no density"
     if any(x.isnan() for x in normalisers(model)):
@@ -122,23 +124,30 @@ def missing_bound(model: Model, guide: Guide) -> str | None:
 
 
 def normalisers(model: Model) -> list[Tensor]:
-    """log C of every unnormalised prior of a model, nan where it is not estimated."""
+    """log C of every unnormalised prior of a model, nan if it is not estimated."""
     found = (getattr(part, "log_normaliser", None) for part in model.modules())
     return [x for x in found if isinstance(x, Tensor)]
 
 
-def traces(model: Model, guide: Guide, batch: Batch, local: LocalParameters, draws: Draws) -> tuple[Trace, Trace]:
-    """The guide's trace, and the model's replayed against it, inside `quiet`.
+_inside_no_param_store = ContextVar("inside_no_param_store", default=False)
 
-    S particles become a plate left of the sequences.
+
+@contextmanager
+def no_param_store() -> Iterator[None]:
+    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
+
+    Validation waits for the device at every site, and lets one sequence's non-finite parameters stop all the others.
+    Inside another `no_param_store` it does nothing, because Pyro registers every parameter anew in a new scope.
     """
-    mirror = Antithetic() if draws.antithetic else nullcontext()
-    with full_precision(batch.inputs_BT), mirror, _particles(draws), poutine.trace() as q:  # mirror sees the plate
-        guide(batch, local)
-    with _particles(draws), poutine.trace() as p, poutine.replay(trace=q.trace):
-        model(batch)
-    check_sites(_latent(q.trace), _latent(p.trace))
-    return q.trace, p.trace
+    if _inside_no_param_store.get():
+        yield
+        return
+    token = _inside_no_param_store.set(True)
+    try:
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            yield
+    finally:
+        _inside_no_param_store.reset(token)
 
 
 def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
@@ -156,34 +165,29 @@ def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
         )
 
 
-def _replayed(guide: Guide, q: Trace, batch: Batch, local: LocalParameters, draws: Draws) -> Trace:
-    with full_precision(batch.inputs_BT), _particles(draws):
-        return poutine.trace(poutine.replay(guide, trace=q)).get_trace(batch, local)
-
-
-def _particles(draws: Draws) -> Any:
-    return nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
-
-
-def _total(terms: Iterable[Tensor]) -> Tensor:
-    return reduce(torch.add, terms)
-
-
-def _log_likelihood(prior: dict[str, Any], posterior: Iterable[str]) -> Tensor:
-    return _total(_log_prob(node) for name, node in prior.items() if name not in posterior)
-
-
-def _sampled(trace: Trace) -> dict[str, Any]:
+def sample_sites(trace: Trace) -> dict[str, Any]:
+    """Every sample site of a trace by name, without the subsample sites of plates."""
     nodes = trace.nodes.items()
     return {name: node for name, node in nodes if node["type"] == "sample" and not site_is_subsample(node)}
 
 
-def _latent(trace: Trace) -> dict[str, Any]:
-    return {name: node for name, node in _sampled(trace).items() if not node["is_observed"]}
+def latent_sites(trace: Trace) -> dict[str, Any]:
+    """Every sample site that is not observed."""
+    return {name: node for name, node in sample_sites(trace).items() if not node["is_observed"]}
 
 
-def _log_prob(node: Any) -> Tensor:
-    return scale_and_mask(node["fn"].log_prob(node["value"]), node["scale"], node["mask"])
+def log_ratio(p: Trace, q: Trace) -> Float[Tensor, "... B"]:
+    """Σ log p(z) − log q(z | x) over q's latent sites, at q's draw, in nats per sequence."""
+    prior = sample_sites(p)
+    return -_sum(_sampled_kl(site, prior[name]) for name, site in latent_sites(q).items())
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)
+
+
+def _log_prob(site: Any) -> Tensor:
+    return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
 
 
 def _sampled_kl(q: Any, p: Any) -> Tensor:

@@ -19,6 +19,7 @@ from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights, missing_boun
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.statistics import ratio_standard_error
 
 TOKENS_AT_ONCE = 8_192  # tokens x draws in one pass of the decoder: keeps the logits of a small vocabulary in cache
 
@@ -277,9 +278,7 @@ def _summary(
 
 
 def _rate(nats_B: Tensor, tokens_B: Tensor) -> Rate:
-    rate = (nats_B.sum() / tokens_B.sum()).item()
-    spread = (nats_B - rate * tokens_B).std().item() if len(nats_B) > 1 else math.nan
-    return Rate(rate, spread * math.sqrt(len(nats_B)) / tokens_B.sum().item())
+    return Rate((nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B).item())
 
 
 def _score(name: str, totals: NatsAndKL, tokens_B: Tensor, bytes_B: Tensor, samples: int) -> Score:

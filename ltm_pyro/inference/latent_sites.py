@@ -1,4 +1,4 @@
-"""The latent sites of a model: found by tracing `think` once."""
+"""The latent sites of a model, found by tracing its prior once."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,9 +19,10 @@ Sites = Mapping[str, Distribution]  # name -> the prior's distribution there, ba
 def prior_sites(model: Model, size: int) -> Sites:
     """Every latent site inside the plate of sequences, in the order the prior samples it.
 
-    A site that depends on others is what it is at their means, so that every look finds the same.
+    A site that depends on others is given at their means, so that every call finds the same.
     """
-    with torch.no_grad(), poutine.block(), _AtMean():  # a look, which handlers outside need not know of
+    hidden = poutine.block(hide_fn=lambda msg: msg["type"] != "global_latent")  # outer traces see no site of this one
+    with torch.no_grad(), hidden, _AtMean():
         nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
     sites: Sites = {
         name: node["fn"]

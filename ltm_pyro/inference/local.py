@@ -1,33 +1,32 @@
-"""Local inference: a few fast gradient steps find each sequence's own posterior while the decoder stands still.
+"""Local inference: Algorithm 1 of arXiv 2502.01567, the fast loop that finds each sequence's own posterior.
 
+`init` gives every sequence its q, `step` moves all of them once, and three drivers repeat it: all steps, early
+stopping, CUDA graph. `infer_local` and `training_loss` are the algorithm as the rest of the code calls it.
 Shapes: B sequences, b of them, N fast steps.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ltm_pyro.contracts import Batch, Guide, Init, LocalParameters, Model
+from ltm_pyro.contracts import Batch, Guide, Init, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.cuda_graphs import recordings
-from ltm_pyro.inference.elbo import ElboTerms, average_terms, no_param_store
+from ltm_pyro.inference.elbo import ElboTerms, elbo_terms, no_param_store
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.learning_rates import Rates
-from ltm_pyro.inference.optimizers import OPTIMIZERS, Groups, Rate, Update
+from ltm_pyro.inference.optimizers import OPTIMIZERS, Rate, Update
 from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient
 from ltm_pyro.nn.precision import rounded
 from ltm_pyro.utils.rng import seeded
 
-OnStep = Callable[[int, LocalParameters, ElboTerms], None]  # step, q's parameters before it, the ELBO's terms there
 
-
-@no_param_store()
 def infer_local(
     model: Model,
     guide: Guide,
@@ -35,34 +34,22 @@ def infer_local(
     inference: LocalInference,
     state: LocalState | None = None,
     rates: Rates | None = None,
-    on_step: OnStep | None = None,
 ) -> tuple[LocalState, LocalInfo]:
-    """Finds q for every sequence of a batch; the model's parameters and their ``.grad`` stay untouched.
+    """Fits q to every sequence of a batch; the model's parameters and their ``.grad`` stay untouched.
 
     Args:
-        state: goes on from here instead of ``inference.start``.
+        state: continues from here instead of ``inference.init``.
         rates: optimiser arguments by name of a local parameter, in place of ``inference.rate``.
-        on_step: is called before every fast step with the sequences that still move.
     """
-    with torch.no_grad():
-        batch = batch if batch.stem_BTD is not None else model.prepare(batch)
-    with frozen(model):
-        state, info = _Climb(model, guide, inference, rates, on_step).run(batch, state)
-    return state._replace(parameters={name: x.detach() for name, x in state.parameters.items()}), info
-
-
-@no_param_store()
-def init(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
-    """The state before the first fast step: q at ``inference.start``."""
-    start = guide.init(prior_sites(model, batch.size), inference.init)
-    if wrong := {name: tuple(x.shape) for name, x in start.items() if x.shape[:1] != (batch.size,)}:
-        raise UsageError(
-            f"{type(guide).__name__}.start gives {wrong}: the first axis of every local parameter has to be the "
-            f"{batch.size} sequences of the batch."
-        )
-    moments = {name: OPTIMIZERS[inference.optimizer].init(x) for name, x in start.items()}
-    steps_B = torch.zeros(batch.size, dtype=torch.long, device=batch.inputs_BT.device)
-    return LocalState({name: x.detach() for name, x in start.items()}, moments, steps_B)
+    with no_param_store():
+        with torch.no_grad():
+            batch = batch if batch.stem_BTD is not None else model.prepare(batch)
+        with frozen(model):
+            first = initial_state(model, guide, batch, inference, state)
+            state, terms = driver(inference)(model, guide, batch, inference, first, rates)
+            state = finalize(model, guide, batch, inference, state)
+    state = state._replace(parameters={name: x.detach() for name, x in state.parameters.items()})
+    return state, LocalInfo(*terms, state.steps_B - first.steps_B)
 
 
 class TrainingLoss(NamedTuple):
@@ -79,7 +66,6 @@ class TrainingLoss(NamedTuple):
         return self.info.finite_B & self.terms.elbo_B.isfinite()
 
 
-@no_param_store()
 def training_loss(
     model: Model,
     guide: Guide,
@@ -88,214 +74,251 @@ def training_loss(
     state: LocalState | None = None,
     rates: Rates | None = None,
 ) -> TrainingLoss:
-    """A fit, and the loss −Σ ELBO (nats) whose ``backward`` gives the global parameters the slow step's gradient.
+    """The fast loop, and the loss −Σ ELBO (nats) whose ``backward`` gives the slow step its gradient.
 
-    With no fast steps, or with nothing local to fit (K = 0), the trajectory is the last q itself.
+    With ``slow_gradient="last"`` the loss is taken at the final q, with ``"trajectory"`` it is averaged over the q's
+    before each fast step. Without fast steps, or without local parameters (K = 0), both are the loss at the final q.
     """
     if inference.cuda_graph and inference.slow_gradient == "trajectory":
         raise UsageError("A CUDA graph cannot record the slow gradient of a trajectory: set slow_gradient to last.")
-    prepared = model.prepare(batch)
-    climb, cut = _Climb(model, guide, inference, rates), _cut(prepared)
-    if inference.slow_gradient == "trajectory":
-        climb.average = TrajectoryGradient(model, guide, cut.stem_BTD, prepared.stem_BTD)
-        state, info = climb.run(cut, state)
-        if len(info.kl_NB):
-            loss = inference.loss(ElboTerms(info.log_likelihood_NB, info.kl_NB)) / len(info.kl_NB)
-            last = ElboTerms(info.log_likelihood_NB[-1], info.kl_NB[-1])
-            return TrainingLoss(climb.average.loss(loss), state, info, last)
+    with no_param_store():
+        batch = model.prepare(batch)
+        stem_BTD = None if batch.stem_BTD is None else batch.stem_BTD.detach()
+        fixed = batch._replace(stem_BTD=stem_BTD)  # fast steps do not go backward through the stem
+        along = inference.slow_gradient == "trajectory"
+        trajectory = TrajectoryGradient(model, guide, stem_BTD, batch.stem_BTD) if along else None
+        with nullcontext() if trajectory else frozen(model):
+            first = initial_state(model, guide, fixed, inference, state)
+            state, fast_terms = driver(inference)(model, guide, fixed, inference, first, rates, trajectory)
+            state = finalize(model, guide, fixed, inference, state)
+        info = LocalInfo(*fast_terms, state.steps_B - first.steps_B)
+        if trajectory and len(info.kl_NB):
+            value = inference.loss(fast_terms) / len(info.kl_NB)
+            return TrainingLoss(trajectory.loss(value), state, info, ElboTerms(*(x[-1] for x in fast_terms)))
+        terms = elbo_terms(model, guide, batch, state.parameters, inference.draws).mean()
+        return TrainingLoss(inference.loss(terms), state, info, terms.detach())
+
+
+def init(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
+    """The state before the first fast step: every sequence's q as ``inference.init`` says."""
+    with no_param_store():
+        parameters = guide.init(prior_sites(model, batch.size), inference.init)
+    if wrong := {name: tuple(x.shape) for name, x in parameters.items() if x.shape[:1] != (batch.size,)}:
+        raise UsageError(
+            f"{type(guide).__name__}.init gives {wrong}: the first axis of every local parameter has to be the "
+            f"{batch.size} sequences of the batch."
+        )
+    parameters = {name: x.detach() for name, x in parameters.items()}
+    steps_B = torch.zeros(batch.size, dtype=torch.long, device=batch.inputs_BT.device)
+    return LocalState(parameters, OPTIMIZERS[inference.optimizer].init(parameters), steps_B)
+
+
+def step(
+    model: Model,
+    guide: Guide,
+    batch: Batch,
+    inference: LocalInference,
+    state: LocalState,
+    update: Update,
+    trajectory: TrajectoryGradient | None = None,
+) -> tuple[LocalState, ElboTerms]:
+    r"""One fast step: draws z from every sequence's q, and moves q along the gradient of its own ELBO.
+
+    .. math:: z_i \sim q_{\phi_i}(z \mid x_i), \qquad
+        \phi_i \leftarrow \phi_i + \eta_\mathrm{fast} \, \mathrm{Adam}(\nabla_{\phi_i} \mathrm{ELBO}_i), \quad
+        \phi_i = (\mu_i, \sigma_i^2)
+
+    A pure function of the local state: the global parameters are constants.
+
+    Args:
+        update: the optimiser's update for this step, from `fast_updates`.
+        trajectory: if given, the global parameters' gradient at this q is added to it.
+
+    Returns:
+        The next state, and the ELBO's terms at the q before it (nats per sequence).
+    """
+    q = {name: x.detach().requires_grad_() for name, x in state.parameters.items()}
+    global_tensors = trajectory.tensors if trajectory else []
+    with torch.enable_grad(), nullcontext() if state.noise is None else seeded(state.noise):
+        terms = elbo_terms(model, guide, batch, q, inference.draws).mean()
+        gradients = torch.autograd.grad(inference.loss(terms), [*q.values(), *global_tensors], allow_unused=True)
+    if trajectory:
+        trajectory.add(gradients[len(q) :])
+    of_q = zip(q.items(), gradients[: len(q)], strict=True)
+    local_gradients = {name: torch.zeros_like(x) if gradient is None else gradient for (name, x), gradient in of_q}
+    if inference.optimizer == "natural":
+        local_gradients = guide.natural_gradient(state.parameters, local_gradients)
+    return update(state, local_gradients), terms.detach()
+
+
+def run_steps(
+    model: Model,
+    guide: Guide,
+    batch: Batch,
+    inference: LocalInference,
+    state: LocalState,
+    rates: Rates | None = None,
+    trajectory: TrajectoryGradient | None = None,
+    steps: range | None = None,
+    rate: Rate | None = None,
+) -> tuple[LocalState, ElboTerms]:
+    """The plain driver: all fast steps, one after the other, without waiting for the device.
+
+    Args:
+        steps: some of the fast steps only.
+        rate: η_fast in place of ``inference.rate``, as the tensor that a CUDA graph reads.
+
+    Returns:
+        The last state, and the ELBO's terms before each step, (N, B).
+    """
+    steps = range(number_of_fast_steps(guide, inference, state)) if steps is None else steps
+    record = []
+    for update in fast_updates(inference, state, steps, rates, rate):
+        state, terms = step(model, guide, batch, inference, state, update, trajectory)
+        record.append(terms)
+    if not record:
+        empty_NB = batch.mask_BT.new_zeros((0, batch.size), dtype=torch.get_default_dtype())
+        return state, ElboTerms(empty_NB, empty_NB)
+    return state.contiguous(), ElboTerms(*(torch.stack(x) for x in zip(*record, strict=True)))
+
+
+def run_until_converged(
+    model: Model,
+    guide: Guide,
+    batch: Batch,
+    inference: LocalInference,
+    state: LocalState,
+    rates: Rates | None = None,
+    trajectory: TrajectoryGradient | None = None,
+) -> tuple[LocalState, ElboTerms]:
+    """Per-sequence early stopping: after every ``stop.window`` steps, converged sequences are dropped from the batch.
+
+    The terms of steps that a sequence did not take are nan.
+    """
+    if trajectory is not None:
+        raise UsageError("The stopping rule needs the slow gradient of the last step: set slow_gradient to last.")
+    stop, steps = inference.stop or Stop(), number_of_fast_steps(guide, inference, state)
+    active_b = torch.arange(batch.size, device=batch.inputs_BT.device)
+    before_B = torch.full((batch.size,), -torch.inf, device=active_b.device)
+    terms_2NB = torch.full((2, steps, batch.size), torch.nan, device=active_b.device)
+    for first in range(0, steps, stop.window):
+        window = range(first, min(first + stop.window, steps))
+        active, active_batch = state.select(active_b), batch.select(active_b)
+        moved, terms = run_steps(model, guide, active_batch, inference, active, rates, steps=window)
+        state = state.put(active_b, moved)
+        terms_2NB[:, first : window.stop, active_b] = torch.stack(terms).to(terms_2NB.dtype)
+        now_b = terms.elbo_B.mean(0).to(before_B.dtype)
+        improving_b = ~(now_b - before_B[active_b] < stop.tolerance)  # a sequence that is nan goes on
+        before_B[active_b] = now_b
+        active_b = active_b[improving_b]
+        if not len(active_b):
+            break
+    return state, ElboTerms(*terms_2NB)
+
+
+def run_cuda_graph(
+    model: Model,
+    guide: Guide,
+    batch: Batch,
+    inference: LocalInference,
+    state: LocalState,
+    rates: Rates | None = None,
+    trajectory: TrajectoryGradient | None = None,
+) -> tuple[LocalState, ElboTerms]:
+    """`run_steps` captured as a CUDA graph at the second batch of a shape, and replayed for the ones after it."""
+
+    def run(batch: Batch, state: LocalState, steps: range, rate: Tensor) -> tuple[LocalState, ElboTerms]:
+        return run_steps(model, guide, batch, inference, state, rates, steps=steps, rate=rate)
+
+    steps = range(number_of_fast_steps(guide, inference, state))
+    if not steps:
+        return run_steps(model, guide, batch, inference, state, rates)
+    rate = torch.full((), inference.rate, device=batch.inputs_BT.device)  # may change without a new capture
+    key = replace(inference, rate=1.0, init=Init()), repr([rates and rates(name) for name in state.parameters])
+    modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
+    weights = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    return recordings(guide, rate.device)(key, run, (batch, state, steps, rate), weights)
+
+
+Driver = Callable[..., tuple[LocalState, ElboTerms]]
+
+
+def driver(inference: LocalInference) -> Driver:
+    """What repeats `step`: all steps, until each sequence has converged, or as a CUDA graph."""
+    return run_until_converged if inference.stop else run_cuda_graph if inference.cuda_graph else run_steps
+
+
+def number_of_fast_steps(guide: Guide, inference: LocalInference, state: LocalState) -> int:
+    """T_fast; 0 if the guide is found without fast steps, or has no local parameters (K = 0)."""
+    return inference.steps if guide.uses_fast_steps and state.has_parameters else 0
+
+
+def fast_updates(
+    inference: LocalInference, state: LocalState, steps: range, rates: Rates | None = None, rate: Rate | None = None
+) -> Iterator[Update]:
+    """The optimiser's update for each of some fast steps, at the rates of ``inference.schedule``.
+
+    Args:
+        rates: optimiser arguments by name of a local parameter, in place of ``inference.rate``.
+        rate: η_fast in place of ``inference.rate``.
+    """
+    peak = 1.0 if rates else inference.rate if rate is None else rate
+    factors = [peak * inference.factor(index) for index in steps]
+    return OPTIMIZERS[inference.optimizer].updates(state, factors, rates or (lambda name: {"lr": 1.0}))
+
+
+def finalize(model: Model, guide: Guide, batch: Batch, inference: LocalInference, state: LocalState) -> LocalState:
+    """The state with what the guide adds after the fast steps; unchanged if there were to be none."""
+    if not inference.steps or not state.has_parameters:
+        return state
+    with frozen(model):
+        found = guide.finalize(model, batch, state.parameters, inference.steps, inference.rate)
+    return state._replace(parameters=found)
+
+
+def initial_state(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, state: LocalState | None
+) -> LocalState:
+    """`init`, or a given state without what `finalize` has added to it; refuses a state of another fit."""
+    if state is None:
+        state = init(model, guide, batch, inference)
     else:
-        with frozen(model):
-            state, info = climb.run(cut, state)
-    terms = average_terms(model, guide, prepared, state.parameters, inference.draws)
-    return TrainingLoss(inference.loss(terms), state, info, ElboTerms(*(x.detach() for x in terms)))
-
-
-def _cut(batch: Batch) -> Batch:
-    """The batch with its stem cut off from the graph that computed it."""
-    stem_BTD = batch.stem_BTD
-    return batch if stem_BTD is None else batch._replace(stem_BTD=stem_BTD.detach())
+        fast = {name: x for name, x in state.parameters.items() if name in state.moments}
+        state = state._replace(parameters=fast)
+        with seeded(0):
+            own = guide.init(prior_sites(model, 1), Init())
+        expected = {name: (batch.size, *x.shape[1:]) for name, x in own.items()}
+        given = {name: tuple(x.shape) for name, x in state.parameters.items()}
+        if expected != given:
+            raise UsageError(
+                f"The local state has parameters {given}, but this guide, model and batch need {expected}: "
+                f"fit it anew, or select the batch's sequences from it."
+            )
+        if any(set(m) != set(OPTIMIZERS[inference.optimizer].moments) for m in state.moments.values()):
+            raise UsageError(
+                f"The local state comes from another optimizer than {inference.optimizer}: "
+                f"continue with the one it was fitted with, or fit anew."
+            )
+    if inference.noise != "reused":
+        return state._replace(noise=None)
+    return state if state.noise is not None else state._replace(noise=int(torch.randint(2**62, ())))
 
 
 @contextmanager
 def frozen(model: Model | nn.Module) -> Iterator[None]:
-    """No global parameter asks for a gradient inside, so that none is computed and no activation kept for it.
+    """Inside, the global parameters are constants: ``requires_grad`` is False, and no activation is kept for them.
 
-    The model is in evaluation mode there: q belongs to the decoder without dropout, and Pyro expects it of frozen
-    parameters. Matrices are rounded to autocast's precision once. Parts with an attribute ``frozen`` read it there.
+    The model is in evaluation mode: q belongs to the decoder without dropout. Matrices are rounded to autocast's
+    precision once, instead of at every product.
     """
-    training = model.training
+    training, learning = model.training, [p for p in model.parameters() if p.requires_grad]
     model.train(False)
-    moving: list[Any] = [part for part in model.modules() if getattr(part, "frozen", None) is False]
-    learning = [p for p in model.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
-    for part in moving:
-        part.frozen = True
     try:
         with rounded(model):
             yield
     finally:
-        for part in moving:
-            part.frozen = False
         for parameter in learning:
             parameter.requires_grad_(True)
         model.train(training)
-
-
-class _Climb:
-    """A fit: state in, state out, over stretches of steps between which settled sequences are let go."""
-
-    def __init__(
-        self, model: Model, guide: Guide, inference: LocalInference, rates: Rates | None, on_step: OnStep | None = None
-    ) -> None:
-        self.model, self.guide, self.inference, self.on_step = model, guide, inference, on_step
-        self.optimizer = OPTIMIZERS[inference.optimizer]
-        self.rates: Rates = rates or (lambda name: {"lr": 1.0})
-        self.rate = 1.0 if rates else inference.rate  # multiplies them
-        self.average: TrajectoryGradient | None = None
-
-    def run(self, batch: Batch, state: LocalState | None) -> tuple[LocalState, LocalInfo]:
-        """All fast steps of a batch."""
-        inference, guide = self.inference, self.guide
-        state = self._begin(batch, state)
-        steps = inference.steps if any(x.numel() for x in state.parameters.values()) else 0
-        state, info = self._climb(batch, state, steps if guide.uses_fast_steps else 0)
-        if not steps:
-            return state, info
-        with frozen(self.model) if self.average else nullcontext():  # elsewhere it is frozen from the first step on
-            found = guide.finalize(self.model, _cut(batch), state.parameters, steps, inference.rate)
-        return state._replace(parameters=found), info
-
-    def _climb(self, batch: Batch, state: LocalState, steps: int) -> tuple[LocalState, LocalInfo]:
-        if self.inference.stop is None:
-            state, record = self._recorded(batch, state, range(steps))
-            return state, LocalInfo(*_stack(record, batch), torch.full_like(state.steps_B, steps))
-        return self._climb_until_settled(batch, state, self.inference.stop, steps)
-
-    def _climb_until_settled(
-        self, batch: Batch, state: LocalState, stop: Stop, steps: int
-    ) -> tuple[LocalState, LocalInfo]:
-        if self.average is not None:
-            raise UsageError("The stopping rule needs the slow gradient of the last step: set slow_gradient to last.")
-        moving_b = torch.arange(batch.size, device=batch.inputs_BT.device)
-        first_B, before_B = state.steps_B, torch.full((batch.size,), -torch.inf, device=moving_b.device)
-        whole_2NB = torch.full((2, steps, batch.size), torch.nan, device=moving_b.device)
-        for first in range(0, steps, stop.window):
-            stretch = range(first, min(first + stop.window, steps))
-            moved, record = self._stretch(batch.select(moving_b), state.select(moving_b), stretch, self.rate)
-            state, terms = state.put(moving_b, moved), torch.stack(_stack(record, batch))
-            whole_2NB[:, first : stretch.stop, moving_b] = terms.to(whole_2NB.dtype)
-            now_b = (terms[0] - terms[1]).mean(0).to(before_B.dtype)
-            going_b = ~(now_b - before_B[moving_b] < stop.tolerance)
-            before_B[moving_b] = now_b
-            moving_b = moving_b[going_b]
-            if not len(moving_b):
-                break
-        return state, LocalInfo(whole_2NB[0], whole_2NB[1], state.steps_B - first_B)
-
-    def _begin(self, batch: Batch, state: LocalState | None) -> LocalState:
-        if state is None:
-            state = init(self.model, self.guide, batch, self.inference)
-        else:
-            climbing = {name: x for name, x in state.parameters.items() if name in state.moments}
-            state = state._replace(parameters=climbing)  # without what `settle` added
-            check_state(self.model, self.guide, batch, state)
-            if any(set(m) != set(self.optimizer.moments) for m in state.moments.values()):
-                raise UsageError(
-                    f"The local state comes from another optimizer than {self.inference.optimizer}: "
-                    f"go on with the one it was fitted with, or fit anew."
-                )
-        if self.inference.noise != "reused":
-            return state._replace(noise=None)
-        return state if state.noise is not None else state._replace(noise=int(torch.randint(2**62, ())))
-
-    def _recorded(self, batch: Batch, state: LocalState, steps: range) -> tuple[LocalState, list[ElboTerms]]:
-        """`_stretch`, recorded as a CUDA graph where that is asked for, unless somebody follows the steps."""
-        if not (self.inference.cuda_graph and steps) or self.on_step:
-            return self._stretch(batch, state, steps, self.rate)
-        rate = torch.full((), self.rate, device=batch.inputs_BT.device)  # may change at every fit
-        key = replace(self.inference, rate=1.0, init=Init()), repr([self.rates(name) for name in state.parameters])
-        weights = [x for part in (self.model, self.guide) if isinstance(part, nn.Module) for x in _tensors(part)]
-        recorded = recordings(self.guide, rate.device)
-        return recorded(key, self._stretch, (batch, state, steps, rate), weights)
-
-    def _stretch(self, batch: Batch, state: LocalState, steps: range, rate: Rate) -> tuple[LocalState, list[ElboTerms]]:
-        """Some consecutive steps of some sequences, without waiting for the device."""
-        record, groups = [], Groups(state.parameters, self.rates)
-        joined = _regrouped(state, groups.join)
-        for step, updates in zip(steps, self._updates(joined, groups, len(steps)), strict=True):
-            local = groups.split(joined.parameters)
-            terms, gradients = self._gradients(batch, local, state.noise)
-            if self.on_step:
-                self.on_step(step, local, terms)
-            joined = _moved(joined, groups.join(gradients), updates, rate * self.inference.factor(step))
-            record.append(terms)
-        joined = joined._replace(steps_B=state.steps_B + len(steps))
-        return _regrouped(joined, lambda whole: {n: x.contiguous() for n, x in groups.split(whole).items()}), record
-
-    def _gradients(self, batch: Batch, local: LocalParameters, noise: int | None) -> tuple[ElboTerms, LocalParameters]:
-        leaves = {name: x.detach().requires_grad_() for name, x in local.items()}
-        others = self.average.tensors if self.average else []
-        with torch.enable_grad(), nullcontext() if noise is None else seeded(noise):
-            terms = average_terms(self.model, self.guide, batch, leaves, self.inference.draws)
-            wanted = [*leaves.values(), *others]
-            gradients = torch.autograd.grad(self.inference.loss(terms), wanted, allow_unused=True)
-        if self.average:
-            self.average.add(gradients[len(local) :])
-        found = {
-            name: torch.zeros_like(x) if gradient is None else gradient
-            for (name, x), gradient in zip(local.items(), gradients, strict=False)
-        }
-        if self.inference.optimizer == "natural":
-            found = self.guide.natural_gradient(local, found)
-        return ElboTerms(*(x.detach() for x in terms)), found
-
-    def _updates(self, state: LocalState, groups: Groups, steps: int) -> Iterator[dict[str, Update]]:
-        """Of every group, for each of the next steps."""
-        counts_NB = state.steps_B + torch.arange(1, steps + 1, device=state.steps_B.device)[:, None]
-        by_group = {
-            group: self.optimizer.updates(counts_NB.to(x.dtype), **groups.arguments[group])
-            for group, x in state.parameters.items()
-        }
-        return (dict(zip(by_group, step, strict=True)) for step in zip(*by_group.values(), strict=True))
-
-
-def _moved(state: LocalState, gradients: LocalParameters, updates: dict[str, Update], rate: Rate) -> LocalState:
-    parameters, moments = {}, {}
-    for group, x in state.parameters.items():
-        parameters[group], moments[group] = updates[group](x, gradients[group], state.moments[group], rate)
-    return state._replace(parameters=parameters, moments=moments)
-
-
-def _tensors(part: nn.Module) -> Iterator[Tensor]:
-    yield from part.parameters()
-    yield from part.buffers()
-
-
-def _regrouped(state: LocalState, regroup: Callable[[LocalParameters], LocalParameters]) -> LocalState:
-    """The state with its parameters and moments joined or split."""
-    kinds = {kind for moments in state.moments.values() for kind in moments}
-    by_kind = {kind: regroup({name: m[kind] for name, m in state.moments.items()}) for kind in sorted(kinds)}
-    parameters = regroup(state.parameters)
-    moments = {name: {kind: by_kind[kind][name] for kind in by_kind} for name in parameters}
-    return state._replace(parameters=parameters, moments=moments)
-
-
-def _stack(record: list[ElboTerms], batch: Batch) -> tuple[Tensor, Tensor]:
-    if not record:
-        empty_NB = batch.mask_BT.new_zeros((0, batch.size), dtype=torch.get_default_dtype())
-        return empty_NB, empty_NB
-    return torch.stack([t.log_likelihood_B for t in record]), torch.stack([t.kl_B for t in record])
-
-
-def check_state(model: Model, guide: Guide, batch: Batch, state: LocalState) -> None:
-    """Refuses a local state of another guide, another model or another batch."""
-    with seeded(0):
-        own = guide.init(prior_sites(model, 1), Init())
-    expected = {name: (batch.size, *x.shape[1:]) for name, x in own.items()}
-    given = {name: tuple(x.shape) for name, x in state.parameters.items()}
-    if expected != given:
-        raise UsageError(
-            f"The local state has parameters {given}, but this guide, model and batch need {expected}: "
-            f"fit it anew, or select the batch's sequences from it."
-        )

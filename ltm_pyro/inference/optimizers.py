@@ -1,8 +1,8 @@
-"""Fast optimisers: steps on local parameters, every sequence with moments and a step count of its own.
+"""Optimisers of local parameters: like torch's, but every sequence has moments and a step count of its own.
 
-State goes in and comes out, all of it with a leading axis B, so that sequences can stop, be stored and be taken up
-again one by one; torch's optimisers share one step count among all rows of a tensor. An optimiser is told of all steps
-to come, and gives an update for each. Shapes: N steps, B sequences, P parameters of each.
+State goes in and comes out, all of it with a leading axis B, so that single sequences can stop, be stored and be
+continued; torch's optimisers share one step count among all rows of a tensor.
+Shapes: N steps, B sequences, P parameters of each.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,102 +14,120 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Moments = dict[str, Tensor]  # running averages of one parameter's gradient, by name
-Rate = float | Tensor  # on the device where a recorded fit reads it
-Update = Callable[[Tensor, Tensor, Moments, Rate], tuple[Tensor, Moments]]  # x, gradient, moments, factor on lr
+from ltm_pyro.contracts import LocalParameters
+from ltm_pyro.inference.learning_rates import Rates
+from ltm_pyro.inference.state import LocalState, Moments
+
+Rate = float | Tensor  # a tensor on the device if a CUDA graph reads it
+TensorUpdate = Callable[[Tensor, Tensor, Moments, Rate], tuple[Tensor, Moments]]  # x, gradient, moments, factor on lr
+Update = Callable[[LocalState, LocalParameters], LocalState]  # state and gradients of one fast step -> the next state
 
 
 def adam(
     counts_NB: Float[Tensor, "N B"], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-) -> Iterator[Update]:
+) -> Iterator[TensorUpdate]:
     r"""x − lr · m̂ / (√v̂ + ε), step for step `torch.optim.Adam` (Kingma & Ba 2015, arXiv 1412.6980).
 
-    m̂ = m / (1 − β₁^t) and v̂ = v / (1 − β₂^t), m and v the moments ``mean`` and ``square``.
+    m̂ = m / (1 − β₁^t) and v̂ = v / (1 − β₂^t), m and v the moments ``mean`` and ``square``. The bias corrections of all
+    steps are computed at once.
 
     Args:
         counts_NB: t, the number of each step to come, from 1, for each sequence.
     """
     root_NB1 = (1 - betas[1] ** counts_NB[..., None]).sqrt()
     size_NB1 = lr * root_NB1 / (1 - betas[0] ** counts_NB[..., None])
-    return (partial(_adam, betas, *of_step) for of_step in zip(size_NB1, eps * root_NB1, strict=True))
+    eps_NB1 = eps * root_NB1
+
+    def update(size_B1: Tensor, eps_B1: Tensor, x_BP: Tensor, gradient_BP: Tensor, moments: Moments, rate: Rate) -> Any:
+        mean = torch.lerp(gradient_BP, moments["mean"], betas[0])
+        square = (moments["square"] * betas[1]).addcmul_(gradient_BP, gradient_BP, value=1 - betas[1])
+        moved_BP = torch.addcdiv(x_BP, mean * (-rate * size_B1), square.sqrt().add_(eps_B1))
+        return moved_BP, {"mean": mean, "square": square}
+
+    return (partial(update, size_B1, eps_B1) for size_B1, eps_B1 in zip(size_NB1, eps_NB1, strict=True))
 
 
-def _adam(
-    betas: tuple[float, float],
-    size_B1: Tensor,
-    eps_B1: Tensor,
-    x_BP: Tensor,
-    gradient_BP: Tensor,
-    moments: Moments,
-    rate: Rate,
-) -> tuple[Tensor, Moments]:
-    mean = torch.lerp(gradient_BP, moments["mean"], betas[0])
-    square = (moments["square"] * betas[1]).addcmul_(gradient_BP, gradient_BP, value=1 - betas[1])
-    moved_BP = torch.addcdiv(x_BP, mean * (-rate * size_B1), square.sqrt().add_(eps_B1))
-    return moved_BP, {"mean": mean, "square": square}
-
-
-def adamw(counts_NB: Float[Tensor, "N B"], lr: float, weight_decay: float = 0.01, **more: Any) -> Iterator[Update]:
+def adamw(
+    counts_NB: Float[Tensor, "N B"], lr: float, weight_decay: float = 0.01, **options: Any
+) -> Iterator[TensorUpdate]:
     """`adam` after x has shrunk by lr · weight_decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
-    def update(step: Update, x: Tensor, gradient: Tensor, moments: Moments, rate: Rate) -> tuple[Tensor, Moments]:
+    def update(step: TensorUpdate, x: Tensor, gradient: Tensor, moments: Moments, rate: Rate) -> Any:
         return step(x * (1 - rate * lr * weight_decay), gradient, moments, rate)
 
-    return (partial(update, step) for step in adam(counts_NB, lr, **more))
+    return (partial(update, step) for step in adam(counts_NB, lr, **options))
 
 
-def sgd(counts_NB: Float[Tensor, "N B"], lr: float) -> Iterator[Update]:
+def sgd(counts_NB: Float[Tensor, "N B"], lr: float) -> Iterator[TensorUpdate]:
     """x − lr · gradient."""
     return repeat(lambda x, gradient, moments, rate: (x - rate * lr * gradient, {}), len(counts_NB))
 
 
-class Groups:
-    """Parameters with equal optimiser arguments side by side in one tensor (B, P), so that one update moves them all.
-
-    Args:
-        like: parameters by name, each with leading axis B.
-        arguments: of the optimiser, by name.
-    """
-
-    def __init__(self, like: dict[str, Tensor], arguments: Callable[[str], dict[str, Any]]) -> None:
-        self.shapes = {name: x.shape[1:] for name, x in like.items()}
-        self.arguments: dict[str, dict[str, Any]] = {}
-        self.names: dict[str, list[str]] = {}
-        for name in like:
-            group = repr(sorted(arguments(name).items()))
-            self.arguments[group] = arguments(name)
-            self.names.setdefault(group, []).append(name)
-
-    def join(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By group what is given by name."""
-        return {
-            group: torch.cat([parts[name].reshape(len(parts[name]), -1) for name in names], dim=1)
-            for group, names in self.names.items()
-        }
-
-    def split(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By name what is given by group; views."""
-        parts: dict[str, Tensor] = {}
-        for group, names in self.names.items():
-            columns = whole[group].split([self.shapes[name].numel() for name in names], dim=1)
-            parts |= {name: x.view(len(x), *self.shapes[name]) for name, x in zip(names, columns, strict=True)}
-        return {name: parts[name] for name in self.shapes}
-
-
 class Optimizer(NamedTuple):
-    """The updates of all steps to come, and the names of the moments they keep of every parameter."""
+    """Initial moments and the updates of all steps to come, for any number of local parameters."""
 
-    updates: Callable[..., Iterator[Update]]
+    tensor_updates: Callable[..., Iterator[TensorUpdate]]
     moments: tuple[str, ...] = ()
 
-    def init(self, x: Tensor) -> Moments:
+    def init(self, parameters: LocalParameters) -> dict[str, Moments]:
         """The moments before the first step."""
-        return {name: torch.zeros_like(x) for name in self.moments}
+        return {name: {kind: torch.zeros_like(x) for kind in self.moments} for name, x in parameters.items()}
+
+    def updates(self, state: LocalState, factors: list[Rate], rates: Rates) -> Iterator[Update]:
+        """One update for each of the next steps from ``state``.
+
+        Parameters with equal optimiser arguments are concatenated to one tensor (B, P) per update, as torch's fused
+        optimisers do: one kernel per operation instead of one per parameter.
+
+        Args:
+            factors: what multiplies the learning rate at each step.
+            rates: optimiser arguments by parameter name.
+        """
+        groups: dict[str, list[str]] = {}
+        for name in state.parameters:
+            groups.setdefault(repr(sorted(rates(name).items())), []).append(name)
+        counts_NB = state.steps_B + torch.arange(1, len(factors) + 1, device=state.steps_B.device)[:, None]
+        of_groups = [
+            self.tensor_updates(counts_NB.to(state.parameters[names[0]].dtype), **rates(names[0]))
+            for names in groups.values()
+        ]
+        for factor, steps_B, *moves in zip(factors, counts_NB, *of_groups, strict=True):
+            yield partial(self._update, list(groups.values()), moves, factor, steps_B)
+
+    def _update(
+        self,
+        groups: list[list[str]],
+        moves: list[TensorUpdate],
+        factor: Rate,
+        steps_B: Tensor,
+        state: LocalState,
+        gradients: LocalParameters,
+    ) -> LocalState:
+        parameters, moments = dict(state.parameters), {name: dict(m) for name, m in state.moments.items()}
+        for names, move in zip(groups, moves, strict=True):
+            joined = {kind: _join([moments[name][kind] for name in names]) for kind in self.moments}
+            x_BP, gradient_BP = (_join([of[name] for name in names]) for of in (parameters, gradients))
+            x_BP, joined = move(x_BP, gradient_BP, joined, factor)
+            shapes = {name: parameters[name].shape for name in names}
+            parameters |= _split(x_BP, shapes)
+            for kind, moment_BP in joined.items():
+                for name, moment in _split(moment_BP, shapes).items():
+                    moments[name][kind] = moment
+        return state._replace(parameters=parameters, moments=moments, steps_B=steps_B)
+
+
+def _join(parts: list[Tensor]) -> Float[Tensor, "B P"]:
+    return torch.cat([x.flatten(1) if x.dim() > 1 else x[:, None] for x in parts], dim=1)
+
+
+def _split(whole_BP: Float[Tensor, "B P"], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    columns = whole_BP.split([shape[1:].numel() for shape in shapes.values()], dim=1)
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), columns, strict=True)}
 
 
 OPTIMIZERS = {
     "adam": Optimizer(adam, ("mean", "square")),
     "adamw": Optimizer(adamw, ("mean", "square")),
     "sgd": Optimizer(sgd),
-    "natural": Optimizer(sgd),  # the guide turns the gradient first
+    "natural": Optimizer(sgd),  # of the natural gradient
 }

@@ -1,4 +1,4 @@
-"""How q is found, and what a fit leaves behind: options in, state and record out.
+"""The options of local inference, and what it returns: the state to continue from, and the record of its steps.
 
 Shapes: B sequences, b of them, N fast steps.
 """
@@ -14,12 +14,13 @@ from ltm_pyro.contracts import Init, LocalParameters
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import Draws, ElboTerms
 from ltm_pyro.inference.learning_rates import cosine
-from ltm_pyro.inference.optimizers import Moments
+
+Moments = dict[str, Tensor]  # running averages of one parameter's gradient, by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """When a sequence has settled: its mean ELBO over the last ``window`` steps gained less than ``tolerance`` nats."""
+    """A sequence has converged if its mean ELBO over ``window`` steps grew by less than ``tolerance`` nats."""
 
     window: int = 8
     tolerance: float = 0.1
@@ -44,12 +45,14 @@ class LocalInference:
             through the whole fit, as the published code does, for comparison only: its ELBO is no bound.
         kl: ``exact`` where it has a closed form, else sampled; ``path`` samples it everywhere and holds q's parameters
             fixed inside log q (sticking the landing, arXiv 1703.09194): no noise is left where q is the posterior.
-        stop: lets settled sequences rest, at no further cost.
+        stop: drops converged sequences from the batch, at no further cost.
         slow_gradient: what the decoder follows: the ELBO at the ``last`` q, or its gradient averaged over the
             ``trajectory`` of fast steps.
-        kl_weight: multiplies the KL in what q and the decoder climb; 1 is the ELBO.
-        cuda_graph: records the fast steps as a CUDA graph at the second batch of a shape and replays it for the others,
-            without Python between kernels, at the cost of keeping a fit's memory; see `ltm_pyro.inference.cuda_graphs`.
+        kl_weight: multiplies the KL in the objective of q and the decoder; 1 is the ELBO.
+        cuda_graph: captures the fast steps as a CUDA graph at the second batch of a shape and replays it for the
+            others, without Python between kernels, at the cost of keeping their memory; see
+            `ltm_pyro.inference.cuda_graphs`.
+        use_thoughts: False leaves z out of the decoder, as the first stage of a warm start does.
     """
 
     steps: int = 16
@@ -64,6 +67,7 @@ class LocalInference:
     slow_gradient: Literal["last", "trajectory"] = "trajectory"
     kl_weight: float = 1.0
     cuda_graph: bool = False
+    use_thoughts: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -74,36 +78,47 @@ class LocalInference:
             raise UsageError("Reused noise belongs to a whole batch: it cannot go with a stopping rule; remove `stop`.")
         if self.cuda_graph and (self.stop or self.noise == "reused"):
             raise UsageError(
-                f"A CUDA graph has no seed and cannot wait for settled sequences, got noise {self.noise} and stop "
-                f"{self.stop}: remove them, or `cuda_graph`."
+                f"A CUDA graph has no random seed and cannot wait for converged sequences, got noise {self.noise} and "
+                f"stop {self.stop}: remove them, or `cuda_graph`."
             )
         if self.noise == "antithetic" and self.particles % 2:
             raise UsageError(f"Antithetic noise needs pairs, got {self.particles} particles: choose an even number.")
 
     @property
     def draws(self) -> Draws:
-        """How one step's ELBO is drawn."""
-        return Draws(particles=self.particles, antithetic=self.noise == "antithetic", path=self.kl == "path")
+        """How one step's ELBO is estimated."""
+        particles = None if self.particles == 1 else self.particles  # one draw carries no axis through the decoder
+        return Draws(particles, self.noise == "antithetic", self.kl, self.use_thoughts)
 
     def loss(self, terms: ElboTerms) -> Float[Tensor, ""]:
-        """What is descended: −Σ (log p(x | z) − kl_weight · KL), in nats."""
+        """The objective to minimise: −Σ (log p(x | z) − kl_weight · KL), in nats."""
         return (self.kl_weight * terms.kl_B - terms.log_likelihood_B).sum()
 
     def factor(self, step: int) -> float:
-        """What the rate is multiplied by at a step."""
+        """The factor on the rate at a step of the schedule."""
         return cosine(step, self.steps) if self.schedule == "cosine" else 1.0
 
 
 class LocalState(NamedTuple):
-    """What another fit needs to go on: q's parameters, the optimiser's moments and step counts, by sequence.
+    """What the next fast step needs: q's parameters, the optimiser's moments and step counts, by sequence.
 
-    ``noise`` is the seed of reused noise.
+    ``noise`` is the random seed of reused noise.
     """
 
     parameters: LocalParameters
     moments: dict[str, Moments]
     steps_B: Int[Tensor, " B"]
     noise: int | None = None
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether q has any number to be found; False for K = 0."""
+        return any(x.numel() for x in self.parameters.values())
+
+    def contiguous(self) -> "LocalState":
+        """The same state, every tensor in dense memory of its own."""
+        moments = {name: {k: x.contiguous() for k, x in m.items()} for name, m in self.moments.items()}
+        return self._replace(parameters={n: x.contiguous() for n, x in self.parameters.items()}, moments=moments)
 
     def select(self, index_b: Int[Tensor, " b"]) -> "LocalState":
         """Some of the sequences."""
@@ -123,9 +138,9 @@ class LocalState(NamedTuple):
 
 
 class LocalInfo(NamedTuple):
-    """What a person wants to know of a fit: the ELBO's terms before each fast step, in nats per sequence.
+    """The record of a fit: the ELBO's terms before each fast step, in nats per sequence.
 
-    A sequence that rests has taken ``steps_B`` steps; its later entries are nan.
+    A sequence that converged early has taken ``steps_B`` steps; its later entries are nan.
     """
 
     log_likelihood_NB: Float[Tensor, "N B"]

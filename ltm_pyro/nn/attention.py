@@ -42,7 +42,7 @@ class ThoughtKV(NamedTuple):
     keys_BHKC: Float[Tensor, "B H K C"]
     values_BMD: Float[Tensor, "B M D"]
 
-    def select(self, index_b: Int[Tensor, " b"]) -> "ThoughtMemory":
+    def select(self, index_b: Int[Tensor, " b"]) -> "ThoughtKV":
         """Those of some sequences."""
         return ThoughtKV(*(x[index_b] for x in self))
 
@@ -143,9 +143,12 @@ def window_attention(
     return BACKENDS[chosen](q_BHTC, k_BHTC, v_BHTC, window)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant(attention: str, device: str, dtype: torch.dtype, channels: int, window: int) -> str:
     return backend(attention, device, dtype, channels, window)
+
+
+# torch.compiler.assume_constant_result, which imports all of torch.compile: seconds, also for whoever compiles nothing
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -3,8 +3,6 @@
 Shapes: B sequences (particles folded in), T tokens, K thoughts, D width, H heads, C channels of a head.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 
 from ltm_pyro.nn.attention import KeysValues, ThoughtKV, cross_attention, ring_attention, window_attention
 from ltm_pyro.nn.kv_cache import CacheSlots
-from ltm_pyro.nn.precision import matrix_dtype
 
 RotaryAngles = Tensor  # (..., T, 1, C/2, 2): cosine and sine of every position's angles, one per pair of channels
 
@@ -37,53 +34,6 @@ def rotary(x_BTHC: Float[Tensor, "B T H C"], angles: RotaryAngles) -> Float[Tens
         angle = torch.view_as_complex(angles.to(wide.dtype))
         turned = torch.view_as_real(torch.view_as_complex(wide) * angle)
     return turned.flatten(-2).to(x_BTHC.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) ⊙ w, computed in at least float32, for a matrix product (arXiv 1910.07467)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """The normalised input, in the type of the product that follows."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return normalised(x_BTD, self.weight).to(matrix_dtype(x_BTD))
-        out: Tensor = _Normalised.apply(x_BTD, self.weight, matrix_dtype(x_BTD))
-        return out
-
-
-def normalised(x_BTD: Float[Tensor, "*B D"], weight_D: Float[Tensor, " D"]) -> Float[Tensor, "*B D"]:
-    """The formula of `RMSNorm`."""
-    wide = torch.promote_types(x_BTD.dtype, torch.float32)
-    return F.rms_norm(x_BTD.to(wide), weight_D.shape, weight_D.to(wide), torch.finfo(wide).eps)
-
-
-class _Normalised(torch.autograd.Function):
-    """`normalised` in half the passes over memory that autograd needs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = (length.square() / x.shape[-1]).add_(torch.finfo(wide.dtype).eps).rsqrt_()
-        ctx.save_for_backward(x, weight_D, scale)
-        return (wide * scale).mul_(weight_D).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_D, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: by autograd, so that it can go on
-            wanted = [x for x, need in zip((x, weight_D), ctx.needs_input_grad, strict=False) if need]
-            found = iter(torch.autograd.grad(normalised(x, weight_D).to(grad.dtype), wanted, grad, create_graph=True))
-            return *(next(found) if need else None for need in ctx.needs_input_grad[:2]), None
-        slope, to_weight = grad * weight_D, None
-        along = (slope * x).sum(-1, keepdim=True)
-        if ctx.needs_input_grad[1]:
-            to_weight = (grad * x * scale).flatten(0, -2).sum(0).to(weight_D.dtype)
-        to_x = slope.mul_(scale).addcmul_(x, along * scale**3, value=-1 / x.shape[-1])
-        return to_x.to(x.dtype), to_weight, None
 
 
 class Attention(nn.Module):

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.nn.layers import RMSNorm, SelfAttention, SwiGLU, rotation
+from ltm_pyro.nn.layers import SelfAttention, SwiGLU, rotation
+from ltm_pyro.nn.rms_norm import RMSNorm
 
 
 class Transformer(nn.Module):

@@ -1,15 +1,16 @@
 """A trained model to share: weights as safetensors, recipe, tokenizer, and a card that says what the figures mean."""
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.load import SAFETENSORS, WEIGHTS, build_run, is_export
 from ltm_pyro.runs.run import Run
-from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, beside, read_checkpoint
+from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, read_checkpoint
 from ltm_pyro.utils.extras import extra
+from ltm_pyro.utils.files import atomic_write, writing
 
 CARD = "README.md"
 
@@ -33,24 +34,17 @@ def save_pretrained(
         raise UsageError(f"{folder} is there and no export, for it has no {WEIGHTS}: choose another --out.")
     if taken and not force:
         raise UsageError(f"{folder} exists already: choose another --out, or add --force.")
-    try:
+    with writing(folder), ExitStack() as replaced:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.contiguous() for name, weight in checkpoint["state_dict"].items()}
-        files = {
-            RECIPE: texts["recipe"].encode(),
-            TOKENIZER: texts["tokenizer"].encode(),
+        files = {  # replaced from the last to the first: with its weights a folder is an export
+            WEIGHTS: torch_file.save(weights, metadata={"format": "pt"}),  # safetensors' save_file writes mode 0600
             CARD: card(loaded, figures or {}).encode(),
-            WEIGHTS: torch_file.save(weights, metadata={"format": "pt"}),  # its save_file's only we may read
+            TOKENIZER: texts["tokenizer"].encode(),
+            RECIPE: texts["recipe"].encode(),
         }
         for name, content in files.items():
-            beside(folder / name).write_bytes(content)
-        for name in files:
-            beside(folder / name).replace(folder / name)
-    except OSError as error:
-        with suppress(OSError):
-            for name in (RECIPE, TOKENIZER, CARD, WEIGHTS):
-                beside(folder / name).unlink(missing_ok=True)
-        raise UsageError(f"Cannot write {folder}: {error.strerror}; make room there or choose another --out.") from None
+            replaced.enter_context(atomic_write(folder / name)).write_bytes(content)
     return folder
 
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from ltm_pyro.data import load_tokenizer
+from ltm_pyro.data.tokenizer import load_tokenizer
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.run import Run
-from ltm_pyro.training.recipe import build_module, parse_recipe
+from ltm_pyro.training.model_config import build_from_recipe, parse_model
 from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, load_weights, read_checkpoint
 from ltm_pyro.utils.extras import extra
 
@@ -39,16 +40,19 @@ def is_export(path: str | Path) -> bool:
 
 def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], source: str | Path) -> Run:
     """A run from its parts; the weights must be those of the recipe's model, name by name."""
-    config = parse_recipe(recipe)
+    config = parse_model(recipe, source)
     config.model.compile = False  # that was for training: one line of text need not wait for the compiler
-    module = build_module(config)
-    load_weights(module, weights, source)
-    module.eval()
+    built = build_from_recipe(config)
+    parts = {"model": built.model, "guide": built.guide}
+    modules = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
+    modules.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # which training saves with the weights
+    load_weights(modules, weights, source)
+    modules.eval()
     return Run(
-        model=module.model,
-        guide=module.guide,
+        model=built.model,
+        guide=built.guide,
         tokenizer=load_tokenizer(f"{source}: its {TOKENIZER}", tokenizer.encode()),
-        inference=replace(module.evaluation, cuda_graph=False),  # that too, and it may be loaded onto a CPU
+        inference=replace(built.evaluation, cuda_graph=False),  # that too, and it may be loaded onto a CPU
         data=config.data.directory,
         length=config.model.decoder.init_args.length,
     )

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ltm_pyro.contracts import Guide
-from ltm_pyro.data import end_of_text
+from ltm_pyro.data.tokenizer import end_of_text
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 
@@ -15,7 +15,7 @@ from ltm_pyro.inference.state import LocalInference
 class Run(NamedTuple):
     """A trained model with everything needed to score and to write text."""
 
-    model: Any  # a `Model` with a decoder
+    model: Any  # a `TextModel`
     guide: Guide
     tokenizer: Tokenizer
     inference: LocalInference  # of evaluation
@@ -31,7 +31,7 @@ class Run(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Where the model is; batches have to be there too."""
-        return cast(torch.device, self.model.decoder.embedding.weight.device)
+        return cast(torch.device, next(self.model.parameters()).device)
 
     def to(self, device: str) -> "Run":
         """This run, its model moved to another device; `UsageError` where this machine has none of the name."""

@@ -1,1 +1,1 @@
-"""Text in, text out: thoughts of what was read, tokens written and scored; no text depends on those beside it."""
+"""Generating and scoring text with a trained run; no text depends on the others of its batch."""

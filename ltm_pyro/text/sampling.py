@@ -1,4 +1,4 @@
-"""How the next token is chosen. Names, meanings and order of the filters are Hugging Face's.
+"""How the next token is chosen. The filters' names, meanings and order are those of Hugging Face.
 
 Shapes: B rows, V vocabulary.
 """
@@ -14,19 +14,19 @@ from ltm_pyro.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What is written behind a prompt, and how each token is chosen.
+    """How many tokens are generated after a prompt, and how each of them is chosen.
 
     Args:
-        max_new_tokens: at most so many tokens after the prompt; a document's end stops earlier.
-        do_sample: draws the tokens; without it the likeliest is taken.
+        max_new_tokens: the most tokens after the prompt; `END_OF_TEXT` stops earlier.
+        do_sample: draws the tokens; if False, takes the likeliest.
         temperature: divides the logits.
         top_k: only the k likeliest tokens; 0 for all.
         top_p: of those, only the likeliest that together have this probability (arXiv 1904.09751).
-        min_p: of those, only tokens at least so likely relative to the likeliest (arXiv 2407.01082).
+        min_p: of those, only tokens with at least this share of the likeliest token's probability (arXiv 2407.01082).
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the row has
             already (Keskar et al. 2019, arXiv 1909.05858).
         num_return_sequences: texts per prompt, each with thoughts of its own.
-        stop_strings: a text ends with the token that completes one of them, which it keeps.
+        stop_strings: a text ends with the token that completes one of them; that token is kept.
     """
 
     max_new_tokens: int = 64
@@ -55,24 +55,21 @@ class Sampling:
             raise UsageError(f"repetition_penalty must be positive, got {self.repetition_penalty}: 1 is none.")
         if "" in self.stop_strings:
             raise UsageError("A stop string is empty, so every text would end at once: leave it out.")
-        self._check_greedy()
-
-    def _check_greedy(self) -> None:
         neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
-        moved = [name for name, value in neutral.items() if getattr(self, name) != value]
-        if moved and not self.do_sample:
+        ignored = [name for name, value in neutral.items() if getattr(self, name) != value]
+        if ignored and not self.do_sample:
             raise UsageError(
-                f"{moved[0]} {getattr(self, moved[0])} chooses among draws, but nothing is sampled: drop it."
+                f"{ignored[0]} {getattr(self, ignored[0])} chooses among draws, but nothing is sampled: drop it."
             )
 
 
 def penalise(logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"], penalty: float) -> Float[Tensor, "B V"]:
-    """Logits of tokens already seen, made less likely."""
+    """Logits with a lower value at tokens seen before."""
     return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def filter_logits(logits_BV: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Logits at a temperature, −∞ outside the top k, then outside their nucleus, then far below the likeliest."""
+    """Logits divided by the temperature; −∞ outside the top k, then outside top p, then below min p."""
     sorted_BV, order_BV = (logits_BV / sampling.temperature).sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         sorted_BV[:, sampling.top_k :] = -torch.inf
@@ -83,9 +80,9 @@ def filter_logits(logits_BV: Float[Tensor, "B V"], sampling: Sampling) -> Float[
 
 
 def choose(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"], sampling: Sampling) -> Int[Tensor, " B"]:
-    """One token a row: the likeliest, or where a uniform number falls in the distribution function of those kept."""
+    """One token per row: the likeliest, or the inverse of the cumulative distribution at a uniform number."""
     if not sampling.do_sample:
         return logits_BV.argmax(-1)
     below_BV = filter_logits(logits_BV, sampling).double().softmax(-1).cumsum(-1)
-    threshold_B1 = uniform_B[:, None] * below_BV[:, -1:]  # < the total, so never a token behind the last one kept
+    threshold_B1 = uniform_B[:, None] * below_BV[:, -1:]  # < the total, so never beyond the last token kept
     return torch.searchsorted(below_BV, threshold_B1, right=True)[:, 0]

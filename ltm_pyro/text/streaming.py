@@ -1,4 +1,4 @@
-"""Tokens to text as they are written, never half a character."""
+"""Text from tokens while they are generated, always in whole characters."""
 
 import sys
 from codecs import getincrementaldecoder
@@ -13,30 +13,30 @@ from ltm_pyro.data.tokenizer import vocabulary_size
 
 @runtime_checkable
 class Streamer(Protocol):
-    """Hugging Face's protocol: `put` is called with the prompt's tokens (1, T), then with every new one (1,)."""
+    """Hugging Face's protocol: `put` is called with the prompt's tokens, shape (1, T), then with each new one, (1,)."""
 
     def put(self, value: Tensor) -> None:
-        """Takes tokens."""
+        """Receives tokens."""
         ...
 
     def end(self) -> None:
-        """The text is complete."""
+        """Is called when the text is complete."""
         ...
 
 
 class TextDecoder:
-    """The text of one row, token by token; bytes that form no character are left out."""
+    """The text of one row, token by token; bytes that are no valid UTF-8 are left out."""
 
     def __init__(self, bytes_V: list[bytes]) -> None:
         self._bytes_V, self._utf8 = bytes_V, getincrementaldecoder("utf-8")("ignore")
 
     def push(self, tokens: Iterable[int]) -> str:
-        """The characters that are complete now and were not before."""
+        """The characters that these tokens complete."""
         return self._utf8.decode(b"".join(self._bytes_V[token] for token in tokens))
 
 
 class TextStreamer:
-    """Writes a text to a stream while it is being generated; the prompt is left out.
+    """Prints a text to a stream while it is generated; the prompt is left out.
 
     Args:
         tokenizer: of the run.
@@ -47,16 +47,16 @@ class TextStreamer:
         self._decoder, self._stream = TextDecoder(token_texts(tokenizer)), stream or sys.stdout
 
     def put(self, value: Tensor) -> None:
-        """Writes what the next token completes; a prompt (1, T) is passed over."""
+        """Prints the characters that a new token completes; ignores a prompt, shape (1, T)."""
         if value.dim() == 1:
             print(self._decoder.push(value.tolist()), end="", flush=True, file=self._stream)
 
     def end(self) -> None:
-        """A character that was never completed is not written."""
+        """Does nothing: an incomplete character is not printed."""
 
 
 def token_texts(tokenizer: Tokenizer) -> list[bytes]:
-    """The UTF-8 bytes behind each token; none for special tokens."""
+    """The UTF-8 bytes of each token; none for special tokens."""
     byte_of, added = _byte_alphabet(), tokenizer.get_added_tokens_decoder()
     bytes_V = [b""] * vocabulary_size(tokenizer)
     for token, index in tokenizer.get_vocab().items():
@@ -68,7 +68,7 @@ def token_texts(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The letters of byte-level BPE: a printable Latin-1 byte is its own letter, the others follow from U+0100 on."""
+    """Letter to byte in byte-level BPE: printable Latin-1 bytes are their own letters, the others U+0100 and up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

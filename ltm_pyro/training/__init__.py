@@ -1,1 +1,1 @@
-"""Training under Lightning, from a recipe to a run directory; only this folder knows Lightning."""
+"""Training with Lightning, from a recipe to a run directory; no other folder imports Lightning."""

@@ -1,4 +1,4 @@
-"""Checks that a model and its guide can be trained, before the first step: finite terms, every parameter reached."""
+"""Checks before the first step that model and guide can be trained: finite terms, a gradient for every parameter."""
 
 from typing import Any
 
@@ -16,8 +16,11 @@ from ltm_pyro.utils.rng import seeded
 
 
 def check_model(model: Any, guide: Guide) -> None:
-    """Refuses a model and guide that cannot learn from two short texts: a term not finite, a parameter left out."""
-    batch = _texts(model.decoder)
+    """Raises `UsageError` if a term of the ELBO of two short texts is not finite, or a parameter has no gradient."""
+    decoder = model.decoder
+    length = min(8, decoder.length)
+    tokens_BT = torch.arange(2 * length).reshape(2, length) % decoder.vocabulary
+    batch = make_batch(tokens_BT, torch.full((2,), length), start_token=0)
     with seeded(0):
         with torch.no_grad(), explain_failure(model.prior):
             local = init(model, guide, batch, LocalInference()).parameters
@@ -29,12 +32,6 @@ def check_model(model: Any, guide: Guide) -> None:
                     f"{source_line(model.prior, 'pyro.sample')} starts with."
                 )
         _check_gradients(model, guide, batch)
-
-
-def _texts(decoder: Any) -> Batch:
-    length = min(8, decoder.length)
-    tokens_BT = torch.arange(2 * length).reshape(2, length) % decoder.vocabulary
-    return make_batch(tokens_BT, torch.full((2,), length), start_token=0)
 
 
 def _check_gradients(model: Any, guide: Guide, batch: Batch) -> None:

@@ -1,9 +1,10 @@
-"""Checkpoints that are always whole, and an end that can be resumed from whatever ends a training."""
+"""Atomic checkpoints and graceful shutdown: a training can be resumed after its end, a signal or an error."""
 
 import os
 import shutil
 import signal
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class Saving:
 
     Args:
         every: steps between two checkpoints.
-        keep: how many of the newest stay: ``last.ckpt``, and ``step-….ckpt`` before it.
+        keep: how many of the newest are kept: ``last.ckpt``, and earlier ones as ``step-….ckpt``.
     """
 
     every: int = 500
@@ -33,59 +35,61 @@ class Saving:
 
 
 class Checkpoints(Callback):
-    """Keeps the newest checkpoints, each always whole: written under another name, then renamed.
+    """Keeps the newest checkpoints, each written atomically: under another name, then renamed.
 
-    One is written every so many steps, at the end, on Ctrl-C and SIGTERM once the step is finished, and on an error.
-    Recipe and tokenizer travel in it as plain strings, so that a checkpoint alone is a run and loads without unpickling
-    anything. A second signal ends the training at once.
+    One is written every ``saving.every`` steps, at the end, after an error, and on Ctrl-C or SIGTERM after the current
+    step. A second signal ends the training at once. Recipe and tokenizer are in the checkpoint as plain strings: it is
+    a run by itself, and loads with ``weights_only=True``.
     """
 
     def __init__(self, path: Path, recipe: str, tokenizer: str, saving: Saving = Saving()) -> None:
         self._path, self._saving = path, saving
         self._texts = {"recipe": recipe, "tokenizer": tokenizer}
         self._signalled = self._stopping = self._updating = False
-        self._handlers: dict[int, Any] = {}
-        self._step = self._saved = 0
+        self._handlers: dict[int, Any] = {}  # signal handlers from before the training
+        self._step = self._saved = 0  # the last finished step, and the last one in a checkpoint
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the texts."""
+        """Adds recipe and tokenizer."""
         checkpoint["ltm_pyro"] = self._texts
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Listens to signals; a step that has begun is finished before they end it."""
+        """Installs signal handlers that let the current step finish."""
         self._saved = trainer.global_step
-        self._whole(trainer, module)
+        self._note_position(trainer, module)
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._handlers = {
+                number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            }
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         if self._signalled:
             raise KeyboardInterrupt
         self._signalled = True
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, index: int) -> None:
-        """Ends a training that was told to end: here, where the last step's figures are logged already."""
+        """Stops after a signal: here and not at the end of a batch, because by now its figures are logged."""
         if self._stopping:
             raise KeyboardInterrupt
 
     def on_before_optimizer_step(self, *args: Any) -> None:
-        """From here to the end of the batch the weights may be half updated."""
+        """Notes that the weights may be half updated from here to the end of the batch."""
         self._updating = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-        """Saves at every so many steps, and when a signal has come to any rank."""
+        """Saves every ``saving.every`` steps, and if any rank has received a signal."""
         self._updating = False
         if trainer.global_step == self._step:  # gradients are still accumulated
             return
-        self._whole(trainer, module)
+        self._note_position(trainer, module)
         self._stopping = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
         if self._stopping or self._step % self._saving.every == 0:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Saves the result as if it were no end, so that more steps may follow.
+        """Saves the result so that it can be resumed for more steps.
 
-        Lightning would skip the rest of an epoch that the end cuts, and the whole epoch behind one that is over.
+        Lightning would otherwise skip the rest of an unfinished epoch, and the whole epoch after a finished one.
         """
         self._rewind(trainer, module)
         loop: Any = trainer.fit_loop
@@ -98,22 +102,23 @@ class Checkpoints(Callback):
         self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Saves what there is, unless it was saved before or may be half a step; several ranks cannot do it together.
+        """Saves the last finished step, unless the weights may be half updated.
 
-        An error of our own comes before the weights are touched.
+        A `UsageError` is raised before the weights change. Several ranks cannot save after an error on one of them, and
+        a training that a signal ends has been saved already.
         """
         half = self._updating and not isinstance(exception, UsageError)
         if self._step and not half and trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt):
             self._rewind(trainer, module)
             self._save(trainer)
 
-    def _whole(self, trainer: Any, module: Any) -> None:
-        """Notes where the last whole step ended."""
+    def _note_position(self, trainer: Any, module: Any) -> None:
+        """Notes the last finished step, and the FLOPs and batches up to it."""
         self._step, self._flops = trainer.global_step, module.flops.clone()
         self._batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
     def _rewind(self, trainer: Any, module: Any) -> None:
-        """Goes back there: of a step that failed, or that time ended amid its batches, nothing has begun."""
+        """Resets the counters to the last finished step, as if none of the batches after it had begun."""
         module.flops.copy_(self._flops)
         progress = trainer.fit_loop.epoch_loop.batch_progress
         begun = progress.total.processed - self._batches
@@ -122,34 +127,30 @@ class Checkpoints(Callback):
             count.completed = min(count.completed, count.processed)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Gives the signals back."""
+        """Restores the signal handlers from before the training."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
     def _save(self, trainer: pl.Trainer) -> None:
         if not all(p.isfinite().all() for p in trainer.lightning_module.parameters()):
-            return  # never over a good checkpoint
-        new = self._path.with_suffix(".new")
-        try:
-            trainer.save_checkpoint(new, weights_only=False)
-            if trainer.is_global_zero:
+            return  # because the last checkpoint is still good
+        first = trainer.is_global_zero
+        with atomic_write(self._path) if first else nullcontext(self._path) as new:
+            trainer.save_checkpoint(new, weights_only=False)  # all ranks take part, and the first one writes
+            if first:
                 self._keep_older()
-                new.replace(self._path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
         self._saved = trainer.global_step
 
     def _keep_older(self) -> None:
-        """Gives the last checkpoint a second name, and takes the oldest away."""
+        """Keeps the previous checkpoint under the name of its step, and deletes the oldest."""
         if self._saved == self._step:
             return
         older = self._path.with_name(f"step-{self._saved:09d}.ckpt")
         if self._saving.keep > 1 and self._path.exists() and not older.exists():
             try:
                 os.link(self._path, older)
-            except OSError:  # no links on this file system
+            except OSError:  # a file system without hard links
                 shutil.copyfile(self._path, older)
         for old in sorted(self._path.parent.glob("step-*.ckpt"))[: 1 - self._saving.keep or None]:
             old.unlink()

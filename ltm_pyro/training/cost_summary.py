@@ -1,4 +1,4 @@
-"""What a training will cost, before it begins: parameters, floating-point operations, memory."""
+"""What a training will cost: parameters, floating-point operations and memory, shown before it begins."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.data import read_manifest
-from ltm_pyro.inference.elbo import average_terms, no_param_store
+from ltm_pyro.inference.elbo import elbo_terms, no_param_store
 from ltm_pyro.inference.local import init
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.module import LTMModule
@@ -20,7 +20,7 @@ _PER_PARAMETER = 16  # bytes: weight, gradient and Adam's two moments in float32
 
 
 def cost_summary(module: LTMModule, config: Namespace, ranks: int) -> Table:
-    """The plan as a table; figures that a curriculum moves are those of local inference's own settings."""
+    """The cost as a table; a curriculum that changes local inference is left out of account."""
     decoder, length = module.model.decoder, read_manifest(config.data.directory).seq_len
     tokens = config.data.batch_size * length * config.trainer.accumulate_grad_batches * ranks
     fast, slow = flops_per_token(decoder, module.guide, length, module.inference)
@@ -38,7 +38,7 @@ def cost_summary(module: LTMModule, config: Namespace, ranks: int) -> Table:
 
 
 def parameters(module: LTMModule) -> dict[str, int]:
-    """All parameters, and those of the model's parts, each of which holds some."""
+    """How many parameters the model and each of its parts have; parts without any are left out."""
     total = {"parameters": module.model}
     parts = {f"  {name}": part for name, part in module.model.named_children()}
     inner = {f"  decoder.{name}": part for name, part in module.model.decoder.named_children()}
@@ -47,23 +47,23 @@ def parameters(module: LTMModule) -> dict[str, int]:
 
 
 def memory(module: LTMModule, batch_size: int, length: int) -> int:
-    """Bytes for parameters, their gradients and moments, and for what one ELBO of a batch keeps to go backward.
+    """Bytes for parameters, their gradients, Adam's moments, and the activations that one ELBO saves for backward.
 
-    The latter is measured on one sequence in the weights' own precision; what operations need in passing, and what the
-    process itself takes, comes on top.
+    Activations are measured on one sequence in the precision of the weights. Temporary buffers of operations and the
+    process itself are not counted.
     """
     weights = {p.untyped_storage().data_ptr(): p for p in module.model.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x
+    def save(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
         return x
 
     batch: Any = make_batch(torch.ones(1, length, dtype=torch.long), torch.tensor([length]), start_token=0)
-    with seeded(0), no_param_store(), saved_tensors_hooks(keep, lambda x: x):
+    with seeded(0), no_param_store(), saved_tensors_hooks(save, lambda x: x):
         local = init(module.model, module.guide, batch, module.inference).parameters
         local = {name: x.requires_grad_() for name, x in local.items()}
-        terms = average_terms(module.model, module.guide, module.model.prepare(batch), local, module.inference.draws)
-    activations = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in weights)
+        terms = elbo_terms(module.model, module.guide, module.model.prepare(batch), local, module.inference.draws)
+    activations = sum(x.untyped_storage().nbytes() for pointer, x in saved.items() if pointer not in weights)
     del terms
     return _PER_PARAMETER * sum(p.numel() for p in weights.values()) + batch_size * activations

@@ -1,4 +1,4 @@
-"""The Lightning data module: batches of a packed corpus, the same ones however they are read."""
+"""The Lightning data module: batches of a packed corpus, the same for any number of workers."""
 
 import warnings
 from functools import cached_property
@@ -9,22 +9,22 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from ltm_pyro.data import PackedDataset, read_manifest
-from ltm_pyro.data.batch_sampler import Order
-from ltm_pyro.data.dataset import Batches
+from ltm_pyro.data.batch_sampler import DistributedBatchSampler
+from ltm_pyro.data.dataset import BatchDataset
 from ltm_pyro.errors import UsageError
 
 
 class PackedData(pl.LightningDataModule):
-    """Batches of a packed corpus (``ltm data pack``), in an order that `Order` fixes for every epoch.
+    """Batches of a packed corpus (``ltm data pack``), in an order that `DistributedBatchSampler` fixes for every epoch.
 
     Args:
         directory: the packed data, a folder or an address (https://, s3://, gs://).
         batch_size: B, sequences per step and rank.
-        workers: processes that read ahead; 0 reads in the training process.
-        on_damage: ``stop`` at the first shard that is not what the manifest says, or look at all of them beforehand and
-            ``skip`` such shards.
+        workers: DataLoader worker processes, which prefetch batches; 0 reads in the training process.
+        on_damage: ``stop`` at the first shard that differs from the manifest, or check all of them before training and
+            ``skip`` those.
         cache: a folder for copies of shards that are read from an address.
-        seed: of the order.
+        seed: random seed of the order.
     """
 
     def __init__(
@@ -41,31 +41,32 @@ class PackedData(pl.LightningDataModule):
             raise UsageError(f"`data` needs batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}.")
         self.directory, self.batch_size, self.workers, self.seed = directory, batch_size, workers, seed
         self.on_damage, self.cache = on_damage, Path(cache) if cache else None
-        self._skipped: set[int] = set()  # shards
-        self._position = (0, 0)  # epoch and step at which reading begins
+        self._skipped: set[int] = set()  # numbers of damaged shards
+        self._position = (0, 0)  # epoch and step from which a training is resumed
 
     @property
     def sequences(self) -> int:
-        """How many sequences there are to train on."""
+        """The number of training sequences."""
         return read_manifest(self.directory).splits["train"].sequences
 
     @cached_property
     def _ranks(self) -> tuple[int, int]:
-        """This rank and how many there are; without a trainer, the only one."""
+        """This rank and the number of ranks; (0, 1) without a trainer."""
         trainer: Any = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def setup(self, stage: str) -> None:
-        """Under ``on_damage: skip`` looks at every training shard, on the first rank, for all."""
+        """With ``on_damage: skip`` the first rank reads every training shard, and tells the others which to skip."""
         if self.on_damage == "skip" and stage == "fit":
             problems = self._problems() if self._ranks[0] == 0 else {}
             self._skipped = set(self.trainer.strategy.broadcast(problems) if self.trainer else problems)
 
     def _problems(self) -> dict[int, str]:
+        """What is wrong with damaged shards, by number; warns of them, and refuses data of which nothing is left."""
         dataset, problems = PackedDataset.open(self.directory, "train", self.cache), {}
         for number in range(len(dataset.shards)):
             try:
-                dataset.read(number)
+                dataset.read_shard(number)
             except UsageError as error:
                 problems[number] = str(error)
         if len(problems) == len(dataset.shards):
@@ -81,37 +82,37 @@ class PackedData(pl.LightningDataModule):
         """Every training sequence once an epoch."""
         dataset = PackedDataset.open(self.directory, "train", self.cache)
         sound = [ids for number, ids in enumerate(dataset.ranges()) if number not in self._skipped]
-        order = Order(sound, self.batch_size, *self._ranks, seed=self.seed)
+        order = DistributedBatchSampler(sound, self.batch_size, *self._ranks, seed=self.seed)
         order.resume(*self._position)
-        return DataLoader(Batches(dataset), batch_size=None, sampler=order, num_workers=self.workers)
+        return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every held-out sequence once, in the order of the shards; where they are too few to share, on every rank."""
+        """Every held-out sequence once, in the order of the shards; if fewer than ranks, all of them on every rank."""
         dataset = PackedDataset.open(self.directory, "val", self.cache)
         rank, ranks = self._ranks if len(dataset) >= self._ranks[1] else (0, 1)
         size = min(self.batch_size, len(dataset) // ranks)
-        order = Order(dataset.ranges(), size, rank, ranks, shuffle=False)
-        return DataLoader(Batches(dataset), batch_size=None, sampler=order)
+        order = DistributedBatchSampler(dataset.ranges(), size, rank, ranks, shuffle=False)
+        return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the training data have been read, as of the last finished batch."""
+        """The position in the training data after the last finished batch."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
         epoch, step = divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))
-        return {"epoch": epoch, "step": step, **self._reading(self._ranks[1])}
+        return {"epoch": epoch, "step": step, **self._identity(self._ranks[1])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the next batch."""
+        """Continues with the next batch."""
         self.check(state, self._ranks[1])
         self._position = state["epoch"], state["step"]
 
     def check(self, state: dict[str, Any], ranks: int) -> None:
-        """Refuses to go on with other data, or another global batch, than a checkpoint was trained with."""
-        for name, now in self._reading(ranks).items():
+        """Refuses to resume with other data, or another global batch size, than a checkpoint was trained with."""
+        for name, now in self._identity(ranks).items():
             if state.get(name) != now:
                 raise UsageError(
                     f"The checkpoint was trained with {name.replace('_', ' ')} {state.get(name)}, but now it is {now}: "
                     f"resume with the same data and ranks x batch_size, or begin a new run."
                 )
 
-    def _reading(self, ranks: int) -> dict[str, int]:
+    def _identity(self, ranks: int) -> dict[str, int]:
         return {"sequences": self.sequences, "global_batch": self.batch_size * ranks}

@@ -73,24 +73,19 @@ def flops_per_token_as_published(decoder: CountedDecoder, length: int, steps: in
     return Flops(fast=steps * once, slow=once)
 
 
-def flops_per_token(
-    decoder: CountedDecoder, guide: Guide, length: int, inference: LocalInference, use_thoughts: bool = True
-) -> Flops:
+def flops_per_token(decoder: CountedDecoder, guide: Guide, length: int, inference: LocalInference) -> Flops:
     """What `ltm_pyro.inference.local.training_loss` spends per token of a sequence of ``length`` tokens.
 
     A backward pass costs a projection once for its input and once for its weights, an attention product once for each
-    factor; where the embedding learns, the logits are computed twice. The stem is computed once per batch. Under
-    ``slow_gradient="last"`` a fast step asks for no weights, and the slow step goes over everything; under
-    ``"trajectory"`` every fast step asks for the weights as well, and the slow step is left with the stem alone. Every
-    particle goes through all but the stem; a stopping rule's savings are not
-    counted, since nobody knows them beforehand. A guide that does not climb pays for the gradients that it settles
-    with, and its encoder learns in the slow step.
-
-    Args:
-        listening: whether the decoder hears its thoughts, which the first stage of a warm start leaves out.
+    factor; if the embedding learns, the logits are computed twice. The stem is computed once per batch. With
+    ``slow_gradient="last"`` a fast step needs no gradient of the weights, and the slow step covers everything; with
+    ``"trajectory"`` every fast step needs them as well, and the slow step is left with the stem alone. Every particle
+    goes through all but the stem. Early stopping saves an amount that is not known beforehand, and not counted. A guide
+    without fast steps pays for the gradients of its `finalize`, and its encoder learns in the slow step. Without
+    ``inference.use_thoughts`` there is neither cross-attention nor a fast step.
     """
-    one = _forward(decoder, length, use_thoughts)
-    steps = inference.steps if decoder.thought_shape.thoughts and use_thoughts else 0
+    one = _forward(decoder, length, inference.use_thoughts)
+    steps = inference.steps if decoder.thought_shape.thoughts and inference.use_thoughts else 0
     fast_steps, final_steps = (steps if guide.uses_fast_steps else 0), (guide.finalize_cost(steps) if steps else 0)
     draws, again = inference.particles, 2.0 * decoder.vocabulary * decoder.width
     gradient = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention

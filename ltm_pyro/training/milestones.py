@@ -1,4 +1,4 @@
-"""What an onlooker hears while a model trains: how far it is, and how good at agreed fractions of its budget."""
+"""A callback at given fractions of the training budget."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,13 +10,14 @@ from ltm_pyro.training.module import LTMModule
 
 
 class Milestones(Callback):
-    """Calls ``tick(progress)`` after every step, ``report(index, score(module))`` past every fraction of the budget.
+    """Calls ``tick(progress)`` after every batch, and ``report(index, score(module))`` after each of some fractions.
 
-    The budget is whatever ends the training (steps, time or FLOPs), so that unequally dear steps stay comparable.
+    They are fractions of the budget that ends the training (steps, epochs, time or FLOPs), so that trainings whose
+    steps have different costs can be compared.
 
     Args:
-        fractions: increasing, each in (0, 1); a step that passes several reports the last of them.
-        score: judges the module, which is in evaluation mode meanwhile.
+        fractions: increasing, each in (0, 1); a step that passes several of them reports the last.
+        score: evaluates the module, which is in evaluation mode during the call.
     """
 
     def __init__(
@@ -28,10 +29,10 @@ class Milestones(Callback):
     ) -> None:
         self._fractions, self._score, self._report, self._tick = fractions, score, report, tick
         self._passed = 0
-        self.tokens = 0  # that training has gone through, of all ranks; places for tokens, as FLOPs count them
+        self.tokens = 0  # trained on so far by all ranks, padding included, as for FLOPs
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, index: int) -> None:
-        """Counts, ticks, and reports what has just been passed."""
+        """Counts tokens, then calls `tick`, and `report` if a fraction has just been passed."""
         self.tokens += trainer.world_size * batch.inputs_BT.numel()
         progress = module.progress
         self._tick(progress)

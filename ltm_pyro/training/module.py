@@ -1,9 +1,8 @@
-"""The Lightning module: the fast loop inside `training_step`, the slow step Lightning's. No mathematics here."""
+"""The Lightning module: `training_step` runs the fast loop, and Lightning takes the slow step. No mathematics here."""
 
 import json
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -11,23 +10,22 @@ from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
-from pyro.nn import PyroModule
 from pytorch_lightning.callbacks import Timer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim.lr_scheduler import LambdaLR
 
-from ltm_pyro.contracts import Batch, Guide, Model, ThoughtShape
+from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.inference.cuda_graphs import check_device
 from ltm_pyro.inference.elbo import elbo_terms, missing_bound
 from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.learning_rates import parameter_groups, slow_parameters, warmup_cosine
-from ltm_pyro.inference.local import TrainingLoss, infer_local, init, training_loss
+from ltm_pyro.inference.local import infer_local, init, training_loss
 from ltm_pyro.inference.local_store import LocalStore
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training.flops import flops_per_token
+from ltm_pyro.training.model_config import build_model
 from ltm_pyro.training.schedules import Curriculum, SlowRate
 from ltm_pyro.utils.rng import seeded
 
@@ -38,62 +36,45 @@ class LTMModule(pl.LightningModule):
     """A Latent-Thought Language Model in training.
 
     Args:
-        decoder: makes p(x | z)'s network for a vocabulary.
-        prior: makes p(z) for a `ThoughtShape`.
-        joint: makes the Pyro model from prior and decoder.
-        guide: makes q's family for the model.
-        inference: local inference while training.
-        evaluation: local inference while validating, and the default of ``ltm evaluate``.
         slow: the slow step.
         curriculum: how local inference changes over training.
-        max_flops: training ends when it has spent so many floating-point operations.
-        keep_local: keeps every sequence's q between epochs, in ``memory`` (and checkpoints) or in files of this folder;
-            by default q starts anew with every batch, as in the paper.
-        on_nonfinite: what a sequence without a finite ELBO does to training: ``stop`` it, or ``skip`` the batch.
-        vocabulary: V; the data's when not given.
-        compile: lets torch compile the decoder: a minute at the start, a fifth to a half faster afterwards.
-        seed: of the noise, together with epoch, batch and rank.
+        max_flops: a budget of floating-point operations, after which training ends.
+        keep_local: stores q of every sequence between epochs, in ``memory`` (and in checkpoints) or in files of this
+            folder; by default q is initialised anew for every batch, as in the paper.
+        on_nonfinite: ``stop`` training at the first ELBO or gradient that is not finite, or ``skip`` the batch.
+        seed: random seed of local inference, together with epoch, batch and rank.
+        **model: the arguments of `build_model`.
     """
 
     flops: Tensor
 
     def __init__(
         self,
-        decoder: Callable[[int], nn.Module],
-        prior: Callable[[ThoughtShape], PyroModule],
-        joint: Callable[[PyroModule, nn.Module], PyroModule],
-        guide: Callable[[Model], Guide],
-        inference: LocalInference = LocalInference(),  # noqa: B008 - frozen
-        evaluation: LocalInference = LocalInference(steps=32, rate=0.1),  # noqa: B008
-        slow: SlowRate = SlowRate(),  # noqa: B008
+        *,
+        slow: SlowRate = SlowRate(),  # noqa: B008 - frozen
         curriculum: Curriculum = Curriculum(),  # noqa: B008
         max_flops: float | None = None,
         keep_local: str | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
-        vocabulary: int | None = None,
-        compile: bool = False,
         seed: int = 0,
+        **model: Any,
     ) -> None:
         super().__init__()
-        if vocabulary is None:
-            raise UsageError("The model has no vocabulary: set `model.vocabulary`, or give packed data.")
-        network = decoder(vocabulary)
-        if compile:
-            network.compile()
-        self.model: Any = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
-        check_prior(self.model)
-        self.guide = guide(self.model)
-        self.inference, self.evaluation, self.slow, self.seed = inference, evaluation, slow, seed
+        self.model, self.guide, self.inference, self.evaluation = build_model(**model)
+        self.slow, self.seed = slow, seed
         self.curriculum, self.max_flops, self.on_nonfinite = curriculum, max_flops, on_nonfinite
         self.keep_local = keep_local
         self.store: LocalStore | None = None
-        self._time_used = 0.0  # as the ranks have agreed on
+        self._accumulated_ids: list[
+            Tensor
+        ] = []  # the sequences in the gradient, batch by batch, since the last slow step
+        self._time_used = 0.0  # fraction of `max_time`, averaged over ranks
         self._skipped = False
-        self.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # spent so far; travels in checkpoints
+        self.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # spent so far; saved in checkpoints
 
     @property
     def progress(self) -> float:
-        """The fraction of training that is done, by steps, epochs, time or FLOPs, whichever is furthest."""
+        """The fraction of training that is done: the largest of those of steps, epochs, time and FLOPs."""
         trainer: Any = self.trainer
         done = [trainer.global_step / trainer.max_steps] if trainer.max_steps > 0 else [0.0]
         done.append(self._time_used if trainer.world_size > 1 else self._clock())
@@ -112,7 +93,7 @@ class LTMModule(pl.LightningModule):
         return max((used / (used + left or 1.0) for used, left in times if left is not None), default=0.0)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with the slow schedule, moved by `progress`; fused, but where float16's gradients are scaled."""
+        """AdamW with the slow schedule, a function of `progress`; fused unless float16 gradients are scaled."""
         slow, fused = self.slow, self.trainer.precision != "16-mixed"
         groups = parameter_groups(slow_parameters(self.model, self.guide), slow.arguments)
         optimizer = torch.optim.AdamW(groups, lr=slow.rate, betas=slow.betas, fused=fused)
@@ -125,13 +106,13 @@ class LTMModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as Lightning would, which refuses to under a fused optimiser in mixed precision."""
+        """Clips as Lightning does, which refuses to clip for a fused optimiser in mixed precision."""
         if gradient_clip_val:
             clip = clip_grad_value_ if gradient_clip_algorithm == "value" else clip_grad_norm_
             clip([x for group in optimizer.param_groups for x in group["params"]], gradient_clip_val)
 
     def setup(self, stage: str) -> None:
-        """Counts the corpus, and opens the store of persistent local parameters before a checkpoint is loaded."""
+        """Counts the training sequences; opens the store of local parameters before a checkpoint is loaded into it."""
         if stage == "fit":
             self.sequences = cast(Any, self.trainer).datamodule.sequences
         if self.keep_local and stage == "fit":
@@ -139,36 +120,40 @@ class LTMModule(pl.LightningModule):
             self.store = LocalStore(self.sequences, folder)
 
     def on_fit_start(self) -> None:
-        """Refuses CUDA graphs on another device now, not after the first stage of a curriculum."""
+        """Refuses CUDA graphs on another device before the first step; a curriculum may need them only later."""
         if self.inference.cuda_graph or self.evaluation.cuda_graph:
             check_device(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the store holds in memory."""
+        """Adds the local parameters that are stored in memory."""
         if self.store:
             checkpoint["local"] = self.store.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes it up again."""
+        """Restores the local parameters that were stored in memory."""
         if self.store:
             self.store.load_state_dict(checkpoint.get("local", {}))
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
-        """Fits q to the batch; returns −ELBO in nats per token, which the slow step follows."""
+        """Algorithm 1 for one batch: the fast loop, then −ELBO in nats per token for Lightning's slow step."""
         tokens, slots = self._sync_ranks(batch)
         strategy, cost = self.trainer.strategy, partial(self.cost, batch.inputs_BT.shape[1])
         inference = self.curriculum.at(self.progress, self.inference, cost)
-        self.model.decoder.use_thoughts = inference.steps > 0
         self.flops += slots * cost(inference)
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
-            learned = self._learn(batch, inference)
-        self._ids_B = batch.ids_B
-        if strategy.reduce_boolean_decision(not learned.loss.isfinite(), all=False):
-            self._handle_nonfinite("ELBO", batch.ids_B[~learned.is_finite_B])
+            stored = None
+            if self.store:
+                stored = self.store.recall(batch.ids_B, init(self.model, self.guide, batch, inference))
+            found = training_loss(self.model, self.guide, batch, inference, stored)  # fast loop: q of every sequence
+        if self.store:
+            self.store.keep(batch.ids_B, found.state)
+        self._accumulated_ids.append(batch.ids_B)
+        if strategy.reduce_boolean_decision(not found.loss.isfinite(), all=False):
+            self._handle_nonfinite("ELBO", batch.ids_B[~found.is_finite_B])
             return self._zero_loss()
-        loss = learned.loss + batch.size / self.sequences * global_kl(self.model)
+        loss = found.loss + batch.size / self.sequences * global_kl(self.model)  # slow step: Lightning goes backward
         share = (tokens / self.trainer.world_size).to(loss.dtype)
-        loss, kl = loss / share, learned.terms.kl_B.sum() / share  # their means over ranks are per token of all
+        loss, kl = loss / share, found.terms.kl_B.sum() / share  # their means over ranks are per token of all ranks
         everywhere = strategy.reduce(torch.stack([loss.detach(), kl]), reduce_op="mean")
         self.log_dict(
             {
@@ -184,22 +169,20 @@ class LTMModule(pl.LightningModule):
         return loss
 
     def cost(self, length: int, inference: LocalInference) -> float:
-        """FLOPs per token of a training step; without fast steps the decoder trains without thoughts."""
-        return flops_per_token(
-            self.model.decoder, self.guide, length, inference, use_thoughts=inference.steps > 0
-        ).total
+        """FLOPs per token of a training step."""
+        return flops_per_token(self.model.decoder, self.guide, length, inference).total
 
     def _zero_loss(self) -> Tensor | None:
-        """No loss; of several ranks, each waits for the others' gradients, so theirs are all 0."""
+        """No loss on one rank; on several a zero loss, so that DDP's all-reduce of gradients still runs."""
         if self.trainer.world_size == 1:
             return None
         self._skipped = True
         return torch.stack([0 * p.sum() for p in self.parameters()]).sum()
 
     def _sync_ranks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens and places for tokens in this step, of all ranks; they also agree here on how much time is used.
+        """Tokens, and tokens with padding, of this step on all ranks; averages the time used over them.
 
-        Ranks that disagreed on rates, fast steps or the end would part for ever.
+        Every rank must compute the same rates, fast steps and end of training, or they would deadlock.
         """
         own = [batch.mask_BT.sum(), batch.mask_BT.new_tensor(batch.mask_BT.numel(), dtype=torch.long)]
         clock = batch.mask_BT.new_tensor(self._clock(), dtype=torch.double)
@@ -208,23 +191,16 @@ class LTMModule(pl.LightningModule):
             self._time_used = total[2].item() / self.trainer.world_size
         return total[0], total[1]
 
-    def _learn(self, batch: Batch, inference: LocalInference) -> TrainingLoss:
-        if self.store is None:
-            return training_loss(self.model, self.guide, batch, inference)
-        state = self.store.recall(batch.ids_B, init(self.model, self.guide, batch, inference))
-        learned = training_loss(self.model, self.guide, batch, inference, state)
-        self.store.keep(batch.ids_B, learned.state)
-        return learned
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lets no gradient that is not finite reach the weights."""
+        """Keeps a gradient that is not finite from the weights."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if gradients and not torch.stack([g.isfinite().all() for g in gradients]).all():  # on all ranks alike
-            self._handle_nonfinite("gradient", self._ids_B)
+            self._handle_nonfinite("gradient", torch.cat(self._accumulated_ids))
             optimizer.zero_grad()
         if self._skipped and not any(g.any() for g in gradients):
-            optimizer.zero_grad()  # or momentum and decay would move the weights
+            optimizer.zero_grad()  # because momentum and weight decay would change the weights
         self._skipped = False
+        self._accumulated_ids.clear()
 
     def _handle_nonfinite(self, what: str, ids_b: Tensor) -> None:
         ids = ids_b.tolist()
@@ -236,18 +212,14 @@ class LTMModule(pl.LightningModule):
         warnings.warn(f"{problem}: the batch is skipped.", stacklevel=2)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
-        """Ends training at ``max_flops``, once the step is whole."""
+        """Ends training at ``max_flops``, after all batches of a slow step."""
         trainer: Any = self.trainer
         whole = (index + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if self.max_flops and whole and self.progress >= 1:
             trainer.should_stop = True
 
-    def on_validation_start(self) -> None:
-        """The bound is of the whole model, also while it trains without thoughts."""
-        self.model.decoder.use_thoughts = True
-
     def validation_step(self, batch: Batch, index: int) -> None:
-        """Logs the honest bound, one draw after q is final; nothing where there is none."""
+        """Logs the KL and, if prior and guide have one, the bound: one draw from the final q."""
         if torch.is_inference_mode_enabled():
             raise UsageError("Validation fits q and needs gradients: build the Trainer with `inference_mode=False`.")
         with seeded(self.seed, index, self.global_rank):

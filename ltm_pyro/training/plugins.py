@@ -1,4 +1,4 @@
-"""A user's own priors and guides: found by dotted path or by file, and named by file in the run's recipe."""
+"""A user's own priors and guides: given by dotted path or by file, and written into the run's recipe by file."""
 
 import re
 import sys
@@ -13,11 +13,11 @@ import yaml
 from ltm_pyro.errors import UsageError
 
 IN_FILE = re.compile(r"(?P<file>[^:]+\.py):(?P<name>\w+)")  # some/folder/my_prior.py:SpikeAndSlab
-PLACES = [Path(x).resolve() for x in (*getsitepackages(), get_paths()["stdlib"])]  # what is installed has its name
+INSTALLED = [Path(x).resolve() for x in (*getsitepackages(), get_paths()["stdlib"])]  # modules that a name finds again
 
 
 def resolve(value: Any) -> Any:
-    """A recipe with every ``file.py:Name`` imported and turned into ``file.Name``; all else as it is."""
+    """A recipe in which every ``file.py:Name`` is imported and replaced by ``file.Name``."""
     if isinstance(value, dict):
         return {key: resolve(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -27,18 +27,18 @@ def resolve(value: Any) -> Any:
 
 
 def resolve_argument(argument: str) -> str:
-    """The same for a word of the command line, ``--key=value`` included."""
+    """The same for one argument of the command line, ``--key=value`` included."""
     key, equals, value = argument.rpartition("=")
     return f"{key}{equals}{resolve(value)}"
 
 
 def load(text: str) -> Any:
-    """YAML whose ``file.py:Name`` are imported."""
+    """YAML in which every ``file.py:Name`` is imported."""
     return resolve(yaml.safe_load(text))
 
 
 def import_file(path: Path) -> str:
-    """Imports a file and returns its module's name; one that has gone is looked for in the current folder."""
+    """Imports a file and returns its module's name; a missing file is looked for in the current folder."""
     file = path if path.is_file() else Path.cwd() / path.name
     if not file.is_file():
         raise UsageError(f"The file {path} is missing: put it back, or copy {path.name} to the current folder.")
@@ -55,7 +55,7 @@ def import_file(path: Path) -> str:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UsageError(f"{file} cannot be imported ({type(error).__name__}: {error}): mend it.") from error
+        raise UsageError(f"{file} cannot be imported ({type(error).__name__}: {error}): fix it.") from error
     return name
 
 
@@ -66,6 +66,6 @@ def name_files(recipe: str) -> str:
 
 def _by_file(found: re.Match[str]) -> str:
     file = getattr(sys.modules.get(found[1]), "__file__", None)
-    if file is None or any(Path(file).resolve().is_relative_to(place) for place in PLACES):
+    if file is None or any(Path(file).resolve().is_relative_to(place) for place in INSTALLED):
         return found[0]
     return f"{Path(file).resolve()}:{found[2]}"

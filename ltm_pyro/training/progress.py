@@ -1,4 +1,4 @@
-"""What a person sees while a model trains."""
+"""The progress line of a training."""
 
 import resource
 import sys
@@ -17,19 +17,19 @@ from ltm_pyro.utils.console import Console
 
 SHOWN = {"train/loss": "loss", "val/bound": "held-out bound", "val/kl": "KL"}  # the progress line's figures, nats/token
 
-FORESEEN = 10  # steps after which the time is told
-REFRESHED = 10  # steps between two lines of a training that logs nothing
+FORECAST = 10  # the step after which the remaining time is printed
+REFRESH = 10  # steps between two updates if the training logs nothing
 
 
 def _memory() -> float:
-    """GiB at the peak, of the GPU where there is one, else of this process."""
+    """Peak memory in GiB: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Progress(Callback):
-    """One line on standard error: how far, how fast, how good, how long still; ten in all where that is no terminal."""
+    """One line on standard error: progress, speed, loss and remaining time; ten lines in all if it is no terminal."""
 
     def __init__(self) -> None:
         columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", TimeElapsedColumn())
@@ -50,26 +50,26 @@ class Progress(Callback):
         self._clock, self._flops = time.perf_counter(), module.flops.clone()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, index: int) -> None:
-        """Logs tokens and floating-point operations per second, of all ranks, and refreshes the line."""
+        """Logs tokens and FLOPs per second of all ranks, and updates the line."""
         seconds = time.perf_counter() - self._clock
         speed = trainer.world_size * batch.inputs_BT.numel() / seconds
         achieved = (module.flops - self._flops) / seconds
         module.log_dict({"train/tokens_per_second": speed, "train/flops_per_second": achieved})
         if not trainer.is_global_zero:
             return
-        self._foresee(module)
-        if index % (trainer.log_every_n_steps or REFRESHED):
+        self._forecast(module)
+        if index % (trainer.log_every_n_steps or REFRESH):
             return
         figures = trainer.callback_metrics
         text = "  ".join(f"{name} {figures[k]:.3f}" for k, name in SHOWN.items() if k in figures)
         self._show(module.progress, f"{speed:,.0f} tokens/s  {text}")
 
-    def _foresee(self, module: Any) -> None:
-        """Says after ten steps, the first of which warms up, how long all of them will take."""
+    def _forecast(self, module: Any) -> None:
+        """Prints the remaining time after some steps; the first is not counted, because it warms up."""
         self._steps += 1
         if self._steps == 1:
             self._began, self._before = time.perf_counter(), module.progress
-        if self._steps == FORESEEN and (gained := module.progress - self._before) > 0:
+        if self._steps == FORECAST and (gained := module.progress - self._before) > 0:
             left = (1 - module.progress) * (time.perf_counter() - self._began) / gained
             self._bar.console.print(f"at this pace {timedelta(seconds=round(left))} to go, {_memory():.2f} GiB in use")
 
@@ -80,5 +80,5 @@ class Progress(Callback):
             print(f"training {progress:4.0%}  {figures}", file=sys.stderr, flush=True)
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Leaves the terminal as it was, also after Ctrl-C."""
+        """Restores the terminal, also after Ctrl-C."""
         self._bar.stop()

@@ -1,4 +1,4 @@
-"""Recipes: a YAML file and command-line options become module, data and Lightning trainer."""
+"""Recipes: from a YAML file and command-line options to module, data and Lightning trainer."""
 
 import logging
 import math
@@ -11,34 +11,31 @@ from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from yaml import YAMLError
 
-from ltm_pyro.data import read_manifest
+from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
-from ltm_pyro.training import plugins as lookup
+from ltm_pyro.training import model_config, plugins
 from ltm_pyro.training.checkpoints import Saving
 from ltm_pyro.training.datamodule import PackedData
+from ltm_pyro.training.model_config import complaint, load_recipe
 from ltm_pyro.training.module import LTMModule
+from ltm_pyro.training.old_recipe_keys import refuse_old_keys
 
-DEFAULTS = {  # by dotted path: this room imports no model and no guide
-    "model.decoder": {"class_path": "ltm_pyro.models.Decoder"},
-    "model.prior": {"class_path": "ltm_pyro.models.GaussianPrior"},
-    "model.joint": {"class_path": "ltm_pyro.models.LatentThoughtModel"},
-    "model.guide": {"class_path": "ltm_pyro.guides.MeanField"},
+DEFAULTS = {
+    **model_config.DEFAULTS,
     "trainer.check_val_every_n_epoch": None,  # validation counts steps, not passes over the data
     "trainer.val_check_interval": 1000,
     "trainer.log_every_n_steps": 10,
     "trainer.max_epochs": -1,
 }
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "32", "64", "bf16")
-LARGEST_SEED = 2**32 - 1  # of NumPy
-OURS = {  # settings of Lightning's trainer that `build` decides
-    *(
-        "use_distributed_sampler",
-        "enable_progress_bar",
-        "enable_model_summary",
-        "enable_checkpointing",
-        "inference_mode",
-    ),
-    *("num_sanity_val_steps", "default_root_dir"),
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+FIXED: dict[str, Any] = {  # settings of Lightning's trainer that no recipe may change
+    "use_distributed_sampler": False,  # `Order` shares sequences out
+    "enable_progress_bar": False,  # `Progress` has one
+    "enable_model_summary": False,  # `cost_summary` is one
+    "enable_checkpointing": False,  # `Checkpoints` writes them
+    "inference_mode": False,  # because validation fits q, which needs gradients
+    "num_sanity_val_steps": 0,
 }
 
 
@@ -48,7 +45,7 @@ def recipe_parser() -> ArgumentParser:
     about = (
         "Train a Latent-Thought Language Model. Every key of a recipe is an option, and an option overrides the recipe."
     )
-    set_loader("recipe", lookup.load, exceptions=(YAMLError,))
+    set_loader("recipe", load_recipe, exceptions=(YAMLError,))
     parser = ArgumentParser(prog="ltm fit", usage=usage, description=about, exit_on_error=False, parser_mode="recipe")
     parser.add_argument("--config", action="config", help="a recipe (YAML)")
     parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
@@ -57,18 +54,21 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=resume)
     parser.add_argument("--checkpoints", type=Saving, default=Saving(), help="how often the training is saved")
     parser.add_argument("--warm_start", type=str | None, default=None, help="begin from a run without thoughts (K = 0)")
-    parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and noise")
-    parser.add_class_arguments(LTMModule, "model", skip={"seed"})
-    parser.add_class_arguments(PackedData, "data", skip={"seed"})
-    parser.add_class_arguments(pl.Trainer, "trainer", skip=OURS, instantiate=False)
+    parser.add_argument("--seed_everything", type=int, default=0, help="random seed of weights, order and noise")
+    parser.add_class_arguments(LTMModule, "model")
+    parser.add_class_arguments(PackedData, "data")
+    for target in ("model.seed", "data.seed"):
+        parser.link_arguments("seed_everything", target)
+    parser.add_class_arguments(pl.Trainer, "trainer", skip={*FIXED, "default_root_dir"}, instantiate=False)
     parser.set_defaults(DEFAULTS)
     return parser
 
 
 def read_recipe(arguments: list[str]) -> Namespace:
     """The options as one configuration; `UsageError` names the key that is wrong."""
+    refuse_old_keys(word.removeprefix("--").partition("=")[0] for word in arguments if word.startswith("--"))
     try:
-        return recipe_parser().parse_args([lookup.resolve_argument(word) for word in arguments])
+        return recipe_parser().parse_args([plugins.resolve_argument(word) for word in arguments])
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
     except (UnicodeDecodeError, OSError) as error:
@@ -76,25 +76,11 @@ def read_recipe(arguments: list[str]) -> Namespace:
         raise UsageError(f"The recipe {recipe} cannot be read as text ({error}); give a YAML file in UTF-8.") from None
 
 
-def complaint(message: str) -> str:
-    """jsonargparse's message in one sentence: the key, its value, and what was expected there."""
-    message = " ".join(message.split())
-    found = re.fullmatch(
-        r'(?:Parser key "(?P<key>[^"]*)": )?(?P<problem>.*?)(?:\.? (?:Got|Given) value: (?P<value>.*))?', message
-    )
-    key, problem, value = found.group("key", "problem", "value") if found else (None, message, None)
-    problem = problem.rsplit(" expects a function or a callable class: ", 1)[-1]
-    if expected := re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", problem):
-        problem = f"expected {' or '.join(dict.fromkeys(a or b for a, b in expected))}"
-    place = f"{key} = {value}: " if key and value else f"{key}: " if key else ""
-    return f"{place}{problem}; `ltm fit --help` lists every key and its values."
-
-
 def check_budget(config: Namespace) -> None:
-    """Refuses a training without a step, or without an end: neither schedules nor user would know how far it is."""
+    """Refuses a training without a step, and one without an end, of which no schedule can compute the progress."""
     trainer = config.trainer
     budgets = {
-        "trainer.max_steps": (trainer.max_steps, (None, -1)),  # -1 is Lightning's word for no limit
+        "trainer.max_steps": (trainer.max_steps, (None, -1)),  # -1 means no limit in Lightning
         "trainer.max_epochs": (trainer.max_epochs, (None, -1)),
         "model.max_flops": (config.model.max_flops, (None,)),
     }
@@ -109,17 +95,31 @@ def check_budget(config: Namespace) -> None:
         )
     for name in ("limit_train_batches", "accumulate_grad_batches"):
         if (value := trainer[name]) is not None and not value > 0:
-            raise UsageError(f"`trainer.{name}` is {value}, so that there is no step to take: leave it out.")
+            raise UsageError(f"`trainer.{name}` is {value}, which leaves no batch to train on: leave it out.")
 
 
 def check_seed(config: Namespace) -> None:
-    """Refuses what is no seed."""
+    """Refuses a random seed that NumPy does not take."""
     if not 0 <= config.seed_everything <= LARGEST_SEED:
         raise UsageError(f"`seed_everything` is {config.seed_everything}: choose a seed from 0 to {LARGEST_SEED}.")
 
 
 def take_vocabulary(config: Namespace) -> None:
-    """Fills in the data's vocabulary; refuses a recipe that says another, rows too long, and data without a split."""
+    """Fills in the vocabulary of the packed data if the recipe gives none."""
+    if config.model.vocabulary is None:
+        if not is_pack(config.data.directory):
+            raise UsageError(
+                f"The recipe gives no vocabulary, and there is no pack at {config.data.directory} to take one from: "
+                f"add `model.vocabulary` to the recipe."
+            )
+        config.model.vocabulary = read_manifest(config.data.directory).vocabulary
+
+
+def check_data(config: Namespace) -> None:
+    """Refuses data that the recipe cannot be trained on, and fills in their vocabulary.
+
+    Refused are another vocabulary than the recipe's, sequences that are too long, and a missing split.
+    """
     manifest = read_manifest(config.data.directory)
     manifest.split("train", config.data.directory)
     vocabulary, length = config.model.vocabulary, config.model.decoder.init_args.get("length")
@@ -142,16 +142,16 @@ def take_vocabulary(config: Namespace) -> None:
 
 
 def build_module(config: Namespace) -> LTMModule:
-    """The module of a configuration, its seed the configuration's."""
-    return _instantiate(config).model
+    """The Lightning module of a configuration, without data and trainer."""
+    return recipe_parser().instantiate(config).model
 
 
 def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.Trainer]:
     """Module, data and trainer; ``trainer`` adds to the recipe's own settings."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its advertisements would hide our plan
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips would hide the table of costs
     check_seed(config)
     pl.seed_everything(config.seed_everything, verbose=False)
-    objects = _instantiate(config)
+    objects = recipe_parser().instantiate(config)
     settings = {**objects.trainer.as_dict(), **trainer}
     for name in ("callbacks", "logger"):
         settings[name] = [*_listed(objects.trainer[name]), *trainer.get(name, [])]
@@ -167,12 +167,12 @@ def _check_trainer(settings: dict[str, Any]) -> None:
     if not strategy.lower().startswith(("auto", "ddp", "single")):
         raise UsageError(
             f"`trainer.strategy` is {strategy}, but fast steps go backward inside the forward pass, which "
-            f"sharded parameters do not survive: choose ddp, and where a model does not fit lower data.batch_size."
+            f"does not work with sharded parameters: choose ddp, and lower data.batch_size if the model does not fit."
         )
-    if settings["overfit_batches"]:  # no key of `OURS`, for the recipes of earlier runs say that it is 0
+    if settings["overfit_batches"]:  # not in `FIXED`, because the recipes of earlier runs have it as 0
         raise UsageError(
-            f"`trainer.overfit_batches` is {settings['overfit_batches']}, which would replace the order that our data "
-            f"are read in: leave it out, and pack a few texts to overfit them."
+            f"`trainer.overfit_batches` is {settings['overfit_batches']}, which would replace the order in which data "
+            f"are read: leave it out, and pack a few texts to overfit them."
         )
     if not (settings["gradient_clip_val"] or 0) >= 0:
         raise UsageError(f"`trainer.gradient_clip_val` is {settings['gradient_clip_val']}: give 0 or more.")
@@ -188,45 +188,22 @@ def _check_trainer(settings: dict[str, Any]) -> None:
 def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
     _check_trainer(settings)
     try:
-        trainer = pl.Trainer(
-            **settings,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,  # `Checkpoints` does it
-            use_distributed_sampler=False,  # `Order` shares sequences out
-            default_root_dir=run,
-            inference_mode=False,  # validation fits q, which needs gradients
-            num_sanity_val_steps=0,
-        )
+        trainer = pl.Trainer(**settings, **FIXED, default_root_dir=run)
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UsageError(refused(error)) from None
+        raise UsageError(lightning_complaint(error)) from None
     times = [timer.time_remaining() for timer in cast(Any, trainer).callbacks if isinstance(timer, Timer)]
     if any(left is not None and left <= 0 for left in times):
-        raise UsageError(f"`trainer.max_time` is {settings['max_time']}, no time to train in: give a second at least.")
+        raise UsageError(f"`trainer.max_time` is {settings['max_time']}, no time to train: give at least one second.")
     return trainer
 
 
-def refused(error: Exception) -> str:
-    """What Lightning finds wrong, in one line."""
+def lightning_complaint(error: Exception) -> str:
+    """Lightning's complaint in one sentence."""
     return f"Lightning refuses the `trainer` settings: {' '.join(str(error).split())}"
-
-
-def _instantiate(config: Namespace) -> Namespace:
-    objects = recipe_parser().instantiate(config)
-    objects.model.seed = objects.data.seed = config.seed_everything
-    return objects
 
 
 def dump_recipe(config: Namespace) -> str:
     """The configuration as YAML, every default written out."""
     config = config.clone()
     config.ckpt_path, config.force, config.config = None, False, None
-    return lookup.name_files(recipe_parser().dump(config, skip_unset=False, format="yaml"))
-
-
-def parse_recipe(text: str) -> Namespace:
-    """The configuration that `dump_recipe` wrote; `UsageError` names a module or a file that is no longer there."""
-    try:
-        return recipe_parser().parse_string(text)
-    except ArgumentError as error:
-        raise UsageError(complaint(str(error))) from None
+    return plugins.name_files(recipe_parser().dump(config, skip_unset=False, format="yaml"))

@@ -1,4 +1,4 @@
-"""Run directories: what training writes, and what it reads again.
+"""Run directories: what training writes, and what is loaded from them.
 
 A run holds ``config.yaml``, ``tokenizer.json``, ``metrics.csv`` and ``checkpoints/last.ckpt``; the checkpoint alone is
 enough, because recipe and tokenizer travel in it.
@@ -6,7 +6,7 @@ enough, because recipe and tokenizer travel in it.
 
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write, writing
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 RECIPE = "config.yaml"
@@ -26,27 +27,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     file = checkpoint_path(path)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # a file that is cut or changed leads the unpickler to any
+    except Exception:  # the unpickler may raise anything if a file is cut or changed
         raise UsageError(
             f"{file} is not a checkpoint that can be loaded safely: give one that `ltm fit` wrote."
         ) from None
     if not isinstance(checkpoint, dict) or "ltm_pyro" not in checkpoint:
         raise UsageError(f"{file} was not written by `ltm fit`: it holds no recipe; give one that was.")
-    if not _is_whole(checkpoint):
-        raise UsageError(f"{file} is damaged, for recipe, tokenizer or weights are missing: give one that is whole.")
+    texts, weights = checkpoint["ltm_pyro"], checkpoint.get("state_dict")
+    whole = isinstance(texts, dict) and all(isinstance(texts.get(name), str) for name in ("recipe", "tokenizer"))
+    whole = whole and isinstance(weights, dict) and all(isinstance(x, torch.Tensor) for x in weights.values())
+    if not whole:
+        raise UsageError(f"{file} is damaged, because recipe, tokenizer or weights are missing: give a whole one.")
     return checkpoint
 
 
-def _is_whole(checkpoint: dict[Any, Any]) -> bool:
-    texts, weights = checkpoint["ltm_pyro"], checkpoint.get("state_dict")
-    if not isinstance(texts, dict) or not isinstance(weights, dict):
-        return False
-    said = all(isinstance(texts.get(name), str) for name in ("recipe", "tokenizer"))
-    return said and all(isinstance(weight, torch.Tensor) for weight in weights.values())
-
-
 def checkpoint_path(path: str | Path) -> Path:
-    """Where the checkpoint of a run is; a file is taken as it is."""
+    """The checkpoint file of a run directory; a file is returned as it is."""
     path = Path(path)
     if not path.exists():
         raise UsageError(f"There is no run at {path}: give a run directory or a checkpoint that `ltm fit` wrote.")
@@ -57,7 +53,7 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Loads a state dict strictly; `UsageError` says the first thing that does not fit."""
+    """Loads a state dict strictly; `UsageError` names the first weight that does not fit."""
     own = module.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here, there = (tuple(x[name].shape) if name in x else "absent" for x in (own, weights))
@@ -70,16 +66,16 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
 
 
 def add_thoughts(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Gives a module the weights of a run without thoughts; its own cross-attention then adds exactly nothing.
+    """Loads the weights of a run without thoughts (K = 0) into a module with thoughts, its cross-attention adding zero.
 
-    The first bound is therefore that run's loss. What the run has spent in FLOPs counts as spent here too.
+    The first bound therefore equals that run's loss. FLOPs that the run has spent count as spent by the module.
     """
     own = module.state_dict()
     new = {name for name in own if ".cross_attention." in name or ".norm_cross." in name}
     if not new or new & weights.keys():
-        thinks = "the recipe has no thoughts" if not new else f"{source} has thoughts"
+        problem = "the recipe has no thoughts" if not new else f"{source} has thoughts"
         raise UsageError(
-            f"A warm start adds thoughts to a run without them, but {thinks}: set `model.decoder.init_args.thoughts` "
+            f"A warm start adds thoughts to a run without them, but {problem}: set `model.decoder.init_args.thoughts` "
             f"to 0 for the run to begin from, and to more for the new one."
         )
     zeroed = {n: torch.zeros_like(own[n]) if n.endswith("output.weight") else own[n] for n in new}
@@ -87,7 +83,7 @@ def add_thoughts(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
 
 
 def check_run(path: Path, force: bool, resumed: bool) -> None:
-    """Refuses a directory with files of a run, unless it is the one ``resumed``; other files there stay."""
+    """Refuses a directory with files of a run, unless with ``force`` or if it is ``resumed``; other files are kept."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file, not a run directory: choose another --run.")
     there = [str(name) for name in (RECIPE, METRICS, CHECKPOINT, TOKENIZER) if (path / name).exists()]
@@ -98,31 +94,23 @@ def check_run(path: Path, force: bool, resumed: bool) -> None:
 
 
 def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
-    """Writes recipe and tokenizer, with ``keep`` beside what is there, else in place of an earlier run's files.
+    """Writes recipe and tokenizer; unless ``keep``, deletes metrics and checkpoints of an earlier run.
 
-    An earlier run's files go only once the new ones are on the disk; a failure leaves nothing new behind.
+    The earlier files are deleted after the new ones are on the disk. A failure leaves nothing new behind.
     """
     texts = {path / RECIPE: recipe, path / TOKENIZER: tokenizer}
     fresh = not path.exists()
-    try:
-        (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
-        for file, text in texts.items():
-            beside(file).write_text(text, "utf-8")
-        for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
-            old.unlink(missing_ok=True)
-        for file in texts:
-            beside(file).replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            for file in texts:
-                beside(file).unlink(missing_ok=True)
+    with writing(f"the run {path}", "--run"):
+        try:
+            (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
+            with ExitStack() as replaced:
+                for file, text in texts.items():
+                    replaced.enter_context(atomic_write(file)).write_text(text, "utf-8")
+                for leftover in (path / CHECKPOINT.parent).glob("*.new"):  # of a training that was killed
+                    leftover.unlink(missing_ok=True)
+                for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
+                    old.unlink(missing_ok=True)
+        except OSError:
             if fresh:
-                shutil.rmtree(path)
-        raise UsageError(
-            f"Cannot write the run {path}: {error.strerror}; make room there or choose another --run."
-        ) from None
-
-
-def beside(file: Path) -> Path:
-    """Where a file is written before it takes its place."""
-    return file.with_name(file.name + ".new")
+                shutil.rmtree(path, ignore_errors=True)
+            raise

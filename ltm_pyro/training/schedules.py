@@ -1,4 +1,4 @@
-"""What changes while a model is trained: the slow rate, and the way q is found."""
+"""Schedules over training: the slow learning rate, and the settings of local inference."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,11 +15,11 @@ Cost = Callable[[LocalInference], float]
 
 @dataclass(frozen=True, kw_only=True)
 class SlowRate:
-    """AdamW on what is learned slowly: decoder, prior and encoder (arXiv 2502.01567, algorithm 1, the outer step).
+    """AdamW on the global parameters: decoder, prior and encoder (arXiv 2502.01567, algorithm 1, the outer step).
 
     Args:
         rate: η_slow, the peak learning rate.
-        prior_rate: that of the prior's parameters; ``rate`` when not given.
+        prior_rate: the same for the prior's parameters; ``rate`` when not given.
         warmup: fraction of training over which the rate rises from 0.
         floor: where the cosine ends, as a fraction of the peak.
         weight_decay: on the decoder's matrices; norms have none.
@@ -55,10 +55,10 @@ class Curriculum:
     Args:
         steps: T_fast, rounded; while it is 0 the decoder trains without thoughts (the autoregressive warm start).
         rate: the fast rate (the paper's: 0.3 to 0.34).
-        log_var: the start's log-variance, relative to the prior's (narrow to prior: −5 to 0).
+        log_var: log-variance of the initial q, relative to the prior's (narrow to prior: −5 to 0).
         kl_weight: of the KL in the objective.
         particles: draws of z per fast step, rounded.
-        flops_per_token: T_fast by budget: as many fast steps, one at least, as these FLOPs per trained token pay for.
+        flops_per_token: T_fast from a budget: the most fast steps, at least one, for these FLOPs per trained token.
     """
 
     steps: Points | None = None
@@ -76,7 +76,7 @@ class Curriculum:
             raise UsageError("`curriculum` has both steps and flops_per_token, which each decide T_fast: give one.")
 
     def at(self, progress: float, inference: LocalInference, cost: Cost) -> LocalInference:
-        """Local inference at a fraction of training; ``cost`` is what it takes, in FLOPs per token."""
+        """Local inference at a fraction of training; ``cost`` gives its FLOPs per token."""
         values: dict[str, Any] = {
             name: interpolate(points, progress) for name, points in asdict(self).items() if points
         }
@@ -88,4 +88,4 @@ class Curriculum:
         if budget is not None:
             one, two = (cost(replace(now, steps=steps)) for steps in (1, 2))
             now = replace(now, steps=max(1, 1 + int((budget - one) // (two - one)) if two > one else 1))
-        return now if now.steps else replace(now, init=Init())  # nothing is inferred, so q stays at the prior
+        return now if now.steps else replace(now, init=Init(), use_thoughts=False)  # q is the prior

@@ -1,4 +1,4 @@
-"""One training from recipe to run directory: planned, shown, interruptible, resumable."""
+"""One training, from a recipe to a run directory."""
 
 import errno
 import warnings
@@ -20,7 +20,7 @@ from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
-from ltm_pyro.training.recipe import build, check_budget, dump_recipe, refused, take_vocabulary
+from ltm_pyro.training.recipe import build, check_budget, check_data, dump_recipe, lightning_complaint
 from ltm_pyro.training.run_directory import (
     CHECKPOINT,
     METRICS,
@@ -35,25 +35,32 @@ from ltm_pyro.training.run_directory import (
 )
 from ltm_pyro.utils.console import Console
 
-NOISE = (  # what Lightning says that no user can act on
+NOISE = (  # Lightning's warnings that no user can do anything about
     ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
     "|Experiment logs|ended before the epoch ended).*"
 )
-LAST = "last"
+LAST = "last"  # as `ckpt_path`: the run's own checkpoint, or none if there is none yet
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by the user; the message says where it was saved and how to go on."""
+    """The user stopped the training; the message says where it was saved and how to resume it."""
 
 
 def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
-    """Trains as a recipe says and returns the run directory; ``onlookers`` are further Lightning callbacks.
+    """Trains as a recipe says and returns the run directory.
 
-    Of several ranks the first looks at the run directory, writes it and shows the plan. Raises `UsageError` before
-    anything is written, `Interrupted` after Ctrl-C or SIGTERM once the checkpoint is safe.
+    Only the first rank checks and writes the run directory, and prints the costs.
+
+    Args:
+        config: a recipe, from `ltm_pyro.training.recipe.read_recipe`.
+        callbacks: Lightning callbacks besides the recipe's.
+
+    Raises:
+        UsageError: recipe, data or checkpoint do not allow this training (nothing is written then), or it failed.
+        Interrupted: after Ctrl-C or SIGTERM; the checkpoint is written by then.
     """
     check_budget(config)
-    take_vocabulary(config)
+    check_data(config)
     run, resumed = Path(config.run), _resumed(config)
     keep = resumed is not None and resumed.resolve().is_relative_to(run.resolve())
     first = cast(Any, rank_zero_only).rank == 0
@@ -75,7 +82,7 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
     if first:
         shown = cost_summary(module, config, trainer.world_size)
         write_run(run, recipe, text, keep)
-        log.take_up()
+        log.resume()
         Console(stderr=True).print(shown)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
@@ -84,7 +91,7 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
 
 
 def _resumed(config: Namespace) -> Path | None:
-    """The checkpoint to go on from; `LAST` is that of the run itself, or none before there is one."""
+    """The checkpoint file to resume from, if any."""
     if config.ckpt_path == LAST:
         path = Path(config.run) / CHECKPOINT
         return path if path.exists() else None
@@ -92,7 +99,7 @@ def _resumed(config: Namespace) -> Path | None:
 
 
 def _content(checkpoint: str | Path | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A checkpoint; refuses one that has learned another vocabulary than the data's."""
+    """The content of a checkpoint, empty without one; refuses a checkpoint whose tokenizer is not the data's."""
     if not checkpoint:
         return {}
     content = read_checkpoint(checkpoint)
@@ -105,8 +112,8 @@ def _content(checkpoint: str | Path | None, tokenizer: Tokenizer) -> dict[str, A
     return content
 
 
-def said(error: BaseException) -> str:
-    """What an error says; one from a process that reads ahead says it behind a traceback."""
+def error_message(error: BaseException) -> str:
+    """An error's message; DataLoader workers, which prefetch, put a traceback before it."""
     return str(error).rsplit("UsageError: ", 1)[-1].strip()
 
 
@@ -114,15 +121,15 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except UsageError as error:
-        raise UsageError(said(error)) from None
+        raise UsageError(error_message(error)) from None
     except MisconfigurationException as error:
-        raise UsageError(refused(error)) from None
-    except SystemExit:  # how Lightning leaves after Ctrl-C
+        raise UsageError(lightning_complaint(error)) from None
+    except SystemExit:  # which Lightning raises after Ctrl-C
         if not (run / CHECKPOINT).exists():
             raise Interrupted(f"interrupted before the first step; {run} holds no checkpoint yet.") from None
         raise Interrupted(
             f"interrupted at step {trainer.global_step}; "
-            f"go on with: ltm fit --config {run / RECIPE} --ckpt_path {run / CHECKPOINT}"
+            f"resume with: ltm fit --config {run / RECIPE} --ckpt_path {run / CHECKPOINT}"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -130,10 +137,10 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
         saved = (run / CHECKPOINT).exists()
         advice = f"resume with --ckpt_path {run / CHECKPOINT}" if saved else "train again with --force"
         raise UsageError(
-            f"The disk under {run} is full at step {trainer.global_step}: free some room and {advice}."
+            f"The disk under {run} is full at step {trainer.global_step}: free some space and {advice}."
         ) from None
     if trainer.is_global_zero and not (run / CHECKPOINT).exists():
         raise UsageError(
-            f"{run} holds no checkpoint, for at step {trainer.global_step} no step was left to take: raise what ends "
-            f"the training, and add --force."
+            f"{run} holds no checkpoint, because the budget was already spent at step {trainer.global_step}: raise the "
+            f"budget, and add --force."
         )

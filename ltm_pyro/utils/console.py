@@ -1,4 +1,4 @@
-"""Rich's console, for which what users name is text: a path may hold ``[bold]`` or ``:cat:``."""
+"""Rich's console without markup and emoji codes, because a user's path may contain ``[bold]`` or ``:cat:``."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Packages that not everybody needs, imported when they are asked for."""
+"""Optional dependencies, imported when they are needed."""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +7,7 @@ from ltm_pyro.errors import UsageError
 
 
 def extra(module: str, name: str, wanted_by: str) -> Any:
-    """The module; `UsageError` says which extra of ltm-pyro brings its package where that is missing."""
+    """The module; if its package is missing, `UsageError` names the extra of ltm-pyro that installs it."""
     try:
         return import_module(module)
     except ImportError:

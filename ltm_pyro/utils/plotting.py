@@ -1,14 +1,14 @@
-"""What all pictures have in common: colours that colour-blind readers can tell apart, and where a picture goes."""
+"""Shared by all plots: colours that colour-blind readers can tell apart, markers, and axes."""
 
-from typing import Any  # axes are matplotlib's, which not everybody has installed
+from typing import Any  # axes are matplotlib's, an optional dependency
 
-BLUE, ORANGE, GREY, RED = "#0072B2", "#E69F00", "#8A8A8A", "#C8102E"  # Okabe & Ito's, and two for limits
+BLUE, ORANGE, GREY, RED = "#0072B2", "#E69F00", "#8A8A8A", "#C8102E"  # two of Okabe & Ito, and two for limits
 CYCLE = [BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6A3D9A", "#5B5B5B"]
-MARKERS = "os^DvPX*"  # one a colour, for those who see few
+MARKERS = "os^DvPX*"  # one for each colour
 
 
 def axes_of(ax: Any, width: float = 4.6, height: float = 3.0) -> Any:
-    """The axes given, or those of a figure of their own."""
+    """The given axes, or the axes of a new figure."""
     if ax is not None:
         return ax
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ def axes_of(ax: Any, width: float = 4.6, height: float = 3.0) -> Any:
 
 
 def plain(ax: Any, **settings: Any) -> Any:
-    """Labels and limits by name, and no frame on the right and above."""
+    """Sets labels, limits and the like by name, and removes the right and upper frame."""
     ax.set(**settings)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -9,7 +9,7 @@ import torch
 
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """Draws inside depend on the integers ``seed`` alone; the generators are put back afterwards."""
+    """Seeds torch's generators with the integers ``seed``; their states are restored afterwards."""
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(mix(*seed))  # torch.manual_seed keeps a stack trace without a CUDA device
         if torch.cuda.is_available():
@@ -18,5 +18,5 @@ def seeded(*seed: int) -> Iterator[None]:
 
 
 def mix(*seed: int) -> int:
-    """One seed of 63 bits out of several integers."""
+    """One random seed of 63 bits from several integers."""
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,4 +1,4 @@
-"""How it is measured: rounds in turn, medians and quartiles, the peak of a process of its own."""
+"""How time and memory are measured: rounds in turn, medians and quartiles, the peak of a separate process."""
 
 import math
 import multiprocessing
@@ -46,9 +46,9 @@ def seconds(run: Callable[[], Any], how: How) -> float:
 
 
 def in_turn(runs: Mapping[Key, Callable[[], Any]], how: How) -> dict[Key, list[float]]:
-    """Seconds of every call, one of each in every round, in an order drawn anew; a first call does not count.
+    """Seconds of every call, one of each in every round, in random order; a first call does not count.
 
-    A call that always came behind the same one would always find the same in its caches.
+    A call that always followed the same one would always find the processor's caches in the same state.
     """
     for run in runs.values():
         run()
@@ -67,7 +67,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def median_interval(values: Sequence[float]) -> dict[str, float]:
-    """The median, and the two values between which that of endless rounds lies in 95 % of all cases (by ranks)."""
+    """The median, and its 95 % confidence interval by ranks."""
     ranked, reach = sorted(values), statistics.NormalDist().inv_cdf(0.975) * math.sqrt(len(values)) / 2
     low, high = math.floor(len(ranked) / 2 - reach), math.ceil(len(ranked) / 2 + reach)
     return {
@@ -80,13 +80,13 @@ def median_interval(values: Sequence[float]) -> dict[str, float]:
 def peak_bytes(work: Callable[..., None], *arguments: Any) -> int:
     """By how much ``work`` raises the memory of a fresh process: weights, optimiser states and activations."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_grown, work, torch.get_num_threads(), arguments).result()
+        return pool.submit(_growth, work, torch.get_num_threads(), arguments).result()
 
 
-def _grown(work: Callable[..., None], threads: int, arguments: tuple[Any, ...]) -> int:
+def _growth(work: Callable[..., None], threads: int, arguments: tuple[Any, ...]) -> int:
     torch.set_num_threads(threads)
     keep_freed_memory()  # as every command does
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     work(*arguments)
     return _resident("VmHWM") - before
@@ -111,7 +111,7 @@ def matrix_rate(precision: str, how: How, device: str = "cpu", size: int = 2048)
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to."""
+    """The machine and versions that the figures are of."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": _processor(),
@@ -121,7 +121,7 @@ def machine() -> dict[str, Any]:
         "cuda": name,
         "compiler": compiler() or "none found: compiled rows are not run",
         "python": platform.python_version(),
-        "load": os.getloadavg()[0],  # 1 per busy core; more than the benchmark's own threads means company
+        "load": os.getloadavg()[0],  # 1 per busy core; above the benchmark's own threads means other work
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -1,4 +1,4 @@
-"""The fused cross-entropy alone, by size of its tiles: how near the head of a fast step comes to the matrix rate."""
+"""The fused cross-entropy alone, by size of its tiles: its share of the matrix rate in a fast step."""
 
 from functools import partial
 from itertools import product
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltm_pyro.nn.cross_entropy import LARGE_TILE, TILES, Tile, token_nats
+from ltm_pyro.nn.cross_entropy import token_nats
+from ltm_pyro.nn.cross_entropy_autograd import LARGE_TILE, TILES, Tile
 from ltm_pyro.studies.bench.clock import How, in_turn, matrix_rate, spread
 
 WIDTH, VOCABULARY = 512, 50_257
@@ -28,7 +29,7 @@ def head(how: How) -> dict[str, Any]:
     tiles = list(product(*SIDES[device]))
     runs = {tile: partial(_gradient, hidden_ND, embedding_VD, value_N, tile) for tile in tiles}
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=2 * len(tiles)):
-        times = in_turn(runs, how)  # each with kernels of its own sizes, as in training
+        times = in_turn(runs, how)  # each with kernels of its own static shapes, as in training
     rate, flops = matrix_rate("bfloat16", how, device), 4 * VOCABULARY * WIDTH * TOKENS[device]
     found = {tile: spread(values)["median"] for tile, values in times.items()}
     rows = {f"{a} x {b}": {"seconds": x, "of_matrix_rate": flops / x / rate} for (a, b), x in found.items()}

@@ -26,7 +26,7 @@ Attention = Literal["auto", "sdpa", "xformers", "flex", "dense"]
 
 
 class Method(NamedTuple):
-    """One way to take a training step, as `make` builds it."""
+    """One way to take a training step, as `make_step` builds it."""
 
     kind: Kind
     precision: Precision
@@ -39,7 +39,7 @@ class Method(NamedTuple):
         return " ".join([self.kind, self.precision, *more, *["compiled"] * self.compiled])
 
 
-def make(method: Method, setting: Setting, device: str = "cpu") -> Callable[[], None]:
+def make_step(method: Method, setting: Setting, device: str = "cpu") -> Callable[[], None]:
     """A function that takes one training step on random tokens."""
     torch.manual_seed(0)
     tokens_BT = torch.randint(1, setting.vocabulary, (setting.batch, setting.length + 1), device=device)
@@ -77,7 +77,7 @@ def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def _slow(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def _slow_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
@@ -91,7 +91,7 @@ def _ours(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tenso
     inference = LocalInference(steps=setting.steps, rate=RATE, init=INIT, slow_gradient="last", cuda_graph=method.graph)
     lengths_B = torch.full((setting.batch,), setting.length)
     batch = make_batch(targets_BT, lengths_B, start_token=0)._replace(inputs_BT=inputs_BT)
-    return lambda: _slow(model, optimizer, training_loss(model, guide, batch, inference).loss / setting.tokens)
+    return lambda: _slow_step(model, optimizer, training_loss(model, guide, batch, inference).loss / setting.tokens)
 
 
 def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT: Tensor) -> Callable[[], Any]:
@@ -116,7 +116,7 @@ def _handwritten(method: Method, setting: Setting, inputs_BT: Tensor, targets_BT
                 local.param_groups[0]["lr"] = RATE * cosine(fast, setting.steps)
                 mean.grad, log_var.grad = torch.autograd.grad(loss(stem_BTD.detach(), mean, log_var), [mean, log_var])
                 local.step()
-        _slow(decoder, optimizer, loss(stem_BTD, mean.detach(), log_var.detach()) / setting.tokens)
+        _slow_step(decoder, optimizer, loss(stem_BTD, mean.detach(), log_var.detach()) / setting.tokens)
 
     return step
 

@@ -2,8 +2,10 @@
 
 Every fast step goes backward through all of the decoder, weight gradients included, and their sum is what the slow
 step follows; the windowed attention works on a dense T×T mask; logits are one (B, T, V) tensor in float32; nothing that
-does not depend on z is kept; q starts at log σ² = −5 and one noise serves the whole fit (arXiv 2502.01567 and the code
-published with it). Plain torch, none of ours inside. Shapes: B sequences, T tokens, L layers, K thoughts, D width.
+does not depend on z is cached; q starts at log σ² = −5 and one draw of noise serves all fast steps (arXiv 2502.01567
+and the code published with it). Plain torch, none of ours inside.
+
+Shapes: B sequences, T tokens, L layers, K thoughts, D width.
 """
 
 import torch
@@ -25,17 +27,17 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to a memory under a dense mask, rotary on both."""
+    """Multi-head attention of x to a context under a dense mask, rotary positions on both."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(width, width, bias=False) for _ in range(4))
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """The heads' outputs, projected."""
         q, k, v = (
-            p(y).unflatten(-1, (self.heads, -1)) for p, y in ((self.wq, x), (self.wk, memory), (self.wv, memory))
+            p(y).unflatten(-1, (self.heads, -1)) for p, y in ((self.wq, x), (self.wk, context), (self.wv, context))
         )
         q, k, v = (y.transpose(1, 2) for y in (rotate(q), rotate(k), v))
         return self.wo(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
@@ -52,7 +54,7 @@ def rotate(x_BTHC: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and SwiGLU, each behind a norm."""
+    """Self-attention, cross-attention and SwiGLU, each after a norm."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ def train_step(
     rate: float = 0.3,
     clip: float = 1.0,
 ) -> Tensor:
-    """One slow step, as published; returns the loss in nats per token that it reports, which is no bound."""
+    """One training step, as published; returns the loss in nats per token that it reports, which is no bound."""
     size, layers, width = len(inputs_BT), len(model.blocks), model.embedding.embedding_dim
     shape, device = (size, layers, thoughts, width), inputs_BT.device
     mean = (0.01 * torch.randn(shape, device=device)).requires_grad_()

@@ -1,4 +1,4 @@
-"""Pictures of a study: how the search went, which parameters matter, and where in the space it is good."""
+"""Charts of a study: the history of the search, which parameters matter, and which values of them are good."""
 
 import base64
 import io
@@ -18,12 +18,12 @@ from optuna.trial import FrozenTrial, TrialState
 from ltm_pyro.utils.extras import extra
 from ltm_pyro.utils.plotting import BLUE, GREY, ORANGE, plain
 
-MOST = 4  # parameters beside each other
+MOST = 4  # parameters side by side
 Panels = list[Any]  # of matplotlib
 
 
 class Parameter(NamedTuple):
-    """A searched parameter: where every trial stands on its axis, and how the axis is labelled."""
+    """A searched parameter: the position of every trial on its axis, and how the axis is labelled."""
 
     name: str
     at: np.ndarray
@@ -31,8 +31,8 @@ class Parameter(NamedTuple):
     choices: tuple[str, ...]
 
     @property
-    def even(self) -> np.ndarray:
-        """The places as fractions of their range, on the parameter's own scale."""
+    def fractions(self) -> np.ndarray:
+        """The positions as fractions of their range, on the parameter's own scale."""
         at = np.log(self.at) if self.log else self.at
         return (at - at.min()) / (at.max() - at.min())
 
@@ -58,11 +58,13 @@ def charts(study: optuna.Study, objectives: Sequence[str], trials: Sequence[Froz
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.simplefilter("ignore", UserWarning)  # of the importance: that it looks for low values, as we do
-        return {title: png(draw()) for title, draw in _drawings(study, objectives, trials, complete)}
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # the importance warns that it assumes low values are good, as they are here
+        return {title: png(plot()) for title, plot in _plots(study, objectives, trials, complete)}
 
 
-def _drawings(
+def _plots(
     study: optuna.Study, objectives: Sequence[str], trials: Sequence[FrozenTrial], complete: list[FrozenTrial]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     if not complete:
@@ -140,10 +142,12 @@ def _importance(study: optuna.Study, index: int) -> Any:
 
 
 def _contours(name: str, varied: list[Parameter], values: np.ndarray) -> Any:
-    """Every pair; between numbers the surface is interpolated, which says little where there are no points."""
+    """Every pair; between numbers the surface is interpolated, which says little between distant points."""
     pairs = list(combinations(varied[:3], 2))
     figure, panels = _figure(len(pairs))
-    levels = np.linspace(values.min(), np.quantile(values, 0.9) + 1e-9, 9)  # the worst tenth shall not hide the rest
+    levels = np.linspace(
+        values.min(), np.quantile(values, 0.9) + 1e-9, 9
+    )  # or the worst tenth would hide the differences among the rest
     for panel, (x, y) in zip(panels, pairs, strict=True):
         x.label(panel, "x")
         y.label(panel, "y")
@@ -159,7 +163,7 @@ def _parallel(name: str, varied: list[Parameter], values: np.ndarray) -> Any:
     order = np.argsort(values)[::-1]
     rank = np.empty(len(values))
     rank[order] = np.linspace(0.12, 1, len(values))
-    lines = np.stack([p.even for p in varied], axis=1)
+    lines = np.stack([p.fractions for p in varied], axis=1)
     for trial in order[:-1]:
         panel.plot(lines[trial], color=BLUE, linewidth=1.2, alpha=float(rank[trial]))
     panel.plot(lines[order[-1]], color=ORANGE, linewidth=3, label="lowest")

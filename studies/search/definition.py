@@ -1,4 +1,4 @@
-"""A study as its file says it: what is searched, how a point becomes recipe settings, and how it is judged."""
+"""A study as its file defines it: the space, how a point becomes recipe settings, and the objective."""
 
 import importlib
 import importlib.util
@@ -13,8 +13,8 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.studies.search.files import recipe_file
-from ltm_pyro.studies.search.objective import Objective, Values, train_and_score
+from ltm_pyro.studies.configure import Values, recipe_file
+from ltm_pyro.studies.search.objective import Objective, train_and_score
 
 SHIPPED = ("rate_ratio", "latent_dims", "inference_steps", "prior_family", "scaling")
 Row = dict[str, Any]  # of one trial: number, role, state, seed, parameters, figures, reason
@@ -23,19 +23,19 @@ Analysis = Callable[[list[Row]], tuple[dict[str, bytes], list[str]]]  # title to
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """What a study file defines; only ``space`` has to be there.
+    """What a study file defines; only ``space`` is required.
 
     Args:
         source: the shipped study's name, or the file's path.
         question: the first line of the file's docstring.
         space: parameter name to Optuna distribution; a name is a recipe's key unless ``settings`` translates it.
         settings: a point of the space as recipe settings (dotted key to value).
-        objective: trains and judges one `Setting`; returns named figures.
-        figures: the names of those that `train_and_score` does not have, to minimise or limit.
-        points: the points to try, where they are chosen beforehand (a grid); none are sampled then.
+        objective: trains and scores one `Setting`; returns named figures.
+        figures: further names of figures, beside those of `train_and_score`, to minimise or limit.
+        points: the points to try, if they are fixed beforehand (a grid); then none are sampled.
         first: a point to try first, for example the recipe's own.
         checks: whether the best setting is trained again, and a baseline beside it.
-        recipe: the base recipe's file, where the user gives none.
+        recipe: the base recipe's file, if the user gives none.
         analyse: what the report adds: pictures and sentences, from the trials' rows.
     """
 
@@ -63,16 +63,16 @@ class Definition:
 
     @property
     def tried(self) -> tuple[Values, ...]:
-        """The points that are known beforehand."""
+        """The points that are fixed beforehand, or the example."""
         return self.points or (self.example,)
 
     def options(self, point: Values) -> Values:
-        """A point as recipe settings; `UsageError` where the study's own function fails."""
+        """A point as recipe settings; `UsageError` if the study's own function fails."""
         try:
             return self.settings(point)
         except Exception as error:
             raise UsageError(
-                f"`settings` of the study {self.source} fails at {point}: {type(error).__name__}: {error}; mend it."
+                f"`settings` of the study {self.source} fails at {point}: {type(error).__name__}: {error}; fix it."
             ) from error
 
 
@@ -113,7 +113,7 @@ def _module(source: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UsageError(f"The study file {path} cannot be run: {type(error).__name__}: {error}; mend it.") from None
+        raise UsageError(f"The study file {path} cannot be run: {type(error).__name__}: {error}; fix it.") from None
     return module
 
 

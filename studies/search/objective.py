@@ -1,9 +1,8 @@
-"""One setting trained and judged: the honest bound on validation, and what it cost.
+"""One setting trained and scored: the honest bound on validation, and what it cost.
 
 Shapes: B sequences, S posterior samples.
 """
 
-import json
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -19,31 +18,30 @@ from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.evaluation.evaluate import evaluate_run, k_hat
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
-from ltm_pyro.studies.search.budget import Budget
+from ltm_pyro.studies.budget import Budget
+from ltm_pyro.studies.configure import Values, configure
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.milestones import Milestones
 from ltm_pyro.training.module import LTMModule
-from ltm_pyro.training.recipe import read_recipe
 from ltm_pyro.training.run_directory import read_checkpoint
 from ltm_pyro.training.train import train
 
-Values = dict[str, Any]
 Figures = dict[str, float]
 RUNGS = (1 / 9, 1 / 3)  # fractions of the budget after which a trial may be given up; Hyperband's with a factor of 3
 NEED_BOUND = ("bound", "bound_stderr", "kl", "thinking_gain", "k_hat")
 COSTS = ("flops", "tokens", "flops_per_token", "inference_flops_per_token", "parameters", "peak_memory_mib")
-RECORDED = (*NEED_BOUND, "prior", *COSTS)  # what `train_and_score` says
+RECORDED = (*NEED_BOUND, "prior", *COSTS)  # what `train_and_score` returns
 K_HAT_SEQUENCES, K_HAT_DRAWS = 8, 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One training to judge.
+    """One training to score.
 
     Args:
         recipe: the base recipe's file.
         options: what is changed in it, dotted key to value; the budget is among them.
-        parameters: the study's own parameters behind the options.
+        parameters: the study's own parameters that the options come from.
         run: where the run is written.
         samples, limit: S draws per sequence after q is final, and how many held-out sequences are scored.
         k_hat: whether the median Pareto k-hat is recorded; it costs 256 draws for each of 8 sequences.
@@ -66,16 +64,10 @@ class Setting:
 Objective = Callable[[Setting], Mapping[str, float]]
 
 
-def configure(recipe: str, options: Mapping[str, Any]) -> Namespace:
-    """A recipe with some keys changed; `UsageError` names the key that it does not have."""
-    written = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items()]
-    return read_recipe(["--config", recipe, *written])
-
-
 def options_of(budget: Budget, settings: Values, run: Path, seed: int) -> Values:
-    """Everything a trial changes in the base recipe: its point, its only end, its place; it never validates."""
+    """Everything a trial changes in the base recipe: its point, its budget, its run; it never validates."""
     fixed = {"trainer.limit_val_batches": 0, "run": str(run), "seed_everything": seed}
-    return {**budget.options, **settings, **fixed}
+    return {**budget.settings, **settings, **fixed}
 
 
 def train_and_score(setting: Setting) -> Figures:
@@ -85,11 +77,13 @@ def train_and_score(setting: Setting) -> Figures:
         ``bound`` (nats per token, noise drawn after q is final), ``bound_stderr``, ``prior`` (no inference),
         ``thinking_gain`` = prior − bound, ``kl``; ``flops``, ``tokens`` and ``flops_per_token`` of training;
         ``inference_flops_per_token`` of fitting q and scoring once; ``parameters``; ``peak_memory_mib``. The figures of
-        `NEED_BOUND` are left out where prior and guide have no bound.
+        `NEED_BOUND` are left out if prior and guide have no bound.
     """
     config = configure(setting.recipe, setting.options)
-    config.force = True  # a retried trial writes over what its dead predecessor left
-    milestones = Milestones(RUNGS if setting.pruned else (), _judge(config, setting), setting.report, setting.tick)
+    config.force = True  # a retried trial replaces the run of the attempt that died
+    milestones = Milestones(
+        RUNGS if setting.pruned else (), _bound_during_training(config, setting), setting.report, setting.tick
+    )
     path = train(config, [milestones])
     run = load_run(path)
     return {**score(run, setting), **costs(run, path, milestones.tokens)}
@@ -134,19 +128,18 @@ def inference_flops(run: Run, length: int) -> float:
 
 
 def peak_memory() -> float:
-    """MiB: of the device where there is one (unverified), else of this process."""
+    """MiB: of the device if there is one (unverified), else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _judge(config: Namespace, setting: Setting) -> Callable[[LTMModule], float]:
-    """The bound of a module in training, on the sequences that it will be judged by in the end."""
+def _bound_during_training(config: Namespace, setting: Setting) -> Callable[[LTMModule], float]:
+    """The bound of a module in training, on the sequences that score it at the end."""
 
     def bound(module: LTMModule) -> float:
         model: Any = module.model
-        model.decoder.use_thoughts = True
         _, tokenizer = open_pack(config.data.directory)
         run = Run(model, module.guide, tokenizer, module.evaluation, config.data.directory, model.decoder.length)
         scores = evaluate_run(run, estimators=("bound",), samples=setting.samples, limit=setting.limit).estimates

@@ -1,4 +1,4 @@
-"""What makes a study one study: all of it is stored with the trials, and no trial under another plan joins them."""
+"""What all trials of a study share: it is stored with them, and a trial under another plan is refused."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -11,11 +11,12 @@ from ltm_pyro.data import read_manifest
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
-from ltm_pyro.studies.search.budget import SPENT, parse_budget
+from ltm_pyro.studies.budget import MAX_FLOPS, parse_budget
+from ltm_pyro.studies.configure import Values, configure
 from ltm_pyro.studies.search.definition import Definition
-from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, Values, configure, options_of
+from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, options_of
 from ltm_pyro.training.module import LTMModule
-from ltm_pyro.training.recipe import build_module, check_budget, check_seed, dump_recipe, take_vocabulary
+from ltm_pyro.training.recipe import build_module, check_budget, check_data, check_seed, dump_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Plan:
         minimise: the figures that are the objectives; with more than one the result is a Pareto front.
         at_most: figure to limit; a trial above one is infeasible.
         samples, limit: how the bound is scored.
-        pruned: whether hopeless trials are given up (Hyperband).
+        pruned: whether trials that are behind are given up early (Hyperband).
         seed: of the sampler and of every training.
     """
 
@@ -40,7 +41,7 @@ class Plan:
     space: dict[str, Any]
     recipe: str
     budget: str
-    pack: str = "unknown"  # of studies made before it was noted
+    pack: str = "unknown"  # in studies made before it was stored
     minimise: tuple[str, ...] = ("bound",)
     at_most: dict[str, float]
     samples: int = 8
@@ -60,18 +61,18 @@ class Plan:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Plan":
-        """The plan that `as_dict` made; `TypeError` or `KeyError` where that was in another version."""
+        """The plan that `as_dict` made; `TypeError` or `KeyError` if that was another version."""
         return cls(**stored | {"minimise": tuple(stored["minimise"])})
 
     def difference(self, other: "Plan") -> str | None:
-        """The first thing in which two plans differ, with both values, the other's first."""
+        """The first field in which two plans differ, with both values, the other's first; None if they are equal."""
         pairs = ((f.name, getattr(other, f.name), getattr(self, f.name)) for f in fields(self))
         differing = next(((name, there, here) for name, there, here in pairs if there != here), None)
-        return differing and _told(*differing)
+        return differing and _describe_difference(*differing)
 
 
-def _told(name: str, there: Any, here: Any) -> str:
-    """A difference in a few words; of texts the first lines that differ."""
+def _describe_difference(name: str, there: Any, here: Any) -> str:
+    """A difference in a few words; for texts of several lines, the first ones that differ."""
     lines = zip_longest(str(there).splitlines(), str(here).splitlines(), fillvalue="nothing")
     one, other = next((pair for pair in lines if pair[0] != pair[1]), (there, here))
     return f"{name} ({_short(one)}, not {_short(other)})"
@@ -89,7 +90,7 @@ def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
             f"There is no packed data at {config.data.directory}: name some with --set data.directory=DIR, "
             f"or make the quickstart's with `make quickstart`."
         )
-    take_vocabulary(config)
+    check_data(config)
     config.run = "runs/ltm"
     manifest = read_manifest(config.data.directory)
     manifest.split("val", config.data.directory)  # every trial is scored on it
@@ -97,25 +98,26 @@ def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
 
 
 def check_changes(definition: Definition, changes: Values, budget: str | None) -> None:
-    """Refuses changes to the recipe that every trial would overrule, and a budget where the points have their own."""
+    """Refuses changes to the recipe that every trial overrides, and a budget if the points have their own."""
     searched = {key for point in definition.tried for key in definition.options(point)}
-    if budget and SPENT in searched:
+    if budget and MAX_FLOPS in searched:
         raise UsageError(f"The points of {Path(definition.source).stem} say what they spend: leave --budget out.")
     own = {*options_of(parse_budget("1s"), {}, Path(), 0), "force", "ckpt_path"}
-    for change in _leaves(changes):
+    for change in _dotted_keys(changes):
         key = next((k for k in sorted(searched | own) if f"{_plain(change)}.".startswith(f"{_plain(k)}.")), None)
         if key:
             hint = "" if key in searched else ", and see --budget, --seed and --out"
             raise UsageError(
-                f"--set {change} would change nothing, for the study sets `{key}` in every trial: leave it out{hint}."
+                f"--set {change} would change nothing, because the study sets `{key}` in every trial: "
+                f"leave it out{hint}."
             )
 
 
-def _leaves(values: Values, above: str = "") -> Iterator[str]:
-    """The dotted keys of values within values."""
+def _dotted_keys(values: Values, above: str = "") -> Iterator[str]:
+    """The dotted keys of nested settings."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{above}{key}.")
+            yield from _dotted_keys(value, f"{above}{key}.")
         else:
             yield f"{above}{key}"
 
@@ -124,8 +126,8 @@ def _plain(key: str) -> str:
     return key.replace(".init_args.", ".")
 
 
-def check(plan: Plan, definition: Definition, recipe: Path) -> None:
-    """Refuses what no trial could run or be judged by: a setting that the recipe lacks, a budget below one step."""
+def check_plan(plan: Plan, definition: Definition, recipe: Path) -> None:
+    """Refuses what would fail in every trial: a setting or a figure that there is not, a budget below one step."""
     _check_figures(plan, definition)
     budget = parse_budget(plan.budget)
     configs = []
@@ -145,7 +147,7 @@ def check(plan: Plan, definition: Definition, recipe: Path) -> None:
 
 
 def _check_figures(plan: Plan, definition: Definition) -> None:
-    """Refuses a figure that no trial records; they would all be trained, and then fail."""
+    """Refuses a figure that no trial records; every trial would be trained, and then fail."""
     known = (*RECORDED, *definition.figures)
     if unknown := [name for name in (*plan.minimise, *plan.at_most) if name not in known]:
         raise UsageError(
@@ -155,25 +157,25 @@ def _check_figures(plan: Plan, definition: Definition) -> None:
 
 
 def _check_bound(plan: Plan, config: Any) -> None:
-    """Refuses to judge a prior and a guide by what they do not have."""
+    """Refuses to score a prior and a guide by a bound that they do not have."""
     asked = [name for name in (*plan.minimise, *plan.at_most, *["bound"] * plan.pruned) if name in NEED_BOUND]
     if not asked:
         return
     module = _module(config)
     if reason := missing_bound(module.model, module.guide):
         raise UsageError(
-            f"No trial can have `{asked[0]}`, for {reason}: choose another prior or guide, or --minimise prior "
+            f"No trial can have `{asked[0]}`, because {reason}: choose another prior or guide, or --minimise prior "
             f"without --prune."
         )
 
 
 def _module(config: Any) -> LTMModule:
-    take_vocabulary(config)
+    check_data(config)
     return build_module(config)
 
 
 def _check_one_step(config: Any) -> None:
-    """Refuses FLOPs that do not pay for the first step."""
+    """Refuses a budget of FLOPs below the cost of the first step."""
     module = _module(config)
     length = read_manifest(config.data.directory).seq_len
     cost = partial(module.cost, length)

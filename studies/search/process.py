@@ -1,4 +1,4 @@
-"""One trial in a process of its own: it may run out of memory, turn non-finite or crash, and only it ends."""
+"""One trial in a process of its own: if it runs out of memory, turns non-finite or crashes, no other trial ends."""
 
 import multiprocessing
 import os
@@ -24,12 +24,12 @@ from ltm_pyro.utils.malloc import keep_freed_memory
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks before any tensor or device exists
 CONTEXT.set_forkserver_preload([__name__])
-OFTEN = 0.5  # seconds between two ticks
+TICK = 0.5  # seconds between two reports of the progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a trial's process is told: the study, the setting's fields, and what it may use.
+    """What a trial's process receives: the study, the setting's fields, and what it may use.
 
     Args:
         threads: of one trial.
@@ -44,17 +44,20 @@ class Task:
     memory_gib: float | None = None
 
 
-def start(task: Task) -> tuple[Any, Connection]:
-    """The running process, and the end of a pipe on which it speaks: ('tick', x), ('report', rung, bound),
-    ('done', figures) or ('failed', reason)."""
-    ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_work, args=(task, theirs))
+def start_process(task: Task) -> tuple[Any, Connection]:
+    """The running process, and the end of a pipe on which its messages arrive.
+
+    They are ``("tick", progress)``, ``("report", rung, bound)``, and at last ``("done", figures)`` or
+    ``("failed", reason)``.
+    """
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_run, args=(task, sender))
     process.start()
-    theirs.close()
-    return process, ours
+    sender.close()
+    return process, receiver
 
 
-def _work(task: Task, say: Connection) -> None:
+def _run(task: Task, sender: Connection) -> None:
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -63,16 +66,16 @@ def _work(task: Task, say: Connection) -> None:
     with (run / "trial.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        last_word: tuple[str, Any]
+        outcome: tuple[str, Any]
         try:
-            last_word = "done", _judged(task, say)
+            outcome = "done", _objective(task, sender)
         except BaseException as error:
             traceback.print_exc()
-            last_word = "failed", reason(error)
+            outcome = "failed", failure_reason(error)
         sys.stderr.flush()
         with suppress(FileNotFoundError):
             shutil.rmtree(run / "checkpoints")  # a study of large models would fill the disk
-        say.send(last_word)
+        sender.send(outcome)
 
 
 def _die_with_parent() -> None:
@@ -82,7 +85,7 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _judged(task: Task, say: Connection) -> dict[str, float]:
+def _objective(task: Task, sender: Connection) -> dict[str, float]:
     torch.set_num_threads(task.threads)
     if task.device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(task.device)
@@ -93,16 +96,16 @@ def _judged(task: Task, say: Connection) -> dict[str, float]:
 
     def tick(progress: float) -> None:
         nonlocal last
-        if time.monotonic() - last > OFTEN:
+        if time.monotonic() - last > TICK:
             last = time.monotonic()
-            say.send(("tick", progress))
+            sender.send(("tick", progress))
 
-    setting = Setting(**task.setting, tick=tick, report=lambda rung, bound: say.send(("report", rung, bound)))
+    setting = Setting(**task.setting, tick=tick, report=lambda rung, bound: sender.send(("report", rung, bound)))
     figures = load_definition(task.study).objective(setting)
     return {name: float(value) for name, value in figures.items()}
 
 
-def reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """Why a trial failed, in one line."""
     text = " ".join(str(error).split()) or "no message"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
@@ -111,8 +114,8 @@ def reason(error: BaseException) -> str:
     return f"{name}{text[:300]}"
 
 
-def ended(exitcode: int | None) -> str:
-    """Why a process that said nothing has ended."""
+def exit_reason(exitcode: int | None) -> str:
+    """Why a process ended that sent no result."""
     if exitcode == -signal.SIGKILL:
         return "killed (SIGKILL): most often the machine ran out of memory"
     if exitcode is not None and exitcode < 0:

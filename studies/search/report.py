@@ -1,4 +1,4 @@
-"""A study as a page to read and files to work with: HTML that needs nothing else, CSV, PNG."""
+"""The report of a study: one self-contained HTML page, CSV and PNG."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.charts import charts, embedded
 from ltm_pyro.studies.search.definition import Row, load_definition
+from ltm_pyro.studies.search.storage import open_existing
 from ltm_pyro.studies.search.study import describe
 from ltm_pyro.utils.files import writing
 
@@ -46,10 +47,10 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool) -> d
     out = out or Path(f"{found['study']}-report")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise UsageError(f"{out} is there and not empty: choose another --out, or add --force.")
-    with trials.existing(url) as storage:
+    with open_existing(url) as storage:
         study = trials.load_study(storage, found["study"])
-        pictures = charts(study, found["minimise"], trials.live(study))
-    own, sentences = _own(study.user_attrs[trials.SOURCE], found["trials"])
+        pictures = charts(study, found["minimise"], trials.current_trials(study))
+    own, sentences = _analysis(study.user_attrs[trials.SOURCE], found["trials"])
     pictures = own | pictures
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -60,10 +61,10 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool) -> d
     return {"report": str(out / "report.html"), "files": sorted(p.name for p in out.iterdir()), "findings": sentences}
 
 
-def _own(source: str, rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
-    """What the study's own file adds."""
+def _analysis(source: str, rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
+    """The charts and sentences that the study's own file adds."""
     if source.endswith(".py") and not Path(source).is_file():
-        return {}, [f"The study's file {source} is not on this machine: what it would add is left out."]
+        return {}, [f"The study's file {source} is not on this machine: its own analysis is left out."]
     analyse = load_definition(source).analyse
     return analyse(rows) if analyse and any(row["state"] == "complete" for row in rows) else ({}, [])
 

@@ -1,4 +1,4 @@
-"""A study from its name to its figures: what `ltm study` calls."""
+"""A study from its definition to its figures: the functions that `ltm study` calls."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +13,26 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.studies.budget import MAX_FLOPS, parse_budget
+from ltm_pyro.studies.configure import Values, configure
 from ltm_pyro.studies.search import trials
-from ltm_pyro.studies.search.budget import SPENT, parse_budget
 from ltm_pyro.studies.search.definition import Definition, load_definition
-from ltm_pyro.studies.search.objective import Values, configure
-from ltm_pyro.studies.search.plan import Plan, base_recipe, check, check_changes
-from ltm_pyro.studies.search.runner import Worker, Workplace
+from ltm_pyro.studies.search.plan import Plan, base_recipe, check_changes, check_plan
+from ltm_pyro.studies.search.runner import Resources, Worker
+from ltm_pyro.studies.search.storage import (
+    check_destination,
+    make_folder,
+    open_existing,
+    open_storage,
+    without_password,
+)
 from ltm_pyro.studies.search.watch import Watch
 from ltm_pyro.training.recipe import dump_recipe
 from ltm_pyro.utils.files import writing
 
 BASE = "base.yaml"
 BUDGET = "4e12flops"
-TRIALS = 20  # where neither the user nor a grid says how many
+TRIALS = 20  # if neither the user nor a grid says how many
 
 
 def prepare(
@@ -52,7 +59,7 @@ def prepare(
         **planned,
     )
     with base_file(plan) as file:
-        check(plan, definition, file)
+        check_plan(plan, definition, file)
     return definition, plan
 
 
@@ -65,42 +72,44 @@ def base_file(plan: Plan) -> Iterator[Path]:
 
 
 def run_study(
-    definition: Definition, plan: Plan, url: str, name: str, total: int, workplace: Workplace, repeats: int = 2
+    definition: Definition, plan: Plan, url: str, name: str, total: int, resources: Resources, repeats: int = 2
 ) -> None:
-    """Works on a study until it has ``total`` trials, wherever they run; interrupted or killed, the same call goes on.
+    """Works on a study until it has ``total`` trials, wherever they run; after an interruption the same call resumes.
 
     Args:
         url, name: of the storage, and of the study in it.
         repeats: how often the best setting is trained again, each time with another seed, beside the autoregressive
             baseline.
     """
-    trials.check_place(url, name, workplace.out)
-    trials.make_folder(url)
-    with trials.opened(url) as storage:
+    if name.endswith(trials.CHECKS):
+        raise UsageError(f"'{name}' would be the checks of another study: choose another --study-name.")
+    check_destination(url, resources.out)
+    make_folder(url)
+    with open_storage(url) as storage:
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
         study.set_user_attr(trials.SOURCE, definition.source)
-        with writing(workplace.out):
-            workplace.out.mkdir(parents=True, exist_ok=True)
-            (workplace.out / BASE).write_text(plan.recipe, "utf-8")
-        trials.fill(study, trials.points(definition, total))
+        with writing(resources.out):
+            resources.out.mkdir(parents=True, exist_ok=True)
+            (resources.out / BASE).write_text(plan.recipe, "utf-8")
+        trials.enqueue(study, trials.first_points(definition, total))
         again: list[Values] = [{"role": "repeat", "repeat": 1 + index} for index in range(repeats)]
         roles = [{"role": "baseline"}, *again] if definition.checks else []
-        done = sum(t.state.is_finished() for t in trials.live(study)[:total])
+        done = sum(t.state.is_finished() for t in trials.current_trials(study)[:total])
         with Watch(name, total, done) as watch:
-            Worker(study, checks, definition, plan, total, roles, workplace, watch).run()
+            Worker(study, checks, definition, plan, total, roles, resources, watch).run()
 
 
 def summaries(url: str) -> list[dict[str, Any]]:
     """One row for every study in a storage."""
-    with trials.existing(url) as storage:
+    with open_existing(url) as storage:
         return [_summary(storage, name) for name in trials.study_names(storage)]
 
 
 def _summary(storage: RDBStorage, name: str) -> dict[str, Any]:
     study = trials.load_study(storage, name)
-    states = [t.state for t in trials.live(study)]
-    chosen = trials.best(study)
+    states = [t.state for t in trials.current_trials(study)]
+    chosen = trials.best_trial(study)
     return {
         "study": name,
         "trials": len(states),
@@ -111,50 +120,44 @@ def _summary(storage: RDBStorage, name: str) -> dict[str, Any]:
 
 
 def describe(url: str, name: str | None) -> dict[str, Any]:
-    """A study's plan, its trials, the checks behind them, and what it recommends."""
-    with trials.existing(url) as storage:
+    """A study's plan, its trials, the checks of the best one, and what the study recommends."""
+    with open_existing(url) as storage:
         study = trials.load_study(storage, only_name(storage, name))
         plan = trials.plan_of(study)
         checks = trials.load_study(storage, study.study_name + trials.CHECKS)
-        chosen = trials.best(study)
-        behind = trials.counting_checks(checks, chosen).values() if chosen else ()
-        rows = [_row(trial) for trial in (*trials.live(study), *behind)]
-        each = _each(study, plan)
+        chosen = trials.best_trial(study)
+        checked = trials.existing_checks(checks, chosen).values() if chosen else ()
+        rows = [_row(trial) for trial in (*trials.current_trials(study), *checked)]
+        points_say = any(MAX_FLOPS in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.current_trials(study))
     return {
         **plan.as_dict(),
         "study": study.study_name,
         "trials": rows,
-        "each": each,
+        "each": "the FLOPs that its point says" if points_say else plan.budget,
         "best": chosen.number if chosen else None,
         "recommendation": recommend(rows, _row(chosen) if chosen else None, plan),
     }
 
 
-def _each(study: optuna.Study, plan: Plan) -> str:
-    """What every trial may spend, in words."""
-    chosen = any(SPENT in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.live(study))
-    return "the FLOPs that its point says" if chosen else plan.budget
-
-
 def _row(trial: FrozenTrial) -> dict[str, Any]:
-    noted = trial.user_attrs
+    attributes = trial.user_attrs
     lost = "its worker died" if trial.state == TrialState.FAIL else None
     return {
         "number": trial.number,
-        "role": noted.get("role", "trial"),
+        "role": attributes.get("role", "trial"),
         "state": trial.state.name.lower(),
-        "seed": noted.get(trials.SEED),
+        "seed": attributes.get(trials.SEED),
         "seconds": trial.duration.total_seconds() if trial.duration else None,
         "parameters": dict(trial.params),
-        "figures": noted.get(trials.FIGURES, {}),
-        "reason": noted.get(trials.REASON, lost),
+        "figures": attributes.get(trials.FIGURES, {}),
+        "reason": attributes.get(trials.REASON, lost),
     }
 
 
 def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Plan) -> str:
     """The best setting in words, with its figure over fresh seeds and the autoregressive baseline's beside it.
 
-    The best of N trials flatters itself, for it was chosen by its figure; the repeats' mean does not.
+    The figure of the best of N trials is optimistic, because the trial was chosen by it; the repeats' mean is not.
     """
     if best is None:
         return "No trial is complete and within its limits yet: nothing to recommend."
@@ -174,7 +177,7 @@ def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Pla
 
 
 def _unequal(flops: list[float], plan: Plan) -> str:
-    """A warning where the same seconds were not the same training, as on a machine with other work to do."""
+    """A warning if the same seconds bought unequal FLOPs, as on a machine with other work to do."""
     least, most = min(flops, default=0), max(flops, default=0)
     if parse_budget(plan.budget).unit != "s" or most < 1.5 * least:
         return ""
@@ -189,16 +192,16 @@ def only_name(storage: RDBStorage, name: str | None) -> str:
     names = trials.study_names(storage)
     if name is None and len(names) != 1:
         there = ", ".join(names) or "no study"
-        raise UsageError(f"{trials.shown(storage.url)} holds {there}: choose one with --study-name.")
+        raise UsageError(f"{without_password(storage.url)} holds {there}: choose one with --study-name.")
     return name or names[0]
 
 
 def write_best(url: str, name: str | None, file: Path | None, number: int | None, force: bool) -> dict[str, Any]:
     """Writes the recommended (or the numbered) trial as a recipe that ``ltm fit`` runs; returns its row."""
-    with trials.existing(url) as storage:
+    with open_existing(url) as storage:
         study = trials.load_study(storage, only_name(storage, name))
         plan = trials.plan_of(study)
-        chosen = trials.best(study) if number is None else _numbered(study, number)
+        chosen = trials.best_trial(study) if number is None else _numbered(study, number)
     name = study.study_name
     if chosen is None:
         raise UsageError(
@@ -208,7 +211,7 @@ def write_best(url: str, name: str | None, file: Path | None, number: int | None
     if file.exists() and not force:
         raise UsageError(f"{file} exists: choose another --out, or add --force.")
     place = {"run": f"runs/{name}-best", "seed_everything": chosen.user_attrs[trials.SEED]}
-    options = parse_budget(plan.budget).options | chosen.user_attrs[trials.SETTINGS] | place
+    options = parse_budget(plan.budget).settings | chosen.user_attrs[trials.SETTINGS] | place
     with base_file(plan) as base:
         text = dump_recipe(configure(str(base), options))
     title = f"# Trial {chosen.number} of the study '{name}': {plan.minimise[0]} {chosen.values[0]:.4f}."

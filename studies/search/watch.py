@@ -1,4 +1,4 @@
-"""What a person sees of a running study: every trial's progress, and how the search goes."""
+"""The progress of a running study on the terminal: every trial's, and the lowest objective so far."""
 
 import sys
 from typing import Any
@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ltm_pyro.studies.search.plan import Plan
-from ltm_pyro.studies.search.trials import REASON, best, live, plan_of
+from ltm_pyro.studies.search.trials import REASON, best_trial, current_trials, plan_of
 from ltm_pyro.utils.console import Console
 
 
@@ -32,27 +32,27 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def add(self, slot: int, name: str, parameters: dict[str, Any]) -> None:
-        """A trial starts."""
+    def trial_started(self, slot: int, name: str, parameters: dict[str, Any]) -> None:
+        """Adds a bar for a trial."""
         text = ", ".join(
             f"{k.rsplit('.', 1)[-1]} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in parameters.items()
         )
         self._slots[slot] = self._bar.add_task(f"  {name} {text}"[:70], total=1.0)
 
-    def tick(self, slot: int, progress: float) -> None:
-        """It has come so far."""
+    def trial_progressed(self, slot: int, progress: float) -> None:
+        """Updates the bar of a trial: ``progress`` from 0 to 1."""
         self._bar.update(self._slots[slot], completed=progress)
 
-    def end(self, slot: int, study: optuna.Study, number: int) -> None:
-        """It is over."""
+    def trial_ended(self, slot: int, study: optuna.Study, number: int) -> None:
+        """Removes the bar of a trial, and prints its outcome."""
         self._bar.remove_task(self._slots.pop(slot))
         trial, plan = study.get_trials()[number], plan_of(study)
         role = trial.user_attrs.get("role")
         line = f"{role or 'trial'} {number}: {_outcome(trial, plan)}"
         if not role:
-            finished = [t for t in live(study) if t.state.is_finished()]
+            finished = [t for t in current_trials(study) if t.state.is_finished()]
             self._bar.update(self._study, completed=len(finished))
-            lowest = best(study)
+            lowest = best_trial(study)
             known = f", lowest {plan.minimise[0]} {lowest.values[0]:.4f}" if lowest else ""
             line += f"  ({len(finished)} of {self._total}{known})"
         if self._bar.disable:

@@ -1,16 +1,16 @@
-"""The linear-Gaussian model, and guides that are exactly right and wrong in known ways."""
+"""The linear-Gaussian model, the exact posterior as a guide, and guides that differ from it in known ways."""
 
 import pytest
 import torch
 
 from ltm_pyro.analysis.calibration import Simulation
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.guides import FullCovariance
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LinearGaussianModel
 
-STILL = LocalInference(steps=0)  # these guides know the answer
+STILL = LocalInference(steps=0)  # no fit, because these guides compute the answer
 
 
 class Exact(FullCovariance):
@@ -19,10 +19,6 @@ class Exact(FullCovariance):
     def __init__(self, model, scale=1.0, diagonal=False):
         super().__init__(model)
         self.model, self.scale, self.diagonal = model, scale, diagonal
-
-    def start(self, sites, start):
-        """What the model says of the batch is only known when it is called."""
-        return super().start(sites, start)
 
     def __call__(self, batch, local):
         truth = (self.model.factorised if self.diagonal else self.model.posterior)(batch)
@@ -42,20 +38,20 @@ def known():
 
 @pytest.fixture
 def exact():
-    """Makes a guide that is the exact posterior, but for its scale and correlations."""
+    """Makes a guide that is the exact posterior up to its scale and correlations."""
     return Exact
 
 
 @pytest.fixture
 def simulate():
-    """Makes the simulator of a linear-Gaussian model: the truth, and what was observed of it."""
+    """Makes the simulator of a linear-Gaussian model: z from the prior, and observations given z."""
 
     def make(model):
-        def draw(size):
+        def simulate(size):
             z_BLKD = model.sample_prior(size)
             return Simulation({"z": z_BLKD}, model.write(z_BLKD))
 
-        return draw
+        return simulate
 
     return make
 
@@ -65,6 +61,6 @@ def posterior():
     """Makes a `Posterior` of a model's batch under a guide."""
 
     def make(model, guide, batch, samples=400, inference=STILL):
-        return draw_batch_posterior(model, guide, batch, inference, Drawing(samples=samples))
+        return draw_batch_posterior(model, guide, batch, inference, DrawOptions(samples=samples))
 
     return make

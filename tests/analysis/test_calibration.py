@@ -1,10 +1,10 @@
-"""Simulation-based calibration: passes the exact posterior as often as it should, and sees a narrow one."""
+"""Simulation-based calibration accepts the exact posterior as often as it should, and rejects a narrow one."""
 
 import numpy as np
 import pytest
 
 from ltm_pyro.analysis.calibration import LOG_LIKELIHOOD, Calibration, calibrate, envelope
-from ltm_pyro.analysis.pictures.calibration import draw_ecdf
+from ltm_pyro.analysis.pictures.calibration import plot_ecdf
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 
@@ -25,7 +25,7 @@ def test_the_exact_posterior_passes_and_narrow_wide_or_uncorrelated_ones_do_not(
 
 @pytest.mark.slow
 def test_size_and_power(known, exact, simulate):
-    """100 repeats: the test rejects the exact posterior in 5 % of them, one narrowed by a fifth nearly always."""
+    """100 repeats: it rejects the exact posterior in 5 % of them, and one narrower by a fifth nearly always."""
     exact_p = np.array([p_value(known, exact(known), simulate, seed) for seed in range(100)])
     narrow_p = np.array([p_value(known, exact(known, scale=0.8), simulate, seed) for seed in range(100)])
     assert (exact_p > 0.01).sum() >= 95
@@ -50,7 +50,7 @@ def test_many_coordinates_do_not_drown_the_log_likelihood():
 
 @pytest.mark.parametrize("samples", [9, 19, 29, 99])
 def test_coverage_is_judged_by_what_ranks_can_attain(samples):
-    """Each rank once, as an exact posterior has them."""
+    """Every rank occurs once, as expected of an exact posterior."""
     values = np.arange(samples + 1.0)
     rows = np.stack([np.roll(values, shift) for shift in range(samples + 1)])[..., None].repeat(2, -1)
     found, levels = Calibration(rows, ("a", LOG_LIKELIHOOD)), np.array([0.5, 0.8, 0.95])
@@ -58,7 +58,7 @@ def test_coverage_is_judged_by_what_ranks_can_attain(samples):
 
 
 def test_coverage_of_known_scales():
-    """If truths are twice as wide as the draws, the 90 % interval holds 59 % of them."""
+    """If truths are twice as wide as the draws, the 90 % interval contains 59 % of them."""
     random = np.random.default_rng(0)
     values = random.normal(size=(4000, 100, 2))
     values[:, 0] *= 2
@@ -94,10 +94,10 @@ def test_too_few_simulations_or_odd_draws(known, exact, simulate, options, words
 
 
 def test_the_picture_judges_an_exact_posterior_as_often_as_it_says():
-    """Ranks among 20 lie on other points than ranks among 100."""
+    """The ECDF of ranks from 0 to 19 has other steps than that of ranks from 0 to 99."""
     random, left = np.random.default_rng(0), 0
     for _ in range(40):
-        line = draw_ecdf(Calibration(random.normal(size=(400, 20, 2)), ("a", LOG_LIKELIHOOD))).lines[0]
+        line = plot_ecdf(Calibration(random.normal(size=(400, 20, 2)), ("a", LOG_LIKELIHOOD))).lines[0]
         points, ecdf = line.get_xdata(), line.get_xdata() + line.get_ydata()
         low, high = envelope(400, points)
         left += ((ecdf < low - 1e-9) | (ecdf > high + 1e-9)).any()

@@ -1,4 +1,4 @@
-"""What the thoughts carry: the decomposition meets closed forms, two-sample tests know equal from unequal."""
+"""Information in the thoughts: the decomposition agrees with closed forms, two-sample tests with known cases."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_mutual_information_and_marginal_kl_sum_to_the_average_kl(known, posteri
 
 
 def test_the_exact_posterior_of_the_models_own_texts_aggregates_to_the_prior(known, exact, posterior):
-    """Averaged over p(x) the posterior is the prior: no marginal KL, and nothing for a two-sample test to see."""
+    """Averaged over p(x) the posterior is the prior: no marginal KL, and no difference for a two-sample test."""
     loud = LinearGaussianModel(known.prior.shape, length=2, noise=1.0)
     guide, batch = exact(loud), loud.draw(200)
     found = posterior(loud, guide, batch, 200)
@@ -48,7 +48,7 @@ def test_a_posterior_that_ignores_the_text_is_seen(known, exact, posterior):
     found = posterior(known, exact(known, scale=0.3), known.draw(100), 100)
     both = aggregate(found)
     assert both.c2st.mean > 0.5 + 3 * both.c2st.stderr
-    assert both.mmd.p_value <= 0.01  # the smallest that 99 permutations can show
+    assert both.mmd.p_value <= 0.01  # the smallest p-value with 99 permutations
 
 
 def test_active_units_count_the_coordinates_that_the_data_move(exact, posterior):

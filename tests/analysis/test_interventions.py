@@ -1,13 +1,13 @@
-"""What a tiny decoder does with its thoughts, where that is known: attention, and paths between texts."""
+"""Attention weights and interpolation of a tiny decoder against known answers."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ltm_pyro.analysis import Drawing, draw_posterior
+from ltm_pyro.analysis import DrawOptions, draw_posterior
 from ltm_pyro.analysis.draws import token_log_likelihood
-from ltm_pyro.analysis.information import observed
+from ltm_pyro.analysis.information import observed_batch
 from ltm_pyro.analysis.interventions import attention, interpolate
 from ltm_pyro.errors import UsageError
 
@@ -17,24 +17,24 @@ TEXTS = ["the old model reads", "short words about time", "the old model reads"]
 @pytest.fixture
 def seen(tiny_run):
     run = tiny_run()
-    return run, draw_posterior(run, TEXTS, Drawing(samples=25), longer="cut")
+    return run, draw_posterior(run, TEXTS, DrawOptions(samples=25), longer="cut")
 
 
 def test_each_token_shares_its_attention_as_the_decoder_does(seen):
-    """Torch's own attention, given values that only say which thought they are of, returns the weights."""
+    """Torch's own attention returns its weights if the values are one-hot vectors of the thoughts."""
     run, posterior = seen
     found, expected = attention(run, posterior, 1), []
 
-    def look(module, arguments, _):
+    def record_weights(module, arguments, _):
         x_BTD, turn, thoughts = arguments
         keys_BHKC = thoughts.keys_BHKC
         names_KK = torch.eye(keys_BHKC.shape[-2]).expand(*keys_BHKC.shape[:2], -1, -1)
         weights_BHTK = F.scaled_dot_product_attention(module.queries(x_BTD, turn), keys_BHKC, names_KK)
         expected.append(weights_BHTK.mean(1)[0])
 
-    hooks = [block.cross_attention.register_forward_hook(look) for block in run.model.decoder.blocks]
+    hooks = [block.cross_attention.register_forward_hook(record_weights) for block in run.model.decoder.blocks]
     one = posterior.select([1])
-    token_log_likelihood(run.model, observed(one, run.start_token), torch.from_numpy(one.stats["mean"].values))
+    token_log_likelihood(run.model, observed_batch(one, run.start_token), torch.from_numpy(one.stats["mean"].values))
     for hook in hooks:
         hook.remove()
     assert found.dims == ("layer", "token", "thought")
@@ -57,7 +57,7 @@ def test_a_path_begins_at_one_text_and_ends_at_the_other(seen):
     run, posterior = seen
     path = interpolate(run, posterior, 0, 1, steps=3)
     assert [step.share for step in path] == [0, 0.5, 1]
-    batch = observed(posterior, run.start_token)
+    batch = observed_batch(posterior, run.start_token)
     own_B = -token_log_likelihood(run.model, batch, torch.from_numpy(posterior.stats["mean"].values)).sum(-1)
     assert path[0].nats_first == pytest.approx(own_B[0].item())
     assert path[-1].nats_second == pytest.approx(own_B[1].item())

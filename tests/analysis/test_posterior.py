@@ -1,4 +1,4 @@
-"""The posterior as an object: what it says where the answer is known, how it is cut, stored and handed to ArviZ."""
+"""The class `Posterior`: known answers, selection, storage, and conversion for ArviZ."""
 
 import warnings
 
@@ -8,9 +8,9 @@ import pytest
 import xarray as xr
 
 from ltm_pyro.analysis import Posterior
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
 from ltm_pyro.analysis.loo import loo_by_sequence
-from ltm_pyro.analysis.reference import Chains
+from ltm_pyro.analysis.reference import ChainOptions
 from ltm_pyro.analysis.sections import ReportInputs, sections
 from ltm_pyro.analysis.storage import write_tree
 from ltm_pyro.errors import UsageError
@@ -63,7 +63,7 @@ def test_the_kl_of_each_thought_sums_to_the_kl_where_q_factorises(known, posteri
 def test_it_comes_back_from_disk(right, tmp_path, name):
     _, found = right
     found.save(tmp_path / name)
-    found.save(tmp_path / name)  # in place of the first
+    found.save(tmp_path / name)  # replaces the first
     again = Posterior.load(tmp_path / name)
     xr.testing.assert_identical(again.tree["posterior"].to_dataset(), found.tree["posterior"].to_dataset())
     assert again.attrs == found.attrs
@@ -86,7 +86,7 @@ def test_arviz_reads_it(right, tmp_path):
     found.save(tmp_path / "posterior.nc")
     for data in (found.to_inferencedata(), arviz.from_netcdf(tmp_path / "posterior.nc")):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ArviZ wants two chains for R-hat, which means nothing for draws of q
+            warnings.simplefilter("ignore")  # ArviZ warns that R-hat needs two chains; draws of q have one
             table = arviz.summary(data, var_names=["z"], kind="stats")
             arviz.plot_forest(data, var_names=["z"], backend_kwargs={"layout": "constrained"})
         assert len(table) == 5 * 6
@@ -95,8 +95,8 @@ def test_arviz_reads_it(right, tmp_path):
 
 def test_chains_take_the_sequences_one_by_one(known):
     batch = known.draw(3)
-    drawing = Drawing(method="langevin", samples=25, chains=Chains(warmup=5))
-    found = draw_batch_posterior(known, MeanField(known), batch, LocalInference(steps=0), drawing)
+    options = DrawOptions(method="langevin", samples=25, chains=ChainOptions(warmup=5))
+    found = draw_batch_posterior(known, MeanField(known), batch, LocalInference(steps=0), options)
     assert found.z.shape == (2, 25, 3, 2, 1, 3)
     assert found.labels["document"] == [f"sequence:{index}" for index in range(3)]
     assert (found.group("observed_data")["tokens"].values == batch.targets_BT.numpy()).all()
@@ -126,16 +126,16 @@ def test_draws_that_are_not_finite(right, tmp_path):
 
 def test_too_few_draws():
     with pytest.raises(UsageError, match="25 samples, got 10"):
-        Drawing(samples=10)
+        DrawOptions(samples=10)
 
 
 @pytest.mark.parametrize(("guide", "found"), [(MeanField, {"log_q", "pareto_k"}), (Point, set()), (Langevin, set())])
 def test_what_is_no_bound_is_not_called_one(tiny_model, tiny_batch, guide, found):
-    """A prior known up to a constant leaves k-hat, which needs no constant; a guide without density leaves nothing."""
+    """With an unnormalised prior only k-hat is left, which needs no constant; without a density of q nothing is."""
     model = tiny_model()
     model.prior = EnergyPrior(model.decoder.thought_shape, width=8, steps=2)
     result = draw_batch_posterior(
-        model, guide(model), tiny_batch(), LocalInference(steps=2, rate=0.01), Drawing(samples=25)
+        model, guide(model), tiny_batch(), LocalInference(steps=2, rate=0.01), DrawOptions(samples=25)
     )
     assert {"log_q", "pareto_k", "elbo", "iwae", "kl"} & set(result.stats.data_vars) == found
     assert ("kl_by_thought" in result.stats) == guide.has_density

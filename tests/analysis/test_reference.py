@@ -1,14 +1,14 @@
-"""Reference chains find the posterior that is known, and the comparison says where q is too narrow."""
+"""Reference chains agree with a known posterior, and the comparison shows where q is too narrow."""
 
 import numpy as np
 import pytest
 import scipy.signal
 import torch
 
-from ltm_pyro.analysis.against_reference import _pair, compare, correlation, narrow_rows, spread
+from ltm_pyro.analysis.against_reference import compare, compare_draws, narrow_rows, rms_correlation, thin
 from ltm_pyro.analysis.classifiers import c2st
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
-from ltm_pyro.analysis.reference import Chains, convergence, sample
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
+from ltm_pyro.analysis.reference import ChainOptions, convergence, run_chains
 from ltm_pyro.contracts import Init, ThoughtShape, make_batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
@@ -19,8 +19,8 @@ STILL = LocalInference(steps=0)
 
 
 def chains(model, batch, method="nuts", samples=300, warmup=200, thin=1):
-    drawing = Drawing(method=method, samples=samples, chains=Chains(chains=2, warmup=warmup, thin=thin))
-    return draw_batch_posterior(model, MeanField(model), batch, STILL, drawing)
+    options = DrawOptions(method=method, samples=samples, chains=ChainOptions(chains=2, warmup=warmup, thin=thin))
+    return draw_batch_posterior(model, MeanField(model), batch, STILL, options)
 
 
 @pytest.mark.slow
@@ -48,9 +48,10 @@ def test_nuts_on_a_decoder_of_64_dimensions_converges_and_shows_a_narrow_q():
     decoder = Decoder(50, layers=2, width=32, heads=2, thoughts=2, window=8, length=64, thought_width=16)
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
     batch = make_batch(torch.randint(1, 50, (1, 64)), torch.tensor([64]), 0)
-    guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, start=Init(log_var=-3.0))
-    reference = chains(model, batch, samples=800, warmup=300)  # with 400, of which 40 count, R-hat is luck
-    q = draw_batch_posterior(model, guide, batch, narrow, Drawing(samples=400))
+    guide, narrow = MeanField(model), LocalInference(steps=16, rate=0.1, init=Init(log_var=-3.0))
+    # 400 draws have an effective sample size of 40, too few for R-hat
+    reference = chains(model, batch, samples=800, warmup=300)
+    q = draw_batch_posterior(model, guide, batch, narrow, DrawOptions(samples=400))
     table = compare(q, reference)
     torch.set_default_dtype(torch.float64)
     assert (table.r_hat < 1.05).all()
@@ -67,12 +68,12 @@ def test_r_hat_of_chains_that_disagree():
 
 
 def test_a_classifier_is_not_fooled_by_chains_that_move_slowly():
-    """Two slow chains of q's own distribution: the first draws are told from q's, draws of all of it are not."""
+    """Two slow chains with q's distribution: their first draws differ from q's, draws from the entire chains do not."""
     random = np.random.default_rng(0)
     steps = (1 - 0.95**2) ** 0.5 * random.normal(size=(2, 2000, 20))
     slow = scipy.signal.lfilter([1], [1, -0.95], steps, axis=1).reshape(-1, 20)
     q = random.normal(size=(100, 20))
-    told = c2st(q, spread(slow, 100))
+    told = c2st(q, thin(slow, 100))
     assert abs(told.mean - 0.5) < 3 * told.stderr
     assert c2st(q, slow[:100]).mean > 0.8
 
@@ -80,7 +81,7 @@ def test_a_classifier_is_not_fooled_by_chains_that_move_slowly():
 def test_root_mean_square_correlation():
     covariance = np.array([[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]])
     draws = np.random.default_rng(0).multivariate_normal(np.zeros(3), covariance, 20_000)
-    assert correlation(draws) == pytest.approx((0.64 / 3) ** 0.5, abs=0.01)
+    assert rms_correlation(draws) == pytest.approx((0.64 / 3) ** 0.5, abs=0.01)
 
 
 def test_one_coordinate_is_compared(exact, posterior):
@@ -93,18 +94,18 @@ def test_one_coordinate_is_compared(exact, posterior):
 
 def test_what_cannot_be_compared(known, exact, posterior):
     q = posterior(known, exact(known), known.draw(2))
-    with pytest.raises(UsageError, match="no Markov chain"):
+    with pytest.raises(UsageError, match="not a Markov chain"):
         compare(q, q)
     other = LinearGaussianModel(ThoughtShape(2, 1, 3), seed=1)
     with pytest.raises(UsageError, match="does not have"):
         compare(q, chains(other, other.draw(1), samples=25, warmup=5, method="langevin"))
     with pytest.raises(UsageError, match="got 2: give one"):
-        sample(known, known.draw(2), "nuts", 25, Chains())
+        run_chains(known, known.draw(2), "nuts", 25, ChainOptions())
 
 
 def test_the_correlation_of_a_chain_is_that_of_its_independent_draws():
-    """A chain that stands still for twenty steps at a time shows correlations by chance as 40 draws do, not as 800."""
+    """A chain that repeats each of 40 draws 20 times has the chance correlation of 40 draws, not of 800."""
     draws = np.random.default_rng(0).normal(size=(40, 16))
-    alone, chained = (_pair(draws, rows, 40)["correlation"] for rows in (draws, draws.repeat(20, 0)))
+    alone, chained = (compare_draws(draws, rows, 40)["correlation"] for rows in (draws, draws.repeat(20, 0)))
     assert chained == pytest.approx(alone, abs=0.02)
-    assert correlation(draws.repeat(20, 0)) > alone + 0.1
+    assert rms_correlation(draws.repeat(20, 0)) > alone + 0.1

@@ -1,4 +1,4 @@
-"""Labels come along from every kind of JSON lines, and what no file can store is refused before any fit."""
+"""Labels are read from every kind of JSON lines; what netCDF cannot store is refused before any fit."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What the thoughts say, where the answer is known: probes, neighbours, ablation, context, predictive checks, LOO."""
+"""Probes, neighbours, ablation, context, predictive checks and LOO against known answers."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,10 @@ import torch
 import xarray as xr
 
 from ltm_pyro.analysis.context import shift
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
 from ltm_pyro.analysis.interventions import ablate
 from ltm_pyro.analysis.loo import loo_by_sequence, loo_by_token
-from ltm_pyro.analysis.pictures.thoughts import draw_map
+from ltm_pyro.analysis.pictures.thoughts import plot_map
 from ltm_pyro.analysis.predictive import check
 from ltm_pyro.analysis.probes import neighbours, probable_labels, probe
 from ltm_pyro.contracts import ThoughtShape
@@ -40,7 +40,7 @@ def test_a_probe_reads_what_is_there_and_nothing_else(known, exact, posterior):
 
 
 def test_parts_of_one_document_never_help_each_other(known, exact, posterior):
-    """Every document twice: a probe that saw the twin would always be right about a label made of coins."""
+    """Every document is there twice: a probe trained on the other copy would always predict a random label."""
     batch = known.draw(60).select(torch.arange(60).repeat(2))
     found = posterior(known, exact(known), batch, 50)
     constant = found.tree["constant_data"].to_dataset()
@@ -71,7 +71,7 @@ def test_the_nearest_neighbour_is_the_same_text(known, exact, posterior):
 
 
 def test_ablation_costs_what_the_quadratic_form_says(exact, posterior):
-    """A layer that no observation depends on costs nothing; the other costs E|A(z − z̃)|² / 2s² in the mean."""
+    """Ablating a layer that no observation depends on costs nothing, the other E|A(z − z̃)|² / 2s² on average."""
     model = LinearGaussianModel(ThoughtShape(2, 1, 3), length=6, noise=1.0)
     model.matrix_TN[:, 3:] = 0
     batch = model.draw(300)
@@ -95,7 +95,7 @@ def test_one_sequence_has_no_standard_error(known, exact, posterior):
 def test_one_coordinate_has_a_map(exact, posterior):
     one = LinearGaussianModel(ThoughtShape(1, 1, 1))
     found = labelled(posterior(one, exact(one), one.draw(6), 25), list("aabbab"))
-    points = np.concatenate([x.get_offsets() for x in draw_map(found, "kind").collections])
+    points = np.concatenate([x.get_offsets() for x in plot_map(found, "kind").collections])
     spread = found.stats["mean"].values.ravel()
     np.testing.assert_allclose(np.ptp(points, axis=0), [np.ptp(spread), 0])
 
@@ -140,7 +140,7 @@ def test_leaving_out_meets_the_closed_forms(exact, guide):
     q, inference = (
         (exact(known), STILL) if guide == "exact" else (MeanField(known), LocalInference(steps=200, rate=0.1))
     )
-    found = draw_batch_posterior(known, q, batch, inference, Drawing(samples=4000))
+    found = draw_batch_posterior(known, q, batch, inference, DrawOptions(samples=4000))
     evidence_B = known.log_evidence(batch)
     np.testing.assert_allclose(loo_by_sequence(found).elpd, evidence_B, atol=1e-6 if guide == "exact" else 0.15)
     left = loo_by_token(found)

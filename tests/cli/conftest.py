@@ -1,4 +1,4 @@
-"""A run trained for three steps on invented English, and the command line called in this process."""
+"""A run trained for three steps on generated English, and the command line called in this process."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence with the value and the way out, exit code 2, nothing lost, nothing left."""
+"""User errors: one sentence with the value and the way out, exit code 2, no file lost and none left behind."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ CONTENT = {  # file -> what is in it
     "unknown.yaml": b"model: {decodr: 1}\n",
     "text.ckpt": b"hello",
     "empty.ckpt": b"",
-    "cut.ckpt": b"\x80\x02.",  # as far as the unpickler is concerned
+    "cut.ckpt": b"\x80\x02.",  # a pickle that ends too early
 }
 
 
@@ -121,7 +121,7 @@ def test_text_that_cannot_be_written(here, run, refused, option, value, words):
     ("options", "word"),
     [
         (("--greedy", "--top-k", 5), "top_k 5"),
-        (("--layers", 3), "no layer 3: those that hear thoughts are counted from 1 to 2"),
+        (("--layers", 3), "no layer 3: the layers with thoughts are counted from 1 to 2"),
         (("--layers", "two"), "two"),
         (("--stream", "--json"), "--stream"),
         (("--stream", "--num-samples", 2), "one at a time"),
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_which_a_part_is_missing(run, recipe, refused, tmp_path,
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save(content | change, tmp_path / "x.ckpt")
     for command in (("evaluate",), ("fit", "--config", recipe, "--run", tmp_path / "run", "--ckpt_path")):
-        assert "x.ckpt is damaged, for recipe, tokenizer or weights are" in refused(*command, tmp_path / "x.ckpt")
+        assert "x.ckpt is damaged, because recipe, tokenizer or weights are" in refused(*command, tmp_path / "x.ckpt")
 
 
 def test_a_checkpoint_whose_tokenizer_is_none(run, recipe, refused, tmp_path):

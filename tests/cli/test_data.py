@@ -11,8 +11,8 @@ def copy(packed, tmp_path):
     return shutil.copytree(packed, tmp_path / "copy")
 
 
-def test_a_sound_pack_is_said_to_be_sound(packed, ltm):
-    assert ltm("data", "verify", packed)[:2] == (0, f"{packed}: all 2 shards are sound.\n")
+def test_an_intact_pack_is_called_intact(packed, ltm):
+    assert ltm("data", "verify", packed)[:2] == (0, f"{packed}: all 2 shards are intact.\n")
     code, out, _ = ltm("data", "verify", packed, "--json")
     assert (code, json.loads(out)) == (0, {"pack": str(packed), "shards": 2, "damaged": {}})
 

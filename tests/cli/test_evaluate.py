@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS
-from ltm_pyro.models import decoder
+from ltm_pyro.models import cached_decoding
 from ltm_pyro.runs.load import build_run
 from ltm_pyro.training.run_directory import read_checkpoint
 
@@ -109,11 +109,11 @@ def test_single_tokens_are_read_compiled_where_asked(run, ltm, monkeypatch):
     """The compiler itself runs in a process of its own, in tests/models/test_decoder.py."""
     lengths, options = [], ("generate", run, "--prompt", "the people", "--max-new-tokens", 6)
 
-    def read(decoder, tokens_BU, *rest):
+    def decode_piece(decoder, tokens_BU, *rest):
         lengths.append(tokens_BU.shape[1])
-        return decoder._read_piece(tokens_BU, *rest)
+        return decoder._decode_piece(tokens_BU, *rest)
 
-    monkeypatch.setattr(decoder, "_compiled_reading", lambda: read)
+    monkeypatch.setattr(cached_decoding, "_compiled_decode_piece", lambda: decode_piece)
     assert ltm(*options)[1] == ltm(*options, "--compile")[1]
     assert lengths == [1] * 5  # all but the prompt
 
@@ -133,7 +133,7 @@ def test_without_a_compiler_one_sentence_says_so(run, ltm, monkeypatch):
     def fails():
         raise RuntimeError("no compiler\nand more")
 
-    monkeypatch.setattr(decoder, "_compiled_reading", fails)
+    monkeypatch.setattr(cached_decoding, "_compiled_decode_piece", fails)
     code, out, err = ltm("generate", run, "--compile")
     assert (code, out) == (2, "")
     assert "--compile does not work on this machine (no compiler): leave it out." in err

@@ -1,4 +1,4 @@
-"""`ltm export`: the same bounds from the folder, and nothing that is not whole and safe."""
+"""`ltm export`: the exported run gives identical bounds; incomplete and unsafe folders are refused."""
 
 import hashlib
 import json

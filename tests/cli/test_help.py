@@ -1,4 +1,4 @@
-"""Help that is there at once, and says what there is."""
+"""Help of all commands, without waiting for torch."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""`ltm posterior` and `ltm calibrate`: files that can be opened again, and one sentence for what cannot be done."""
+"""`ltm posterior` and `ltm calibrate`: files that can be read again, and errors of one sentence."""
 
 import json
 import shutil

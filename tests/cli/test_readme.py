@@ -1,4 +1,4 @@
-"""What the README and the docs say, works."""
+"""The code and the commands of README and docs work."""
 
 import importlib
 import re
@@ -55,7 +55,7 @@ def test_the_code_of_the_analysis_runs_beside_what_the_command_wrote(run, ltm, t
 def test_the_functions_of_the_analysis_are_there():
     table = ANALYSIS.split("## What do the thoughts say?")[1].split("##")[0]
     functions = re.findall(r"`([a-z]+)\.([a-z_]+)`", table)
-    pictures = [("pictures.thoughts", name) for name in re.findall(r"`(draw_[a-z_]+)`", table)]
+    pictures = [("pictures.thoughts", name) for name in re.findall(r"`(plot_[a-z_]+)`", table)]
     assert len(functions) > 8
     assert len(pictures) > 4
     for module, name in [*functions, *pictures]:

@@ -1,4 +1,4 @@
-"""`ltm report`: one page that needs nothing else, whose verdicts come from the file and whose links lead somewhere."""
+"""`ltm report`: a self-contained page; its verdicts agree with the file and its links have targets."""
 
 import re
 import shutil

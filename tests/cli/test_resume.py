@@ -1,4 +1,4 @@
-"""Training that was cut off goes on to the last digit: the same batches, noise and rates."""
+"""Interrupted training resumes exactly: the same batches, random numbers and rates, to the last digit."""
 
 import os
 import random
@@ -36,7 +36,7 @@ def options(slow_gradient, workers, **changes):
 
 
 def curve(run):
-    """Everything in ``metrics.csv`` that is no time."""
+    """All columns of ``metrics.csv`` except times."""
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     timed = [i for i, name in enumerate(rows[0]) if "second" in name]
     return [[cell for i, cell in enumerate(row) if i not in timed] for row in rows]
@@ -95,7 +95,7 @@ def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkey
     few = options("last", 0, **{"trainer.max_steps": 6, "trainer.accumulate_grad_batches": batches})
     run = tmp_path / "run"
     assert ltm("fit", "--config", recipe, "--run", tmp_path / "whole", *few)[0] == 0
-    original, calls = module.learn, []
+    original, calls = module.training_loss, []
 
     def fail(*arguments):
         calls.append(1)
@@ -103,7 +103,7 @@ def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkey
             raise MemoryError("no room")
         return original(*arguments)
 
-    monkeypatch.setattr(module, "learn", fail)
+    monkeypatch.setattr(module, "training_loss", fail)
     with pytest.raises(MemoryError):
         ltm("fit", "--config", recipe, "--run", run, *few)
     monkeypatch.undo()
@@ -131,7 +131,8 @@ def test_an_error_at_the_first_batch_after_a_resume_is_told(recipe, ltm, tmp_pat
 def test_a_finished_run_has_no_step_for_another_directory(recipe, run, ltm, tmp_path):
     code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path / "other", "--ckpt_path", run)
     assert code == 2
-    assert f"{tmp_path / 'other'} holds no checkpoint, for at step 3" in err.splitlines()[-1]
+    spent = "holds no checkpoint, because the budget was already spent at step 3"
+    assert f"{tmp_path / 'other'} {spent}" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

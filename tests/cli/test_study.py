@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from ltm_pyro.studies.search import trials
+from ltm_pyro.studies.search.storage import open_storage
 
 SPACE = """
 '''Which fast rate?'''
@@ -72,10 +73,10 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--set", "model.no=1"), "model.no"),
         (("rate.py", "--set", "model.no"), "not NAME=VALUE"),
         (("rate.py", "--set", "model.no=["), "--set model.no needs a value in YAML, got '['"),
-        (("rate.py", "--set", "model.guide=ltm_pyro.guides.Point"), "`bound`, for Point has no density"),
+        (("rate.py", "--set", "model.guide=ltm_pyro.guides.Point"), "`bound`, because Point has no density"),
         (
             ("rate.py", "--set", "model.prior=ltm_pyro.models.EnergyPrior", "--prune", "--minimise", "prior"),
-            "`bound`, for the prior's normaliser is unknown: choose another",
+            "`bound`, because the prior's normaliser is unknown: choose another",
         ),
         (("rate.py", "--set", "data.directory=nowhere"), "no packed data at nowhere"),
         (("rate.py", "--at-most", "k_hat=low"), "needs a number, got 'low'"),
@@ -92,7 +93,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--set", "seed_everything=9"), "--set seed_everything would change nothing"),
         (("inference_steps", "--set", "model.decoder.width=9"), "`model.decoder.init_args.width` in every trial: le"),
         (("scaling", "--budget", "1e9flops"), "The points of scaling say what they spend: leave --budget out."),
-        (("failing.py",), "fails at {'model.inference.rate': 0.05}: ValueError: odd; mend it."),
+        (("failing.py",), "fails at {'model.inference.rate': 0.05}: ValueError: odd; fix it."),
         (("rate.py", "--budget", "5"), "not an amount of training"),
         (("rate.py", "--budget", "10flops"), "less than one step"),
         (("rate.py", "--trials", "0"), "not a whole number of at least 1"),
@@ -142,7 +143,7 @@ def test_a_name_with_another_plan_and_a_name_that_is_not_there(refused, tmp_path
     from ltm_pyro.studies.search.plan import Plan
 
     url = f"sqlite:///{tmp_path / 's.db'}"
-    with trials.opened(url) as storage:
+    with open_storage(url) as storage:
         plan = Plan(study="rate", question="?", space={}, recipe="", budget="1s", at_most={})
         trials.open_study(storage, "rate", plan)
         trials.open_study(storage, "rate" + trials.CHECKS, plan)
@@ -151,11 +152,11 @@ def test_a_name_with_another_plan_and_a_name_that_is_not_there(refused, tmp_path
     assert "choose another --study-name" in refused(*run)
     assert "no study 'other' in" in refused("study", "show", "--storage", url, "--study-name", "other")
     assert "No trial of 'rate' is complete" in refused("study", "best", "--storage", url)
-    with trials.opened(url) as storage:
+    with open_storage(url) as storage:
         study = trials.load_study(storage, "rate")
         study.set_user_attr(trials.SOURCE, str(search))
-        trials.fill(study, [{}])
-        trial = trials.claim(study, lambda: trials.live(study), seed=0)
+        trials.enqueue(study, [{}])
+        trial = trials.claim(study, lambda: trials.current_trials(study), seed=0)
         trial.set_user_attr(trials.SETTINGS, {})
         trial.set_user_attr(trials.SEED, 0)
         trials.finish(study, trial, {"bound": 1.0})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ltm_pyro.evaluation.suites import multilingual, zero_shot
+from ltm_pyro.evaluation.suites import suite
 from ltm_pyro.evaluation.suites.table import PICTURE, REPORT, RESULTS, SUITES
 
 LIMITS = ("--limit", 3, "--samples", 2, "--fast-steps", 1)
@@ -13,7 +13,7 @@ TEXT = "the people read a long text about time. every old day the small model wr
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder in the usual layout, of invented text."""
+    """A folder of made-up texts in the usual layout."""
     folder = tmp_path_factory.mktemp("suites")
     (folder / "eval").mkdir()
     (folder / "eval" / "ptb.valid.txt").write_text(TEXT * 3)
@@ -58,21 +58,27 @@ def test_every_suite_end_to_end(run, ltm, data, tmp_path):
 
 def test_finished_parts_are_not_computed_again(run, ltm, data, tmp_path, monkeypatch):
     whole = evaluate(ltm, run, data, tmp_path / "whole", "--json")[1]
-    score, calls = multilingual.evaluate_run, []
+    score, scored = suite.evaluate_run, []
 
-    def interrupted(*arguments):
-        calls.append(arguments[1])
-        if len(calls) == 2:
+    def interrupted(run, place, *arguments):
+        if place.endswith("french.txt"):
             raise KeyboardInterrupt
-        return score(*arguments)
+        return score(run, place, *arguments)
 
-    monkeypatch.setattr(multilingual, "evaluate_run", interrupted)
+    monkeypatch.setattr(suite, "evaluate_run", interrupted)
     assert evaluate(ltm, run, data, tmp_path / "out")[0] == 130
     kept = json.loads((tmp_path / "out" / RESULTS).read_text())["results"]
+    assert list(kept["zero-shot"]) == ["ptb", "lambada", "lambada last word"]
     assert list(kept["multilingual"]) == ["english"]
-    monkeypatch.setattr(zero_shot, "evaluate_run", None)  # its parts are finished
+
+    def counted(run, place, *arguments):
+        scored.append(place)
+        return score(run, place, *arguments)
+
+    monkeypatch.setattr(suite, "evaluate_run", counted)
     code, out, err = evaluate(ltm, run, data, tmp_path / "out", "--json")
     assert code == 0
+    assert scored == [str(data / "multilingual" / "genesis.french.txt")]
     assert err.count("\n") == 1  # one part was left
     assert json.loads(out)["results"] == json.loads(whole)["results"]
 
@@ -112,8 +118,8 @@ def test_a_run_without_a_bound_says_so(run, recipe, ltm, data, tmp_path):
         assert row["baseline"][figure] is row["baseline"]["thinking_gain"] is None
         assert row["model"][figure] > 1
     report = (tmp_path / "out" / REPORT).read_text()
-    assert report.count("\nbaseline: bound, iwae, reused_noise unavailable, for Point has no density.\n") == 1
-    assert "judged_bits_per_byte unavailable, for the judge has no bound (Point has no density)." in report
+    assert report.count("\nbaseline: bound, iwae, reused_noise unavailable, because Point has no density.\n") == 1
+    assert "judged_bits_per_byte unavailable, because the judge has no bound (Point has no density)." in report
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Priors and guides in a user's own files: trained, stored, found again, written anew, shown and compared."""
+"""Priors and guides in a user's own files: training, loading, `ltm new`, `ltm show` and `ltm compare`."""
 
 import json
 import re
@@ -202,7 +202,8 @@ def test_compare_puts_pairs_side_by_side_and_goes_on_where_it_was(recipe, ltm, r
     text = " ".join(out.split())
     assert "4 sequences, 64 tokens" in text
     assert "GaussianPrior Point" in text
-    assert f"no bound, for Point has no density; {rows['GaussianPrior-Point']['without_thinking']:.3f} without" in text
+    without = rows["GaussianPrior-Point"]["without_thinking"]
+    assert f"no bound, because Point has no density; {without:.3f} without" in text
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_rows_come_by_index_from_shards_that_are_held_only_for_a_while(packed, m
     for i in (0, len(dataset) - 1, 20, 19, 40):
         row = dataset[i]
         assert (row.id, row.tokens_T.dtype) == (i, np.uint16)
-        assert len(dataset._held) <= 2
+        assert len(dataset._loaded) <= 2
     with pytest.raises(IndexError):
         dataset[len(dataset)]
 

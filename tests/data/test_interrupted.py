@@ -1,4 +1,4 @@
-"""A pack that was cut off goes on, and ends as if it never had been."""
+"""An interrupted pack is resumed, and ends as if nothing had happened."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def test_other_settings_or_input_begin_anew(corpus, tmp_path, monkeypatch):
 
 
 def leave(out, content=None):
-    """Stages a pack of one shard, or looks at what is staged; goes away in its middle."""
+    """Stages a pack of one shard, or looks at what is staged; stops in its middle."""
     with staged(out, False, {"a": 1}) as staging:
         if content:
             (staging.folder / "train-000000.tar").write_bytes(content)
@@ -98,6 +98,18 @@ def test_a_journal_cut_in_a_line_counts_to_the_line_before(tmp_path):
     with pytest.raises(StopError):
         leave(tmp_path / "out")
     assert found[-1] == (folder, [])
+
+
+def test_what_a_killed_process_has_not_finished_is_removed(tmp_path):
+    with pytest.raises(StopError):
+        leave(tmp_path / "out", b"abc")
+    folder, _ = found[-1]
+    for name in ("train-000001.tar.0123456789ab.new", "train-000001.tar", "tokenizer.json"):
+        (folder / name).write_bytes(b"half")
+    with pytest.raises(StopError):
+        leave(tmp_path / "out")
+    assert found[-1] == (folder, [ENTRY])
+    assert sorted(path.name for path in folder.iterdir()) == ["journal.jsonl", "tokenizer.json", "train-000000.tar"]
 
 
 def test_two_packs_to_one_place_do_not_mix(corpus, tmp_path):

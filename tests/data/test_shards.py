@@ -21,7 +21,7 @@ from ltm_pyro.data.manifest import read_manifest, write_manifest
 from ltm_pyro.data.shards import damage, read_shard
 from ltm_pyro.errors import UsageError
 from ltm_pyro.training.datamodule import PackedData
-from ltm_pyro.training.train import said
+from ltm_pyro.training.train import error_message
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_damage_found_by_a_worker_is_one_sentence(copy, loader):
     flip(copy / "train-000000.tar", 900)
     with pytest.raises(UsageError) as caught:
         list(loader(copy, workers=1))
-    assert re.fullmatch(r"shard \S+ is damaged: its SHA-256 .* again\.", said(caught.value))
+    assert re.fullmatch(r"shard \S+ is damaged: its SHA-256 .* again\.", error_message(caught.value))
 
 
 def test_damaged_shards_are_skipped_and_counted_on_demand(copy, loader):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ltm_pyro.data.rows import text_pieces
+from ltm_pyro.data.encode import text_pieces
 from ltm_pyro.data.tokenizer import (
     END_OF_TEXT,
     end_of_text,

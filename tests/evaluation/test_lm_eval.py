@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a run: through its own command line, installed apart because it brings sixty packages."""
+"""lm-evaluation-harness on a run, through its own command line; it is installed apart, because it has 60 packages."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every measure against a case with a known answer, or against its definition."""
+"""Every measure against a known answer or against its definition."""
 
 import itertools
 import json
@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites import gsm8k
-from ltm_pyro.evaluation.suites.features import extractor, of_run
+from ltm_pyro.evaluation.suites.features import load_extractor, run_extractor
 from ltm_pyro.evaluation.suites.generation import compression_ratio, distinct, repetition, self_bleu
-from ltm_pyro.evaluation.suites.gsm8k import Problem, pass_at_k, prompt, read_problems, result, wilson
+from ltm_pyro.evaluation.suites.gsm8k import Problem, build_prompt, extract_number, pass_at_k, read_problems, wilson
 from ltm_pyro.evaluation.suites.mauve import SCALE, frontier_area, mauve
 from ltm_pyro.evaluation.suites.suite import Options
-from ltm_pyro.text.thoughts import encode
 
 
 def kl(p, r):
@@ -57,13 +57,13 @@ def test_mauve_falls_as_texts_move_apart():
 def test_features_belong_to_their_text(tiny_run):
     run = tiny_run()
     texts = ["the old", "a long text", "short words about"]
-    together = of_run(run)(texts, 0)
+    together = run_extractor(run)(texts, 0)
     assert together.shape == (3, run.model.decoder.width)
-    np.testing.assert_allclose(of_run(run, batch_size=1)(texts, 0), together)
+    np.testing.assert_allclose(run_extractor(run, batch_size=1)(texts, 0), together)
 
 
 def test_features_of_a_hugging_face_folder_are_its_states_behind_the_last_token(tiny_run, tmp_path):
-    import transformers  # here, for it takes seconds
+    import transformers  # here, because it takes seconds
 
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_run().tokenizer)
     sizes = {"vocab_size": tokenizer.vocab_size, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -71,13 +71,13 @@ def test_features_of_a_hugging_face_folder_are_its_states_behind_the_last_token(
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path / "gpt2")
     text = "the old model reads a long text about short words"
-    (found,) = extractor(str(tmp_path / "gpt2"))([text], 0)
+    (found,) = load_extractor(str(tmp_path / "gpt2"))([text], 0)
     ids = torch.tensor([tokenizer(text)["input_ids"][:8]])
     np.testing.assert_allclose(found, model(ids).last_hidden_state[0, -1].detach().numpy(), rtol=1e-5)
     (tmp_path / "gpt2" / "model.safetensors").unlink()
-    extractor.cache_clear()
+    load_extractor.cache_clear()
     with pytest.raises(UsageError, match="no Hugging Face model with tokenizer and safetensors"):
-        extractor(str(tmp_path / "gpt2"))
+        load_extractor(str(tmp_path / "gpt2"))
 
 
 def bleu(text, others, order=4):
@@ -122,11 +122,11 @@ def test_repetition_and_distinctness():
     ],
 )
 def test_answers(text, number):
-    assert result(text) == number
+    assert extract_number(text) == number
 
 
 def test_pass_at_k_is_the_average_over_choices(tiny_run, monkeypatch):
-    """The share of subsets of k answers that hold a right one, counted one by one."""
+    """The share of subsets of k answers with a correct one, by enumeration."""
     right = [[True, False, False, False, False, False], [False] * 6, [True] * 4 + [False] * 2]
     problems = [Problem("2 + 5?", "#### 7")] * 3
     texts = ["#### 7" if hit else "8" for row in right for hit in row]
@@ -148,10 +148,10 @@ def test_answers_are_written_for_the_question_asked(tiny_run):
 def test_examples_are_left_out_until_the_prompt_fits(tiny_run):
     run = tiny_run(length=100)
     examples = [Problem(f"{i} + {i}?", f"#### {2 * i}") for i in range(3)]
-    texts = {room: prompt(run, examples, "9 + 9?", room) for room in (20, 50, 99)}
+    texts = {room: build_prompt(run, examples, "9 + 9?", room) for room in (20, 50, 99)}
     assert texts[99] is None
     assert 0 < texts[50].count("Question:") < texts[20].count("Question:")
-    assert all(len(encode(run, text)) + room <= 100 for room, text in texts.items() if text)
+    assert all(len(encode_prompt(run.tokenizer, text)) + room <= 100 for room, text in texts.items() if text)
     assert texts[50].endswith("Question: 9 + 9?\nAnswer:")
     assert "2 + 2?" in texts[20] or texts[20].count("Question:") == 1  # the last example is the last to go
 

@@ -10,7 +10,7 @@ from torch.distributions import kl_divergence
 from ltm_pyro.contracts import Init, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FlowGuide, Langevin, Laplace, LowRank, MeanField, Point
-from ltm_pyro.guides.mean_field import Factorised
+from ltm_pyro.guides.factorised import Factorised
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.estimators import evaluate
 from ltm_pyro.inference.global_latents import fix_global_draws

@@ -165,7 +165,7 @@ def test_local_parameters_without_an_axis_of_sequences_are_named(tiny_model, tin
             return {name: x[0] for name, x in super().init(sites, start).items()}
 
     model = tiny_model()
-    with pytest.raises(UsageError, match=r"Bare.start gives .*'z_loc': \(2, 3, 8\).* the 3 sequences"):
+    with pytest.raises(UsageError, match=r"Bare.init gives .*'z_loc': \(2, 3, 8\).* the 3 sequences"):
         infer_local(model, Bare(model), tiny_batch(), LocalInference(steps=1))
 
 

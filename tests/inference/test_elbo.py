@@ -34,7 +34,7 @@ def test_the_elbo_is_pyros_at_the_same_draws(fitted, estimator):
     pyro.set_rng_seed(3)
     theirs = estimator().loss(model, LocalPosterior(guide, state), batch)
     pyro.set_rng_seed(3)
-    terms = elbo_terms(model, guide, batch, state.parameters, Draws(path=estimator is Trace_ELBO))
+    terms = elbo_terms(model, guide, batch, state.parameters, Draws(kl="path" if estimator is Trace_ELBO else "exact"))
     assert -terms.elbo_B.sum().item() == pytest.approx(theirs, abs=1e-6)
 
 
@@ -74,7 +74,7 @@ def test_exact_kl_equals_monte_carlo_kl(fitted):
     model, guide, batch, state = fitted
     with torch.no_grad():
         exact_B = elbo_terms(model, guide, batch, state.parameters).kl_B
-        sampled_SB = elbo_terms(model, guide, batch, state.parameters, Draws(4000, path=True)).kl_B
+        sampled_SB = elbo_terms(model, guide, batch, state.parameters, Draws(4000, kl="path")).kl_B
     error_B = sampled_SB.std(0) / math.sqrt(len(sampled_SB))
     assert ((sampled_SB.mean(0) - exact_B).abs() < 3 * error_B).all()
 
@@ -184,7 +184,7 @@ def test_scale_handlers_count_as_in_pyro(fitted, estimator, scale_of_q):
     found = {}
     for name, pair in {"plain": (model, guide), "scaled": (scaled, scaled_guide)}.items():
         pyro.set_rng_seed(3)
-        found[name] = elbo_terms(*pair, batch, state.parameters, Draws(path=estimator is Trace_ELBO))
+        found[name] = elbo_terms(*pair, batch, state.parameters, Draws(kl="path" if estimator is Trace_ELBO else "exact"))
     assert -found["scaled"].elbo_B.sum().item() == pytest.approx(theirs, abs=1e-9)
     torch.testing.assert_close(found["scaled"].log_likelihood_B, 0.1 * found["plain"].log_likelihood_B)
     if scale_of_q == 0.1:

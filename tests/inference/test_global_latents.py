@@ -1,20 +1,23 @@
 """What all sequences share: its KL, its place in the loss, and what a sparse prior makes of it."""
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch.distributions import Normal, kl_divergence
 
 from ltm_pyro.analysis.calibration import Simulation, calibrate
-from ltm_pyro.analysis.draw_posterior import Drawing, draw_batch_posterior
-from ltm_pyro.analysis.reference import Chains
+from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
+from ltm_pyro.analysis.reference import ChainOptions
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.global_latents import GlobalLatent, fix_global_draws, global_kl
+from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import init
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.inference.svi import DualRateSVI
@@ -58,27 +61,50 @@ def test_it_is_charged_once_per_corpus(tiny_model, tiny_batch):
     assert terms.kl_B.abs().max() < 1e-6, "q starts at the prior given the scales"
 
 
-def test_what_is_held_stays_held_and_depends_on_the_seed_alone():
+def test_fixed_draws_stay_fixed_and_depend_on_the_seed_alone():
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = SparsePrior(model.prior.shape)
-    shared = model.prior.scale
+    scale = model.prior.scale
     with fix_global_draws(model, 1):
-        first = shared.held
+        first = scale()
+        assert torch.equal(scale(), first)
         with fix_global_draws(model, 2):
-            assert shared.held is first
-        assert shared.held is first
-    assert shared.held is None
+            assert torch.equal(scale(), first)
+        prior_sites(model, 1)  # tracing the prior aside draws nothing new
+        assert torch.equal(scale(), first)
+    assert not torch.equal(scale(), scale())
     torch.manual_seed(5)
     with fix_global_draws(model, 1):
-        torch.testing.assert_close(shared.held, first)
+        torch.testing.assert_close(scale(), first)
+
+
+class Scaled(PyroModule):
+    """One site whose scale is a global latent variable."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.scale = shape, GlobalLatent("g", dist.HalfCauchy, torch.ones(shape), init=torch.ones(*shape))
+
+    def forward(self):
+        return pyro.sample("z", dist.Normal(torch.zeros(self.shape), self.scale()).to_event(3))
+
+
+def test_a_trace_aside_sees_the_fixed_draw():
+    """`prior_sites` hides its sites from handlers outside, but takes the fixed value."""
+    model = LinearGaussianModel(ThoughtShape(1, 1, 3))
+    model.prior = Scaled(model.prior.shape)
+    with fix_global_draws(model, 1), poutine.trace() as outside:
+        found, expected = prior_sites(model, 2)["z"].base_dist.scale, model.prior.scale()
+    torch.testing.assert_close(found, expected.expand_as(found))
+    assert list(outside.trace.nodes) == ["g"]
 
 
 @pytest.mark.parametrize("method", ["guide", "langevin"])
 def test_a_posterior_is_given_one_draw_of_what_sequences_share(method):
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = SparsePrior(model.prior.shape)
-    drawing = Drawing(method=method, samples=30, chains=Chains(warmup=5))
-    found = draw_batch_posterior(model, MeanField(model), model.draw(2), LocalInference(steps=2), drawing)
+    options = DrawOptions(method=method, samples=30, chains=ChainOptions(warmup=5))
+    found = draw_batch_posterior(model, MeanField(model), model.draw(2), LocalInference(steps=2), options)
     scale = found.z / found.group("posterior")["z_unit"].values
     assert float(scale.std(("chain", "draw", "sequence")).max()) < 1e-12
 

@@ -9,7 +9,7 @@ from ltm_pyro.contracts import Init, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FullCovariance, MeanField
 from ltm_pyro.guides.full_covariance import scale_tril
-from ltm_pyro.inference.local import infer_local, init, training_loss
+from ltm_pyro.inference.local import fast_updates, infer_local, init, step, training_loss
 from ltm_pyro.inference.optimizers import OPTIMIZERS
 from ltm_pyro.inference.state import LocalInference, Stop
 from ltm_pyro.models import LinearGaussianModel
@@ -35,15 +35,33 @@ def test_the_start_is_the_prior_or_as_narrow_as_asked(tiny_model, tiny_batch):
 
 
 def test_record_has_every_step_and_sequence(tiny_model, tiny_batch):
-    model, seen = tiny_model(), []
-    state, info = infer_local(model, MeanField(model), tiny_batch(), FEW, on_step=lambda *step: seen.append(step))
+    model = tiny_model()
+    state, info = infer_local(model, MeanField(model), tiny_batch(), FEW)
     assert info.elbo_NB.shape == (3, 3)
     assert info.elbo_NB.isfinite().all()
     assert info.finite_B.all()
     assert (info.steps_B == 3).all()
     assert (state.steps_B == 3).all()
-    assert [step for step, _, _ in seen] == [0, 1, 2]
-    torch.testing.assert_close(seen[1][2].kl_B, info.kl_NB[1])
+
+
+def test_a_fit_is_its_steps(tiny_model, tiny_batch):
+    """`init` and `step`, repeated by hand."""
+    model, batch = tiny_model(), tiny_batch()
+    guide = MeanField(model)
+    torch.manual_seed(1)
+    whole, info = infer_local(model, guide, batch, FEW)
+    torch.manual_seed(1)
+    first = state = init(model, guide, batch, FEW)
+    for index, update in enumerate(fast_updates(FEW, state, range(FEW.steps))):
+        before = {name: x.clone() for name, x in state.parameters.items()}
+        new, terms = step(model, guide, batch, FEW, state, update)
+        for name, x in before.items():
+            assert torch.equal(state.parameters[name], x), "the old state is not changed"
+        torch.testing.assert_close(terms.elbo_B, info.elbo_NB[index])
+        state = new
+    assert first.steps_B.tolist() == [0, 0, 0]
+    torch.testing.assert_close(state.parameters, whole.parameters)
+    torch.testing.assert_close(state.moments, whole.moments)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "natural"])
@@ -116,9 +134,10 @@ def test_trajectory_is_the_average_over_the_steps(tiny_model, tiny_batch):
     loss, *_ = training_loss(model, guide, batch, replace(FEW, slow_gradient="trajectory"))
     loss.backward()
     torch.manual_seed(1)
-    infer_local(
-        model, guide, batch, FEW, on_step=lambda _, local, __: visited.append({k: x.clone() for k, x in local.items()})
-    )
+    state = init(model, guide, batch, FEW)
+    for update in fast_updates(FEW, state, range(FEW.steps)):
+        visited.append(state.parameters)
+        state, _ = step(model, guide, batch, FEW, state, update)
     torch.manual_seed(1)
     init(model, guide, batch, FEW)  # spends the start's noise
     total = sum(-elbo_terms(model, guide, batch, local).elbo_B.sum() for local in visited)
@@ -159,9 +178,13 @@ def test_settled_sequences_rest_and_keep_their_q(known):
     model, batch = known
     inference = LocalInference(steps=400, rate=0.05, particles=16, stop=Stop(window=40, tolerance=0.02))
     seen = []
-    state, info = infer_local(
-        model, MeanField(model), batch, inference, on_step=lambda _, local, __: seen.append(len(local["z_loc"]))
-    )
+
+    class Counted(MeanField):
+        def __call__(self, batch, local):
+            seen.append(batch.size)
+            return super().__call__(batch, local)
+
+    state, info = infer_local(model, Counted(model), batch, inference)
     assert sum(seen) == info.steps_B.sum() < 400 * batch.size
     assert (info.steps_B % 40 == 0).all()
     for sequence, steps in enumerate(info.steps_B.tolist()):
@@ -215,10 +238,10 @@ def test_one_update_moves_all_local_parameters(tiny_model, tiny_batch, monkeypat
     adam = OPTIMIZERS["adam"]
 
     def counted(*arguments, **options):
-        for update in adam.updates(*arguments, **options):
-            yield lambda x, *rest, update=update: calls.append(x.shape) or update(x, *rest)
+        for move in adam.tensor_updates(*arguments, **options):
+            yield lambda x, *rest, move=move: calls.append(x.shape) or move(x, *rest)
 
-    monkeypatch.setitem(OPTIMIZERS, "adam", adam._replace(updates=counted))
+    monkeypatch.setitem(OPTIMIZERS, "adam", adam._replace(tensor_updates=counted))
     state, _ = infer_local(model, MeanField(model), tiny_batch(), LocalInference(steps=3))
     assert calls == [(3, 2 * 2 * 3 * 8)] * 3  # means and log-variances side by side
     assert all(x.is_contiguous() for x in state.parameters.values())

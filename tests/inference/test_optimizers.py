@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ltm_pyro.inference.optimizers import OPTIMIZERS, Groups
+from ltm_pyro.inference.optimizers import OPTIMIZERS
+from ltm_pyro.inference.state import LocalState
 
 
 @pytest.mark.parametrize(
@@ -16,33 +17,54 @@ from ltm_pyro.inference.optimizers import OPTIMIZERS, Groups
 )
 def test_a_step_is_torchs(name, reference, options):
     theirs = torch.randn(3, 2, requires_grad=True)
-    ours, optimizer = theirs.detach().clone(), OPTIMIZERS[name]
-    moments, torchs = optimizer.init(ours), reference([theirs], **options)
-    for update in optimizer.updates(torch.arange(1.0, 6.0)[:, None].expand(5, 3), **options):
-        gradient = torch.randn(3, 2)
-        theirs.grad = gradient
+    optimizer, torchs = OPTIMIZERS[name], reference([theirs], **options)
+    parameters = {"x": theirs.detach().clone()}
+    state = LocalState(parameters, optimizer.init(parameters), torch.zeros(3, dtype=torch.long))
+    for update in optimizer.updates(state, [1.0] * 5, lambda _: options):
+        theirs.grad = torch.randn(3, 2)
         torchs.step()
-        ours, moments = update(ours, gradient, moments, 1.0)
-        torch.testing.assert_close(ours, theirs.detach())
+        state = update(state, {"x": theirs.grad})
+        torch.testing.assert_close(state.parameters["x"], theirs.detach())
+    assert state.steps_B.tolist() == [5, 5, 5]
 
 
 def test_sequences_count_their_steps_alone():
-    optimizer, x = OPTIMIZERS["adam"], torch.zeros(2, 4)
-    moments = {"mean": torch.zeros(2, 4), "square": torch.zeros(2, 4)}
-    gradient = torch.ones(2, 4)
-    (update,) = optimizer.updates(torch.tensor([[1.0, 50.0]]), lr=0.2)
-    moved, _ = update(x, gradient, moments, 0.5)
-    torch.testing.assert_close(moved[0], torch.full((4,), -0.1))
+    optimizer, parameters = OPTIMIZERS["adam"], {"x": torch.zeros(2, 4)}
+    state = LocalState(parameters, optimizer.init(parameters), torch.tensor([0, 49]))
+    (update,) = optimizer.updates(state, [0.5], lambda _: {"lr": 0.2})
+    moved = update(state, {"x": torch.ones(2, 4)})
+    torch.testing.assert_close(moved.parameters["x"][0], torch.full((4,), -0.1))
     torch.testing.assert_close(
-        moved[1].abs(), torch.full((4,), 0.1 * 0.1 / (1 - 0.9**50) / (0.001 / (1 - 0.999**50)) ** 0.5)
+        moved.parameters["x"][1].abs(),
+        torch.full((4,), 0.1 * 0.1 / (1 - 0.9**50) / (0.001 / (1 - 0.999**50)) ** 0.5),
     )
+    assert moved.steps_B.tolist() == [1, 50]
 
 
-def test_equal_arguments_share_a_tensor():
-    like = {"a": torch.randn(3, 2, 2), "b": torch.randn(3), "c": torch.randn(3, 5)}
-    groups = Groups(like, lambda name: {"lr": 0.1 if name == "b" else 0.2})
-    joined = groups.join(like)
-    assert sorted(x.shape for x in joined.values()) == [(3, 1), (3, 9)]
-    back = groups.split(joined)
-    assert list(back) == list(like)
-    assert all(torch.equal(back[name], x) for name, x in like.items())
+def test_equal_arguments_share_an_update(monkeypatch):
+    """Parameters of any shape, one update per set of arguments, each with the result of an update of its own."""
+    optimizer, shapes = OPTIMIZERS["adam"], []
+    parameters = {"a": torch.randn(3, 2, 2), "b": torch.randn(3), "c": torch.randn(3, 5)}
+    gradients = {name: torch.randn_like(x) for name, x in parameters.items()}
+
+    def rates(name):
+        return {"lr": 0.1 if name == "b" else 0.2}
+
+    def recorded(*arguments, **options):
+        for move in OPTIMIZERS["adam"].tensor_updates(*arguments, **options):
+            yield lambda x, *rest, move=move: shapes.append(tuple(x.shape)) or move(x, *rest)
+
+    def moved(optimizer, names):
+        own = {name: parameters[name] for name in names}
+        state = LocalState(own, optimizer.init(own), torch.zeros(3, dtype=torch.long))
+        for update in optimizer.updates(state, [1.0, 0.5], rates):
+            state = update(state, {name: gradients[name] for name in names})
+        return state
+
+    together = moved(optimizer._replace(tensor_updates=recorded), parameters)
+    assert shapes == [(3, 9), (3, 1)] * 2
+    assert list(together.parameters) == list(parameters)
+    for name in parameters:
+        alone = moved(optimizer, [name])
+        torch.testing.assert_close(together.parameters[name], alone.parameters[name])
+        torch.testing.assert_close(together.moments[name], alone.moments[name])

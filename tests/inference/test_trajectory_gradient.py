@@ -13,7 +13,7 @@ GUIDE = MeanField.__new__(MeanField)  # one without parameters of its own
 class Two(nn.Module):
     """Two parameters that meet in a sum, so that autograd has one gradient for both; the third is idle."""
 
-    think = prepare = observation = observed = lambda self: None  # a model by name only
+    sample_prior = prepare = observation = observed = lambda self: None  # a model by name only
 
     def __init__(self):
         super().__init__()

@@ -134,12 +134,11 @@ def test_the_embedding_is_tied(tiny_model, tiny_batch):
     assert sum(p.shape == (11, 8) for p in model.parameters()) == 1
 
 
-def test_quiet_thoughts_say_nothing_at_first(tiny_decoder):
+def test_zero_init_cross_attention_adds_nothing_at_first(tiny_decoder):
     decoder, inputs = tiny_decoder(zero_init_cross_attention=True), torch.randint(11, (2, 5))
     z, other = thoughts(decoder, 2), thoughts(decoder, 2)
     assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, other))
-    decoder.use_thoughts = False
-    assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, other))
+    assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, None))
 
 
 def test_what_is_computed_again_is_the_same(tiny_decoder):
@@ -157,8 +156,8 @@ COMPILED = """
 import torch
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference import LocalInference
-from ltm_pyro.local import learn
+from ltm_pyro.inference.local import training_loss
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 decoder = Decoder(50, layers=2, width=16, heads=2, thoughts=3, window=4, length=16)
 model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
@@ -167,14 +166,13 @@ found = []
 for compiled in (False, True):
     if compiled:
         decoder.compile()
-    decoder.compiled_reading = compiled
     torch.manual_seed(0)
     model.zero_grad()
-    loss = learn(model, MeanField(model), batch, LocalInference(steps=2, slow_gradient="last")).loss
+    loss = training_loss(model, MeanField(model), batch, LocalInference(steps=2, slow_gradient="last")).loss
     loss.backward()
     with torch.no_grad():
-        cache = decoder.begin(torch.ones(2, 2, 3, 16))
-        hidden = [decoder.read(token, cache) for token in torch.arange(18).view(2, 9).split([3, 1, 1, 1, 1, 1, 1], 1)]
+        cache, pieces = decoder.init_cache(torch.ones(2, 2, 3, 16)), torch.arange(18).view(2, 9).split([3, *[1] * 6], 1)
+        hidden = [decoder.decode_step(piece, cache, compile=compiled) for piece in pieces]
     found.append([loss.detach(), *(p.grad.clone() for p in model.parameters()), *hidden])
 for ours, plain in zip(*found, strict=True):
     torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)

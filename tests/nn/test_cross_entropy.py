@@ -11,8 +11,9 @@ from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.local import init, training_loss
 from ltm_pyro.inference.state import LocalInference
-from ltm_pyro.nn import cross_entropy
-from ltm_pyro.nn.cross_entropy import LateGradient, Tile, kernel, token_nats
+from ltm_pyro.nn import cross_entropy_autograd as autograd
+from ltm_pyro.nn.cross_entropy import LateGradient, token_nats
+from ltm_pyro.nn.cross_entropy_autograd import Tile, kernel
 
 B, T, D, V = 3, 7, 16, 50
 
@@ -20,7 +21,7 @@ B, T, D, V = 3, 7, 16, 50
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in both directions, the last ones cut."""
-    monkeypatch.setitem(cross_entropy.TILES, "cpu", Tile(8, 12))
+    monkeypatch.setitem(autograd.TILES, "cpu", Tile(8, 12))
 
 
 def leaves(dtype=torch.float64, scale=1.0):
@@ -44,7 +45,7 @@ LIMITS = [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 @pytest.mark.parametrize("wanted", [[0], [1], [0, 1]])
 @pytest.mark.parametrize(("columns", "multiple"), [(12, 1), (16, 8)])  # as on a CPU, and padded as elsewhere
 def test_values_and_gradients_are_the_dense_ones(columns, multiple, dtype, limit, wanted, monkeypatch):
-    monkeypatch.setitem(cross_entropy.TILES, "cpu", Tile(8, columns, multiple))
+    monkeypatch.setitem(autograd.TILES, "cpu", Tile(8, columns, multiple))
     hidden, embedding, value = leaves()
     weight = torch.randn(B, T)
     inputs = [x.detach().to(dtype).requires_grad_(i in wanted) for i, x in enumerate((hidden, embedding))]
@@ -114,10 +115,8 @@ def test_no_step_holds_the_logits_of_a_batch(tiny_model, tiny_batch, slow_gradie
 
 def test_nothing_is_found_that_nobody_asks_for(tiny_model, tiny_batch, monkeypatch):
     model, batch, asked = tiny_model(), tiny_batch(), []
-    expect = cross_entropy._expect
-    monkeypatch.setattr(
-        cross_entropy, "_expect", lambda h, e, climbing: asked.append(climbing) or expect(h, e, climbing)
-    )
+    expect = autograd._expect
+    monkeypatch.setattr(autograd, "_expect", lambda h, e, wanted: asked.append(wanted) or expect(h, e, wanted))
     guide = MeanField(model)
     training_loss(model, guide, batch, LocalInference(steps=2, slow_gradient="last"))
     with torch.no_grad():
@@ -127,8 +126,8 @@ def test_nothing_is_found_that_nobody_asks_for(tiny_model, tiny_batch, monkeypat
 
 def test_the_embeddings_gradient_waits_for_the_decoder(tiny_model, tiny_batch, monkeypatch):
     model, batch, order = tiny_model(), tiny_batch(), []
-    found = cross_entropy._embedding_gradient
-    monkeypatch.setattr(cross_entropy, "_embedding_gradient", lambda *a: order.append("embedding") or found(*a))
+    found = autograd._embedding_gradient
+    monkeypatch.setattr(autograd, "_embedding_gradient", lambda *a: order.append("embedding") or found(*a))
     for name, parameter in model.decoder.blocks.named_parameters():
         parameter.register_hook(lambda _, name=name: order.append(name))
     guide, inference = MeanField(model), LocalInference(steps=2, slow_gradient="last")
@@ -170,12 +169,10 @@ def test_an_accelerator_says_the_same(dtype, monkeypatch):
         return nats, *torch.autograd.grad(nats.sum(), (hidden, embedding))
 
     expected = [found(*case) for case in cases]
-    compiled = {
-        f: kernel(f, "not a cpu") for f in (cross_entropy._absorb, cross_entropy._compared, cross_entropy._slopes)
-    }
-    monkeypatch.setattr(cross_entropy, "TILES", {})
-    monkeypatch.setattr(cross_entropy, "LARGE_TILE", Tile(8, 1000, 64))
-    monkeypatch.setattr(cross_entropy, "kernel", lambda function, device: compiled[function])
+    compiled = {f: kernel(f, "not a cpu") for f in (autograd._absorb, autograd._compared, autograd._slopes)}
+    monkeypatch.setattr(autograd, "TILES", {})
+    monkeypatch.setattr(autograd, "LARGE_TILE", Tile(8, 1000, 64))
+    monkeypatch.setattr(autograd, "kernel", lambda function, device: compiled[function])
     for case, before in zip(cases, expected, strict=True):
         for ours, theirs in zip(found(*case), before, strict=True):
             assert error(ours, theirs) < (1e-5 if dtype == torch.float32 else 2e-2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ltm_pyro.nn.layers import RMSNorm, normalised
+from ltm_pyro.nn.rms_norm import RMSNorm, rms_norm
 
 
 def sample(dtype=torch.float64):
@@ -16,7 +16,7 @@ def sample(dtype=torch.float64):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_value_and_gradients_are_the_formulas(dtype, limit):
     norm, x, grad = sample(dtype)
-    ours, theirs = norm(x), normalised(x, norm.weight)
+    ours, theirs = norm(x), rms_norm(x, norm.weight)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=limit * 10)
     found, expected = (torch.autograd.grad(y, (x, norm.weight), grad) for y in (ours, theirs))
     for a, b in zip(found, expected, strict=True):
@@ -42,7 +42,7 @@ def test_only_what_is_asked_for_gets_a_gradient(frozen):
     still, moving = (x, norm.weight) if frozen == "input" else (norm.weight, x)
     still.requires_grad_(False)
     (found,) = torch.autograd.grad(norm(x), moving, grad)
-    (expected,) = torch.autograd.grad(normalised(x, norm.weight), moving, grad)
+    (expected,) = torch.autograd.grad(rms_norm(x, norm.weight), moving, grad)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
@@ -51,4 +51,4 @@ def test_it_hands_on_what_the_next_product_is_computed_in():
     with torch.autocast("cpu", torch.bfloat16):
         out = norm(x)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, normalised(x, norm.weight).bfloat16(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out, rms_norm(x, norm.weight).bfloat16(), rtol=1e-2, atol=1e-2)

@@ -12,7 +12,7 @@ from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.studies.bench import clock, suites
 from ltm_pyro.studies.bench import head as heads
 from ltm_pyro.studies.bench.clock import How, in_turn, median_interval, spread
-from ltm_pyro.studies.bench.methods import Method, make
+from ltm_pyro.studies.bench.methods import Method, make_step
 from ltm_pyro.studies.bench.naive import NaiveLTM
 from ltm_pyro.studies.bench.settings import CUDA_SETTINGS, Setting
 
@@ -43,22 +43,22 @@ def test_the_published_structure_is_the_same_model():
 
 @pytest.mark.parametrize("kind", ["ours", "handwritten", "naive"])
 def test_every_method_takes_steps(kind):
-    run = make(Method(kind, "float32"), SETTING)
+    run = make_step(Method(kind, "float32"), SETTING)
     run()
     run()
 
 
 def test_pyro_changes_no_number(monkeypatch):
     """Ours and the bare loop spend the same matrix products."""
-    ours, bare = (suites._flops(make(Method(kind, "float32"), SETTING)) for kind in ("ours", "handwritten"))
+    ours, bare = (suites._flops(make_step(Method(kind, "float32"), SETTING)) for kind in ("ours", "handwritten"))
     assert ours == pytest.approx(bare, rel=1e-3)
-    assert suites._flops(make(Method("naive", "float32"), SETTING)) > 1.2 * ours
+    assert suites._flops(make_step(Method("naive", "float32"), SETTING)) > 1.2 * ours
 
 
 def test_flops_are_counted_on_few_steps_of_one_sequence():
     setting = SETTING._replace(steps=5, batch=3)
     for kind in ("ours", "naive"):
-        whole = suites._flops(make(Method(kind, "float32"), setting)) / setting.tokens
+        whole = suites._flops(make_step(Method(kind, "float32"), setting)) / setting.tokens
         assert suites._flops_per_token(kind, setting) == pytest.approx(whole)
 
 

@@ -68,6 +68,6 @@ def test_a_richer_family_comes_closer(report):
 
 def test_a_guide_without_its_extra_is_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "zuko", None)
-    monkeypatch.setattr(study, "CASES", {"FlowGuide": study.Case(guide=FlowGuide, inference=study.CLIMB)})
+    monkeypatch.setattr(study, "CASES", {"FlowGuide": study.Case(guide=FlowGuide, inference=study.NOISY)})
     with pytest.warns(UserWarning, match="FlowGuide needs zuko.*It is left out"):
         assert not study._available()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ltm_pyro.data.encode import batch_of_rows, encode_prompt
 from ltm_pyro.data.tokenizer import train_tokenizer
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
@@ -14,7 +15,7 @@ from ltm_pyro.text import generation, thoughts
 from ltm_pyro.text.generation import decode, generate, interpolate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.streaming import TextDecoder, TextStreamer, token_texts
-from ltm_pyro.text.thoughts import ThoughtSampler, ThoughtSampling, draw, encode, read
+from ltm_pyro.text.thoughts import ThoughtSampler, ThoughtSampling, draw_thoughts
 
 PROMPT = "the old"
 PROMPTS = ["the old", "", "a long text and short", "naïve café 😀"]  # 2 to 9 tokens, the window is 4
@@ -30,8 +31,8 @@ def written(monkeypatch):
     """The prompts, thoughts and new tokens of every call of `write`."""
     calls, write = [], generation.write
 
-    def spy(run, rows, z, *rest):
-        found = write(run, rows, z, *rest)
+    def spy(run, rows, z, *rest, **options):
+        found = write(run, rows, z, *rest, **options)
         calls.append((rows, z, found))
         return found
 
@@ -104,20 +105,30 @@ def test_greedy_text_equals_whole_forward_passes_in_float32(tiny_run, written):
         assert tokens
 
 
+def fitted(monkeypatch):
+    """The batches that q is fitted to from now on."""
+    batches, infer_local = [], thoughts.infer_local
+
+    def spy(model, guide, batch, *rest):
+        batches.append(batch)
+        return infer_local(model, guide, batch, *rest)
+
+    monkeypatch.setattr(thoughts, "infer_local", spy)
+    return batches
+
+
 def test_nothing_but_the_prompt_is_seen(run, monkeypatch):
-    batches, fit = [], thoughts.fit
-    monkeypatch.setattr(thoughts, "fit", lambda m, g, batch, *more: batches.append(batch) or fit(m, g, batch, *more))
+    batches = fitted(monkeypatch)
     generate(run, PROMPT, Sampling(max_new_tokens=5, num_return_sequences=4))
     (batch,) = batches  # one fit for four texts
-    assert batch.targets_BT.tolist() == [encode(run, PROMPT)]
+    assert batch.targets_BT.tolist() == [encode_prompt(run.tokenizer, PROMPT)]
     assert batch.mask_BT.all()
 
 
-def test_it_thinks_again_of_all_that_is_written(run, monkeypatch):
-    batches, fit = [], thoughts.fit
-    monkeypatch.setattr(thoughts, "fit", lambda m, g, batch, *more: batches.append(batch) or fit(m, g, batch, *more))
+def test_q_is_fitted_again_to_all_that_is_written(run, monkeypatch):
+    batches = fitted(monkeypatch)
     (text,) = generate(run, PROMPT, Sampling(max_new_tokens=7), ThoughtSampling(refit_every=3))
-    prompt = encode(run, PROMPT)
+    prompt = encode_prompt(run.tokenizer, PROMPT)
     assert [int(batch.tokens_B) for batch in batches] == [len(prompt) + n for n in (0, 3, 6)]
     assert text.startswith(decode(run, [batches[-1].targets_BT[0].tolist()[len(prompt) :]])[0])
 
@@ -131,10 +142,11 @@ def test_without_a_prompt_z_comes_from_the_prior(run, written):
 
 def test_candidates_come_from_the_posterior(run):
     """q left at the prior, 50 candidates: the mean of z is that of the posterior that importance weights give."""
-    prompt, still = encode(run, PROMPTS[2]), LocalInference(steps=0)
+    prompt, still = encode_prompt(run.tokenizer, PROMPTS[2]), LocalInference(steps=0)
     sampler = ThoughtSampler(run, [prompt], [(0, 0)], ThoughtSampling(candidates=50, inference=still), copies=100)
     found = sampler.sample()
-    drawn = draw(run, read(run, [prompt]), sampler.state.select(torch.tensor([0])), 10_000)
+    batch = batch_of_rows([prompt], run.start_token, run.length)
+    drawn = draw_thoughts(run, batch, sampler.state.select(torch.tensor([0])), 10_000)
     weight = drawn.log_weight_B[:, 0].softmax(0)
     expected = (weight[:, None] * drawn.z_BLKD[:, 0].flatten(1)).sum(0)
     error = (found.flatten(1).mean(0) - expected) / (found.flatten(1).std(0) / 100**0.5)
@@ -186,16 +198,14 @@ def test_interpolation_begins_and_ends_at_the_texts(run, written):
     assert texts != [texts[0]] * 3
 
 
-def test_layers_without_their_thoughts_hear_nothing(tiny_run, written):
+def test_layers_left_out_do_not_attend_to_thoughts(tiny_run, written):
     run = tiny_run()
     generate(run, PROMPT, Sampling(max_new_tokens=4), ThoughtSampling(layers=(2,)))
     ((rows, z, _),) = written
     assert z[0, 0].eq(0).all()
     assert z[0, 1].ne(0).all()
     stem = run.model.decoder.stem(torch.tensor(rows))
-    deaf = run.model.decoder(stem, torch.zeros_like(z))
-    run.model.decoder.use_thoughts = False
-    torch.testing.assert_close(deaf, run.model.decoder(stem, z))
+    torch.testing.assert_close(run.model.decoder(stem, torch.zeros_like(z)), run.model.decoder(stem, None))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +215,7 @@ def test_layers_without_their_thoughts_hear_nothing(tiny_run, written):
         ("one at a time", lambda run: generate(run, PROMPTS, streamer=TextStreamer(run.tokenizer))),
         ("at least 2 texts", lambda run: interpolate(run, (PROMPT, PROMPT), 1)),
         (
-            "no layer 3: those that hear thoughts are counted from 1 to 2",
+            "no layer 3: the layers with thoughts are counted from 1 to 2",
             lambda run: generate(run, PROMPT, thought_sampling=ThoughtSampling(layers=(3,))),
         ),
         ("candidates must be at least 1", lambda run: ThoughtSampling(candidates=0)),
@@ -219,5 +229,5 @@ def test_refusals(run, message, call):
 
 
 def test_layers_are_counted_among_those_with_thoughts(tiny_run):
-    with pytest.raises(UsageError, match="no layer 2: those that hear thoughts are counted from 1 to 1"):
+    with pytest.raises(UsageError, match="no layer 2: the layers with thoughts are counted from 1 to 1"):
         generate(tiny_run(thought_layers=[2]), PROMPT, thought_sampling=ThoughtSampling(layers=(2,)))

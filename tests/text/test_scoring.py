@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from ltm_pyro.data import pack_texts
+from ltm_pyro.data.encode import batch_of_rows, encode_document, encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import Point
 from ltm_pyro.inference.estimators import ESTIMATORS, evaluate
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.text import scoring
 from ltm_pyro.text.scoring import Scoring, score, score_continuations, score_tokens
-from ltm_pyro.text.thoughts import encode
 
 CONTEXTS = ["the old", "", "a long text and"]
 CONTINUATIONS = [" model reads", "short", " words about time"]
@@ -21,6 +22,10 @@ CONTINUATIONS = [" model reads", "short", " words about time"]
 @pytest.fixture
 def run(tiny_run):
     return tiny_run()
+
+
+def encode(run, text):
+    return encode_prompt(run.tokenizer, text)
 
 
 def nats(run, pairs, estimator, **options):
@@ -32,9 +37,9 @@ def test_texts_cost_what_the_estimator_says(run, estimator):
     """One row of packed data, as `evaluate` scores it, and the same tokens as a text."""
     text = "writes short words"
     data = pack_texts([text], run.tokenizer, run.length)
-    batch = data.collate([data[0]])
-    tokens = encode(run, text)
-    batch = batch._replace(mask_BT=torch.arange(run.length)[None] < len(tokens)).crop(0, len(tokens))
+    tokens = encode_document(run.tokenizer, text)
+    batch = data.collate([data[0]]).crop(0, len(tokens))  # without its padding
+    assert batch.targets_BT.tolist() == [tokens]
     expected = evaluate(run.model, run.guide, [batch], run.inference, [estimator], samples=3)
     (found,) = score(run, [text], Scoring(estimator=estimator, samples=3))
     assert (found.tokens, found.bytes) == (len(tokens), len(text))
@@ -44,7 +49,7 @@ def test_texts_cost_what_the_estimator_says(run, estimator):
 def test_a_long_text_is_the_sum_of_its_pieces(tiny_run):
     run = tiny_run(thoughts=0)  # so that no noise is left
     text = "the old model reads a long text and writes short words"
-    tokens = encode(run, text)
+    tokens = encode_document(run.tokenizer, text)
     assert len(tokens) > run.length
     (whole,) = score(run, [text])
     pieces = [([], tokens[i : i + run.length]) for i in range(0, len(tokens), run.length)]
@@ -67,8 +72,8 @@ def test_without_thoughts_it_is_the_likelihood(tiny_run, estimator):
 
 def test_draws_are_averaged_as_the_formula_says(run, monkeypatch):
     """−log of the weighted sum of p(y | x, z_s) over the sum of weights, at the very draws that were made."""
-    drawn, draw = [], scoring.draw
-    monkeypatch.setattr(scoring, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    drawn, draw = [], scoring.draw_thoughts
+    monkeypatch.setattr(scoring, "draw_thoughts", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     context, tokens = encode(run, CONTEXTS[2]), encode(run, CONTINUATIONS[2])
     (found,) = nats(run, [(context, tokens)], "iwae")
     ((z, log_weight),) = drawn
@@ -95,18 +100,16 @@ def test_the_future_does_not_leak(run, estimator, monkeypatch):
 
 def test_a_leak_would_be_seen(run, monkeypatch):
     """The test above has the power to fail: with z fitted to the whole text, earlier figures change."""
-    draw = scoring.draw
+    draw = scoring.draw_thoughts
     whole = {}
     monkeypatch.setattr(scoring, "infer_local", lambda m, g, context, *rest: whole["fit"](m, g, whole["batch"], *rest))
-    from ltm_pyro.inference.local import infer_local
-    from ltm_pyro.text.thoughts import read
-
     context, tokens = encode(run, CONTEXTS[2]), encode(run, CONTINUATIONS[2])
     found = []
     for last in (tokens[-1], tokens[-1] + 5):
-        whole.update(fit=infer_local, batch=read(run, [[*context, *tokens[:-1], last]]))
+        batch = batch_of_rows([[*context, *tokens[:-1], last]], run.start_token, run.length)
+        whole.update(fit=infer_local, batch=batch)
         found += nats(run, [(context, [*tokens[:-1], last])], "iwae")
-    assert draw is scoring.draw
+    assert draw is scoring.draw_thoughts
     assert found[0][:-1] != found[1][:-1]
 
 

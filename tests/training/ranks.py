@@ -46,10 +46,10 @@ warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 pl.seed_everything(0, verbose=False)
 module = Module(
-    decoder,
-    GaussianPrior,
-    LatentThoughtModel,
-    MeanField,
+    decoder=decoder,
+    prior=GaussianPrior,
+    joint=LatentThoughtModel,
+    guide=MeanField,
     vocabulary=280,
     inference=LocalInference(steps=2, rate=0.1, slow_gradient="last"),
     on_nonfinite="skip",

@@ -62,15 +62,12 @@ def test_a_guide_pays_for_what_it_does_itself(tiny_model, tiny_batch, family, sl
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_decoder_that_does_not_listen_is_not_charged_for_thoughts(tiny_model, tiny_batch, steps):
+def test_training_without_thoughts_costs_no_cross_attention(tiny_model, tiny_batch, steps):
     model = tiny_model(vocabulary=50, width=32, heads=4, window=8, length=32)
     guide, batch = MeanField(model), tiny_batch(size=2, length=32, vocabulary=50)
-    model.decoder.use_thoughts = False
-    counted = counted_per_token(model, guide, batch, LocalInference(steps=0))
-    assert flops_per_token(model.decoder, guide, 32, LocalInference(steps=steps), False).total == pytest.approx(
-        counted, rel=0.02
-    )
-    assert not model.decoder.use_thoughts
+    counted = counted_per_token(model, guide, batch, LocalInference(steps=0, use_thoughts=False))
+    inference = LocalInference(steps=steps, use_thoughts=False)
+    assert flops_per_token(model.decoder, guide, 32, inference).total == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize(

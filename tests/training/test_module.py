@@ -28,8 +28,9 @@ def make_module(thoughts=2, **options):
     def decoder(vocabulary):
         return Decoder(vocabulary, layers=2, width=16, heads=2, thoughts=thoughts, window=4, length=16)
 
-    arguments = {"inference": LocalInference(steps=2), "evaluation": LocalInference(steps=2), **options}
-    return LTMModule(decoder, GaussianPrior, LatentThoughtModel, MeanField, vocabulary=VOCABULARY, **arguments)
+    few = LocalInference(steps=2)
+    parts = {"decoder": decoder, "prior": GaussianPrior, "joint": LatentThoughtModel, "guide": MeanField}
+    return LTMModule(**parts | {"inference": few, "evaluation": few, "vocabulary": VOCABULARY} | options)
 
 
 @pytest.fixture
@@ -165,6 +166,19 @@ def test_a_bad_sequence_stops_training_by_name_or_is_skipped(train, tmp_path, sl
         train(skipping, max_steps=2, max_epochs=1)
     for n, p in module.named_parameters():
         torch.testing.assert_close(p.detach(), before[n], equal_nan=True)
+
+
+def test_a_bad_gradient_names_the_sequences_of_every_accumulated_batch(train, tmp_path):
+    module = make_module(on_nonfinite="skip")
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    module.model.decoder.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.warns(UserWarning, match="No finite gradient at step"):
+        train(module, max_steps=2, accumulate_grad_batches=2)
+    lines = [json.loads(line) for line in (tmp_path / NONFINITE).read_text().splitlines()]
+    assert [line["what"] for line in lines] == ["gradient"] * 2
+    assert [len({*line["ids"]}) for line in lines] == [16, 16]
+    assert not {*lines[0]["ids"]} & {*lines[1]["ids"]}
+    assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])

@@ -9,7 +9,7 @@ import pytest
 
 WORK = """
 import resource, torch
-from ltm_pyro.allocator import keep_freed_memory
+from ltm_pyro.utils.malloc import keep_freed_memory
 print(keep_freed_memory())
 def step():
     return sum(x.shape[0] for x in [torch.ones(1 << 18) for _ in range(200)])
@@ -21,7 +21,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 ROOM = """
 import re, sys, torch
-from ltm_pyro.allocator import keep_freed_memory, make_room
+from ltm_pyro.utils.malloc import keep_freed_memory, make_room
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 keep_freed_memory()

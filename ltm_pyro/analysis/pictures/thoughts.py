@@ -1,4 +1,4 @@
-"""Pictures of what the thoughts say: k-hat, bounds, KL and ablation by thought, neighbours on a plane, attention.
+"""Plots of a posterior: k-hat, bounds, figures by thought, means in two dimensions, attention and others.
 
 Shapes: N sequences, L layers, K thoughts.
 """
@@ -16,8 +16,8 @@ from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.utils.plotting import BLUE, CYCLE, GREY, MARKERS, ORANGE, RED, axes_of, plain
 
 
-def draw_pareto_k(posterior: Posterior, ax: Axes | None = None) -> Axes:
-    """k-hat of every sequence in order of size, with the limit of trust."""
+def plot_pareto_k(posterior: Posterior, ax: Axes | None = None) -> Axes:
+    """The sorted k-hat of all sequences, with the largest trusted value."""
     ax = axes_of(ax)
     k_N = np.sort(posterior.stats["pareto_k"].values.clip(-0.5, 3))
     ax.scatter(np.arange(len(k_N)), k_N, s=9, c=[RED if k > TRUSTED else BLUE for k in k_N])
@@ -26,16 +26,16 @@ def draw_pareto_k(posterior: Posterior, ax: Axes | None = None) -> Axes:
     return plain(ax, title="Pareto k-hat", xlabel="sequences, sorted", ylabel="k-hat")
 
 
-def draw_bounds(posterior: Posterior, ax: Axes | None = None) -> Axes:
-    """What the importance-weighted bound has over the ELBO in each sequence: how far q is from the posterior."""
+def plot_bounds(posterior: Posterior, ax: Axes | None = None) -> Axes:
+    """A histogram of importance-weighted bound minus ELBO, which is 0 for every sequence if q is the posterior."""
     ax = axes_of(ax)
     gap_N = (posterior.stats["iwae"] - posterior.stats["elbo"]).values
     ax.hist(gap_N, bins=min(30, max(5, len(gap_N) // 5)), color=BLUE)
-    return plain(ax, title="Importance-weighted bound less ELBO", xlabel="nats per sequence", ylabel="sequences")
+    return plain(ax, title="Importance-weighted bound minus ELBO", xlabel="nats per sequence", ylabel="sequences")
 
 
-def draw_by_thought(by_thought: xr.DataArray, title: str, unit: str, ax: Axes | None = None) -> Axes:
-    """A number for every thought, as a map of layers and thoughts."""
+def plot_by_thought(by_thought: xr.DataArray, title: str, unit: str, ax: Axes | None = None) -> Axes:
+    """One number per thought, as a heat map of layers and thoughts."""
     ax = axes_of(ax)
     values_LK = by_thought.transpose("layer", "thought").values
     image = ax.imshow(values_LK, cmap="cividis", aspect="auto", vmin=min(0, values_LK.min()))
@@ -51,26 +51,26 @@ def draw_by_thought(by_thought: xr.DataArray, title: str, unit: str, ax: Axes | 
     return ax
 
 
-def draw_map(posterior: Posterior, label: str | None = None, ax: Axes | None = None) -> Axes:
-    """The means of q on their two directions of largest variance, the most frequent classes of a label in colour."""
+def plot_map(posterior: Posterior, label: str | None = None, ax: Axes | None = None) -> Axes:
+    """The means of q on their first two principal components, coloured by the most frequent classes of a label."""
     ax = axes_of(ax)
     means_ND = posterior.stats["mean"].values.reshape(posterior.size, -1)
     left, scale, _ = np.linalg.svd(means_ND - means_ND.mean(0), full_matrices=False)
-    plane = np.zeros((posterior.size, 2))  # one coordinate, or one sequence, has one direction
+    plane = np.zeros((posterior.size, 2))  # a single coordinate or sequence has only one component
     plane[:, : len(scale)] = left[:, :2] * scale[:2]
     values, names = _classes(posterior.labels[label] if label else [""] * posterior.size)
     for colour, marker, name in zip(CYCLE, MARKERS, names, strict=False):
         x, y = plane[values == name].T
         ax.scatter(x, y, s=12, marker=marker, color=colour, label=name or None, alpha=0.8, linewidth=0)
     if label:
-        beside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
-        ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8, **beside)
+        outside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+        ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8, **outside)
     first, second = (plane**2).sum(0) / (scale**2).sum()
     return plain(ax, title="Means of q", xlabel=f"PC 1 ({first:.0%} of the variance)", ylabel=f"PC 2 ({second:.0%})")
 
 
 def _classes(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """The class of every sequence and all classes, the rarest as one, the last, where there are more than colours."""
+    """The class of every sequence and all classes; the rarest are joined if there are more classes than colours."""
     counts = [name for name, _ in Counter(values).most_common()]
     if len(counts) <= len(CYCLE):
         return np.array(values), sorted(counts)
@@ -79,8 +79,8 @@ def _classes(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     return np.array([name if name in frequent else others for name in values]), [*frequent, others]
 
 
-def draw_attention(weights: xr.DataArray, layer: int, ax: Axes | None = None) -> Axes:
-    """How much each token looks at each thought of a layer (from 0), beside looking at all alike, which is white."""
+def plot_attention(weights: xr.DataArray, layer: int, ax: Axes | None = None) -> Axes:
+    """The attention weights of each token on the thoughts of a layer (from 0); uniform weights are white."""
     ax = axes_of(ax, 9, 2.2)
     of_layer, even = weights.isel(layer=layer).transpose("thought", "token"), 1 / weights.sizes["thought"]
     most = float(abs(weights - even).max()) or 1.0  # one scale for all layers
@@ -92,36 +92,36 @@ def draw_attention(weights: xr.DataArray, layer: int, ax: Axes | None = None) ->
     return plain(ax, title=title, xlabel="token", ylabel="thought")
 
 
-def draw_shift(shift: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """The KL to the prior as the context grows: one line a sequence, and their average."""
+def plot_shift(shift: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """The KL to the prior by context length, one line per sequence, and the average."""
     ax = axes_of(ax)
     ax.plot(
         shift["context"], shift["kl_to_prior"].transpose("context", "sequence"), color=BLUE, alpha=0.2, linewidth=0.8
     )
     ax.plot(shift["context"], shift["kl_to_prior"].mean("sequence"), color=ORANGE, marker="o", label="average")
     ax.legend(fontsize=8, frameon=False)
-    return plain(ax, title="Belief as the text is read", xlabel="tokens of context", ylabel="KL to the prior (nats)")
+    return plain(ax, title="KL by context length", xlabel="tokens of context", ylabel="KL to the prior (nats)")
 
 
-def draw_scales(comparison: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """The scale of q over the reference's, all coordinates of each sequence: below 1 q is too narrow."""
+def plot_scales(comparison: xr.Dataset, ax: Axes | None = None) -> Axes:
+    """Box plots of the scale of q divided by the chains' scale, by sequence; below 1 q is too narrow."""
     ax = axes_of(ax)
     ratios = np.log2(comparison["scale_ratio"].stack(coordinate=("layer", "thought", "dim")).values)
     names = [str(sequence) for sequence in range(len(ratios))]
     ax.boxplot(list(ratios), tick_labels=names, showfliers=False, medianprops={"color": BLUE})
     ax.axhline(0, color=GREY, linestyle="--", linewidth=1)
     ticks: Any = [-1, 0, 1]
-    plain(ax, title="Scale of q over the chains' scale", xlabel="sequence", ylabel="ratio")
+    plain(ax, title="Scale of q / scale of the chains", xlabel="sequence", ylabel="ratio")
     ax.set_yticks(ticks, ["1/2", "1", "2"])
     return ax
 
 
-def draw_path(path: list[Any], ax: Axes | None = None) -> Axes:
-    """What each of two texts costs along the line between their thoughts, more than at its own."""
+def plot_path(path: list[Any], ax: Axes | None = None) -> Axes:
+    """The −log p(x | z) of two texts along the line between their thoughts, minus its value at their own."""
     ax = axes_of(ax)
     share = [step.share for step in path]
     ax.plot(share, [x.nats_first - path[0].nats_first for x in path], color=BLUE, marker="o", label="first text")
     ax.plot(share, [x.nats_second - path[-1].nats_second for x in path], color=ORANGE, marker="s", label="second text")
     ax.legend(fontsize=8, frameon=False)
-    label = "nats per sequence, over those at its own"
-    return plain(ax, title="Between two texts", xlabel="share of the second", ylabel=label)
+    label = "nats per sequence above the text's own"
+    return plain(ax, title="Interpolation between two texts", xlabel="weight of the second", ylabel=label)

@@ -1,1 +1,1 @@
-"""The paper's evaluation table, suite by suite, each for any run and any local copy of the data."""
+"""The suites of the paper's evaluation table, for any run and any local copy of the data."""

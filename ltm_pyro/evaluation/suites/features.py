@@ -1,4 +1,4 @@
-"""Where MAUVE's features come from: hidden states of a run of ours, or of a Hugging Face model in a local folder.
+"""Features of texts for MAUVE: hidden states of a run, or of a Hugging Face model in a local folder.
 
 Shapes: N texts, F features, B rows, T tokens, D width.
 """
@@ -12,36 +12,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ltm_pyro.data.encode import batch_of_rows, encode_document
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
-from ltm_pyro.text.thoughts import draw, encode, infer, read
+from ltm_pyro.text.thoughts import draw_thoughts, infer_rows
 from ltm_pyro.utils.extras import extra
 
-CONFIG = "config.json"  # by which Hugging Face's folders are known
-AT_ONCE = 32  # texts
+CONFIG = "config.json"  # a folder with this file is a Hugging Face model
+BATCH = 32  # texts
 
-Extractor = Callable[[Sequence[str], int], Float[np.ndarray, "N F"]]  # of texts and a seed
+Extractor = Callable[[Sequence[str], int], Float[np.ndarray, "N F"]]  # (texts, seed) -> features
 
 
 @cache
-def extractor(place: str) -> Extractor:
-    """Texts and a seed to the last layer's state behind every text's last token; long texts are cut."""
-    return hugging_face(place) if (Path(place) / CONFIG).is_file() else of_run(load_run(place))
+def load_extractor(place: str) -> Extractor:
+    """A function from texts to the last layer's hidden state at each text's last token; long texts are cut."""
+    is_hugging_face = (Path(place) / CONFIG).is_file()
+    return hugging_face_extractor(place) if is_hugging_face else run_extractor(load_run(place))
 
 
-def of_run(run: Run, batch_size: int = AT_ONCE) -> Extractor:
-    """Under one z ~ q(z | x)."""
+def run_extractor(run: Run, batch_size: int = BATCH) -> Extractor:
+    """The state from which `END_OF_TEXT` is predicted, under one z ~ q(z | x) of the text as a document."""
 
     def features(texts: Sequence[str], seed: int) -> Float[np.ndarray, "N F"]:
-        rows = [encode(run, text)[: run.length] or [run.start_token] for text in texts]
+        rows = [encode_document(run.tokenizer, text)[: run.length] for text in texts]
         found = []
         for first in range(0, len(rows), batch_size):
-            batch = read(run, rows[first : first + batch_size])
+            batch = batch_of_rows(rows[first : first + batch_size], run.start_token, run.length, run.device)
             with torch.no_grad():
                 batch = run.model.prepare(batch)
                 keys = [(seed, first + row) for row in range(batch.size)]
-                z_BLKD = draw(run, batch, infer(run, batch, run.inference, keys), keys=keys).z_BLKD
+                z_BLKD = draw_thoughts(run, batch, infer_rows(run, batch, run.inference, keys), keys=keys).z_BLKD
                 hidden_BTD: Tensor = run.model.decoder(batch.stem_BTD, z_BLKD)
             found.append(hidden_BTD[torch.arange(batch.size), batch.tokens_B - 1])
         return torch.cat(found).double().cpu().numpy()
@@ -49,16 +51,16 @@ def of_run(run: Run, batch_size: int = AT_ONCE) -> Extractor:
     return features
 
 
-def hugging_face(folder: str) -> Extractor:
-    """A causal model's tokenizer and safetensors weights from a folder; nothing is fetched, and no code of its is run.
+def hugging_face_extractor(folder: str) -> Extractor:
+    """Hidden states of a causal model whose tokenizer and safetensors weights are in a folder.
 
-    Raises `UsageError` where the folder cannot be read so.
+    Nothing is downloaded and no code from the folder is run. Raises `UsageError` if the folder cannot be read that way.
     """
     transformers = extra("transformers", "suites", "A Hugging Face model")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-    except Exception as error:  # the library raises whatever the missing file's reader raises
+    except Exception as error:  # the exception depends on which file is missing
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{folder} is no Hugging Face model with tokenizer and safetensors ({reason}).") from None
 

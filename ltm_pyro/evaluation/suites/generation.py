@@ -1,4 +1,4 @@
-"""Texts written from the prior, beside held-out texts: how varied, how repetitive, how likely, how far apart."""
+"""Generated texts compared with held-out texts: diversity, repetition, perplexity under a judge, MAUVE."""
 
 import math
 import re
@@ -13,7 +13,7 @@ import numpy as np
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.evaluate import held_out
-from ltm_pyro.evaluation.suites.features import extractor
+from ltm_pyro.evaluation.suites.features import load_extractor
 from ltm_pyro.evaluation.suites.mauve import mauve
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part
 from ltm_pyro.inference.elbo import missing_bound
@@ -22,49 +22,50 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import decode, generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.scoring import Scoring, score
+from ltm_pyro.utils.statistics import standard_error
 
 TEXTS = 256
-LONGEST = 128  # tokens of a text, if the model is that long
+LENGTH = 128  # tokens per text; the model's length if it is shorter
 Words = Sequence[str]
-_loaded = cache(load_run)  # one judge for all parts
+_load_judge = cache(load_run)  # once for all parts
 
 
 def parts(options: Options) -> list[Part]:
-    """Texts drawn token by token (multinomial) and from nuclei of 95 %, and the held-out texts themselves."""
+    """Texts from multinomial sampling and from nucleus sampling (top_p 0.95), and held-out texts for comparison."""
     multinomial, nucleus = Sampling(), Sampling(top_p=0.95)
     return [
-        Part("multinomial", partial(written, options, multinomial)),
-        Part("nucleus 0.95", partial(written, options, nucleus)),
-        Part("held-out text", partial(reference, options)),
+        Part("multinomial", partial(score_generated, options, multinomial)),
+        Part("nucleus 0.95", partial(score_generated, options, nucleus)),
+        Part("held-out text", partial(score_held_out, options)),
     ]
 
 
-def written(options: Options, sampling: Sampling, run: Run) -> Figures:
-    """The figures of texts whose thoughts came from the prior; a text ends where the model ends it."""
+def score_generated(options: Options, sampling: Sampling, run: Run) -> Figures:
+    """The figures of texts whose thoughts are drawn from the prior; a text ends at the end-of-text token."""
     count = options.limit or TEXTS
-    texts = generate(run, [""] * count, replace(sampling, max_new_tokens=_longest(run)), seed=options.seed)
-    return figures_of(texts, human(run, count), options)
+    texts = generate(run, [""] * count, replace(sampling, max_new_tokens=min(LENGTH, run.length)), seed=options.seed)
+    return text_figures(texts, held_out_texts(run, count), options)
 
 
-def reference(options: Options, run: Run) -> Figures:
+def score_held_out(options: Options, run: Run) -> Figures:
     """The figures of held-out texts of the same length; their MAUVE compares them with other held-out texts."""
     count = options.limit or TEXTS
-    texts = human(run, 2 * count)
-    return figures_of(texts[: len(texts) // 2], texts[len(texts) // 2 :], options)
+    texts = held_out_texts(run, 2 * count)
+    return text_figures(texts[: len(texts) // 2], texts[len(texts) // 2 :], options)
 
 
-def human(run: Run, count: int) -> list[str]:
-    """Beginnings of held-out sequences."""
-    dataset, longest = held_out(run), _longest(run)
+def held_out_texts(run: Run, count: int) -> list[str]:
+    """The beginnings of ``count`` held-out sequences, as long as the generated texts."""
+    dataset, length = held_out(run), min(LENGTH, run.length)
     rows = (dataset[index] for index in range(len(dataset)))
-    texts = decode(run, [row.tokens_T[: min(longest, row.length)].tolist() for row in islice(rows, count)])
+    texts = decode(run, [row.tokens_T[: min(length, row.length)].tolist() for row in islice(rows, count)])
     if len(texts) < 2:
         raise UsageError("The run's held-out data has fewer than two sequences: pack it with a larger --val-fraction.")
     return texts
 
 
-def figures_of(texts: list[str], others: list[str], options: Options) -> Figures:
-    """Everything that is measured of a set of texts; MAUVE is taken against ``others``."""
+def text_figures(texts: list[str], others: list[str], options: Options) -> Figures:
+    """All figures of a set of texts; MAUVE compares them with ``others``."""
     texts, blank = [text for text in texts if text.strip()], sum(not text.strip() for text in texts)
     if len(texts) < 2:
         raise UsageError("Fewer than two texts have a character in them: the run writes nothing; train it for longer.")
@@ -74,16 +75,16 @@ def figures_of(texts: list[str], others: list[str], options: Options) -> Figures
     figures["self_bleu_4"], figures["self_bleu_4_stderr"] = _mean(self_bleu(words))
     figures["compression_ratio"] = compression_ratio(texts)
     if options.judge:
-        figures |= judged(_loaded(options.judge), texts, options.seed)
+        figures |= judge_scores(_load_judge(options.judge), texts, options.seed)
     if options.features:
-        features = extractor(options.features)
+        features = load_extractor(options.features)
         p_NF, q_MF = features(texts, options.seed), features(others, options.seed)
         figures["mauve"] = mauve(p_NF, q_MF, options.seed)
     return {**figures, "texts": len(texts), "blank": blank, "words": sum(map(len, words))}
 
 
-def judged(judge: Run, texts: list[str], seed: int) -> Figures:
-    """How likely texts are under the judge's bound; the reason where it has none."""
+def judge_scores(judge: Run, texts: list[str], seed: int) -> Figures:
+    """Perplexity and bits per byte of texts under the judge's bound, as documents; the reason if it has no bound."""
     if reason := missing_bound(judge.model, judge.guide):
         why = f"the judge has no bound ({reason})"
         return {"unavailable": dict.fromkeys(("judged_perplexity", "judged_bits_per_byte"), why)}
@@ -94,28 +95,28 @@ def judged(judge: Run, texts: list[str], seed: int) -> Figures:
 
 
 def distinct(texts: Sequence[Words], n: int) -> float:
-    """The share of n-grams, of all texts together, that are different (Li et al. 2016, arXiv 1510.03055)."""
+    """Different n-grams divided by all n-grams, over all texts together (Li et al. 2016, arXiv 1510.03055)."""
     grams = [gram for text in texts for gram in _grams(text, n)]
     return len(set(grams)) / max(1, len(grams))
 
 
 def repetition(text: Words, n: int = 4) -> float:
-    """The share of a text's n-grams that it has had before (Welleck et al. 2020, arXiv 1908.04319)."""
+    """The share of a text's n-grams that repeat an earlier one (Welleck et al. 2020, arXiv 1908.04319)."""
     grams = _grams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def compression_ratio(texts: Sequence[str]) -> float:
-    """Bytes over bytes when all texts are compressed together (zlib, level 9): repetition across texts raises it."""
+    """Bytes divided by compressed bytes of all texts together (zlib, level 9); repetition across texts raises it."""
     data = "\n".join(texts).encode()
     return len(data) / len(zlib.compress(data, 9))
 
 
 def self_bleu(texts: Sequence[Words], order: int = 4) -> list[float]:
-    """Every text's BLEU against all the others (Zhu et al. 2018, arXiv 1802.01886).
+    """The BLEU of every text with all other texts as references (Zhu et al. 2018, arXiv 1802.01886).
 
-    Clipped n-gram precision, one added above and below beyond single words, and the brevity penalty against the
-    closest length.
+    Clipped n-gram precision with add-one smoothing for n > 1, and the brevity penalty for the reference of the closest
+    length.
     """
     counts = [[Counter(_grams(text, n)) for n in range(1, order + 1)] for text in texts]
     best = [_two_highest([count[n] for count in counts]) for n in range(order)]
@@ -127,8 +128,11 @@ def _bleu(
 ) -> float:
     logs = []
     for n, (grams, highest) in enumerate(zip(own, best, strict=True)):
-        found = sum(min(k, _highest_but(highest[gram], index)) for gram, k in grams.items())
-        logs.append(math.log((found + (n > 0)) / (grams.total() + (n > 0))) if found + n else -math.inf)
+        matches = 0
+        for gram, k in grams.items():
+            elsewhere = max((count for count, text in highest[gram] if text != index), default=0)
+            matches += min(k, elsewhere)
+        logs.append(math.log((matches + (n > 0)) / (grams.total() + (n > 0))) if matches + n else -math.inf)
     others = sizes[:index] + sizes[index + 1 :]
     closest = min(others, key=lambda size: (abs(size - sizes[index]), size))
     brevity = min(0.0, 1 - closest / max(1, sizes[index]))
@@ -136,16 +140,12 @@ def _bleu(
 
 
 def _two_highest(counts: Sequence[Counter[Words]]) -> dict[Words, list[tuple[int, int]]]:
-    """For every n-gram the two texts that have it most often, as (how often, which text): no text meets itself."""
+    """The two highest counts of every n-gram as (count, text), so that the highest among the other texts is known."""
     best: dict[Words, list[tuple[int, int]]] = {}
     for index, count in enumerate(counts):
         for gram, k in count.items():
             best[gram] = sorted([*best.get(gram, []), (k, index)], reverse=True)[:2]
     return best
-
-
-def _highest_but(highest: list[tuple[int, int]], index: int) -> int:
-    return max((k for k, where in highest if where != index), default=0)
 
 
 def _grams(text: Words, n: int) -> list[Words]:
@@ -154,8 +154,4 @@ def _grams(text: Words, n: int) -> list[Words]:
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
-def _longest(run: Run) -> int:
-    return min(LONGEST, run.length)
+    return float(np.mean(values)), float(standard_error(np.array(values)))

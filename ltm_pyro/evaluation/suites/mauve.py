@@ -1,4 +1,4 @@
-"""MAUVE: how far two sets of texts are apart, as seen by a feature extractor (Pillutla et al. 2021, arXiv 2102.01454).
+"""MAUVE: the divergence of two sets of texts in a feature space (Pillutla et al. 2021, arXiv 2102.01454).
 
 Shapes: N, M texts, F features, C clusters.
 """
@@ -8,9 +8,9 @@ from jaxtyping import Float
 
 from ltm_pyro.utils.extras import extra
 
-SCALE = 5.0  # the paper's c
+SCALE = 5.0  # c in the paper
 MIXTURES = 100  # points of the frontier
-VARIANCE = 0.9  # of the features, kept before they are clustered
+VARIANCE = 0.9  # share of the features' variance that PCA keeps
 
 
 def mauve(p_NF: Float[np.ndarray, "N F"], q_MF: Float[np.ndarray, "M F"], seed: int = 0) -> float:
@@ -19,8 +19,8 @@ def mauve(p_NF: Float[np.ndarray, "N F"], q_MF: Float[np.ndarray, "M F"], seed: 
     .. math:: (e^{-c \, \mathrm{KL}(Q \| R)}, e^{-c \, \mathrm{KL}(P \| R)}), \qquad
         R = \lambda P + (1 - \lambda) Q, \quad 0 < \lambda < 1, \quad c = 5
 
-    The features are scaled to length 1, reduced to nine tenths of their variance, and sorted into a tenth as many
-    clusters as there are texts by k-means.
+    The features are scaled to length 1, reduced by PCA to 90 % of their variance, and clustered by k-means, with a
+    tenth as many clusters as texts.
     """
     P_C, Q_C = histograms(p_NF, q_MF, seed)
     return frontier_area(P_C, Q_C)
@@ -29,7 +29,7 @@ def mauve(p_NF: Float[np.ndarray, "N F"], q_MF: Float[np.ndarray, "M F"], seed: 
 def histograms(
     p_NF: Float[np.ndarray, "N F"], q_MF: Float[np.ndarray, "M F"], seed: int = 0
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"]]:
-    """How both sets spread over the same clusters."""
+    """The share of each set's texts in every cluster; both sets are clustered together."""
     cluster, decomposition = (extra(f"sklearn.{part}", "suites", "MAUVE") for part in ("cluster", "decomposition"))
     both = np.concatenate([p_NF, q_MF])
     both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(1e-12)
@@ -42,7 +42,7 @@ def histograms(
 
 
 def frontier_area(P_C: Float[np.ndarray, " C"], Q_C: Float[np.ndarray, " C"]) -> float:
-    """The area under the frontier of two distributions over C outcomes, its ends on the axes."""
+    """The area under the divergence frontier of two distributions over C outcomes."""
     points = [(0.0, 1.0)]
     for weight in np.linspace(1, 0, MIXTURES + 2)[1:-1]:  # R goes from P to Q
         R_C = weight * P_C + (1 - weight) * Q_C

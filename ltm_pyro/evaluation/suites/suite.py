@@ -1,11 +1,15 @@
-"""What a suite is: parts that can each be computed for one run, so that finished ones survive a kill."""
+"""Evaluation suites: each has parts that are computed one by one, so that an interrupted evaluation can be resumed.
 
-from collections.abc import Callable, Mapping
+A part is computed for one run at a time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 
@@ -14,19 +18,19 @@ Figures = dict[str, Any]  # name -> number, ready for JSON
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every suite may ask for.
+    """The options of all suites.
 
     Args:
-        directory: where the data are; each suite says which files it looks for.
-        sources: places of single data sets, by name, in place of files in ``directory``.
-        limit: only so many sequences, questions or texts of each part.
-        samples: S, draws per sequence made after q is final.
-        fast_steps: T_fast; what the recipe says under ``evaluation`` when not given.
-        seed: of all noise.
-        shots: worked examples before a question of GSM8K.
+        directory: folder with the data; each suite documents which file names it looks for.
+        sources: data set name -> file or folder, used in place of files in ``directory``.
+        limit: largest number of sequences, questions or texts per part.
+        samples: S, draws per sequence after the fit.
+        fast_steps: T_fast; by default the recipe's ``evaluation.steps``.
+        seed: random seed.
+        shots: worked examples before each question of GSM8K.
         attempts: answers per question of GSM8K.
         features: a run, or a folder with a Hugging Face model, whose hidden states are MAUVE's features.
-        judge: a run under which written text is scored.
+        judge: the run that scores generated texts.
     """
 
     directory: Path | None = None
@@ -40,20 +44,20 @@ class Options:
     features: str | None = None
     judge: str | None = None
 
-    def found(self, name: str, *patterns: str) -> str | None:
-        """The place given for a data set, or what in ``directory`` fits the first pattern that anything fits."""
+    def find(self, name: str, *patterns: str) -> str | None:
+        """The path of a data set: its source, or the first file in ``directory`` that matches the first pattern."""
         if self.sources and (name in self.sources or self.directory is None):
             return self.sources.get(name)
         matches = (path for pattern in patterns for path in sorted(self.folder.rglob(pattern)))
         return next((str(path) for path in matches), None)
 
     def inference(self, run: Run) -> LocalInference:
-        """The run's, of evaluation, with ``fast_steps`` where they are given."""
+        """The run's inference for evaluation, with ``fast_steps`` if given."""
         return run.inference if self.fast_steps is None else replace(run.inference, steps=self.fast_steps)
 
     @property
     def folder(self) -> Path:
-        """``directory``, which must be there."""
+        """``directory``; `UsageError` if it is not given or does not exist."""
         if self.directory is None:
             raise UsageError("The suites need data: give --suite-dir, or --source NAME=PLACE for each data set.")
         if not self.directory.is_dir():
@@ -62,25 +66,41 @@ class Options:
 
 
 class Part(NamedTuple):
-    """One line of a suite's table.
+    """One row of a suite's table.
 
-    ``theirs`` are the figures of arXiv 2502.01567 for its own models, of other sizes and on other data.
+    ``paper`` has the figures that arXiv 2502.01567 prints for its own models, of other sizes and on other data.
     """
 
     name: str
     figures: Callable[[Run], Figures]
-    theirs: Mapping[str, float] = {}
+    paper: Mapping[str, float] = {}
 
 
 class Suite(NamedTuple):
-    """How its parts are found, and which of their figures the table shows first."""
+    """How to find a suite's parts, a one-line description, and which figures are the columns of its table."""
 
     parts: Callable[[Options], list[Part]]
     about: str
-    shown: tuple[str, ...]
+    columns: tuple[str, ...]
 
 
-def none_found(suite: str, expected: str, options: Options) -> UsageError:
-    """No data: which files the suite looks for."""
+class TextScores(NamedTuple):
+    """A run's scores on one text: figures by estimator, the thinking gain ({} if unavailable), counts and reasons."""
+
+    estimates: dict[str, Figures]
+    thinking_gain: Figures
+    counts: Figures
+
+
+def score_text(run: Run, place: str, estimators: Sequence[str], options: Options) -> TextScores:
+    """Evaluates a run on a text file; an estimator that needs a bound is missing if the run has none."""
+    found = evaluate_run(
+        run, place, estimators, options.samples, options.fast_steps, options.limit, options.seed
+    ).as_dict()
+    return TextScores(found.pop("estimates"), found.pop("thinking_gain") or {}, counts=found)
+
+
+def no_data(suite: str, expected: str, options: Options) -> UsageError:
+    """The error for a suite that has found none of its files."""
     place = options.directory or f"--source {', '.join(options.sources or ())}"
     return UsageError(f"{place} has no data for the suite {suite}: it looks for {expected}.")

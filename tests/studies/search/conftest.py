@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from ltm_pyro.data import pack
+from ltm_pyro.studies.search import storage as storages
 from ltm_pyro.studies.search import study as search
-from ltm_pyro.studies.search import trials
 
 DECODER = {"layers": 2, "width": 16, "heads": 2, "thoughts": 2, "window": 4, "length": 16}
 FREE = """
@@ -69,15 +69,15 @@ def study_file(tmp_path):
 @pytest.fixture
 def run(recipe, tmp_path, monkeypatch):
     """Runs a study to the end in this process, its trials in their own; returns what `describe` says."""
-    monkeypatch.setattr(trials, "HEARTBEAT", 1)
-    monkeypatch.setattr(trials, "GRACE", 120)
+    monkeypatch.setattr(storages, "HEARTBEAT", 1)
+    monkeypatch.setattr(storages, "GRACE", 120)
 
     def run_to(total, source, storage="studies.db", repeats=0, memory_gib=None, workers=1, name=None, **planned):
         url = f"sqlite:///{tmp_path / storage}"
         planned = {"budget": "1e9flops", "at_most": {}, "limit": 4, "samples": 2} | planned
         definition, plan = search.prepare(str(source), str(recipe), {}, **planned)
-        workplace = search.Workplace(out=tmp_path / "out", workers=workers, memory_gib=memory_gib)
-        search.run_study(definition, plan, url, name or plan.study, total, workplace, repeats)
+        resources = search.Resources(out=tmp_path / "out", workers=workers, memory_gib=memory_gib)
+        search.run_study(definition, plan, url, name or plan.study, total, resources, repeats)
         return search.describe(url, name or plan.study)
 
     return run_to

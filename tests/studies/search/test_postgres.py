@@ -15,6 +15,7 @@ import pytest
 
 from ltm_pyro.studies.search import study as search
 from ltm_pyro.studies.search import trials
+from ltm_pyro.studies.search.storage import open_existing
 
 TOTAL = 24
 SLOW = """
@@ -29,7 +30,7 @@ def objective(setting):
     return {"bound": setting.parameters.get("model.inference.rate", 1.0)}
 """
 IMPATIENT = (
-    "from ltm_pyro.studies.search import trials; trials.HEARTBEAT, trials.GRACE = 1, 15\n"
+    "from ltm_pyro.studies.search import storage; storage.HEARTBEAT, storage.GRACE = 1, 15\n"
     "from ltm_pyro.cli import main; main()"
 )
 
@@ -69,7 +70,7 @@ def server():
 
 
 def state_counts(url):
-    with trials.existing(url) as storage:
+    with open_existing(url) as storage:
         study = trials.load_study(storage, "slow")
         return [t.state.name for t in study.get_trials(deepcopy=False)]
 

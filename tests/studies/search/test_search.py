@@ -5,12 +5,14 @@ import json
 import pytest
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
+from ltm_pyro.studies.budget import parse_budget
+from ltm_pyro.studies.configure import configure
 from ltm_pyro.studies.search import study as search
 from ltm_pyro.studies.search import trials
-from ltm_pyro.studies.search.budget import parse_budget
 from ltm_pyro.studies.search.definition import SHIPPED, load_definition
-from ltm_pyro.studies.search.objective import NEED_BOUND, Setting, configure, options_of, train_and_score
-from ltm_pyro.studies.search.runner import THINKING, ar_baseline
+from ltm_pyro.studies.search.objective import NEED_BOUND, Setting, options_of, train_and_score
+from ltm_pyro.studies.search.storage import open_storage
 from ltm_pyro.training.recipe import build_module
 from tests.studies.search.conftest import FREE
 
@@ -33,7 +35,7 @@ def test_a_budget_is_an_amount_and_a_unit(text, amount, unit):
 
 
 def test_a_budget_is_the_only_end():
-    seconds, flops = parse_budget("90061s").options, parse_budget("2e13flops").options
+    seconds, flops = parse_budget("90061s").settings, parse_budget("2e13flops").settings
     assert (seconds["trainer.max_time"], seconds["model.max_flops"]) == ("01:01:01:01", None)
     assert (flops["trainer.max_time"], flops["model.max_flops"]) == (None, 2e13)
 
@@ -119,16 +121,16 @@ def test_the_baseline_has_no_prior_and_no_guide_of_its_own(recipe):
     prior = {"model.prior": "ltm_pyro.models.AutoregressivePrior", "model.prior.init_args.layers": 1}
     settings = {**prior, "model.guide": "ltm_pyro.guides.FlowGuide", "data.batch_size": 2}
     found = configure(str(recipe), ar_baseline(settings))
-    assert (found.model.prior.class_path, found.model.guide.class_path) == tuple(THINKING.values())
+    assert (found.model.prior.class_path, found.model.guide.class_path) == tuple(PARTS.values())
     assert (found.model.decoder.init_args.thoughts, found.data.batch_size) == (0, 2)
 
 
 def test_of_two_baselines_made_at_once_the_first_counts(run, study_file, tmp_path):
     found = run(2, study_file(), repeats=0)
     url = f"sqlite:///{tmp_path / 'studies.db'}"
-    with trials.opened(url) as storage:
+    with open_storage(url) as storage:
         checks = trials.load_study(storage, found["study"] + trials.CHECKS)
-        (baseline,) = trials.live(checks)
+        (baseline,) = trials.current_trials(checks)
         about = {key: baseline.user_attrs[key] for key in ("of", "settings of", "role")}
         checks.enqueue_trial({}, user_attrs=about)
     again = search.describe(url, found["study"])

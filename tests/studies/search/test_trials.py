@@ -12,9 +12,11 @@ import pytest
 from optuna.trial import TrialState
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.studies.search import storage as storages
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.runner import Worker
+from ltm_pyro.studies.search.storage import open_storage, without_password
 
 PLAN = Plan(study="s", question="?", space={}, recipe="model:\n  rate: 1\ndata: x", budget="1s", at_most={})
 TROUBLE = """
@@ -84,13 +86,13 @@ def objective(setting):
 
 
 def test_an_interrupted_trial_keeps_its_seed_and_the_others_theirs(run, study_file, monkeypatch):
-    source, listen = study_file(TWICE), Worker._listen
+    source, listen = study_file(TWICE), Worker._process_messages
 
     def interrupted(worker):
-        monkeypatch.setattr(Worker, "_listen", listen)
+        monkeypatch.setattr(Worker, "_process_messages", listen)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Worker, "_listen", interrupted)
+    monkeypatch.setattr(Worker, "_process_messages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(4, source)
     found = run(4, source, repeats=2)
@@ -136,16 +138,16 @@ def url(tmp_path):
 @pytest.fixture
 def study(url, monkeypatch):
     """A study with three waiting trials, in a storage that calls a worker dead after a second of silence."""
-    monkeypatch.setattr(trials, "HEARTBEAT", 1)
-    monkeypatch.setattr(trials, "GRACE", 1)
-    with trials.opened(url) as storage:
+    monkeypatch.setattr(storages, "HEARTBEAT", 1)
+    monkeypatch.setattr(storages, "GRACE", 1)
+    with open_storage(url) as storage:
         study = trials.open_study(storage, "s", PLAN)
-        trials.fill(study, [{}] * 3)
+        trials.enqueue(study, [{}] * 3)
         yield study
 
 
 def claim(study, total=3):
-    return trials.claim(study, lambda: trials.live(study)[:total], seed=0)
+    return trials.claim(study, lambda: trials.current_trials(study)[:total], seed=0)
 
 
 def suggest(trial):
@@ -159,16 +161,16 @@ def test_a_dead_workers_trial_is_tried_again_in_its_place(study):
     again = claim(study)
     assert (again.number, suggest(again)) == (3, x)
     trials.finish(study, again, {"bound": 1.0})
-    kept = [(t.number, t.state) for t in trials.live(study)]
+    kept = [(t.number, t.state) for t in trials.current_trials(study)]
     assert kept == [(3, TrialState.COMPLETE), (1, TrialState.WAITING), (2, TrialState.WAITING)]
-    trials.fill(study, [{}] * 3)
+    trials.enqueue(study, [{}] * 3)
     assert len(study.trials) == 4
 
 
 def test_what_was_interrupted_waits_again_with_its_parameters(study):
     trial = claim(study)
     x = suggest(trial)
-    trials.give_back(study, trial)
+    trials.requeue(study, trial)
     again = claim(study)
     assert (again.number, suggest(again)) == (3, x)
     assert trials.REASON not in again.user_attrs
@@ -182,7 +184,7 @@ def test_a_surplus_of_two_machines_that_fill_at_once_is_never_claimed(study):
 
 
 def test_a_storage_is_made_by_several_at_once(tmp_path):
-    code = "import sys; from ltm_pyro.studies.search import trials\nwith trials.opened(sys.argv[1]): pass"
+    code = "import sys; from ltm_pyro.studies.search.storage import open_storage\nwith open_storage(sys.argv[1]): pass"
     words = [sys.executable, "-P", "-c", code]
     url = f"sqlite:///{tmp_path / 's.db'}"
     workers = [subprocess.Popen([*words, url], stderr=subprocess.PIPE, text=True) for _ in range(3)]
@@ -190,9 +192,9 @@ def test_a_storage_is_made_by_several_at_once(tmp_path):
 
 
 def test_a_trial_is_claimed_by_one_of_many(study, url, monkeypatch):
-    monkeypatch.setattr(trials, "GRACE", 120)
-    trials.fill(study, [{}] * 20)
-    with trials.opened(url) as one, trials.opened(url) as other, ThreadPoolExecutor(2) as pool:
+    monkeypatch.setattr(storages, "GRACE", 120)
+    trials.enqueue(study, [{}] * 20)
+    with open_storage(url) as one, open_storage(url) as other, ThreadPoolExecutor(2) as pool:
         workers = [optuna.load_study(study_name="s", storage=storage) for storage in (one, other)]
         claimed = pool.map(lambda one: [t.number for t in iter(lambda: claim(one, 20), None)], workers)
     assert sorted(itertools.chain(*claimed)) == list(range(20))
@@ -208,12 +210,12 @@ def test_a_trial_is_claimed_by_one_of_many(study, url, monkeypatch):
 )
 def test_another_plan_is_refused(study, url, change, said):
     other = Plan(**PLAN.as_dict() | {"minimise": ("bound",)} | change)
-    with pytest.raises(UsageError, match=re.escape(said)), trials.opened(url) as storage:
+    with pytest.raises(UsageError, match=re.escape(said)), open_storage(url) as storage:
         trials.open_study(storage, "s", other)
 
 
 def test_a_plan_of_another_version_and_a_study_of_others_are_refused(study, url):
-    with trials.opened(url) as storage:
+    with open_storage(url) as storage:
         optuna.create_study(study_name="foreign", storage=storage).enqueue_trial({})
         with pytest.raises(UsageError, match="'foreign' was not made by `ltm study run`"):
             trials.open_study(storage, "foreign", PLAN)
@@ -223,6 +225,6 @@ def test_a_plan_of_another_version_and_a_study_of_others_are_refused(study, url)
 
 
 def test_no_message_tells_a_password():
-    assert trials.shown("postgresql+psycopg://me:secret@db:5432/x") == "postgresql+psycopg://me:***@db:5432/x"
-    assert trials.shown("postgresql+psycopg://me@db/x") == "postgresql+psycopg://me@db/x"
-    assert trials.shown("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert without_password("postgresql+psycopg://me:secret@db:5432/x") == "postgresql+psycopg://me:***@db:5432/x"
+    assert without_password("postgresql+psycopg://me@db/x") == "postgresql+psycopg://me@db/x"
+    assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"

@@ -1,13 +1,13 @@
-"""What every trial of a study may spend on training."""
+"""What every training of a comparison may spend: floating-point operations or seconds."""
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.studies.configure import Values
 
-SPENT = "model.max_flops"  # the recipe's key
+MAX_FLOPS = "model.max_flops"  # the recipe's key
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,11 @@ class Budget:
         return f"{self.amount:.4g}{self.unit}"
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The recipe's keys that make this the training's only end."""
-        days, seconds = divmod(round(self.amount) if self.unit == "s" else 0, 86_400)
-        clock = f"{days:02}:{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    def settings(self) -> Values:
+        """The recipe settings with which a training ends when the budget is spent, and for no other reason."""
         return {
-            SPENT: self.amount if self.unit == "flops" else None,
-            "trainer.max_time": clock if self.unit == "s" else None,
+            MAX_FLOPS: self.amount if self.unit == "flops" else None,
+            "trainer.max_time": max_time(self.amount) if self.unit == "s" else None,
             "trainer.max_steps": -1,
             "trainer.max_epochs": -1,
         }
@@ -46,3 +44,9 @@ def parse_budget(text: str) -> Budget:
     if budget is None or not 1 <= budget.amount < math.inf:
         raise UsageError(f"The budget {text!r} is not an amount of training: give FLOPs (2e13flops) or seconds (120s).")
     return budget
+
+
+def max_time(seconds: float) -> str:
+    """Seconds as Lightning's ``DD:HH:MM:SS``, rounded to whole ones."""
+    days, rest = divmod(round(seconds), 86_400)
+    return f"{days:02}:{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"

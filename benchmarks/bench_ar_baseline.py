@@ -1,11 +1,11 @@
-"""A recipe beside its autoregressive twin at equal training FLOPs: learning curves and honest bounds.
+"""A recipe beside its autoregressive baseline at equal training FLOPs: learning curves and honest bounds.
 
     ltm data pack CORPUS.jsonl --out data/corpus --tokenizer bpe:4096 --seq-len 256
-    python benchmarks/bench_twin.py --data data/corpus --texts ptb.valid.txt wikitext2.valid.txt agnews.jsonl
+    python benchmarks/bench_ar_baseline.py --data data/corpus --texts ptb.valid.txt wikitext2.valid.txt agnews.jsonl
 
 On a CPU this is cpu-small, which brings its own budget of FLOPs: two trainings of some ten minutes on two cores. On a
-CUDA device it is ltm-small for eight minutes, on sequences of 1,024 tokens, and its twin for as many FLOPs. A training
-that was cut off goes on. Writes a dated report and a picture to benchmarks/results/. Without the data it says so.
+CUDA device it is ltm-small for eight minutes, on sequences of 1,024 tokens, and its baseline for as many FLOPs. An
+interrupted training resumes. Writes a dated report and a picture to benchmarks/results/. Without the data it says so.
 Further arguments go to both trainings.
 """
 
@@ -22,6 +22,9 @@ import torch
 
 from ltm_pyro.evaluation.evaluate import evaluate_run
 from ltm_pyro.runs.load import load_run
+from ltm_pyro.studies.ar_baseline import ar_baseline
+from ltm_pyro.studies.budget import max_time
+from ltm_pyro.studies.configure import Values, as_options
 from ltm_pyro.training.recipe import read_recipe
 from ltm_pyro.training.run_directory import read_checkpoint
 from ltm_pyro.training.train import train
@@ -37,26 +40,24 @@ OPTIONS = {  # by device; on CUDA some thousand steps in all
 }
 
 
-def fit(name: str, arguments: argparse.Namespace, *budget: str) -> Path:
+def fit(name: str, arguments: argparse.Namespace, settings: Values) -> Path:
     run = Path(arguments.out or f"runs/{arguments.recipe}", name)
     places = ("--run", str(run), "--data.directory", arguments.data, "--ckpt_path", "last")
-    words = ["--config", str(RECIPES / f"{arguments.recipe}.yaml"), *places, *budget]
+    words = ["--config", str(RECIPES / f"{arguments.recipe}.yaml"), *places, *as_options(settings)]
     return train(read_recipe([*words, *OPTIONS[DEVICE], *arguments.further]))
 
 
 def fit_both(arguments: argparse.Namespace) -> dict[str, Path]:
     """By the recipe's own budget, or the first for some minutes and the second for its FLOPs."""
-    minutes, as_twin = arguments.minutes, ["--model.decoder.init_args.thoughts", "0"]
-    clock = ["--trainer.max_time", f"00:{minutes // 60:02}:{minutes % 60:02}:00"] if minutes else []
-    ours = fit("latent-thought", arguments, *clock)
+    minutes, baseline = arguments.minutes, ar_baseline()
+    latent_thought = fit("latent-thought", arguments, {"trainer.max_time": max_time(60 * minutes)} if minutes else {})
     if minutes:
-        as_twin += ["--model.max_flops", str(read_checkpoint(ours)["state_dict"]["flops"].item())]
-    ar_baseline = fit("autoregressive", arguments, *as_twin)
-    return {"Latent-Thought": ours, "autoregressive": ar_baseline}
+        baseline["model.max_flops"] = read_checkpoint(latent_thought)["state_dict"]["flops"].item()
+    return {"Latent-Thought": latent_thought, "autoregressive": fit("autoregressive", arguments, baseline)}
 
 
 def curve(run: Path) -> list[tuple[float, float]]:
-    """Held-out nats per token over FLOPs spent: validation rows stand behind the training row of their step."""
+    """Held-out nats per token over FLOPs spent: validation rows follow the training row of their step."""
     points, spent = [], 0.0
     with (run / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -66,7 +67,7 @@ def curve(run: Path) -> list[tuple[float, float]]:
     return points
 
 
-def draw(runs: dict[str, Path], title: str, path: Path) -> None:
+def plot_curves(runs: dict[str, Path], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -115,9 +116,9 @@ def main() -> None:
     runs, title = fit_both(arguments), f"{arguments.recipe} at equal FLOPs"
     report = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{arguments.recipe}.md"
     report.parent.mkdir(exist_ok=True)
-    draw(runs, title, report.with_suffix(".png"))
-    command = shlex.join(["python", "benchmarks/bench_twin.py", *sys.argv[1:]])
-    heading = [f"# {arguments.recipe} beside its autoregressive twin", "", f"`{command}`", ""]
+    plot_curves(runs, title, report.with_suffix(".png"))
+    command = shlex.join(["python", "benchmarks/bench_ar_baseline.py", *sys.argv[1:]])
+    heading = [f"# {arguments.recipe} beside its autoregressive baseline", "", f"`{command}`", ""]
     heading += [f"{platform.machine()}, {device}; nats per token of the honest bound, 8 draws.", ""]
     lines = [*heading, *table(runs, [None, *arguments.texts], arguments.limit), "", f"![curves]({report.stem}.png)", ""]
     report.write_text("\n".join(lines), "utf-8")

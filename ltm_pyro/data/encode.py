@@ -1,0 +1,124 @@
+"""From text to tokens and from tokens to a `Batch`, in one place.
+
+`END_OF_TEXT` is appended to every document and never to a prompt or a context, which may go on. A text therefore has
+the same tokens, and the same posterior, wherever it is packed, scored or analysed.
+Shapes: B sequences, T tokens.
+"""
+
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt
+from tokenizers import Tokenizer
+
+from ltm_pyro.contracts import Batch, make_batch
+from ltm_pyro.data.documents import Document
+from ltm_pyro.data.tokenizer import end_of_text, token_dtype
+from ltm_pyro.errors import UsageError
+
+Tokens = Sequence[int]  # of one text, or of a part of it
+_PIECE = 2**16  # characters; the library needs over 100 bytes of memory for each while it encodes
+_BATCH = 2**19  # characters encoded in parallel
+_AHEAD = 2  # batches encoded while earlier ones are cut
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a whole text, `END_OF_TEXT` last."""
+    return [*encode_prompt(tokenizer, text), end_of_text(tokenizer)]
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a prompt, a context or a continuation: of text that may go on, so without `END_OF_TEXT`."""
+    pieces = (tokenizer.encode(piece, add_special_tokens=False) for piece in text_pieces(text))
+    return [token for piece in pieces for token in piece.ids]
+
+
+class Encoded(NamedTuple):
+    """A piece of document ``number`` as tokens; `END_OF_TEXT` follows the document's last piece."""
+
+    number: int
+    document: Document
+    tokens: UInt[np.ndarray, " n"]
+
+
+def encode_documents(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """`encode_document` for numbered documents, piece by piece in order and in bounded memory.
+
+    The next batches are encoded on all cores while the caller uses earlier ones.
+    """
+    end, dtype = end_of_text(tokenizer), token_dtype(tokenizer)
+    waiting: deque = deque()
+
+    def finish() -> Iterator[Encoded]:
+        batch, encoding = waiting.popleft()
+        for piece, found in zip(batch, encoding.result(), strict=True):
+            yield Encoded(piece.number, piece.document, np.array(found.ids + [end] * piece.is_last, dtype))
+
+    with ThreadPoolExecutor(1) as pool:  # the library releases the interpreter's lock, and uses all cores itself
+        for batch in _batches(documents):
+            texts = [piece.text for piece in batch]
+            waiting.append((batch, pool.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)))
+            if len(waiting) > _AHEAD:
+                yield from finish()
+        while waiting:
+            yield from finish()
+
+
+class _Piece(NamedTuple):
+    """A piece of document ``number``, and whether it is the document's last."""
+
+    number: int
+    document: Document
+    text: str
+    is_last: bool
+
+
+def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    size = 0
+    for number, document in documents:
+        *init, last = text_pieces(document.text)
+        named = document._replace(text="")  # so that the text is freed once it is encoded
+        for text in (*init, last):
+            batch.append(_Piece(number, named, text, text is last))
+            size += len(text)
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def text_pieces(text: str) -> Iterator[str]:
+    """``text`` in pieces of about 65,000 characters, cut at single spaces, where byte-level BPE cuts as well."""
+    start = 0
+    while space := _SPACE.search(text, start + _PIECE):
+        yield text[start : space.start()]
+        start = space.start()
+    yield text[start:]
+
+
+def split_tokens(tokens: Tokens, length: int) -> list[Tokens]:
+    """The tokens of a text in rows of at most ``length``."""
+    return [tokens[first : first + length] for first in range(0, len(tokens), length)]
+
+
+def batch_of_rows(
+    rows: Sequence[Tokens], start_token: int, length: int, device: torch.device | str = "cpu", pad_to: int = 1
+) -> Batch:
+    """A `Batch` of B rows of tokens, padded on the right to the longest row and to at least ``pad_to`` tokens.
+
+    Args:
+        length: of the model; `UsageError` if a row is longer.
+    """
+    lengths_B = torch.tensor([len(row) for row in rows])
+    if (longest := int(lengths_B.max())) > length:
+        raise UsageError(f"A text has {longest} tokens, but the model's length is {length}: shorten it.")
+    padded = [[*row, *[start_token] * (max(longest, pad_to) - len(row))] for row in rows]
+    return make_batch(torch.tensor(padded), lengths_B, start_token).to(device)

@@ -1,0 +1,126 @@
+"""The `model` part of a recipe, and what it builds: loading a run needs this file and none that trains."""
+
+import re
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, NamedTuple, cast
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
+from pyro.nn import PyroModule
+from torch import nn
+from yaml import YAMLError
+
+from ltm_pyro.contracts import Guide, Model, ThoughtShape
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.training import plugins
+from ltm_pyro.training.old_recipe_keys import dotted_keys, refuse_old_keys
+
+DEFAULTS = {  # by dotted path: this room imports no model and no guide
+    "model.decoder": {"class_path": "ltm_pyro.models.Decoder"},
+    "model.prior": {"class_path": "ltm_pyro.models.GaussianPrior"},
+    "model.joint": {"class_path": "ltm_pyro.models.LatentThoughtModel"},
+    "model.guide": {"class_path": "ltm_pyro.guides.MeanField"},
+}
+TRAINING_KEYS = ("slow", "curriculum", "max_flops", "keep_local", "on_nonfinite")  # of `model`, not read to load a run
+
+
+class BuiltModel(NamedTuple):
+    """What the `model` part of a recipe describes."""
+
+    model: Any  # p(x, z), a `TextModel`
+    guide: Guide  # q(z | x)
+    inference: LocalInference  # while training
+    evaluation: LocalInference  # while validating and afterwards
+
+
+def build_model(
+    decoder: Callable[[int], nn.Module],
+    prior: Callable[[ThoughtShape], PyroModule],
+    joint: Callable[[PyroModule, nn.Module], PyroModule],
+    guide: Callable[[Model], Guide],
+    inference: LocalInference = LocalInference(),  # noqa: B008 - frozen
+    evaluation: LocalInference = LocalInference(steps=32, rate=0.1),  # noqa: B008
+    vocabulary: int | None = None,
+    compile: bool = False,
+) -> BuiltModel:
+    """Builds decoder, prior, joint model and guide, in this order.
+
+    Args:
+        decoder: makes p(x | z)'s network for a vocabulary.
+        prior: makes p(z) for a `ThoughtShape`.
+        joint: makes the Pyro model from prior and decoder, and checks the prior (`ltm_pyro.inference.check_prior`).
+        guide: makes q's family for the model.
+        inference: local inference while training.
+        evaluation: local inference while validating, and the default of ``ltm evaluate``.
+        vocabulary: V; the data's when not given.
+        compile: lets torch compile the decoder: a minute at the start, a fifth to a half faster afterwards.
+
+    Raises:
+        UsageError: there is no vocabulary, or prior and guide cannot be built.
+    """
+    if vocabulary is None:
+        raise UsageError("The model has no vocabulary: set `model.vocabulary`, or give packed data.")
+    network = decoder(vocabulary)
+    if compile:
+        network.compile()
+    model: Any = joint(prior(cast(ThoughtShape, network.thought_shape)), network)
+    return BuiltModel(model, guide(model), inference, evaluation)
+
+
+def build_from_recipe(config: Namespace) -> BuiltModel:
+    """Builds the model of a configuration, whose other keys are not read."""
+    names = signature(build_model).parameters
+    part = Namespace(model=Namespace({name: config.model[name] for name in names}))
+    return build_model(**vars(_model_parser().instantiate(part).model))
+
+
+def parse_model(recipe: str, source: object) -> Namespace:
+    """The keys `model` and ``data.directory`` of a run's recipe; those that only training reads are left out.
+
+    Args:
+        recipe: as `ltm_pyro.training.recipe.dump_recipe` wrote it.
+        source: the run, for error messages.
+
+    Raises:
+        UsageError: a key has been renamed or is not known, or a class or file that the recipe names is missing.
+    """
+    try:
+        content = plugins.load(recipe)
+        refuse_old_keys(dotted_keys(content), source)
+        model = {name: value for name, value in content["model"].items() if name not in TRAINING_KEYS}
+        return _model_parser().parse_object({"model": model, "data": {"directory": content["data"]["directory"]}})
+    except ArgumentError as error:
+        raise UsageError(complaint(str(error))) from None
+    except (YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"The recipe of {source} cannot be read ({error!r}): give a run that is whole.") from None
+
+
+def _model_parser() -> ArgumentParser:
+    set_loader("recipe", load_recipe, exceptions=(YAMLError,))
+    parser = ArgumentParser(exit_on_error=False, parser_mode="recipe")
+    parser.add_function_arguments(build_model, "model")
+    parser.add_argument("--data.directory", type=str)
+    parser.set_defaults(DEFAULTS)
+    return parser
+
+
+def load_recipe(text: str) -> Any:
+    """YAML in which every ``file.py:Name`` is imported; `UsageError` for old keys."""
+    content = plugins.load(text)
+    refuse_old_keys(dotted_keys(content))
+    return content
+
+
+def complaint(message: str) -> str:
+    """jsonargparse's message in one sentence: the key, its value, and what was expected there."""
+    message = " ".join(message.split())
+    found = re.fullmatch(
+        r'(?:Parser key "(?P<key>[^"]*)": )?(?P<problem>.*?)(?:\.? (?:Got|Given) value: (?P<value>.*))?', message
+    )
+    key, problem, value = found.group("key", "problem", "value") if found else (None, message, None)
+    problem = problem.rsplit(" expects a function or a callable class: ", 1)[-1]
+    if expected := re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", problem):
+        problem = f"expected {' or '.join(dict.fromkeys(a or b for a, b in expected))}"
+    place = f"{key} = {value}: " if key and value else f"{key}: " if key else ""
+    return f"{place}{problem.rstrip('.')}; `ltm fit --help` lists every key and its values."

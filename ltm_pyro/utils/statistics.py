@@ -1,0 +1,55 @@
+"""Standard errors of a mean and of a ratio, over independent examples (sequences, passages, texts).
+
+Shapes: N examples, any further axes.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Values = Tensor | np.ndarray
+
+
+def standard_error(values: Values, axis: int = 0) -> Any:
+    r"""The standard error of the mean of N independent values, with Bessel's correction.
+
+    .. math:: \mathrm{se}(\bar x) = \sqrt{\frac{1}{N (N - 1)} \sum_{n=1}^N (x_n - \bar x)^2}
+
+    Args:
+        values: numbers or truth values; with further axes, every series has a standard error of its own.
+        axis: that of the N examples.
+
+    Returns:
+        Of the same library as the values, in their shape without ``axis`` and in their unit; NaN if N is 1.
+    """
+    return _standard_deviation(values, axis) / math.sqrt(values.shape[axis])
+
+
+def ratio_standard_error(numerators: Values, denominators: Values) -> Any:
+    r"""The standard error of a ratio of two sums over N independent examples, by linearisation.
+
+    .. math:: R = \frac{\sum_n a_n}{\sum_n b_n}, \qquad
+        \mathrm{se}(R) = \frac{\sqrt N}{\sum_n b_n} \sqrt{\frac{1}{N - 1} \sum_{n=1}^N (a_n - R\, b_n)^2}
+
+    Such as nats per token of sequences that differ in length, or the share of tokens that are right.
+
+    Args:
+        numerators: a, (N, …); with further axes, every ratio has a standard error of its own.
+        denominators: b, (N,), above 0.
+
+    Returns:
+        Of the same library, in the shape of one numerator and in the ratio's unit; NaN if N is 1. Source: Cochran,
+        Sampling Techniques (1977), section 2.11.
+    """
+    total = denominators.sum()
+    ratio = numerators.sum(0) / total
+    residuals = numerators - ratio * denominators.reshape(-1, *[1] * (numerators.ndim - 1))
+    return _standard_deviation(residuals, 0) * math.sqrt(len(numerators)) / total
+
+
+def _standard_deviation(values: Values, axis: int) -> Any:
+    if values.shape[axis] < 2:  # torch and numpy would give NaN as well, with a warning
+        return values.sum(axis) * math.nan
+    return values.std(axis, correction=1) if isinstance(values, Tensor) else values.std(axis, ddof=1)

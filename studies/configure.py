@@ -1,0 +1,27 @@
+"""Recipe settings, as every study writes them: a recipe with some of its keys changed."""
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from jsonargparse import Namespace
+
+from ltm_pyro.training.recipe import read_recipe
+
+Values = dict[str, Any]  # such as dotted recipe keys and their values
+
+
+def recipe_file(name: str) -> str:
+    """The path of a recipe that comes with the studies."""
+    return str(files("ltm_pyro.studies") / "recipes" / name)
+
+
+def as_options(settings: Mapping[str, Any]) -> list[str]:
+    """Recipe settings as options of `ltm fit`: ``--KEY=VALUE``, values that are not text as JSON."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+
+
+def configure(recipe: str, settings: Mapping[str, Any]) -> Namespace:
+    """A recipe with some keys changed; `UsageError` names a key that it does not have."""
+    return read_recipe(["--config", recipe, *as_options(settings)])
