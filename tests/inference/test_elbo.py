@@ -181,10 +181,10 @@ def test_scale_handlers_count_as_in_pyro(fitted, estimator, scale_of_q):
     scaled, scaled_guide = ScaledModel(model.prior, model.decoder), ScaledGuide(model)
     pyro.set_rng_seed(3)
     theirs = estimator().loss(scaled, LocalPosterior(scaled_guide, state), batch)
-    found = {}
+    found, draws = {}, Draws(kl="path" if estimator is Trace_ELBO else "exact")
     for name, pair in {"plain": (model, guide), "scaled": (scaled, scaled_guide)}.items():
         pyro.set_rng_seed(3)
-        found[name] = elbo_terms(*pair, batch, state.parameters, Draws(kl="path" if estimator is Trace_ELBO else "exact"))
+        found[name] = elbo_terms(*pair, batch, state.parameters, draws)
     assert -found["scaled"].elbo_B.sum().item() == pytest.approx(theirs, abs=1e-9)
     torch.testing.assert_close(found["scaled"].log_likelihood_B, 0.1 * found["plain"].log_likelihood_B)
     if scale_of_q == 0.1:
