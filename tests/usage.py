@@ -42,6 +42,7 @@ CLASSES = {  # class -> the key of a recipe below which its arguments are
     "Curriculum": "model.curriculum",
     "PackedData": "data",
 }
+FILLED_IN = {"model.seed", "data.seed"}  # from seed_everything
 GIVEN = {"shape", "model", "args", "kwargs"}  # what training gives to a prior or a guide
 
 
@@ -74,7 +75,7 @@ def recipe_keys() -> list[str]:
     from ltm_pyro.inference.state import Stop
     from ltm_pyro.training.recipe import recipe_parser
 
-    keys = {action.dest for action in recipe_parser()._actions} - {"help", "config", "print_config"}
+    keys = {action.dest for action in recipe_parser()._actions} - {"help", "config", "print_config"} - FILLED_IN
     keys = {key for key in keys if not key.endswith(".help") and not key.startswith(("trainer", "model.evaluation."))}
     keys |= {f"model.decoder.{name}" for name in inspect.signature(models.Decoder).parameters}
     keys |= {f"model.inference.stop.{name}" for name in inspect.signature(Stop).parameters}
