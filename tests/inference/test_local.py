@@ -1,6 +1,8 @@
 """Local inference: the ladder from exact start to known posterior, and what it must leave alone."""
 
+import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from ltm_pyro.contracts import Init, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FullCovariance, MeanField
 from ltm_pyro.guides.full_covariance import scale_tril
-from ltm_pyro.inference.local import fast_updates, infer_local, init, step, training_loss
+from ltm_pyro.inference.local import fast_updates, infer_local, init, run_steps, step, training_loss
 from ltm_pyro.inference.optimizers import OPTIMIZERS
 from ltm_pyro.inference.state import LocalInference, Stop
 from ltm_pyro.models import LinearGaussianModel
@@ -245,3 +247,14 @@ def test_one_update_moves_all_local_parameters(tiny_model, tiny_batch, monkeypat
     state, _ = infer_local(model, MeanField(model), tiny_batch(), LocalInference(steps=3))
     assert calls == [(3, 2 * 2 * 3 * 8)] * 3  # means and log-variances side by side
     assert all(x.is_contiguous() for x in state.parameters.values())
+
+
+@pytest.mark.parametrize("function", [step, run_steps])
+def test_the_documents_quote_algorithm_1(function):
+    """docs/local-inference.md shows the function as it is, without its docstring, and it fits on one screen."""
+    source = inspect.getsource(inspect.unwrap(function))
+    code, _, rest = source.partition('    r"""' if '    r"""' in source else '    """')
+    quoted = code + rest.partition('"""\n')[2]
+    documents = Path(__file__).resolve().parents[2] / "docs" / "local-inference.md"
+    assert quoted in documents.read_text("utf-8")
+    assert quoted.count("\n") <= 40
