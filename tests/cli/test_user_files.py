@@ -230,7 +230,7 @@ def test_compare_refuses_before_it_trains(recipe, corpus, ltm, refused, elsewher
 
 
 def test_a_comparison_has_no_figure_that_json_lacks(recipe, ltm, elsewhere):
-    code, out, err = ltm("compare", "--config", recipe, "--minutes", 0.02, "--samples", 2, "--limit", 1, "--json")
+    code, out, err = ltm("compare", "--config", recipe, "--minutes", 0.08, "--samples", 2, "--limit", 1, "--json")
     assert code == 0, err
     rows = json.loads(out, parse_constant=pytest.fail)["rows"]
     assert [row["stderr"] for row in rows] == [None, None]  # one sequence has none

@@ -87,7 +87,7 @@ def test_laplace_sees_one_draw_of_what_sequences_share():
     batch = model.draw(2)
     with fix_global_draws(model, 0):
         state, _ = infer_local(model, Laplace(model), batch, LocalInference(steps=200, rate=0.1))
-        stretched_TN = model.matrix_TN * model.prior.scale.held.flatten()
+        stretched_TN = model.matrix_TN * model.prior.scale().flatten()
     precision_NN = torch.eye(3) + stretched_TN.T @ stretched_TN / model.noise**2
     torch.manual_seed(1)
     factor = Laplace(model).finalize(model, batch, {"z_unit_loc": state.parameters["z_unit_loc"]}, 1, 0.1)[

@@ -38,7 +38,7 @@ WHOLE = {
     "score": lambda run: score(run, [TEXT], Scoring(samples=2)),
     "draw_posterior": lambda run: draw_posterior(run, [TEXT], DrawOptions(samples=25)),
     "interpolate": lambda run: interpolate(run, (TEXT, TEXT), 2, Sampling(max_new_tokens=1)),
-    "features": lambda run: features.of_run(run)([TEXT], 0),
+    "features": lambda run: features.run_extractor(run)([TEXT], 0),
 }
 BEGUN = {
     "generate": lambda run: generate(run, TEXT, Sampling(max_new_tokens=1)),
