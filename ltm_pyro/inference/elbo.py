@@ -82,12 +82,8 @@ def elbo_terms(
     antithetic = Antithetic() if draws.antithetic else nullcontext()
     particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
     with no_param_store():
-        with (
-            full_precision(batch.inputs_BT),
-            antithetic,
-            particles,
-            poutine.trace() as q,
-        ):  # antithetic is outside the plate
+        # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
+        with full_precision(batch.inputs_BT), antithetic, particles, poutine.trace() as q:
             guide(batch, local)
         with particles, poutine.trace() as p, poutine.replay(trace=q.trace):
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
