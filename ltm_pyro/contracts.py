@@ -1,4 +1,4 @@
-"""What models, priors and guides agree on: names of sites and plates, shapes, and the batch they share.
+"""The interfaces of priors, models, decoders and guides; the names of sites and plates; the batch.
 
 Shapes, here and everywhere: B sequences, T tokens, L layers, K thoughts per layer, D width, V vocabulary, S posterior
 samples (particles), N fast steps. A tensor carries its axes as a suffix: ``z_BLKD``.
@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 
 from ltm_pyro.errors import UsageError
 
-Z = "z"  # the usual site name of the thoughts; a prior may have others
+Z = "z"  # the usual name of the site of the thoughts; a prior may use other names
 TOKENS = "tokens"  # the observed site
 SEQUENCES = "sequences"  # the plate of one batch, dim -1
 PARTICLES = "particles"  # the plate of posterior samples, dim -2
@@ -47,11 +47,11 @@ class ThoughtShape(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B sequences of T tokens; ``inputs_BT`` is ``targets_BT`` shifted right behind the start token.
+    """B sequences of T tokens; ``inputs_BT`` is the start token, then ``targets_BT`` without its last token.
 
-    Every token that ``mask_BT`` keeps is scored exactly once; padding never changes a sequence's terms.
-    ``bytes_B`` counts the UTF-8 bytes of the text behind the targets, for bits per byte. ``stem_BTD`` holds what the
-    model computes once per batch because it does not depend on z.
+    Every token whose mask is True is scored exactly once; padding never changes a sequence's ELBO. ``bytes_B`` is the
+    number of UTF-8 bytes of the targets' text, for bits per byte. ``stem_BTD`` is the part of the network's activations
+    that does not depend on z, computed once per batch.
     """
 
     inputs_BT: Int[Tensor, "B T"]
@@ -62,14 +62,14 @@ class Batch(NamedTuple):
     stem_BTD: Float[Tensor, "B T D"] | None = None
 
     def crop(self, first: int, last: int) -> "Batch":
-        """The tokens up to ``last``, scored from ``first`` on; what comes later is not even read."""
-        kept_T = torch.arange(last, device=self.mask_BT.device) >= first
+        """The first ``last`` tokens, of which those from position ``first`` on are scored."""
+        scored_T = torch.arange(last, device=self.mask_BT.device) >= first
         stem_BTD = None if self.stem_BTD is None else self.stem_BTD[:, :last]
         inputs_BT, targets_BT, mask_BT = (x[:, :last] for x in self[:3])
-        return self._replace(inputs_BT=inputs_BT, targets_BT=targets_BT, mask_BT=mask_BT & kept_T, stem_BTD=stem_BTD)
+        return self._replace(inputs_BT=inputs_BT, targets_BT=targets_BT, mask_BT=mask_BT & scored_T, stem_BTD=stem_BTD)
 
     def select(self, index_B: Int[Tensor, " b"]) -> "Batch":
-        """Some of the sequences."""
+        """The sequences at the given indices."""
         return Batch._make(x if x is None else x[index_B] for x in self)
 
     @property
@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
     @property
     def tokens_B(self) -> Int[Tensor, " B"]:
-        """How many tokens of each sequence are scored."""
+        """The number of scored tokens of each sequence."""
         return self.mask_BT.sum(-1)
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -94,7 +94,7 @@ def make_batch(
     ids_B: Int[Tensor, " B"] | None = None,
     bytes_B: Int[Tensor, " B"] | None = None,
 ) -> Batch:
-    """A `Batch` of right-padded token rows: inputs shifted right behind ``start_token``, mask from ``lengths_B``."""
+    """A `Batch` of right-padded token rows: the inputs start with ``start_token``, ``lengths_B`` gives the mask."""
     if tokens_BT.dim() != 2 or tokens_BT.is_floating_point() or lengths_B.shape != tokens_BT.shape[:1]:
         raise UsageError(
             f"A batch needs whole-number tokens of shape (B, T) and B lengths, got {tokens_BT.dtype} of shape "
@@ -116,42 +116,42 @@ class Prior(Protocol):
     """p(z): any `pyro.sample` statements that together return ``z_BLKD`` inside the plate of sequences."""
 
     def __call__(self) -> Float[Tensor, "... L K D"]:
-        """Samples the thoughts of every sequence of the surrounding plate."""
+        """Samples the thoughts of every sequence of the enclosing plate."""
         ...
 
 
 @runtime_checkable
 class Model(Protocol):
-    """p(x, z): a Pyro model of one batch. `sample_prior` samples z; calling the model also observes the tokens."""
+    """p(x, z): a Pyro model of one batch. `sample_prior` samples z only; a call samples z and observes the tokens."""
 
     def sample_prior(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples z for ``size`` sequences inside the plate `SEQUENCES`."""
         ...
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with whatever does not depend on z computed once (``stem_BTD``); may return it unchanged."""
+        """The batch with ``stem_BTD``, the activations that do not depend on z; may return the batch unchanged."""
         ...
 
     def __call__(self, batch: Batch) -> Any:
         """Samples z, then observes ``batch.targets_BT`` at the site `TOKENS`.
 
-        A model that trains without its thoughts at first (``inference.use_thoughts`` False) also takes
+        A model that can first train without thoughts (``inference.use_thoughts`` False) also accepts
         ``use_thoughts=False``: the tokens then do not depend on z.
         """
         ...
 
     def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> Any:
-        """p(x | z), the distribution at the site `TOKENS`."""
+        """p(x | z), the distribution of the site `TOKENS`."""
         ...
 
     def observed(self, batch: Batch) -> Any:
-        """x, the value at the site `TOKENS`."""
+        """x, the value of the site `TOKENS`."""
         ...
 
     training: bool
 
     def train(self, mode: bool = True) -> Any:
-        """Training or evaluation mode, as of every `torch.nn.Module`."""
+        """Switches between training and evaluation mode, as `torch.nn.Module.train` does."""
         ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -159,7 +159,7 @@ class Model(Protocol):
         ...
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """All parts, as of every `torch.nn.Module`."""
+        """All submodules, as `torch.nn.Module.modules` gives them."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -169,11 +169,10 @@ class Model(Protocol):
 
 @runtime_checkable
 class Decoder(Protocol):
-    """The network of p(x | z): tokens and thoughts in, hidden states out, logits from hidden states.
+    """The network of p(x | z): maps tokens and thoughts to hidden states, and hidden states to logits.
 
-    Nothing here says that position t predicts the token behind it, nor that there are thoughts: a network without
-    latent variables has ``thought_shape.thoughts`` 0 and takes None for z. What writes token by token is a
-    `CachedDecoder`.
+    It need not be autoregressive, and it need not have thoughts: a network without latent variables has
+    ``thought_shape.thoughts`` 0 and takes None as z. A decoder that generates token by token is a `CachedDecoder`.
     """
 
     vocabulary: int
@@ -181,34 +180,34 @@ class Decoder(Protocol):
     thought_shape: ThoughtShape
 
     def stem(self, inputs_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """The part of the network that z does not enter."""
+        """The part of the network that does not depend on z."""
         ...
 
     def __call__(
         self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"] | None
     ) -> Float[Tensor, "... B T D"]:
-        """The last hidden states, for every particle of z; without cross-attention if z is None."""
+        """The final hidden states, for every particle of z; without cross-attention if z is None."""
         ...
 
     def logits(self, hidden_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
-        """Unnormalised log-probabilities of all tokens."""
+        """Unnormalised log-probabilities of the whole vocabulary."""
         ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """All parameters, those that are shared once."""
+        """All parameters; a shared parameter appears once."""
         ...
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """All parts, as of every `torch.nn.Module`."""
+        """All submodules, as `torch.nn.Module.modules` gives them."""
         ...
 
 
 @runtime_checkable
 class CachedDecoder(Decoder, Protocol):
-    """A `Decoder` whose position t predicts the next token, and that can therefore write one token after another."""
+    """An autoregressive `Decoder` with a key/value cache: position t predicts token t + 1."""
 
     def init_cache(self, z_BLKD: Float[Tensor, "B L K thought"]) -> Any:
-        """The key/value cache of B rows that hold no token yet."""
+        """An empty key/value cache for B rows."""
         ...
 
     def decode_step(
@@ -218,12 +217,12 @@ class CachedDecoder(Decoder, Protocol):
         lengths_B: Int[Tensor, " B"] | None = None,
         compile: bool = False,
     ) -> Float[Tensor, "B D"]:
-        """The hidden state behind the last of each row's new tokens, which are added to the cache in place."""
+        """The hidden state at the last new token of each row; the new tokens are added to the cache in place."""
         ...
 
 
 class TextModel(Model, Protocol):
-    """A `Model` made of a prior and a decoder: what a recipe describes and a run holds."""
+    """A `Model` that consists of a prior and a decoder: a recipe describes one, a run contains one."""
 
     prior: Any
     decoder: CachedDecoder
@@ -231,11 +230,11 @@ class TextModel(Model, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """How q is initialised: Gaussian guides at the prior's mean, or at 0 if that has no closed form.
+    """The initial q: a Gaussian guide starts at the prior's mean, or at 0 if the mean has no closed form.
 
     Args:
-        log_var: log-variance relative to the prior's; 0 is the prior's own, −5 the published code's narrow q.
-        jitter: standard deviation of noise on the means, in prior standard deviations.
+        log_var: log of q's variance divided by the prior's; 0 is the prior's variance, −5 the published code's.
+        jitter: standard deviation of the noise added to the means, in prior standard deviations.
     """
 
     log_var: float = 0.0
@@ -243,38 +242,41 @@ class Init:
 
 
 class Guide(ABC):
-    """q(z | x): one variational family, made for a model. It stores nothing: parameters come in and go out.
+    """q(z | x): a variational family, created for a model. It stores no local parameters: they are arguments.
 
-    A family with global parameters, such as an encoder, is a `torch.nn.Module` as well; the slow step trains it, and
-    checkpoints hold it.
+    A family with global parameters, such as an encoder, is also a `torch.nn.Module`: the slow step trains it, and it is
+    saved in checkpoints.
     """
 
-    has_density: ClassVar[bool] = True  # False for a point or a sampler's last position: then there is no bound
-    uses_fast_steps: ClassVar[bool] = True  # False if `finalize` alone finds q
+    has_density: ClassVar[bool] = True  # False for a point estimate or a sampler's last state: there is no bound
+    uses_fast_steps: ClassVar[bool] = True  # False if `finalize` alone computes q
 
     @abstractmethod
     def __init__(self, model: Model) -> None: ...
 
     @abstractmethod
     def init(self, sites: Mapping[str, Distribution], init: Init) -> LocalParameters:
-        """Initial local parameters for the prior's sites (name to distribution, batch shape (B,))."""
+        """Initial local parameters for the prior's sites (distributions by name, batch shape (B,))."""
 
     @abstractmethod
     def __call__(self, batch: Batch, local: LocalParameters) -> Any:
         """Samples every latent site from q inside the plate `SEQUENCES`."""
 
     def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
-        """q after the last fast step, for families that add to what the fast steps found. The model is frozen.
+        """q after the last fast step, for families that need a computation after it. The model is frozen.
+
+        It is not called if ``steps`` is 0, which leaves q at its initial value.
 
         Args:
-            steps, rate: of local inference; not called if ``steps`` is 0, which leaves q at its initial value.
+            steps: number of fast steps of local inference.
+            rate: learning rate of local inference.
         """
         return local
 
     def finalize_cost(self, steps: int) -> int:
-        """How many gradients of log p(x, z) `finalize` computes after ``steps`` fast steps: its cost."""
+        """The cost of `finalize` after ``steps`` fast steps: the number of gradients of log p(x, z) it computes."""
         return 0
 
     def natural_gradient(self, local: LocalParameters, gradients: LocalParameters) -> LocalParameters:
-        """F⁻¹ ∇, the natural gradient, F the Fisher information of q (Amari 1998)."""
+        """F⁻¹ ∇, the natural gradient, where F is the Fisher information of q (Amari 1998)."""
         raise UsageError(f"{type(self).__name__} has no natural gradient: choose the optimizer adam, adamw or sgd.")

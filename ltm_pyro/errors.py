@@ -1,5 +1,5 @@
-"""The one error of a user's making; importable without torch."""
+"""The exception for user errors; importable without torch."""
 
 
 class UsageError(ValueError):
-    """What a user can get wrong: one sentence with the value and the way out; the command line exits with 2."""
+    """A user error: the message is one sentence with the bad value and a way out; the command line exits with 2."""

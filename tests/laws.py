@@ -1,4 +1,4 @@
-"""Every prior and every guide, small, for the tests of what all of them obey."""
+"""All priors and guides in small sizes, for the tests of properties that every one of them must have."""
 
 import torch
 
@@ -31,13 +31,13 @@ PAIRS = [(prior, "MeanField") for prior in PRIORS] + [("HierarchicalPrior", guid
 
 
 def make_prior(name, shape=None):
-    """A prior whose parameters are off their first values, so that nothing holds by being zero."""
+    """A prior with perturbed parameters, so that no property holds only because a parameter is zero."""
     prior = getattr(models, name.split()[0])(shape or ThoughtShape(2, 1, 2), **PRIORS[name])
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
         if name == "SparsePrior":
-            prior.scale.log_scale.fill_(-30.0)  # its scales stand still at their medians
+            prior.scale.log_scale.fill_(-30.0)  # q of the scales is a point at their medians
     return prior
 
 

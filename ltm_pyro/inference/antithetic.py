@@ -1,4 +1,4 @@
-"""How z is drawn in the fast loop, as Pyro handlers: once more for every step, the same again, or in mirrored pairs."""
+"""Antithetic sampling as a Pyro handler."""
 
 from typing import Any
 
@@ -19,31 +19,28 @@ from ltm_pyro.errors import UsageError
 
 
 class Antithetic(Messenger):
-    """Draws of a Gaussian guide in mirrored pairs: the second half of the particles is 2μ − z of the first half.
+    """Draws from a Gaussian guide in antithetic pairs: the second half of the particles is 2μ − z of the first half.
 
-    Everything odd in z − μ then cancels exactly in an average over particles.
+    The average over particles of any odd function of z − μ is then exactly 0.
     """
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         plates = {frame.name for frame in msg["cond_indep_stack"]}
         if plates >= {PARTICLES, SEQUENCES} and msg["value"] is None:
-            msg["value"] = mirrored(msg["fn"], msg["name"])
+            msg["value"] = antithetic_sample(msg["fn"], msg["name"])
 
 
-def mirrored(fn: Distribution, name: str) -> Tensor:
-    """A reparameterised draw whose second half along axis 0 mirrors the first half."""
+def antithetic_sample(fn: Distribution, name: str) -> Tensor:
+    """A reparameterised sample whose second half along axis 0 is the first half mirrored at the mean."""
     if isinstance(fn, TransformedDistribution):
-        x = mirrored(fn.base_dist, name)
+        x = antithetic_sample(fn.base_dist, name)
         for transform in fn.transforms:
             x = transform(x)
         return x
-    if not isinstance(_base(fn), Normal | MultivariateNormal | LowRankMultivariateNormal):
-        raise UsageError(f"Antithetic noise needs a Gaussian guide, but site '{name}' is {_base(fn)}: use fresh noise.")
-    half = fn.rsample()[: fn.batch_shape[0] // 2]
-    return torch.cat([half, 2 * fn.mean[: len(half)] - half])
-
-
-def _base(fn: Distribution) -> Distribution:
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn
+    base = fn
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if not isinstance(base, Normal | MultivariateNormal | LowRankMultivariateNormal):
+        raise UsageError(f"Antithetic noise needs a Gaussian guide, but site '{name}' is {base}: use fresh noise.")
+    z = fn.rsample()[: fn.batch_shape[0] // 2]
+    return torch.cat([z, 2 * fn.mean[: len(z)] - z])

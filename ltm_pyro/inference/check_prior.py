@@ -1,4 +1,4 @@
-"""Checks that a prior can be trained, before the first step; every error names the site and the source line.
+"""Checks a prior before training; every error names the site and the source line.
 
 Shapes: S particles, B sequences.
 """
@@ -20,18 +20,18 @@ from ltm_pyro.inference.elbo import no_param_store
 from ltm_pyro.inference.latent_sites import bijections, prior_sites
 from ltm_pyro.utils.rng import seeded
 
-SIZES = (5, 7)  # sequences: two numbers, so that no axis of a thought can pass for the plate of both
+BATCH_SIZES = (5, 7)  # two sizes, so that an axis of fixed length cannot be mistaken for the plate of sequences
 
 
 def check_prior(model: Any) -> None:
-    """Refuses a prior whose sites or thoughts have not the shapes of `ltm_pyro.contracts.Prior`.
+    """Raises `UsageError` if a prior does not meet the contract `ltm_pyro.contracts.Prior`.
 
-    Asked are: z's shape, every site inside the plate of sequences with one event per sequence, continuous, on a support
-    that a guide can reach, and all of it with a leading axis of particles.
+    It checks the shape of z, and that every site is inside the plate of sequences, has one event per sequence, is
+    continuous and has a support that can be mapped to the reals. It also checks z with a leading axis of particles.
     """
     prior, shape = model.prior, model.decoder.thought_shape
     with seeded(0), torch.no_grad(), no_param_store():
-        for size in SIZES:
+        for size in BATCH_SIZES:
             with explain_failure(prior):
                 trace = poutine.trace(model.sample_prior).get_trace(size)
             _check_sites(trace, prior, size)
@@ -48,68 +48,65 @@ def _check_sites(trace: Any, prior: Any, size: int) -> None:
         (n, x) for n, x in trace.nodes.items() if x["type"] == "sample" and not x["is_observed"] and n != SEQUENCES
     ]
     for name, node in sites:
-        place = source_line(prior, f'"{name}"', "pyro.sample")
+        source = source_line(prior, f'"{name}"', "pyro.sample")
         if site_is_subsample(node):
             raise UsageError(
-                f"The prior opens a plate '{name}' ({place}), but the model has opened the plate of sequences around "
-                f"it: leave it out, and let .to_event say which axes belong to one sequence."
+                f"The prior opens a plate '{name}' ({source}), but the model already opens that of sequences: "
+                f"leave it out, and use .to_event to declare which axes belong to one sequence."
             )
         if SEQUENCES not in {frame.name for frame in node["cond_indep_stack"]}:
             raise UsageError(
-                f"Site '{name}' ({place}) lies outside the plate of sequences, where no guide goes: sample it in the "
+                f"Site '{name}' ({source}) is outside the plate of sequences, so no guide has it: sample it in the "
                 f"prior's forward, or make it an ltm_pyro.GlobalLatent variable."
             )
         if tuple(node["fn"].batch_shape) != (size,):
             raise UsageError(
-                f"Site '{name}' ({place}) has batch shape {tuple(node['fn'].batch_shape)} for {size} sequences: add "
-                f".to_event({len(node['fn'].batch_shape)}) to its distribution, so that a sequence has one event."
+                f"Site '{name}' ({source}) has batch shape {tuple(node['fn'].batch_shape)} for {size} sequences: add "
+                f".to_event({len(node['fn'].batch_shape)}) to its distribution, so that each sequence has one event."
             )
 
 
 def _check_thoughts(trace: Any, prior: Any, expected: tuple[int, ...]) -> None:
     z = trace.nodes["_RETURN"]["value"]
-    found = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
-    if found != expected:
+    returned = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+    if returned != expected:
         lead = "S, B" if len(expected) == 5 else "B"
         raise UsageError(
-            f"{type(prior).__name__} returns {found} ({source_line(prior, 'return')}) where ({lead}, L, K, D) = "
-            f"{expected} is needed: let only the last three axes be fixed."
+            f"{type(prior).__name__} returns {returned} ({source_line(prior, 'return')}) instead of ({lead}, L, K, D) "
+            f"= {expected}: only its last three axes may have a fixed length."
         )
 
 
 @contextmanager
 def explain_failure(prior: Any) -> Iterator[None]:
-    """What goes wrong inside is the prior's; the sentence names the last of its own lines that was reached."""
+    """Turns an exception of the prior into a `UsageError` that names the last line of the prior's own source file."""
     try:
         yield
     except UsageError as error:
         raise UsageError(f"{error} See {source_line(prior, 'pyro.sample')}.") from None
     except Exception as error:
-        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _file(prior)]
-        place = f"{own[-1].filename}:{own[-1].lineno}" if own else source_line(prior)
-        advice = ": add .to_event(3), so that a sequence has one event" if "inside plate" in _first(error) else ""
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _source_file(prior)]
+        source = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else source_line(prior)
+        reason = (str(error).strip().splitlines() or ["without a message"])[0]
+        advice = ": add .to_event(3), so that each sequence has one event" if "inside plate" in reason else ""
         raise UsageError(
-            f"{type(prior).__name__} fails at {place}: {type(error).__name__}, {_first(error)}{advice}"
+            f"{type(prior).__name__} fails at {source}: {type(error).__name__}, {reason}{advice}"
         ) from error
 
 
-def _file(part: Any) -> str | None:
+def _source_file(part: Any) -> str | None:
     try:
         return inspect.getsourcefile(type(part))
-    except (OSError, TypeError):  # written at a prompt
+    except (OSError, TypeError):  # defined interactively
         return None
 
 
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no more is known"])[0]
-
-
 def source_line(part: Any, *words: str) -> str:
-    """``file:line`` of the forward (or class), at the first line that holds one of the ``words``, tried in turn."""
+    """``file:line`` in the part's forward, or class: the first line with the first of the ``words`` that occurs."""
     code = getattr(type(part), "forward", None) or type(part)
     try:
         lines, first = inspect.getsourcelines(code)
-    except (OSError, TypeError):  # written at a prompt
+    except (OSError, TypeError):  # defined interactively
         return type(part).__name__
-    found = [index for word in words for index, line in enumerate(lines) if word in line]
-    return f"{inspect.getsourcefile(code)}:{first + (found or [0])[0]}"
+    matches = [index for word in words for index, line in enumerate(lines) if word in line]
+    return f"{inspect.getsourcefile(code)}:{first + (matches or [0])[0]}"

@@ -24,7 +24,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.antithetic import Antithetic
 from ltm_pyro.nn.precision import full_precision
 
-AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or one inside a Pyro handler
+AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or a guide wrapped in a Pyro handler
 
 
 class ElboTerms(NamedTuple):
@@ -35,15 +35,15 @@ class ElboTerms(NamedTuple):
 
     @property
     def elbo_B(self) -> Float[Tensor, "... B"]:
-        """log p(x | z) − KL, to be maximised."""
+        """log p(x | z) − KL in nats, the objective to maximise."""
         return self.log_likelihood_B - self.kl_B
 
     def mean(self) -> "ElboTerms":
-        """The terms averaged over particles; unchanged without a particle axis."""
+        """The terms averaged over particles; unchanged if there is no particle axis."""
         return self if self.kl_B.dim() == 1 else ElboTerms(self.log_likelihood_B.mean(0), self.kl_B.mean(0))
 
     def detach(self) -> "ElboTerms":
-        """The terms without their graph."""
+        """The terms, detached from the autograd graph."""
         return ElboTerms(self.log_likelihood_B.detach(), self.kl_B.detach())
 
 
@@ -51,11 +51,11 @@ class Draws(NamedTuple):
     """How the ELBO is estimated.
 
     Args:
-        particles: S draws of z along a leading axis, or one draw without that axis (None).
-        antithetic: draws z in mirrored pairs.
-        kl: ``exact`` at every site whose KL torch knows, log q − log p at the draw elsewhere; ``sampled`` takes the
-            latter everywhere; ``path`` also holds q's parameters fixed inside log q (arXiv 1703.09194).
-        use_thoughts: False leaves z out of the decoder.
+        particles: S, the number of draws of z, as a leading axis; None is one draw without that axis.
+        antithetic: draws z in antithetic pairs.
+        kl: ``exact`` uses the closed form of a site's KL if torch has one, else log q − log p at the draw; ``sampled``
+            uses log q − log p at every site; ``path`` also detaches q's parameters inside log q (arXiv 1703.09194).
+        use_thoughts: if False, the decoder does not use z.
     """
 
     particles: int | None = None
@@ -75,14 +75,15 @@ def elbo_terms(
 
     .. math:: \mathrm{ELBO} = E_q[\log p(x \mid z)] - \mathrm{KL}(q(z \mid x) \,\|\, p(z))
 
-    The guide is traced, then the model is replayed against it, as in `pyro.infer.Trace_ELBO`; S particles become a
-    plate left of the sequences. Unlike Pyro's own estimators it never waits for the device. Source: arXiv 2502.01567,
-    equation 4.
+    The guide is traced and the model replayed with its draws, as in `pyro.infer.Trace_ELBO`; S particles are a plate to
+    the left of the plate of sequences. Unlike Pyro's own estimators it never synchronises with the device. Source:
+    arXiv 2502.01567, equation 4.
     """
     antithetic = Antithetic() if draws.antithetic else nullcontext()
     particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
     with no_param_store():
-        with full_precision(batch.inputs_BT), antithetic, particles, poutine.trace() as q:  # antithetic sees the plate
+        # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
+        with full_precision(batch.inputs_BT), antithetic, particles, poutine.trace() as q:
             guide(batch, local)
         with particles, poutine.trace() as p, poutine.replay(trace=q.trace):
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
@@ -103,7 +104,7 @@ def elbo_terms(
 def log_weights(
     model: Model, guide: AnyGuide, batch: Batch, local: LocalParameters, particles: int | None = None
 ) -> Float[Tensor, "... B"]:
-    """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the importance weights of the evidence."""
+    """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the log importance weights."""
     return elbo_terms(model, guide, batch, local, Draws(particles, kl="sampled")).elbo_B
 
 
@@ -115,7 +116,7 @@ def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Te
 
 
 def missing_bound(model: Model, guide: Guide) -> str | None:
-    """Why the ELBO of this pair bounds no evidence; None if it does, or if a normaliser has been estimated."""
+    """Why the ELBO of this model and guide is no bound on log p(x); None if it is, or if C is estimated."""
     if not guide.has_density:
         return f"{type(guide).__name__} has no density"
     if any(x.isnan() for x in normalisers(model)):
@@ -124,9 +125,9 @@ def missing_bound(model: Model, guide: Guide) -> str | None:
 
 
 def normalisers(model: Model) -> list[Tensor]:
-    """log C of every unnormalised prior of a model, nan if it is not estimated."""
-    found = (getattr(part, "log_normaliser", None) for part in model.modules())
-    return [x for x in found if isinstance(x, Tensor)]
+    """log C, the log-normaliser of every unnormalised prior of a model; nan if it is not estimated."""
+    values = (getattr(part, "log_normaliser", None) for part in model.modules())
+    return [x for x in values if isinstance(x, Tensor)]
 
 
 _inside_no_param_store = ContextVar("inside_no_param_store", default=False)
@@ -134,10 +135,10 @@ _inside_no_param_store = ContextVar("inside_no_param_store", default=False)
 
 @contextmanager
 def no_param_store() -> Iterator[None]:
-    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
+    """Inside, Pyro's global parameter store has a scope of its own, and Pyro does not validate arguments.
 
-    Validation waits for the device at every site, and lets one sequence's non-finite parameters stop all the others.
-    Inside another `no_param_store` it does nothing, because Pyro registers every parameter anew in a new scope.
+    Validation would synchronise with the device at every site, and non-finite parameters of one sequence would stop the
+    whole batch. A nested call does nothing, because in a new scope Pyro would register every parameter again.
     """
     if _inside_no_param_store.get():
         yield
@@ -151,7 +152,7 @@ def no_param_store() -> Iterator[None]:
 
 
 def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
-    """Refuses a guide that misses a latent site of the model, or has one too many."""
+    """Raises `UsageError` if guide and model do not have the same latent sites."""
     guide, model = set(guide), set(model)
     if missing := sorted(model - guide):
         raise UsageError(
@@ -166,18 +167,18 @@ def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:
-    """Every sample site of a trace by name, without the subsample sites of plates."""
+    """All sample sites of a trace by name, without the subsample sites of plates."""
     nodes = trace.nodes.items()
     return {name: node for name, node in nodes if node["type"] == "sample" and not site_is_subsample(node)}
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
-    """Every sample site that is not observed."""
+    """All sample sites of a trace that are not observed, by name."""
     return {name: node for name, node in sample_sites(trace).items() if not node["is_observed"]}
 
 
 def log_ratio(p: Trace, q: Trace) -> Float[Tensor, "... B"]:
-    """Σ log p(z) − log q(z | x) over q's latent sites, at q's draw, in nats per sequence."""
+    """log p(z) − log q(z | x) at q's draw, summed over q's latent sites, in nats per sequence."""
     prior = sample_sites(p)
     return -_sum(_sampled_kl(site, prior[name]) for name, site in latent_sites(q).items())
 

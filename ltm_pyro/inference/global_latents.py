@@ -1,4 +1,4 @@
-"""Global latent variables: random variables that all sequences share, with a variational posterior of their own."""
+"""Global latent variables: random variables shared by all sequences, each with a variational posterior."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,19 +19,20 @@ from ltm_pyro.utils.rng import seeded
 
 
 class GlobalLatent(PyroModule):
-    r"""A global random variable g of a prior, with a posterior q(g) of its own that the slow step learns.
+    r"""A global random variable g of a prior, with a variational posterior q(g) that the slow step trains.
 
     .. math:: \sum_{i=1}^N E_{q(g)} [\mathrm{ELBO}_i(g)] - \mathrm{KL}(q(g) \,\|\, p(g)), \qquad
         q(g) = f(\mathcal{N}(m, s^2))
 
-    f maps the reals to the support of p. A call draws g from q and records it under its name, with no log-density. The
-    KL counts once per corpus: training adds B/N of `kl` to the loss of a batch of B. So q(g) belongs to the trained
-    model as the decoder's weights do, and a bound of held-out text bounds −log ∫ q(g) p(x | g) dg.
+    f maps the reals to the support of p. A call draws g from q and records it as a deterministic site, without a
+    log-density. The KL counts once per corpus: training adds B/N of `kl` to the loss of a batch of B sequences. q(g) is
+    therefore a part of the trained model, like the decoder's weights, and a bound on held-out text is a bound on
+    −log ∫ q(g) p(x | g) dg.
 
     Args:
-        name: of the site that shows the draw in Pyro's traces.
-        family: of p(g), such as ``dist.HalfCauchy``.
-        arguments: its parameters, tensors of g's shape.
+        name: name of the deterministic site.
+        family: class of the distribution p(g), such as ``dist.HalfCauchy``.
+        arguments: parameters of p(g), tensors of g's shape.
         init: the initial median of q, inside the support.
         scale: the initial s, in unconstrained coordinates.
     """
@@ -47,11 +48,11 @@ class GlobalLatent(PyroModule):
         self.log_scale = nn.Parameter(torch.full_like(self.loc, scale).log())
 
     def prior(self) -> Any:
-        """p(g), every number of g independent."""
+        """p(g), with independent components."""
         return self.family(*(getattr(self, f"argument_{index}") for index in range(self.number)))
 
     def forward(self) -> Tensor:
-        """A draw from q(g), or the value that `fix_global_draws` has fixed."""
+        """A draw from q(g), or the value that `fix_global_draws` has set."""
         return pyro.deterministic(self.name, _draw(self, name=self.name))
 
     def draw(self) -> Tensor:
@@ -60,18 +61,18 @@ class GlobalLatent(PyroModule):
 
     @property
     def median(self) -> Tensor:
-        """q's median."""
+        """The median of q(g)."""
         return biject_to(self.prior().support)(self.loc.detach())
 
     def kl(self, draws: int = 16) -> Float[Tensor, ""]:
-        """KL(q(g) ‖ p(g)) in nats, q's entropy exact and log p at ``draws`` draws."""
-        prior, zero = self.prior(), self.loc.new_zeros(draws, *[1] * self.loc.dim())
+        """KL(q(g) ‖ p(g)) in nats, with q's exact entropy and log p averaged over ``draws`` draws."""
+        prior, zeros = self.prior(), self.loc.new_zeros(draws, *[1] * self.loc.dim())
         with full_precision(self.loc):
             entropy = torch.distributions.Normal(self.loc, self.log_scale.exp(), validate_args=False).entropy()
-            place = biject_to(prior.support)
-            unconstrained = self._unconstrained(zero)
-            g = place(unconstrained)
-            log_p = prior.log_prob(g) + place.log_abs_det_jacobian(unconstrained, g)
+            transform = biject_to(prior.support)
+            unconstrained = self._unconstrained(zeros)
+            g = transform(unconstrained)
+            log_p = prior.log_prob(g) + transform.log_abs_det_jacobian(unconstrained, g)
             return -(entropy + log_p.mean(0)).sum()
 
     def _unconstrained(self, like: Tensor) -> Tensor:
@@ -81,28 +82,28 @@ class GlobalLatent(PyroModule):
 
 @effectful(type="global_latent")
 def _draw(latent: GlobalLatent) -> Tensor:
-    """A draw that Pyro handlers see as a statement of their own type, so that `FixGlobalDraws` can give its value."""
+    """A draw from q(g) as a Pyro message of type "global_latent", so that `FixGlobalDraws` can set its value."""
     return latent.draw()
 
 
 class FixGlobalDraws(Messenger):
-    """A Pyro handler under which every global latent variable named in ``draws`` has the given value."""
+    """A Pyro handler that sets the values of the global latent variables named in ``draws``."""
 
     def __init__(self, draws: dict[str, Tensor]) -> None:
         super().__init__()
         self.draws = draws
 
     def _pyro_global_latent(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.draws:  # of nested handlers the outermost comes last, and decides
+        if msg["name"] in self.draws:  # of nested handlers the outermost runs last, so that its value is used
             msg["value"], msg["done"] = self.draws[msg["name"]], True
 
 
 @contextmanager
 def fix_global_draws(model: Model, *seed: int) -> Iterator[dict[str, Tensor]]:
-    """Inside, every global latent variable of a model has one value, drawn from the random seed alone.
+    """Inside, every global latent variable of a model has one value, which depends on the random seed only.
 
-    Inside another `fix_global_draws` the outer one decides. Yields the values by name, for what hides outer handlers
-    from the model, as `pyro.infer.MCMC` does: wrap the model in `FixGlobalDraws` there.
+    Of nested calls, the outermost one sets the values. Yields the values by name: `pyro.infer.MCMC` hides outer
+    handlers from the model, so that there the model has to be wrapped in `FixGlobalDraws`.
     """
     latents = [part for part in model.modules() if isinstance(part, GlobalLatent)]
     with seeded(*seed) if latents else nullcontext(), torch.no_grad():

@@ -1,4 +1,4 @@
-"""The latent sites of a model, found by tracing its prior once."""
+"""The latent sites of a model, from a trace of its prior."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,16 +13,17 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily, Tr
 from ltm_pyro.contracts import SEQUENCES, Model
 from ltm_pyro.errors import UsageError
 
-Sites = Mapping[str, Distribution]  # name -> the prior's distribution there, batch shape (B,)
+Sites = Mapping[str, Distribution]  # the prior's distribution by site name, batch shape (B,)
 
 
 def prior_sites(model: Model, size: int) -> Sites:
     """Every latent site inside the plate of sequences, in the order the prior samples it.
 
-    A site that depends on others is given at their means, so that every call finds the same.
+    While the prior is traced, every site has its mean as its value, so that the distribution of a site that depends on
+    others is the same at every call.
     """
-    hidden = poutine.block(hide_fn=lambda msg: msg["type"] != "global_latent")  # outer traces see no site of this one
-    with torch.no_grad(), hidden, _AtMean():
+    block = poutine.block(hide_fn=lambda msg: msg["type"] != "global_latent")  # outer traces do not record these sites
+    with torch.no_grad(), block, _SubstituteMeans():
         nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
     sites: Sites = {
         name: node["fn"]
@@ -32,14 +33,14 @@ def prior_sites(model: Model, size: int) -> Sites:
     for name, fn in sites.items():
         if fn.support is not None and fn.support.is_discrete:
             raise UsageError(
-                f"Prior site '{name}' is discrete, and no guide can follow a gradient there: "
+                f"Prior site '{name}' is discrete, and a guide needs gradients: "
                 f"marginalise it inside the prior (see MixtureSameFamily)."
             )
     return sites
 
 
-class _AtMean(Messenger):
-    """Every continuous site takes its mean for its value, where it has one."""
+class _SubstituteMeans(Messenger):
+    """A Pyro handler that sets every continuous site to its mean, if it has one."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
@@ -50,21 +51,21 @@ class _AtMean(Messenger):
 
 
 def bijections(sites: Sites) -> dict[str, tuple[Distribution, Transform]]:
-    """Every site with the map from unconstrained coordinates to its support."""
-    found = {}
+    """Every site's distribution, and the bijection from unconstrained coordinates to its support."""
+    pairs = {}
     for name, fn in sites.items():
         try:
-            found[name] = (fn, biject_to(_support(fn)))
+            pairs[name] = (fn, biject_to(_support(fn)))
         except NotImplementedError:
             raise UsageError(
-                f"No guide reaches the support of prior site '{name}', {fn.support}: sample unconstrained numbers "
-                f"there and transform them inside the prior."
+                f"No guide reaches the support of prior site '{name}', {fn.support}: sample an unconstrained "
+                f"variable and transform it inside the prior."
             ) from None
-    return found
+    return pairs
 
 
 def _support(fn: Distribution) -> constraints.Constraint | None:
-    """A distribution's support; a mixture's is that of its components."""
+    """A distribution's support; for a mixture, the support of its components."""
     if isinstance(fn, Independent):
         return constraints.independent(_support(fn.base_dist), fn.reinterpreted_batch_ndims)
     return getattr(fn.support, "base_constraint", fn.support) if isinstance(fn, MixtureSameFamily) else fn.support
@@ -75,7 +76,7 @@ def _in_sequences(node: Any) -> bool:
 
 
 def unconstrained(fn: Distribution) -> bool:
-    """Whether the distribution's support is all of the reals."""
+    """Whether the support of every component is the whole real line."""
     support = _support(fn)
     while isinstance(support, constraints.independent):
         support = support.base_constraint
@@ -83,7 +84,7 @@ def unconstrained(fn: Distribution) -> bool:
 
 
 def prior_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the prior's unconstrained coordinates; 0 and 1 where it has no closed form for them."""
+    """Mean and variance of the prior in unconstrained coordinates; 0 and 1 if they have no closed form."""
     if unconstrained(prior):
         try:
             mean, variance = prior.mean, prior.variance

@@ -1,8 +1,8 @@
 """Local inference: Algorithm 1 of arXiv 2502.01567, the fast loop that finds each sequence's own posterior.
 
-`init` gives every sequence its q, `step` moves all of them once, and three drivers repeat it: all steps, early
-stopping, CUDA graph. `infer_local` and `training_loss` are the algorithm as the rest of the code calls it.
-Shapes: B sequences, b of them, N fast steps.
+`init` creates every sequence's q, `step` updates all of them once, and three drivers repeat it: `run_steps` (all
+steps), `run_until_converged` (early stopping) and `run_cuda_graph`. `infer_local` and `training_loss` are the entry
+points for evaluation and training. Shapes: B sequences, b of them still active, N fast steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, Init, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.cuda_graphs import recordings
+from ltm_pyro.inference.cuda_graphs import graph_cache
 from ltm_pyro.inference.elbo import ElboTerms, elbo_terms, no_param_store
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.learning_rates import Rates
 from ltm_pyro.inference.optimizers import OPTIMIZERS, Rate, Update
 from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient
-from ltm_pyro.nn.precision import rounded
+from ltm_pyro.nn.precision import cast_weights
 from ltm_pyro.utils.rng import seeded
 
 
@@ -35,11 +35,11 @@ def infer_local(
     state: LocalState | None = None,
     rates: Rates | None = None,
 ) -> tuple[LocalState, LocalInfo]:
-    """Fits q to every sequence of a batch; the model's parameters and their ``.grad`` stay untouched.
+    """Fits q to every sequence of a batch; the model's parameters and their ``.grad`` do not change.
 
     Args:
-        state: continues from here instead of ``inference.init``.
-        rates: optimiser arguments by name of a local parameter, in place of ``inference.rate``.
+        state: the state to continue from; by default q is initialised by ``inference.init``.
+        rates: optimiser arguments by name of a local parameter, instead of ``inference.rate``.
     """
     with no_param_store():
         with torch.no_grad():
@@ -53,7 +53,7 @@ def infer_local(
 
 
 class TrainingLoss(NamedTuple):
-    """What the slow step needs: the loss to go backward from, the fit, and the ELBO's terms at the last q it saw."""
+    """What the slow step needs: the loss, the fit, and the ELBO's terms at the last q that the loss includes."""
 
     loss: Float[Tensor, ""]
     state: LocalState
@@ -62,7 +62,7 @@ class TrainingLoss(NamedTuple):
 
     @property
     def is_finite_B(self) -> Bool[Tensor, " B"]:
-        """Whether every ELBO of a sequence was finite."""
+        """Whether all ELBOs of a sequence are finite."""
         return self.info.finite_B & self.terms.elbo_B.isfinite()
 
 
@@ -74,23 +74,23 @@ def training_loss(
     state: LocalState | None = None,
     rates: Rates | None = None,
 ) -> TrainingLoss:
-    """The fast loop, and the loss −Σ ELBO (nats) whose ``backward`` gives the slow step its gradient.
+    """Runs the fast loop, and returns the loss −Σ ELBO (nats) whose ``backward`` gives the slow step's gradient.
 
-    With ``slow_gradient="last"`` the loss is taken at the final q, with ``"trajectory"`` it is averaged over the q's
-    before each fast step. Without fast steps, or without local parameters (K = 0), both are the loss at the final q.
+    With ``slow_gradient="last"`` it is the loss at the final q, with ``"trajectory"`` the average over the q's before
+    each fast step. Without fast steps, or without local parameters (K = 0), both are the loss at the final q.
     """
     if inference.cuda_graph and inference.slow_gradient == "trajectory":
-        raise UsageError("A CUDA graph cannot record the slow gradient of a trajectory: set slow_gradient to last.")
+        raise UsageError("A CUDA graph cannot capture the slow gradient of a trajectory: set slow_gradient to last.")
     with no_param_store():
         batch = model.prepare(batch)
         stem_BTD = None if batch.stem_BTD is None else batch.stem_BTD.detach()
-        fixed = batch._replace(stem_BTD=stem_BTD)  # fast steps do not go backward through the stem
-        along = inference.slow_gradient == "trajectory"
-        trajectory = TrajectoryGradient(model, guide, stem_BTD, batch.stem_BTD) if along else None
+        fast_batch = batch._replace(stem_BTD=stem_BTD)  # no backward pass through the stem in the fast steps
+        averaged = inference.slow_gradient == "trajectory"
+        trajectory = TrajectoryGradient(model, guide, stem_BTD, batch.stem_BTD) if averaged else None
         with nullcontext() if trajectory else frozen(model):
-            first = initial_state(model, guide, fixed, inference, state)
-            state, fast_terms = driver(inference)(model, guide, fixed, inference, first, rates, trajectory)
-            state = finalize(model, guide, fixed, inference, state)
+            first = initial_state(model, guide, fast_batch, inference, state)
+            state, fast_terms = driver(inference)(model, guide, fast_batch, inference, first, rates, trajectory)
+            state = finalize(model, guide, fast_batch, inference, state)
         info = LocalInfo(*fast_terms, state.steps_B - first.steps_B)
         if trajectory and len(info.kl_NB):
             value = inference.loss(fast_terms) / len(info.kl_NB)
@@ -100,12 +100,12 @@ def training_loss(
 
 
 def init(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
-    """The state before the first fast step: every sequence's q as ``inference.init`` says."""
+    """The state before the first fast step: every sequence's q, initialised by ``inference.init``."""
     with no_param_store():
         parameters = guide.init(prior_sites(model, batch.size), inference.init)
-    if wrong := {name: tuple(x.shape) for name, x in parameters.items() if x.shape[:1] != (batch.size,)}:
+    if wrong_shapes := {name: tuple(x.shape) for name, x in parameters.items() if x.shape[:1] != (batch.size,)}:
         raise UsageError(
-            f"{type(guide).__name__}.init gives {wrong}: the first axis of every local parameter has to be the "
+            f"{type(guide).__name__}.init gives {wrong_shapes}: the first axis of every local parameter has to be the "
             f"{batch.size} sequences of the batch."
         )
     parameters = {name: x.detach() for name, x in parameters.items()}
@@ -122,20 +122,20 @@ def step(
     update: Update,
     trajectory: TrajectoryGradient | None = None,
 ) -> tuple[LocalState, ElboTerms]:
-    r"""One fast step: draws z from every sequence's q, and moves q along the gradient of its own ELBO.
+    r"""One fast step: draws z from every sequence's q, and updates q by the gradient of its ELBO.
 
     .. math:: z_i \sim q_{\phi_i}(z \mid x_i), \qquad
         \phi_i \leftarrow \phi_i + \eta_\mathrm{fast} \, \mathrm{Adam}(\nabla_{\phi_i} \mathrm{ELBO}_i), \quad
         \phi_i = (\mu_i, \sigma_i^2)
 
-    A pure function of the local state: the global parameters are constants.
+    It changes neither its arguments nor the global parameters; only ``trajectory`` accumulates.
 
     Args:
         update: the optimiser's update for this step, from `fast_updates`.
-        trajectory: if given, the global parameters' gradient at this q is added to it.
+        trajectory: accumulates the global parameters' gradient at this q, if given.
 
     Returns:
-        The next state, and the ELBO's terms at the q before it (nats per sequence).
+        The next state, and the ELBO's terms at the q before the step (nats per sequence).
     """
     q = {name: x.detach().requires_grad_() for name, x in state.parameters.items()}
     global_tensors = trajectory.tensors if trajectory else []
@@ -144,8 +144,10 @@ def step(
         gradients = torch.autograd.grad(inference.loss(terms), [*q.values(), *global_tensors], allow_unused=True)
     if trajectory:
         trajectory.add(gradients[len(q) :])
-    of_q = zip(q.items(), gradients[: len(q)], strict=True)
-    local_gradients = {name: torch.zeros_like(x) if gradient is None else gradient for (name, x), gradient in of_q}
+    local_gradients = {
+        name: torch.zeros_like(x) if gradient is None else gradient
+        for (name, x), gradient in zip(q.items(), gradients[: len(q)], strict=True)
+    }
     if inference.optimizer == "natural":
         local_gradients = guide.natural_gradient(state.parameters, local_gradients)
     return update(state, local_gradients), terms.detach()
@@ -162,24 +164,24 @@ def run_steps(
     steps: range | None = None,
     rate: Rate | None = None,
 ) -> tuple[LocalState, ElboTerms]:
-    """The plain driver: all fast steps, one after the other, without waiting for the device.
+    """The plain driver: all fast steps, one after the other, without synchronising with the device.
 
     Args:
-        steps: some of the fast steps only.
-        rate: η_fast in place of ``inference.rate``, as the tensor that a CUDA graph reads.
+        steps: the fast steps to run, all of them by default.
+        rate: η_fast instead of ``inference.rate``; a tensor if a CUDA graph reads it.
 
     Returns:
         The last state, and the ELBO's terms before each step, (N, B).
     """
     steps = range(number_of_fast_steps(guide, inference, state)) if steps is None else steps
-    record = []
+    terms_of_steps = []
     for update in fast_updates(inference, state, steps, rates, rate):
         state, terms = step(model, guide, batch, inference, state, update, trajectory)
-        record.append(terms)
-    if not record:
+        terms_of_steps.append(terms)
+    if not terms_of_steps:
         empty_NB = batch.mask_BT.new_zeros((0, batch.size), dtype=torch.get_default_dtype())
         return state, ElboTerms(empty_NB, empty_NB)
-    return state.contiguous(), ElboTerms(*(torch.stack(x) for x in zip(*record, strict=True)))
+    return state.contiguous(), ElboTerms(*(torch.stack(x) for x in zip(*terms_of_steps, strict=True)))
 
 
 def run_until_converged(
@@ -193,23 +195,23 @@ def run_until_converged(
 ) -> tuple[LocalState, ElboTerms]:
     """Per-sequence early stopping: after every ``stop.window`` steps, converged sequences are dropped from the batch.
 
-    The terms of steps that a sequence did not take are nan.
+    The ELBO's terms are nan for the steps that a sequence did not take.
     """
     if trajectory is not None:
         raise UsageError("The stopping rule needs the slow gradient of the last step: set slow_gradient to last.")
     stop, steps = inference.stop or Stop(), number_of_fast_steps(guide, inference, state)
     active_b = torch.arange(batch.size, device=batch.inputs_BT.device)
-    before_B = torch.full((batch.size,), -torch.inf, device=active_b.device)
+    previous_elbo_B = torch.full((batch.size,), -torch.inf, device=active_b.device)
     terms_2NB = torch.full((2, steps, batch.size), torch.nan, device=active_b.device)
     for first in range(0, steps, stop.window):
         window = range(first, min(first + stop.window, steps))
-        active, active_batch = state.select(active_b), batch.select(active_b)
-        moved, terms = run_steps(model, guide, active_batch, inference, active, rates, steps=window)
-        state = state.put(active_b, moved)
+        active_state, active_batch = state.select(active_b), batch.select(active_b)
+        active_state, terms = run_steps(model, guide, active_batch, inference, active_state, rates, steps=window)
+        state = state.put(active_b, active_state)
         terms_2NB[:, first : window.stop, active_b] = torch.stack(terms).to(terms_2NB.dtype)
-        now_b = terms.elbo_B.mean(0).to(before_B.dtype)
-        improving_b = ~(now_b - before_B[active_b] < stop.tolerance)  # a sequence that is nan goes on
-        before_B[active_b] = now_b
+        elbo_b = terms.elbo_B.mean(0).to(previous_elbo_B.dtype)
+        improving_b = ~(elbo_b - previous_elbo_B[active_b] < stop.tolerance)  # True if the ELBO is nan
+        previous_elbo_B[active_b] = elbo_b
         active_b = active_b[improving_b]
         if not len(active_b):
             break
@@ -225,7 +227,7 @@ def run_cuda_graph(
     rates: Rates | None = None,
     trajectory: TrajectoryGradient | None = None,
 ) -> tuple[LocalState, ElboTerms]:
-    """`run_steps` captured as a CUDA graph at the second batch of a shape, and replayed for the ones after it."""
+    """`run_steps`, captured as a CUDA graph at the second batch of a shape and replayed for the batches after it."""
 
     def run(batch: Batch, state: LocalState, steps: range, rate: Tensor) -> tuple[LocalState, ElboTerms]:
         return run_steps(model, guide, batch, inference, state, rates, steps=steps, rate=rate)
@@ -233,34 +235,34 @@ def run_cuda_graph(
     steps = range(number_of_fast_steps(guide, inference, state))
     if not steps:
         return run_steps(model, guide, batch, inference, state, rates)
-    rate = torch.full((), inference.rate, device=batch.inputs_BT.device)  # may change without a new capture
+    rate = torch.full((), inference.rate, device=batch.inputs_BT.device)  # a tensor may change without a new capture
     key = replace(inference, rate=1.0, init=Init()), repr([rates and rates(name) for name in state.parameters])
     modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
     weights = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-    return recordings(guide, rate.device)(key, run, (batch, state, steps, rate), weights)
+    return graph_cache(guide, rate.device)(key, run, (batch, state, steps, rate), weights)
 
 
 Driver = Callable[..., tuple[LocalState, ElboTerms]]
 
 
 def driver(inference: LocalInference) -> Driver:
-    """What repeats `step`: all steps, until each sequence has converged, or as a CUDA graph."""
+    """The driver that the options choose: all steps, early stopping, or a CUDA graph."""
     return run_until_converged if inference.stop else run_cuda_graph if inference.cuda_graph else run_steps
 
 
 def number_of_fast_steps(guide: Guide, inference: LocalInference, state: LocalState) -> int:
-    """T_fast; 0 if the guide is found without fast steps, or has no local parameters (K = 0)."""
+    """T_fast; 0 if the guide does not use fast steps, or has no local parameters (K = 0)."""
     return inference.steps if guide.uses_fast_steps and state.has_parameters else 0
 
 
 def fast_updates(
     inference: LocalInference, state: LocalState, steps: range, rates: Rates | None = None, rate: Rate | None = None
 ) -> Iterator[Update]:
-    """The optimiser's update for each of some fast steps, at the rates of ``inference.schedule``.
+    """The optimiser's update for each of the given fast steps, with the learning rates of ``inference.schedule``.
 
     Args:
-        rates: optimiser arguments by name of a local parameter, in place of ``inference.rate``.
-        rate: η_fast in place of ``inference.rate``.
+        rates: optimiser arguments by name of a local parameter, instead of ``inference.rate``.
+        rate: η_fast instead of ``inference.rate``.
     """
     peak = 1.0 if rates else inference.rate if rate is None else rate
     factors = [peak * inference.factor(index) for index in steps]
@@ -268,26 +270,26 @@ def fast_updates(
 
 
 def finalize(model: Model, guide: Guide, batch: Batch, inference: LocalInference, state: LocalState) -> LocalState:
-    """The state with what the guide adds after the fast steps; unchanged if there were to be none."""
+    """The state after `Guide.finalize`; unchanged if ``inference.steps`` is 0 or there are no local parameters."""
     if not inference.steps or not state.has_parameters:
         return state
     with frozen(model):
-        found = guide.finalize(model, batch, state.parameters, inference.steps, inference.rate)
-    return state._replace(parameters=found)
+        parameters = guide.finalize(model, batch, state.parameters, inference.steps, inference.rate)
+    return state._replace(parameters=parameters)
 
 
 def initial_state(
     model: Model, guide: Guide, batch: Batch, inference: LocalInference, state: LocalState | None
 ) -> LocalState:
-    """`init`, or a given state without what `finalize` has added to it; refuses a state of another fit."""
+    """`init`, or the given state without what `finalize` added; raises `UsageError` if it does not fit."""
     if state is None:
         state = init(model, guide, batch, inference)
     else:
         fast = {name: x for name, x in state.parameters.items() if name in state.moments}
         state = state._replace(parameters=fast)
         with seeded(0):
-            own = guide.init(prior_sites(model, 1), Init())
-        expected = {name: (batch.size, *x.shape[1:]) for name, x in own.items()}
+            one_sequence = guide.init(prior_sites(model, 1), Init())
+        expected = {name: (batch.size, *x.shape[1:]) for name, x in one_sequence.items()}
         given = {name: tuple(x.shape) for name, x in state.parameters.items()}
         if expected != given:
             raise UsageError(
@@ -306,19 +308,19 @@ def initial_state(
 
 @contextmanager
 def frozen(model: Model | nn.Module) -> Iterator[None]:
-    """Inside, the global parameters are constants: ``requires_grad`` is False, and no activation is kept for them.
+    """Inside, ``requires_grad`` is False for the global parameters, so that no activations are kept for them.
 
-    The model is in evaluation mode: q belongs to the decoder without dropout. Matrices are rounded to autocast's
-    precision once, instead of at every product.
+    The model is in evaluation mode, because q is fitted to the decoder without dropout. Matrices are cast to autocast's
+    type once, instead of at every product.
     """
-    training, learning = model.training, [p for p in model.parameters() if p.requires_grad]
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     model.train(False)
-    for parameter in learning:
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with rounded(model):
+        with cast_weights(model):
             yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)
         model.train(training)

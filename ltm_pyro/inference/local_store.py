@@ -1,6 +1,6 @@
-"""Persistent local parameters: every training sequence's `LocalState`, kept between epochs.
+"""Persistent local parameters: the `LocalState` of every training sequence, stored between epochs.
 
-Shapes: N stored sequences, B of one batch.
+Shapes: N sequences in the store, B sequences of a batch.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ class LocalStore:
 
     Args:
         sequences: N; ids go from 0 to N − 1.
-        directory: where the files are; made when first needed, taken up again when there.
+        directory: the folder of the files; created at the first use. Existing files are opened.
     """
 
     def __init__(self, sequences: int, directory: Path | None = None) -> None:
@@ -30,16 +30,19 @@ class LocalStore:
         self.sequences, self.directory = sequences, directory
         self._arrays: dict[str, np.ndarray] = {}
 
-    def recall(self, ids_B: Int[Tensor, " B"], fresh: LocalState) -> LocalState:
-        """The sequences' states; those never stored take theirs from ``fresh``."""
+    def get(self, ids_B: Int[Tensor, " B"], default: LocalState) -> LocalState:
+        """The stored states of some sequences; a sequence that was never stored has its state from ``default``."""
         index = ids_B.cpu().numpy()
-        rows = _flatten(fresh)
-        known_B = torch.from_numpy(self._array(STEPS, rows[STEPS])[index] > 0).to(ids_B.device)
+        rows = _flatten(default)
+        is_stored_B = torch.from_numpy(self._array(STEPS, rows[STEPS])[index] > 0).to(ids_B.device)
         stored = {name: torch.from_numpy(self._array(name, x)[index]).to(x) for name, x in rows.items()}
-        return _rebuild(fresh, {name: _where(known_B, stored[name], x) for name, x in rows.items()})
+        chosen = {
+            name: torch.where(is_stored_B.view(-1, *[1] * (x.dim() - 1)), stored[name], x) for name, x in rows.items()
+        }
+        return _unflatten(chosen, default)
 
-    def keep(self, ids_B: Int[Tensor, " B"], state: LocalState) -> None:
-        """Stores the sequences' states; one that is not finite is not kept, so that its sequence starts anew."""
+    def put(self, ids_B: Int[Tensor, " B"], state: LocalState) -> None:
+        """Stores the states of some sequences; a non-finite state is not stored."""
         rows = _flatten(state)
         is_finite_B = torch.stack([x.flatten(1).isfinite().all(1) for x in rows.values() if x.dim() > 1]).all(0)
         index = ids_B[is_finite_B].cpu().numpy()
@@ -47,11 +50,11 @@ class LocalStore:
             self._array(name, x)[index] = x[is_finite_B].detach().cpu().numpy()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: everything in memory; nothing where files hold it."""
+        """The content of the store for a checkpoint; empty if it is in files."""
         return {} if self.directory else {name: torch.from_numpy(x.copy()) for name, x in self._arrays.items()}
 
     def load_state_dict(self, arrays: dict[str, Tensor]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Restores the content that `state_dict` returned."""
         self._arrays.update({name: x.numpy().copy() for name, x in arrays.items()})
 
     def _array(self, name: str, like: Tensor) -> np.ndarray:
@@ -79,11 +82,7 @@ def _flatten(state: LocalState) -> dict[str, Tensor]:
     return {**state.parameters, **moments, STEPS: state.steps_B}
 
 
-def _rebuild(like: LocalState, rows: dict[str, Tensor]) -> LocalState:
+def _unflatten(rows: dict[str, Tensor], like: LocalState) -> LocalState:
     parameters = {name: rows[name] for name in like.parameters}
     moments = {name: {k: rows[f"{name}.{k}"] for k in m} for name, m in like.moments.items()}
     return LocalState(parameters, moments, rows[STEPS], like.noise)
-
-
-def _where(known_B: Tensor, stored: Tensor, fresh: Tensor) -> Tensor:
-    return torch.where(known_B.view(-1, *[1] * (fresh.dim() - 1)), stored, fresh)

@@ -1,4 +1,4 @@
-"""A fitted q as an ordinary Pyro guide, for everything in Pyro that wants one."""
+"""A fitted q as an ordinary Pyro guide, for Pyro's own algorithms."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from ltm_pyro.inference.state import LocalState
 
 
 class LocalPosterior(PyroModule):
-    r"""q(z | x_i) of one batch's sequences, its local parameters now parameters of a module.
+    """q(z | x_i) for the sequences of one batch, as a module: its local parameters are the module's parameters.
 
-    `pyro.infer.SVI`, `Predictive` and the importance samplers take it as their guide, for the batch it was fitted on.
+    It is a guide for `pyro.infer.SVI`, `Predictive` and the importance samplers, for the batch that q was fitted to.
 
     Args:
-        guide: the family.
-        state: what a fit returned, or ``guide.start`` gave.
+        guide: the variational family.
+        state: the state that `infer_local` or `init` returned.
     """
 
     def __init__(self, guide: Guide, state: LocalState) -> None:

@@ -1,6 +1,6 @@
-"""The options of local inference, and what it returns: the state to continue from, and the record of its steps.
+"""The options of local inference, and its results: the state to continue from, and the ELBO at every step.
 
-Shapes: B sequences, b of them, N fast steps.
+Shapes: B sequences, b of them selected, N fast steps.
 """
 
 from dataclasses import dataclass, field
@@ -15,12 +15,15 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import Draws, ElboTerms
 from ltm_pyro.inference.learning_rates import cosine
 
-Moments = dict[str, Tensor]  # running averages of one parameter's gradient, by name
+Moments = dict[str, Tensor]  # running averages of a parameter's gradient, by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """A sequence has converged if its mean ELBO over ``window`` steps grew by less than ``tolerance`` nats."""
+    """Early stopping: a sequence has converged if its ELBO grew by less than ``tolerance`` nats.
+
+    The ELBO is the mean over ``window`` steps, compared with that of the ``window`` steps before.
+    """
 
     window: int = 8
     tolerance: float = 0.1
@@ -32,27 +35,27 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalInference:
-    """How q is found (arXiv 2502.01567, algorithm 1, the inner loop).
+    """The options of local inference (arXiv 2502.01567, algorithm 1, the inner loop).
 
     Args:
         steps: T_fast, fast steps per fit.
         rate: η_fast, the learning rate of the local parameters.
-        optimizer: what takes the steps; ``natural`` is gradient descent in the geometry of q, for Gaussian guides.
-        schedule: how the rate moves within a fit.
-        start: where q begins.
-        particles: draws of z per fast step, averaged.
-        noise: ``fresh`` draws z anew at every step, ``antithetic`` in mirrored pairs; ``reused`` repeats one draw
-            through the whole fit, as the published code does, for comparison only: its ELBO is no bound.
-        kl: ``exact`` where it has a closed form, else sampled; ``path`` samples it everywhere and holds q's parameters
-            fixed inside log q (sticking the landing, arXiv 1703.09194): no noise is left where q is the posterior.
-        stop: drops converged sequences from the batch, at no further cost.
-        slow_gradient: what the decoder follows: the ELBO at the ``last`` q, or its gradient averaged over the
-            ``trajectory`` of fast steps.
+        optimizer: of the local parameters; ``natural`` is natural-gradient descent, for Gaussian guides.
+        schedule: the schedule of the learning rate within a fit.
+        init: the initial q.
+        particles: S, draws of z per fast step, over which the ELBO is averaged.
+        noise: ``fresh`` draws new noise at every step, ``antithetic`` in antithetic pairs; ``reused`` uses the same
+            noise at all steps, as the published code does, for comparison only: its ELBO is no bound.
+        kl: ``exact`` uses the closed form if there is one, else samples; ``path`` samples at every site and detaches
+            q's parameters inside log q (sticking the landing, arXiv 1703.09194): its gradient has no noise if q is the
+            posterior.
+        stop: per-sequence early stopping, which drops converged sequences from the batch; None runs all steps.
+        slow_gradient: the gradient of the global parameters: at the ``last`` q, or averaged over the ``trajectory`` of
+            fast steps.
         kl_weight: multiplies the KL in the objective of q and the decoder; 1 is the ELBO.
-        cuda_graph: captures the fast steps as a CUDA graph at the second batch of a shape and replays it for the
-            others, without Python between kernels, at the cost of keeping their memory; see
-            `ltm_pyro.inference.cuda_graphs`.
-        use_thoughts: False leaves z out of the decoder, as the first stage of a warm start does.
+        cuda_graph: captures the fast steps as a CUDA graph at the second batch of a shape and replays it for later
+            batches, which is faster but keeps the graph's memory; see `ltm_pyro.inference.cuda_graphs`.
+        use_thoughts: if False, the decoder does not use z, as in the first stage of a warm start.
     """
 
     steps: int = 16
@@ -75,7 +78,9 @@ class LocalInference:
         if self.particles < 1:
             raise UsageError(f"Particles must be at least 1, got {self.particles}: every step needs a draw of z.")
         if self.noise == "reused" and self.stop:
-            raise UsageError("Reused noise belongs to a whole batch: it cannot go with a stopping rule; remove `stop`.")
+            raise UsageError(
+                "Reused noise is drawn for a whole batch: it cannot go with a stopping rule; remove `stop`."
+            )
         if self.cuda_graph and (self.stop or self.noise == "reused"):
             raise UsageError(
                 f"A CUDA graph has no random seed and cannot wait for converged sequences, got noise {self.noise} and "
@@ -86,8 +91,8 @@ class LocalInference:
 
     @property
     def draws(self) -> Draws:
-        """How one step's ELBO is estimated."""
-        particles = None if self.particles == 1 else self.particles  # one draw carries no axis through the decoder
+        """How the ELBO of one step is estimated."""
+        particles = None if self.particles == 1 else self.particles  # one draw needs no particle axis
         return Draws(particles, self.noise == "antithetic", self.kl, self.use_thoughts)
 
     def loss(self, terms: ElboTerms) -> Float[Tensor, ""]:
@@ -95,12 +100,12 @@ class LocalInference:
         return (self.kl_weight * terms.kl_B - terms.log_likelihood_B).sum()
 
     def factor(self, step: int) -> float:
-        """The factor on the rate at a step of the schedule."""
+        """The schedule's factor on the learning rate at a step."""
         return cosine(step, self.steps) if self.schedule == "cosine" else 1.0
 
 
 class LocalState(NamedTuple):
-    """What the next fast step needs: q's parameters, the optimiser's moments and step counts, by sequence.
+    """The state of a fit, by sequence: q's parameters, and the optimiser's moments and step counts.
 
     ``noise`` is the random seed of reused noise.
     """
@@ -112,35 +117,37 @@ class LocalState(NamedTuple):
 
     @property
     def has_parameters(self) -> bool:
-        """Whether q has any number to be found; False for K = 0."""
+        """Whether q has any local parameters; False for K = 0."""
         return any(x.numel() for x in self.parameters.values())
 
     def contiguous(self) -> "LocalState":
-        """The same state, every tensor in dense memory of its own."""
+        """The same state with contiguous tensors."""
         moments = {name: {k: x.contiguous() for k, x in m.items()} for name, m in self.moments.items()}
         return self._replace(parameters={n: x.contiguous() for n, x in self.parameters.items()}, moments=moments)
 
     def select(self, index_b: Int[Tensor, " b"]) -> "LocalState":
-        """Some of the sequences."""
+        """The sequences at the given indices."""
         moments = {name: {k: x[index_b] for k, x in m.items()} for name, m in self.moments.items()}
         parameters = {name: x[index_b] for name, x in self.parameters.items()}
         return self._replace(parameters=parameters, moments=moments, steps_B=self.steps_B[index_b])
 
     def put(self, index_b: Int[Tensor, " b"], state: "LocalState") -> "LocalState":
-        """This state with some sequences' parts taken from ``state``."""
+        """A copy in which the sequences at the given indices are replaced by those of ``state``."""
 
-        def put(whole: Tensor, part: Tensor) -> Tensor:
-            return whole.index_copy(0, index_b, part)
+        def replaced(x_B: Tensor, new_b: Tensor) -> Tensor:
+            return x_B.index_copy(0, index_b, new_b)
 
-        moments = {name: {k: put(self.moments[name][k], x) for k, x in m.items()} for name, m in state.moments.items()}
-        parameters = {name: put(self.parameters[name], x) for name, x in state.parameters.items()}
-        return LocalState(parameters, moments, put(self.steps_B, state.steps_B), state.noise)
+        moments = {
+            name: {k: replaced(self.moments[name][k], x) for k, x in m.items()} for name, m in state.moments.items()
+        }
+        parameters = {name: replaced(self.parameters[name], x) for name, x in state.parameters.items()}
+        return LocalState(parameters, moments, replaced(self.steps_B, state.steps_B), state.noise)
 
 
 class LocalInfo(NamedTuple):
-    """The record of a fit: the ELBO's terms before each fast step, in nats per sequence.
+    """The ELBO's terms before each fast step of a fit, in nats per sequence.
 
-    A sequence that converged early has taken ``steps_B`` steps; its later entries are nan.
+    ``steps_B`` is the number of steps of each sequence; entries after them (early stopping) are nan.
     """
 
     log_likelihood_NB: Float[Tensor, "N B"]
@@ -149,11 +156,11 @@ class LocalInfo(NamedTuple):
 
     @property
     def elbo_NB(self) -> Float[Tensor, "N B"]:
-        """log p(x | z) − KL at the draws of each step."""
+        """log p(x | z) − KL at the draws of each step, in nats."""
         return self.log_likelihood_NB - self.kl_NB
 
     @property
     def finite_B(self) -> Bool[Tensor, " B"]:
-        """Whether every step a sequence took had a finite ELBO."""
+        """Whether the ELBO was finite at every step that a sequence took."""
         taken_NB = torch.arange(len(self.kl_NB), device=self.kl_NB.device)[:, None] < self.steps_B
         return (self.elbo_NB.isfinite() | ~taken_NB).all(0)

@@ -1,4 +1,4 @@
-"""`DualRateSVI`: the face of `pyro.infer.SVI`, with a fast loop for what is local and a slow step for the rest."""
+"""`DualRateSVI`: the interface of `pyro.infer.SVI`, with fast steps for local and a slow step for global parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,23 +14,24 @@ from ltm_pyro.inference.state import LocalInference, LocalState
 
 
 class DualRateSVI:
-    r"""Stochastic variational inference with one rate for thoughts and another for the decoder.
+    r"""Stochastic variational inference with one learning rate for thoughts and another for the decoder.
 
     .. math:: \phi_i \leftarrow \phi_i + \eta_\mathrm{fast} \nabla_{\phi_i} \mathrm{ELBO}_i
         \quad (T_\mathrm{fast} \text{ times}), \qquad
         \beta \leftarrow \beta + \eta_\mathrm{slow} \nabla_\beta \textstyle\sum_i \mathrm{ELBO}_i
 
-    Source: arXiv 2502.01567, algorithm 1. With one fast step, the slow gradient over the trajectory and ``state``
-    handed on from step to step it is `pyro.infer.SVI` with `pyro.optim.Adam`.
+    Source: arXiv 2502.01567, algorithm 1. It equals `pyro.infer.SVI` with `pyro.optim.Adam` if there is one fast step,
+    the slow gradient is that of the trajectory, and each call of `step` gets the ``state`` of the call before.
 
     Args:
-        model: the Pyro model, whose parameters are global.
-        guide: the family of q, whose local parameters live in a `LocalState`.
-        rates: parameter name to optimiser arguments, as `pyro.optim` takes it:
+        model: the Pyro model; its parameters are global.
+        guide: the family of q; its local parameters are in a `LocalState`.
+        rates: maps a parameter name to optimiser arguments, as in `pyro.optim`:
             ``lambda name: {"lr": 0.3 if name.startswith("z_") else 4e-4}``.
-        inference: the fast loop; its ``rate`` gives way to ``rates``.
-        optimizer: makes the slow optimiser from parameter groups.
-        corpus: N, the sequences among which the KL of `Shared` variables is divided; the batch when not given.
+        inference: options of the fast loop; ``rates`` replaces its ``rate``.
+        optimizer: creates the slow optimiser from parameter groups.
+        corpus: N, the number of training sequences, over which the KL of `GlobalLatent` variables is divided; the batch
+            size if not given.
     """
 
     def __init__(
@@ -48,24 +49,24 @@ class DualRateSVI:
         self.state: LocalState | None = None
 
     def step(self, batch: Batch, state: LocalState | None = None) -> float:
-        """One fit and one slow step; returns the loss it went down, in nats. ``self.state`` is then the batch's state.
+        """One fit and one slow step; returns the loss of the slow step, in nats, and sets ``self.state``.
 
-        That is `LocalInference.loss`, −Σ ELBO if ``kl_weight`` is 1, at the last q or averaged over the trajectory as
-        ``slow_gradient`` says, and B/N of the KL of what all sequences share.
+        The loss is `LocalInference.loss` (−Σ ELBO if ``kl_weight`` is 1) at the last q or averaged over the trajectory,
+        depending on ``slow_gradient``, plus B/N of the KL of the global latent variables.
 
         Args:
-            state: where q goes on; by default it starts anew at ``inference.start``.
+            state: the state from which q continues; by default q is initialised by ``inference.init``.
         """
         self.optimizer.zero_grad()
-        learned = training_loss(self.model, self.guide, batch, self.inference, state, self.rates)
-        self.state = learned.state
-        loss = learned.loss + batch.size / (self.corpus or batch.size) * global_kl(self.model)
+        result = training_loss(self.model, self.guide, batch, self.inference, state, self.rates)
+        self.state = result.state
+        loss = result.loss + batch.size / (self.corpus or batch.size) * global_kl(self.model)
         loss.backward()
         self.optimizer.step()
         return loss.item()
 
     def evaluate_loss(self, batch: Batch) -> float:
-        """−Σ ELBO in nats after a fit, with noise drawn after q is final; nothing is learned."""
+        """−Σ ELBO in nats after a fit, at a draw taken after q is fitted; the model is not trained."""
         state, _ = infer_local(self.model, self.guide, batch, self.inference, rates=self.rates)
         with torch.no_grad():
             return -elbo_terms(self.model, self.guide, batch, state.parameters).elbo_B.sum().item()

@@ -1,4 +1,4 @@
-"""The slow gradient over a trajectory: the decoder follows the average of what it saw on the way to q.
+"""The slow gradient over a trajectory: the global parameters' gradient, averaged over all fast steps.
 
 Shapes: B sequences, T tokens, D width.
 """
@@ -14,10 +14,14 @@ from ltm_pyro.inference.learning_rates import slow_parameters
 
 
 class TrajectoryGradient:
-    """The global parameters' gradient averaged over a trajectory, with the stem's part sent back only once.
+    """The global parameters' gradient, averaged over the q's of a trajectory; the stem's backward pass runs only once.
 
-    The embedding's gradient comes from the head as a whole and from the stem in a few rows, which are added to it: held
-    side by side they would be the largest tensors of a step.
+    The embedding's gradient has a dense part from the output layer and a sparse part from the stem. The sparse part is
+    added to the dense one in place, because two dense gradients would be the largest tensors of a step.
+
+    Args:
+        leaf_BTD: the detached stem that the fast steps use.
+        stem_BTD: the stem itself, with its autograd graph.
     """
 
     def __init__(self, model: Model, guide: Guide, leaf_BTD: Tensor | None, stem_BTD: Tensor | None) -> None:
@@ -31,52 +35,53 @@ class TrajectoryGradient:
         self.count = 0
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """One more point of the trajectory."""
+        """Adds the gradients of ``tensors`` at one q of the trajectory."""
         self.count += 1
-        self.sums = (
-            [_added(a, b) for a, b in zip(self.sums, gradients, strict=True)] if self.sums else _owned(gradients)
-        )
+        if self.sums:
+            self.sums = [_add(total, x) for total, x in zip(self.sums, gradients, strict=True)]
+        else:
+            self.sums = _own_memory(gradients)
 
     def loss(self, value: Tensor) -> Tensor:
-        """``value``, whose backward, to be called once, gives every parameter the average gradient."""
-        known = self.sums[: len(self.parameters)]
+        """``value``, whose backward pass gives every parameter its average gradient; it can run only once."""
+        sums = self.sums[: len(self.parameters)]
         if self.stem:
-            through = torch.autograd.grad(self.stem, self.parameters, self.sums[-1:], allow_unused=True)
-            known = [_added(a, b) for a, b in zip(known, through, strict=True)]
+            through_stem = torch.autograd.grad(self.stem, self.parameters, self.sums[-1:], allow_unused=True)
+            sums = [_add(total, x) for total, x in zip(sums, through_stem, strict=True)]
         self.sums = []
-        seen = [(p, x) for p, x in zip(self.parameters, _owned(known), strict=True) if x is not None]
-        return _WithGradient.apply(value, 1 / self.count, [x for _, x in seen], *(p for p, _ in seen))
+        used = [(p, x) for p, x in zip(self.parameters, _own_memory(sums), strict=True) if x is not None]
+        return _WithGradient.apply(value, 1 / self.count, [x for _, x in used], *(p for p, _ in used))
 
 
-def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    if total is None or more is None:
-        return more if total is None else total
-    return total.add_(more)
+def _add(total: Tensor | None, x: Tensor | None) -> Tensor | None:
+    if total is None or x is None:
+        return x if total is None else total
+    return total.add_(x)
 
 
-def _owned(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Each in dense memory of its own, to be changed in place: autograd may hand out one tensor twice, or expanded."""
-    found: list[Tensor | None] = []
-    taken: set[int] = set()
+def _own_memory(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, safe to change in place: autograd may return one tensor twice, an expanded or a sparse one."""
+    copies: list[Tensor | None] = []
+    storages: set[int] = set()
     for x in gradients:
         if x is not None:
             x = x.to_dense()
-            if x.untyped_storage().data_ptr() in taken or not x.is_contiguous():
+            if x.untyped_storage().data_ptr() in storages or not x.is_contiguous():
                 x = x.clone(memory_format=torch.contiguous_format)
-            taken.add(x.untyped_storage().data_ptr())
-        found.append(x)
-    return found
+            storages.add(x.untyped_storage().data_ptr())
+        copies.append(x)
+    return copies
 
 
 class _WithGradient(torch.autograd.Function):
     """A value whose gradient with respect to ``parameters`` is already known."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, share: float, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.share, ctx.gradients = share, gradients
+    def forward(ctx: Any, value: Tensor, factor: float, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.factor, ctx.gradients = factor, gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factor, known = ctx.share * grad, [ctx.gradients.pop(0) for _ in range(len(ctx.gradients))]
-        return None, None, None, *(x.mul_(factor) for x in known)  # in place: they are needed once
+        factor, gradients = ctx.factor * grad, [ctx.gradients.pop(0) for _ in range(len(ctx.gradients))]
+        return None, None, None, *(x.mul_(factor) for x in gradients)  # in place, because each is used once

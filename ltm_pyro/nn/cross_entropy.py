@@ -1,6 +1,6 @@
-"""Projection to the vocabulary and cross-entropy in one: the logits of a batch never exist together.
+"""Projection to the vocabulary fused with the cross-entropy: the logits of a whole batch are never in memory.
 
-Shapes: B sequences, T tokens, N tokens of a batch in a row (particles folded in), D width, V vocabulary.
+Shapes: B sequences, T tokens, N = B T flattened (times particles), D width, V vocabulary.
 """
 
 import torch
@@ -17,50 +17,51 @@ def token_nats(
     value_BT: Int[Tensor, "... B T"],
     late: "LateGradient | None" = None,
 ) -> Float[Tensor, "... B T"]:
-    r"""Nats of every token under a categorical with logits E h.
+    r"""The cross-entropy of every token, in nats, under a categorical with logits E h.
 
     .. math:: -\log p(x_t) = \log \sum_v \exp (E h_t)_v - (E h_t)_{x_t}
 
-    Products are computed as autocast says, sums and exponentials in at least float32. The gradient of ``hidden_BTD`` is
-    computed in the same pass (4 V D FLOPs per token in all); if E needs one too, its backward pass computes the logits
-    once more (8 V D).
+    Matrix products use autocast's type, sums and exponentials at least float32. The gradient with respect to
+    ``hidden_BTD`` is computed in the forward pass (4 V D FLOPs per token in total). If E needs a gradient too, its
+    backward pass computes the logits a second time (8 V D).
 
     Args:
-        late: created before the decoder ran, which saves memory.
+        late: the part for E's gradient, created before the decoder runs, which saves memory.
 
     Raises:
-        UsageError: when a second derivative is asked for; `TokenCategorical.logits` has one.
+        UsageError: if a second derivative is requested; `TokenCategorical.logits` has one.
     """
     shape = hidden_BTD.shape[:-1]
     hidden_ND, value_N = hidden_BTD.flatten(0, -2), value_BT.expand(shape).flatten()
     dtype, needs_gradient = matrix_dtype(hidden_ND), torch.is_grad_enabled() and hidden_BTD.requires_grad
-    if late is None or late.seen or late.nats_BT.shape != shape:
+    if late is None or late.inputs or late.nats_BT.shape != shape:
         late = LateGradient.of(embedding_VD, shape)
     nats_N, lse_N = NatsFunction.apply(hidden_ND, embedding_VD.detach(), value_N, dtype, needs_gradient)
     nats_BT: Tensor = nats_N.view(shape)
-    return nats_BT if late is None else nats_BT + late.take(hidden_ND.to(dtype), value_N, lse_N)
+    return nats_BT if late is None else nats_BT + late.receive(hidden_ND.to(dtype), value_N, lse_N)
 
 
 class LateGradient:
-    """E's part in `token_nats`: a zero tensor whose backward pass is E's gradient.
+    """A zero tensor, added to the nats, whose backward pass computes the gradient of the embedding E.
 
-    Autograd goes backward first through what was called last. This part is created before the decoder runs, so that E's
-    gradient, the largest tensor of a step, is computed when the decoder's activations are freed. Good for one call.
+    Autograd runs the backward passes in reverse order of the calls. This tensor is created before the decoder runs, so
+    that E's gradient, the largest tensor of a step, is computed after the decoder's activations are freed. It serves
+    one call of `token_nats`.
 
     Args:
-        shape: of the tokens to come, (..., B, T).
+        shape: (..., B, T), the shape of the nats.
     """
 
     def __init__(self, embedding_VD: Float[Tensor, "V D"], shape: tuple[int, ...]) -> None:
-        self.seen: list[Tensor] = []  # hidden states, tokens and log Σ exp, from the head
-        self.nats_BT: Tensor = EmbeddingGradient.apply(embedding_VD, self.seen, shape)
+        self.inputs: list[Tensor] = []  # hidden states, tokens and log Σ exp, which `token_nats` gives
+        self.nats_BT: Tensor = EmbeddingGradient.apply(embedding_VD, self.inputs, shape)
 
     @classmethod
     def of(cls, embedding_VD: Float[Tensor, "V D"], shape: tuple[int, ...]) -> "LateGradient | None":
-        """None if E does not learn."""
+        """A new `LateGradient`, or None if E needs no gradient."""
         return cls(embedding_VD, shape) if torch.is_grad_enabled() and embedding_VD.requires_grad else None
 
-    def take(self, *seen: Tensor) -> Float[Tensor, "... B T"]:
-        """The zero tensor, for the tokens that the head has seen."""
-        self.seen += [x.detach() for x in seen]
+    def receive(self, *inputs: Tensor) -> Float[Tensor, "... B T"]:
+        """Stores hidden states, tokens and log Σ exp for the backward pass, and returns the zero tensor."""
+        self.inputs += [x.detach() for x in inputs]
         return self.nats_BT

@@ -1,6 +1,6 @@
-"""The decoder's parts: rotary positions, attention sublayers and the gated feed-forward. Tensors in, tensors out.
+"""Layers of the decoder: rotary positions, self-attention, cross-attention and the gated feed-forward network.
 
-Shapes: B sequences (particles folded in), T tokens, K thoughts, D width, H heads, C channels of a head.
+Shapes: B sequences (times particles), T tokens, K thoughts, D width, H heads, C channels of a head.
 """
 
 import torch
@@ -11,33 +11,34 @@ from torch import Tensor, nn
 from ltm_pyro.nn.attention import KeysValues, ThoughtKV, cross_attention, ring_attention, window_attention
 from ltm_pyro.nn.kv_cache import CacheSlots
 
-RotaryAngles = Tensor  # (..., T, 1, C/2, 2): cosine and sine of every position's angles, one per pair of channels
+RotaryAngles = Tensor  # (..., T, 1, C/2, 2): cosine and sine of one angle per position and pair of channels
 
 
 def rotation(position: Int[Tensor, "*T"], channels: int, base: float = 10_000.0) -> RotaryAngles:
-    """Channel pair c of position t turns by the angle t · base^(−2c/C) (RoFormer, arXiv 2104.09864)."""
+    """The angles t · base^(−2c/C) for position t and channel pair c (RoFormer, arXiv 2104.09864)."""
     half = torch.arange(0, channels, 2, device=position.device, dtype=torch.float32)
     angle = position.float()[..., None, None] * base ** (-half / channels)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
 def rotary(x_BTHC: Float[Tensor, "B T H C"], angles: RotaryAngles) -> Float[Tensor, "B T H C"]:
-    """The vectors turned, each by its position's angles; what two of them then share depends on their distance.
+    """Rotates every pair of neighbouring channels by its position's angle.
 
-    Neighbouring channels are a complex number each, of which torch's compiler knows nothing.
+    The dot product of two rotated vectors depends on their relative position only. A pair is multiplied as one complex
+    number, except under torch.compile, which does not support complex numbers.
     """
     wide = x_BTHC.to(torch.promote_types(x_BTHC.dtype, angles.dtype)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         (a, b), (cos, sin) = wide.unbind(-1), angles.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
         angle = torch.view_as_complex(angles.to(wide.dtype))
-        turned = torch.view_as_real(torch.view_as_complex(wide) * angle)
-    return turned.flatten(-2).to(x_BTHC.dtype)
+        rotated = torch.view_as_real(torch.view_as_complex(wide) * angle)
+    return rotated.flatten(-2).to(x_BTHC.dtype)
 
 
 class Attention(nn.Module):
-    """What follows an attention and precedes it: H query heads share ``kv_heads`` key and value heads."""
+    """Base of the attention layers: H query heads, which share ``kv_heads`` key and value heads."""
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
@@ -45,16 +46,16 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width, bias=False)
 
     def split(self, x_BTP: Float[Tensor, "B T P"]) -> Float[Tensor, "B T H C"]:
-        """A projection's output by heads."""
+        """A projection's output, split into heads."""
         return x_BTP.unflatten(-1, (-1, self.channels))
 
     def merge(self, x_BHTC: Float[Tensor, "B H T C"]) -> Float[Tensor, "B T D"]:
-        """The heads side by side, projected."""
+        """The concatenated heads, projected by W_o."""
         return self.output(x_BHTC.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(Attention):
-    """Causal attention of tokens to the last ``window`` tokens, themselves included; see `attention.BACKENDS`."""
+    """Causal attention of every token to the last ``window`` tokens, itself included; see `attention.BACKENDS`."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, window: int, attention: str = "auto") -> None:
         super().__init__(width, heads, kv_heads)
@@ -62,31 +63,31 @@ class SelfAttention(Attention):
         self.query_key_value = nn.Linear(width, (heads + 2 * kv_heads) * self.channels, bias=False)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles) -> Float[Tensor, "B T D"]:
-        """Attention's output for normalised input; the caller adds the residual."""
+        """The layer's output for normalised input; the caller adds the residual."""
         q_BHTC, new = self.project(x_BTD, angles)
-        return self.merge(window_attention(q_BHTC, *new.spread(self.heads), self.window, self.attention))
+        return self.merge(window_attention(q_BHTC, *new.repeat_heads(self.heads), self.window, self.attention))
 
     def project(
         self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles
     ) -> tuple[Float[Tensor, "B H T C"], KeysValues]:
-        """Queries and keys, turned, and values of tokens."""
-        seen = self.heads + self.kv_heads
-        qk_BTHC, v_BTGC = self.split(self.query_key_value(x_BTD)).split([seen, self.kv_heads], dim=2)
+        """Rotated queries and keys, and values of tokens."""
+        rotated = self.heads + self.kv_heads
+        qk_BTHC, v_BTGC = self.split(self.query_key_value(x_BTD)).split([rotated, self.kv_heads], dim=2)
         q, k = rotary(qk_BTHC, angles).split([self.heads, self.kv_heads], dim=2)
         return q.transpose(1, 2), KeysValues(k.transpose(1, 2), v_BTGC.transpose(1, 2))
 
     def decode_step(
         self, x_BUD: Float[Tensor, "B U D"], angles: RotaryAngles, ring: KeysValues, slots: CacheSlots
     ) -> Float[Tensor, "B U D"]:
-        """The same for tokens behind those whose keys and values are in ``ring``, which takes in theirs."""
+        """The same for new tokens, which attend to the cache ``ring`` and are added to it in place."""
         q_BHUC, new = self.project(x_BUD, angles)
-        for remembered, x in zip(ring, new, strict=True):
-            slots.write(remembered, x)
-        return self.merge(ring_attention(q_BHUC, ring, slots.hidden_BUM))
+        for cached, x in zip(ring, new, strict=True):
+            slots.write(cached, x)
+        return self.merge(ring_attention(q_BHUC, ring, slots.masked_BUM))
 
 
 class CrossAttention(Attention):
-    """Attention of tokens to the K thoughts of their layer; tokens and thoughts each carry rotary positions."""
+    """Attention of tokens to the K thoughts of their layer, both with rotary positions of their own."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, thought_width: int) -> None:
         super().__init__(width, heads, kv_heads)
@@ -96,17 +97,17 @@ class CrossAttention(Attention):
     def forward(
         self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV
     ) -> Float[Tensor, "B T D"]:
-        """Attention's output for normalised input; the caller adds the residual."""
+        """The layer's output for normalised input; the caller adds the residual."""
         return cross_attention(self.queries(x_BTD, angles), *thoughts)
 
     def queries(self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles) -> Float[Tensor, "B H T C"]:
-        """Queries of the tokens, turned."""
+        """Rotated queries of the tokens."""
         return rotary(self.split(self.query(x_BTD)), angles).transpose(1, 2)
 
     def project_kv(self, z_BKD: Float[Tensor, "B K thought"], angles: RotaryAngles) -> ThoughtKV:
-        """Keys, turned, and projected values of thoughts."""
+        """Rotated keys and projected values of thoughts."""
         k, v = self.split(self.key_value(z_BKD)).chunk(2, dim=2)
-        k_BHKC, v_BHKC = KeysValues(rotary(k, angles).transpose(1, 2), v.transpose(1, 2)).spread(self.heads)
+        k_BHKC, v_BHKC = KeysValues(rotary(k, angles).transpose(1, 2), v.transpose(1, 2)).repeat_heads(self.heads)
         output_HCD = self.output.weight.T.unflatten(0, (self.heads, self.channels))
         values_HND = v_BHKC.transpose(0, 1).flatten(1, 2) @ output_HCD
         return ThoughtKV(k_BHKC, values_HND.unflatten(1, z_BKD.shape[:2]).transpose(0, 1).flatten(1, 2))
@@ -122,6 +123,6 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """The sublayer's output for normalised input; the caller adds the residual."""
-        gate_HD, up_HD = self.gate_up.weight.chunk(2)  # two products: halves of one lie apart, and are gathered again
+        """The layer's output for normalised input; the caller adds the residual."""
+        gate_HD, up_HD = self.gate_up.weight.chunk(2)  # two products, because halves of one product are not contiguous
         return self.down(F.silu(F.linear(x_BTD, gate_HD)) * F.linear(x_BTD, up_HD))

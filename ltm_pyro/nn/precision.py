@@ -1,4 +1,4 @@
-"""Where half precision begins and ends: matrix products of the decoder, never thoughts, densities and KL."""
+"""Mixed precision: half precision for the decoder's matrix products, never for thoughts, densities and KL."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,36 +10,36 @@ from ltm_pyro.contracts import Model
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """Inside, autocast is off on the device of ``like``: a KL is a small difference of large numbers."""
+    """Turns autocast off on the device of ``like``, because a KL is a small difference of large numbers."""
     return torch.autocast(like.device.type, enabled=False)
 
 
 def matrix_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product with x is computed in: autocast's type on x's device, outside autocast x's own."""
+    """The dtype of a matrix product with x: autocast's on x's device, or x's own if autocast is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @contextmanager
-def rounded(model: Model | nn.Module) -> Iterator[None]:
-    """Inside, matrices of parts that call themselves ``half_precision`` are rounded as autocast would at every product.
+def cast_weights(model: Model | nn.Module) -> Iterator[None]:
+    """Inside, the matrices of modules with ``half_precision = True`` are cast to autocast's type.
 
-    For as long as they stand still: autocast itself remembers rounded weights only while they learn.
+    Autocast itself would cast frozen weights at every product, because it caches only weights that require a gradient.
     """
     parts = [part for part in model.modules() if getattr(part, "half_precision", False)]
     weights = [m.weight for part in parts for m in part.modules() if isinstance(m, nn.Linear | nn.Embedding)]
-    with holding(weights, [w.data.to(matrix_dtype(w)) for w in weights]):
+    with swap_data(weights, [w.data.to(matrix_dtype(w)) for w in weights]):
         yield
 
 
 @contextmanager
-def holding(weights: Sequence[Tensor], data: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the weights hold other data, in another place."""
-    own = [w.data for w in weights]
+def swap_data(weights: Sequence[Tensor], data: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the ``.data`` of the weights is replaced by ``data``; afterwards it is restored."""
+    original = [w.data for w in weights]
     try:
-        for weight, other in zip(weights, data, strict=True):
-            weight.data = other
+        for weight, x in zip(weights, data, strict=True):
+            weight.data = x
         yield
     finally:
-        for weight, other in zip(weights, own, strict=True):
-            weight.data = other
+        for weight, x in zip(weights, original, strict=True):
+            weight.data = x

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, with an autograd function of its own. Shapes: B sequences, D width."""
+"""Root-mean-square normalisation with a hand-written backward pass. Shapes: B sequences, D width."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from ltm_pyro.nn.precision import matrix_dtype
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) ⊙ w, computed in at least float32, for a matrix product (arXiv 1910.07467)."""
+    """x / √(mean x² + ε) ⊙ w, computed in at least float32 (arXiv 1910.07467)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """The normalised input, in the type of the product that follows."""
+        """The normalised input, in the dtype of the matrix product that follows."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return rms_norm(x_BTD, self.weight).to(matrix_dtype(x_BTD))
         out: Tensor = _RMSNormFunction.apply(x_BTD, self.weight, matrix_dtype(x_BTD))
@@ -32,7 +32,7 @@ def rms_norm(x_BTD: Float[Tensor, "*B D"], weight_D: Float[Tensor, " D"]) -> Flo
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """`rms_norm` in half the passes over memory that autograd needs."""
+    """`rms_norm` with half as many passes over memory as autograd's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,13 +45,13 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: by autograd, so that it can go on
+        if torch.is_grad_enabled():  # create_graph=True: use autograd, which can be differentiated again
             wanted = [x for x, need in zip((x, weight_D), ctx.needs_input_grad, strict=False) if need]
-            found = iter(torch.autograd.grad(rms_norm(x, weight_D).to(grad.dtype), wanted, grad, create_graph=True))
-            return *(next(found) if need else None for need in ctx.needs_input_grad[:2]), None
-        slope, to_weight = grad * weight_D, None
-        along = (slope * x).sum(-1, keepdim=True)
+            gradients = iter(torch.autograd.grad(rms_norm(x, weight_D).to(grad.dtype), wanted, grad, create_graph=True))
+            return *(next(gradients) if need else None for need in ctx.needs_input_grad[:2]), None
+        grad_normalised, grad_weight = grad * weight_D, None
+        dot = (grad_normalised * x).sum(-1, keepdim=True)
         if ctx.needs_input_grad[1]:
-            to_weight = (grad * x * scale).flatten(0, -2).sum(0).to(weight_D.dtype)
-        to_x = slope.mul_(scale).addcmul_(x, along * scale**3, value=-1 / x.shape[-1])
-        return to_x.to(x.dtype), to_weight, None
+            grad_weight = (grad * x * scale).flatten(0, -2).sum(0).to(weight_D.dtype)
+        grad_x = grad_normalised.mul_(scale).addcmul_(x, dot * scale**3, value=-1 / x.shape[-1])
+        return grad_x.to(x.dtype), grad_weight, None

@@ -1,4 +1,4 @@
-"""The distribution of the observed site: one categorical per token, never normalised twice."""
+"""The distribution of the observed tokens: one categorical per token."""
 
 from typing import Any
 
@@ -17,13 +17,14 @@ class TokenCategorical(TorchDistribution):
 
     .. math:: \log p(x) = \sum_t m_t \, [(E h_t)_{x_t} - \log \sum_v \exp (E h_t)_v]
 
-    Sampling draws every token given the hidden states as they are, that is, given the inputs the decoder has read.
+    `sample` draws every token given these hidden states, that is, given the true tokens before it. Generated text is
+    not fed back to the decoder.
 
     Args:
-        hidden_BTD: the decoder's output; leading particle axes are free.
-        embedding_VD: E, the tied embedding.
+        hidden_BTD: the decoder's output; it may have leading particle axes.
+        embedding_VD: E, the embedding, tied to the output layer.
         mask_BT: m, False at padding.
-        late: made before the decoder ran, which saves memory where E learns.
+        late: the part for E's gradient, created before the decoder runs, which saves memory if E needs a gradient.
     """
 
     arg_constraints = {}
@@ -42,20 +43,20 @@ class TokenCategorical(TorchDistribution):
 
     @property
     def logits(self) -> Float[Tensor, "... B T V"]:
-        """Unnormalised log-probabilities."""
+        """E h, the unnormalised log-probabilities."""
         return F.linear(self.hidden_BTD, self.embedding_VD)
 
     def log_prob(self, value: Int[Tensor, "... B T"]) -> Float[Tensor, "... B"]:
-        """Log-probability of each sequence in nats, padding excluded."""
+        """log p(x) of each sequence in nats, without padding."""
         nats_BT = token_nats(self.hidden_BTD, self.embedding_VD, value, self.late)
         return -(nats_BT * self.mask_BT).sum(-1)
 
     def sample(self, sample_shape: Any = ()) -> Int[Tensor, "... B T"]:
-        """Every token drawn given the inputs the decoder has read."""
+        """Draws every token independently, given the hidden states."""
         return torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(torch.Size(sample_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TokenCategorical":
-        """The same distribution with more leading axes; itself where it has them, as in every plate of Pyro's."""
+        """The same distribution with more leading axes; itself if it already has them, as in every Pyro plate."""
         if torch.Size(batch_shape) == self.batch_shape:
             return self
         hidden_BTD = self.hidden_BTD.expand(*batch_shape, *self.hidden_BTD.shape[-2:])

@@ -1,4 +1,4 @@
-"""A small causal Transformer for what is not the decoder: learned priors and encoders.
+"""A small causal Transformer for learned priors and encoders.
 
 Shapes: B sequences, T positions, D width.
 """
@@ -13,11 +13,11 @@ from ltm_pyro.nn.rms_norm import RMSNorm
 
 
 class Transformer(nn.Module):
-    """The decoder's layers without thoughts: x += SelfAttention(x), x += SwiGLU(x), each behind an RMSNorm.
+    """The decoder's layers without thoughts: x += SelfAttention(x), x += SwiGLU(x), each with an RMSNorm before it.
 
     Args:
         layers, width, heads: 2 · ``heads`` divides ``width``.
-        window: positions that each one sees, itself included.
+        window: number of positions that each one attends to, itself included.
     """
 
     def __init__(self, layers: int, width: int, heads: int, window: int) -> None:
@@ -33,7 +33,7 @@ class Transformer(nn.Module):
         self.norm = nn.ModuleList(RMSNorm(width) for _ in range(2 * layers + 1))
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Hidden states, normalised."""
+        """The hidden states, normalised."""
         angles = rotation(torch.arange(x_BTD.shape[1], device=x_BTD.device), self.channels)
         for index, (attention, feed) in enumerate(zip(self.attention, self.feed, strict=True)):
             x_BTD = x_BTD + attention(self.norm[2 * index](x_BTD), angles)

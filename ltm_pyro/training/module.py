@@ -143,10 +143,10 @@ class LTMModule(pl.LightningModule):
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             stored = None
             if self.store:
-                stored = self.store.recall(batch.ids_B, init(self.model, self.guide, batch, inference))
+                stored = self.store.get(batch.ids_B, init(self.model, self.guide, batch, inference))
             found = training_loss(self.model, self.guide, batch, inference, stored)  # fast loop: q of every sequence
         if self.store:
-            self.store.keep(batch.ids_B, found.state)
+            self.store.put(batch.ids_B, found.state)
         self._accumulated_ids.append(batch.ids_B)
         if strategy.reduce_boolean_decision(not found.loss.isfinite(), all=False):
             self._handle_nonfinite("ELBO", batch.ids_B[~found.is_finite_B])

@@ -1,4 +1,4 @@
-"""Recorded fits, with a capture that computes on the CPU what a CUDA graph would launch; see `tests/test_gpu.py`."""
+"""CUDA graph capture, with a stand-in on the CPU that runs the captured function; see `tests/test_gpu.py`."""
 
 from dataclasses import replace
 
@@ -19,56 +19,56 @@ INFERENCE = LocalInference(steps=3, rate=0.1, slow_gradient="last", cuda_graph=T
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Counts what is recorded; a replay computes it anew from the places where it was recorded."""
+    """The list of captured functions; a replay runs the function again on the captured buffers."""
     runs = []
     monkeypatch.setitem(graphs.CAPTURES, "cpu", lambda run: runs.append(run) or run)
     return runs
 
 
-def same(ours, theirs):
-    for a, b in zip(graphs.tree_flatten(ours)[0], graphs.tree_flatten(theirs)[0], strict=True):
+def assert_equal(actual, expected):
+    for a, b in zip(graphs.tree_flatten(actual)[0], graphs.tree_flatten(expected)[0], strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(("prior", "guide"), PAIRS)
-def test_a_replayed_fit_is_the_fit(prior, guide, tiny_decoder, tiny_batch, captured):
+def test_a_replayed_fit_equals_the_fit_without_a_graph(prior, guide, tiny_decoder, tiny_batch, captured):
     decoder = tiny_decoder(thoughts=1, thought_width=2)
     model = LatentThoughtModel(make_prior(prior, decoder.thought_shape), decoder)
     family = make_guide(guide, model)
     for seed in range(3):
         for parameter in model.parameters():
-            parameter.data = parameter.data + 0.01  # elsewhere, and something else
+            parameter.data = parameter.data + 0.01  # other memory and other values
         batch = tiny_batch()
         with seeded(seed):
-            ours = infer_local(model, family, batch, INFERENCE)
+            replayed = infer_local(model, family, batch, INFERENCE)
         with seeded(seed):
-            same(ours, infer_local(model, family, batch, replace(INFERENCE, cuda_graph=False)))
-    assert len(captured) == family.uses_fast_steps  # otherwise there are no fast steps to record
+            assert_equal(replayed, infer_local(model, family, batch, replace(INFERENCE, cuda_graph=False)))
+    assert len(captured) == family.uses_fast_steps  # True is one capture, False is none
 
 
-def test_a_training_step_is_the_training_step(tiny_model, tiny_batch, captured):
+def test_a_training_step_with_a_graph_has_the_same_gradient(tiny_model, tiny_batch, captured):
     model, batch = tiny_model(), tiny_batch()
     guide, gradients = MeanField(model), {}
-    for rate in (0.1, 0.2, 0.3):  # moves without being recorded anew
+    for rate in (0.1, 0.2, 0.3):  # a new rate needs no new capture
         for graph in (True, False):
             model.zero_grad()
             with seeded(0):
                 training_loss(model, guide, batch, replace(INFERENCE, rate=rate, cuda_graph=graph)).loss.backward()
             gradients[graph] = [p.grad for p in model.parameters()]
-        same(gradients[True], gradients[False])
+        assert_equal(gradients[True], gradients[False])
     assert len(captured) == 1
 
 
-def test_what_changes_every_time_is_not_recorded(tiny_model, tiny_batch, captured):
+def test_shapes_that_change_at_every_call_are_not_captured(tiny_model, tiny_batch, captured):
     model = tiny_model()
     guide = MeanField(model)
-    for length in range(4, 4 + 2 * graphs.KEPT):
+    for length in range(4, 4 + 2 * graphs.MAX_GRAPHS):
         infer_local(model, guide, tiny_batch(length=length), INFERENCE)
     assert not captured
-    assert len(graphs.recordings(guide, torch.device("cpu")).seen) == graphs.KEPT
+    assert len(graphs.graph_cache(guide, torch.device("cpu")).graphs) == graphs.MAX_GRAPHS
 
 
-def test_results_stay_when_the_next_replay_comes(tiny_model, tiny_batch, captured):
+def test_a_replay_does_not_overwrite_earlier_results(tiny_model, tiny_batch, captured):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
     states = [infer_local(model, guide, batch, INFERENCE)[0] for _ in range(4)]
@@ -76,7 +76,7 @@ def test_results_stay_when_the_next_replay_comes(tiny_model, tiny_batch, capture
     assert not torch.equal(states[2].parameters["z_loc"], states[3].parameters["z_loc"])
 
 
-def test_what_a_graph_cannot_do_is_said(tiny_model, tiny_batch):
+def test_options_that_a_graph_does_not_support_are_refused(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
     with pytest.raises(UsageError, match="batch is on cpu: remove `cuda_graph`"):

@@ -29,7 +29,7 @@ def fitted(tiny_model, tiny_batch):
 
 
 @pytest.mark.parametrize("estimator", [TraceMeanField_ELBO, Trace_ELBO])
-def test_the_elbo_is_pyros_at_the_same_draws(fitted, estimator):
+def test_the_elbo_equals_pyros_at_the_same_draws(fitted, estimator):
     model, guide, batch, state = fitted
     pyro.set_rng_seed(3)
     theirs = estimator().loss(model, LocalPosterior(guide, state), batch)
@@ -45,19 +45,21 @@ def test_a_trace_does_not_depend_on_earlier_ones(tiny_model, tiny_batch):
     assert first == second
 
 
-def test_particles_are_pyros_vectorised_particles(fitted):
+def test_particles_equal_pyros_vectorised_particles(fitted):
     model, guide, batch, state = fitted
     pyro.set_rng_seed(3)
-    stock = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
-    theirs = stock.loss(model, LocalPosterior(guide, state), batch)
+    pyro_elbo = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    theirs = pyro_elbo.loss(model, LocalPosterior(guide, state), batch)
     pyro.set_rng_seed(3)
     terms = elbo_terms(model, guide, batch, state.parameters, Draws(4))
     assert -terms.elbo_B.mean(0).sum().item() == pytest.approx(theirs, abs=1e-6)
 
 
 @pytest.mark.parametrize("guide_class", [MeanField, FullCovariance])
-def test_weights_average_to_the_evidence_and_the_elbo_stays_below(guide_class):
-    model = LinearGaussianModel(ThoughtShape(1, 1, 2), noise=1.5)  # weakly informed: the weights have a light tail
+def test_weights_average_to_the_evidence_and_the_elbo_is_below_it(guide_class):
+    model = LinearGaussianModel(
+        ThoughtShape(1, 1, 2), noise=1.5
+    )  # weak observations, so that the weights have a light tail
     batch = model.draw(5)
     guide = guide_class(model)
     state, _ = infer_local(model, guide, batch, LocalInference(steps=200, rate=0.05, particles=16))
@@ -79,7 +81,7 @@ def test_exact_kl_equals_monte_carlo_kl(fitted):
     assert ((sampled_SB.mean(0) - exact_B).abs() < 3 * error_B).all()
 
 
-def test_two_modes_have_the_evidence_of_one(tiny_batch):
+def test_the_model_with_two_modes_has_the_evidence_of_the_model_with_one(tiny_batch):
     one, two = (cls(ThoughtShape(1, 1, 2), length=4) for cls in (LinearGaussianModel, TwoModesModel))
     batch = one.draw(3)
     guide = MeanField(one)
@@ -90,14 +92,14 @@ def test_two_modes_have_the_evidence_of_one(tiny_batch):
     torch.testing.assert_close(estimates[1], two.log_evidence(batch), atol=0.2, rtol=0)
 
 
-def test_a_guide_that_misses_a_site_is_named(tiny_model, tiny_batch):
+def test_guides_with_missing_or_extra_sites_are_refused(tiny_model, tiny_batch):
     model = tiny_model()
 
-    class Blind(MeanField):
+    class MissingSite(MeanField):
         def __call__(self, batch, local):
             return {}
 
-    class Talkative(MeanField):
+    class ExtraSite(MeanField):
         def __call__(self, batch, local):
             pyro.sample("u", pyro.distributions.Normal(torch.zeros(batch.size), 1.0))
             return super().__call__(batch, local)
@@ -105,9 +107,9 @@ def test_a_guide_that_misses_a_site_is_named(tiny_model, tiny_batch):
     batch = tiny_batch()
     local = init(model, MeanField(model), batch, LocalInference()).parameters
     with pytest.raises(UsageError, match="no site 'z', which the model samples"):
-        elbo_terms(model, Blind(model), batch, local)
+        elbo_terms(model, MissingSite(model), batch, local)
     with pytest.raises(UsageError, match="samples 'u', which the model does not have"):
-        elbo_terms(model, Talkative(model), batch, local)
+        elbo_terms(model, ExtraSite(model), batch, local)
 
 
 def test_the_parameter_store_stays_empty(fitted):
@@ -129,7 +131,7 @@ shapes = st.fixed_dictionaries(
 
 @settings(max_examples=25, deadline=None)
 @given(shapes)
-def test_laws_over_random_shapes(shape):
+def test_invariances_over_random_shapes(shape):
     torch.manual_seed(shape["seed"])
     decoder = Decoder(11, shape["layers"], 8, 2, shape["thoughts"], 4, 16, shape["thought_width"])
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder)
@@ -137,7 +139,7 @@ def test_laws_over_random_shapes(shape):
     batch = make_batch(torch.randint(0, 11, (shape["size"], shape["length"])), lengths_B, 0)
     guide = MeanField(model)
     state, _ = infer_local(model, guide, batch, LocalInference(steps=2, init=Init(log_var=-40.0, jitter=1.0)))
-    draws = Draws(shape["particles"])  # q is so narrow that its noise does not show
+    draws = Draws(shape["particles"])  # q is so narrow that its noise is negligible
     terms = elbo_terms(model, guide, batch, state.parameters, draws)
     lead = () if shape["particles"] is None else (shape["particles"],)
     assert terms.elbo_B.shape == (*lead, shape["size"])
@@ -148,24 +150,24 @@ def test_laws_over_random_shapes(shape):
     torch.testing.assert_close(permuted.elbo_B, terms.elbo_B[..., order_B], atol=1e-4, rtol=1e-4)
 
     noise_BT = torch.randint(0, 11, batch.targets_BT.shape)
-    spoilt = make_batch(torch.where(batch.mask_BT, batch.targets_BT, noise_BT), lengths_B, 0)
-    padded = elbo_terms(model, guide, spoilt, state.parameters, draws)
+    other_padding = make_batch(torch.where(batch.mask_BT, batch.targets_BT, noise_BT), lengths_B, 0)
+    padded = elbo_terms(model, guide, other_padding, state.parameters, draws)
     torch.testing.assert_close(padded.elbo_B, terms.elbo_B, atol=1e-4, rtol=1e-4)
 
 
-def test_a_state_is_found_by_hand_as_by_fit(fitted):
+def test_select_and_put_are_inverse(fitted):
     *_, state = fitted
-    picked = state.select(torch.tensor([2, 0]))
-    assert isinstance(picked, LocalState)
-    back = state.put(torch.tensor([2, 0]), picked)
-    torch.testing.assert_close(back.parameters["z_loc"], state.parameters["z_loc"])
+    selected = state.select(torch.tensor([2, 0]))
+    assert isinstance(selected, LocalState)
+    restored = state.put(torch.tensor([2, 0]), selected)
+    torch.testing.assert_close(restored.parameters["z_loc"], state.parameters["z_loc"])
 
 
 @pytest.mark.parametrize(
     ("estimator", "scale_of_q"), [(Trace_ELBO, 1.0), (Trace_ELBO, 0.1), (TraceMeanField_ELBO, 0.1)]
 )
-def test_scale_handlers_count_as_in_pyro(fitted, estimator, scale_of_q):
-    """A model under ``poutine.scale``, and a guide under its own, have the ELBO of Pyro."""
+def test_scale_handlers_work_as_in_pyro(fitted, estimator, scale_of_q):
+    """A model and a guide inside ``poutine.scale`` have the same ELBO as in Pyro."""
     model, guide, batch, state = fitted
 
     class ScaledModel(type(model)):
@@ -182,14 +184,14 @@ def test_scale_handlers_count_as_in_pyro(fitted, estimator, scale_of_q):
     scaled, scaled_guide = ScaledModel(model.prior, model.decoder), ScaledGuide(model)
     pyro.set_rng_seed(3)
     theirs = estimator().loss(scaled, LocalPosterior(scaled_guide, state), batch)
-    found = {}
+    ours = {}
     for name, pair in {"plain": (model, guide), "scaled": (scaled, scaled_guide)}.items():
         pyro.set_rng_seed(3)
-        found[name] = elbo_terms(*pair, batch, state.parameters, Draws(kl=kl))
-    assert -found["scaled"].elbo_B.sum().item() == pytest.approx(theirs, abs=1e-9)
-    torch.testing.assert_close(found["scaled"].log_likelihood_B, 0.1 * found["plain"].log_likelihood_B)
+        ours[name] = elbo_terms(*pair, batch, state.parameters, Draws(kl=kl))
+    assert -ours["scaled"].elbo_B.sum().item() == pytest.approx(theirs, abs=1e-9)
+    torch.testing.assert_close(ours["scaled"].log_likelihood_B, 0.1 * ours["plain"].log_likelihood_B)
     if scale_of_q == 0.1:
-        torch.testing.assert_close(found["scaled"].kl_B, 0.1 * found["plain"].kl_B)
+        torch.testing.assert_close(ours["scaled"].kl_B, 0.1 * ours["plain"].kl_B)
 
 
 def test_priors_without_moments_start_at_zero_and_one():

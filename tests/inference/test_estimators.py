@@ -1,4 +1,4 @@
-"""Evaluation estimators: what they charge, and which of them may call themselves bounds."""
+"""Estimators of −log p(x) against exact values, and which of them are bounds."""
 
 import math
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_no_bound_exceeds_the_evidence(make_problem, name, guide_class):
     assert estimate <= problem.model.log_evidence(problem.batch).sum().item() + 3 * error
 
 
-def test_bounds_are_in_their_order(make_problem):
+def test_prior_bound_and_iwae_are_ordered(make_problem):
     problem = make_problem(MeanField)
     (prior, _), (bound, e1), (iwae, e2) = (log_probability(name, problem) for name in ("prior", "bound", "iwae"))
     evidence = problem.model.log_evidence(problem.batch).sum().item()
@@ -63,7 +63,7 @@ def test_reused_noise_exceeds_the_evidence_and_is_no_bound(make_problem):
     assert not ESTIMATORS["reused_noise"].is_bound
 
 
-def test_causal_is_the_evidence_where_q_is_exact(make_problem):
+def test_causal_equals_the_evidence_if_q_is_exact(make_problem):
     problem = make_problem(FullCovariance, samples=3000, steps=300, particles=64, kl="path")
     estimate, error = log_probability("causal", problem)
     assert estimate == pytest.approx(problem.model.log_evidence(problem.batch).sum().item(), abs=0.3 + 4 * error)
@@ -71,7 +71,7 @@ def test_causal_is_the_evidence_where_q_is_exact(make_problem):
 
 @pytest.mark.parametrize("guide_class", [MeanField, Point])
 def test_before_the_first_block_z_comes_from_the_prior(make_problem, guide_class):
-    """Whatever q is: here one point, there a Gaussian that would start between the prior's two modes."""
+    """Not from q: `Point` is a single point, and `MeanField` would start between the prior's two modes."""
     problem = make_problem(guide_class, steps=0, samples=8)
     shape = problem.model.prior.shape
     problem.model.prior = MixturePrior(shape, components=2)
@@ -84,7 +84,7 @@ def test_before_the_first_block_z_comes_from_the_prior(make_problem, guide_class
     torch.testing.assert_close(nats_B, math.log(8) - log_likelihood_SB.logsumexp(0))
 
 
-def test_causal_does_not_look_ahead(tiny_model, tiny_batch):
+def test_causal_does_not_depend_on_later_tokens(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch(size=2, length=12)
     guide, inference = MeanField(model), LocalInference(steps=4, rate=0.3)
     changed = batch.targets_BT.clone()
@@ -103,14 +103,14 @@ def test_causal_does_not_look_ahead(tiny_model, tiny_batch):
 
 
 @pytest.mark.parametrize("prior", [GaussianPrior, AutoregressivePrior])
-def test_without_thoughts_every_protocol_is_the_autoregressive_loss(tiny_model, tiny_batch, prior):
+def test_without_thoughts_every_estimator_is_the_autoregressive_loss(tiny_model, tiny_batch, prior):
     model, batch = tiny_model(thoughts=0), tiny_batch()
     model.prior = prior(model.decoder.thought_shape)
     scores = evaluate(model, MeanField(model), [batch], LocalInference(steps=4), tuple(ESTIMATORS), samples=3).estimates
     assert len({round(score.nats_per_token, 10) for score in scores.values()}) == 1
 
 
-def test_figures_do_not_depend_on_company(tiny_model, tiny_batch):
+def test_a_score_does_not_depend_on_the_other_estimators(tiny_model, tiny_batch):
     model, batches = tiny_model(), [tiny_batch(), tiny_batch()]
     guide, inference = MeanField(model), LocalInference(steps=3)
     together = evaluate(model, guide, batches, inference, samples=4)
@@ -120,7 +120,7 @@ def test_figures_do_not_depend_on_company(tiny_model, tiny_batch):
     assert together == evaluate(model, guide, batches, inference, samples=4)
 
 
-def test_totals_are_over_tokens_not_sequences(tiny_model, tiny_batch):
+def test_scores_are_per_token_not_per_sequence(tiny_model, tiny_batch):
     model, batch = tiny_model(thoughts=0), tiny_batch(size=3, length=7)
     result = evaluate(model, MeanField(model), [batch], LocalInference(steps=0), ["bound"], samples=1)
     score = result.estimates["bound"]
@@ -130,7 +130,7 @@ def test_totals_are_over_tokens_not_sequences(tiny_model, tiny_batch):
     assert score.stderr_nats_per_token > 0
 
 
-def test_unknown_protocols_and_no_samples_are_refused(tiny_model, tiny_batch):
+def test_unknown_estimators_and_zero_samples_are_refused(tiny_model, tiny_batch):
     model = tiny_model()
     with pytest.raises(UsageError, match="Unknown estimator 'elbo': choose from bound"):
         evaluate(model, MeanField(model), [tiny_batch()], LocalInference(), ["elbo"])
@@ -138,14 +138,14 @@ def test_unknown_protocols_and_no_samples_are_refused(tiny_model, tiny_batch):
         evaluate(model, MeanField(model), [tiny_batch()], LocalInference(), samples=0)
 
 
-def test_k_hat_tells_light_tails_from_heavy():
+def test_k_hat_distinguishes_light_from_heavy_tails():
     torch.manual_seed(0)
     light = torch.randn(4000, 3) * 0.1
     heavy = torch.distributions.Exponential(1.0).sample((4000, 3)) * 1.2  # weights with a Pareto tail of shape 1.2
     assert (pareto_k(light) < 0.5).all()
     assert (pareto_k(heavy) > TRUSTED).all()
     assert (pareto_k(torch.zeros(100, 2)) == -torch.inf).all()
-    rounding = 4e-6 * torch.randint(-1, 2, (100, 64))  # an exact q in float32: few values, many ties
+    rounding = 4e-6 * torch.randint(-1, 2, (100, 64))  # as for an exact q in float32: few distinct values
     assert (pareto_k(rounding.float()) == -torch.inf).all()
     for heaviest in range(1, 20):
         weights = torch.full((100, 1), -2000.0)
@@ -156,16 +156,16 @@ def test_k_hat_tells_light_tails_from_heavy():
         pareto_k(torch.zeros(10, 2))
 
 
-def test_a_sequence_without_a_finite_score_is_left_out_and_named():
+def test_a_sequence_without_a_finite_score_is_excluded_with_a_warning():
     model = LinearGaussianModel(ThoughtShape(1, 1, 2))
     batch = model.draw(3)
-    sound = evaluate(model, MeanField(model), [batch], LocalInference(steps=1), ["prior"], samples=1)
+    finite = evaluate(model, MeanField(model), [batch], LocalInference(steps=1), ["prior"], samples=1)
     model.values_V[0] = torch.nan
     batch.targets_BT[1] = 0
     with pytest.warns(UserWarning, match=r"sequences \[1\]"):
-        spoilt = evaluate(model, MeanField(model), [batch], LocalInference(steps=1), ["prior"], samples=1)
-    assert (sound.excluded, spoilt.excluded) == ((), (1,))
-    assert (sound.sequences, spoilt.sequences) == (3, 2)
+        with_nan = evaluate(model, MeanField(model), [batch], LocalInference(steps=1), ["prior"], samples=1)
+    assert (finite.excluded, with_nan.excluded) == ((), (1,))
+    assert (finite.sequences, with_nan.sequences) == (3, 2)
     batch.targets_BT[:] = 0
     with pytest.raises(UsageError, match="No sequence"), pytest.warns(UserWarning, match="left out"):
         evaluate(model, MeanField(model), [batch], LocalInference(steps=1), ["prior"], samples=1)

@@ -1,4 +1,4 @@
-"""What all sequences share: its KL, its place in the loss, and what a sparse prior makes of it."""
+"""Global latent variables: their KL, its weight in the loss, and their use in the sparse prior."""
 
 import numpy as np
 import pyro
@@ -24,26 +24,26 @@ from ltm_pyro.inference.svi import DualRateSVI
 from ltm_pyro.models import LinearGaussianModel, MixturePrior, SparsePrior
 
 
-def test_the_kl_of_a_normal_is_the_closed_form():
-    shared = GlobalLatent(
+def test_the_kl_of_a_normal_equals_the_closed_form():
+    latent = GlobalLatent(
         "g", dist.Normal, torch.zeros(3), torch.ones(3), init=torch.tensor([0.5, -1.0, 2.0]), scale=0.3
     )
-    truth = kl_divergence(Normal(shared.loc, shared.log_scale.exp()), Normal(0.0, 1.0)).sum()
-    found = torch.stack([shared.kl() for _ in range(500)]).detach()
-    assert abs(found.mean() - truth) < 3 * found.std() / 500**0.5
+    truth = kl_divergence(Normal(latent.loc, latent.log_scale.exp()), Normal(0.0, 1.0)).sum()
+    result = torch.stack([latent.kl() for _ in range(500)]).detach()
+    assert abs(result.mean() - truth) < 3 * result.std() / 500**0.5
 
 
-def test_a_log_normal_is_scored_with_its_jacobian():
-    """KL of log-normals is that of the normals behind them."""
+def test_the_kl_of_a_log_normal_includes_the_jacobian():
+    """The KL of two log-normals equals the KL of the normals of their logarithms."""
     zero = torch.zeros(2)
-    shared = GlobalLatent("g", dist.LogNormal, zero, torch.ones(2), init=torch.tensor([2.0, 0.5]), scale=0.3)
-    truth = kl_divergence(Normal(shared.loc, shared.log_scale.exp()), Normal(0.0, 1.0)).sum()
-    found = torch.stack([shared.kl() for _ in range(500)]).detach()
-    assert abs(found.mean() - truth) < 3 * found.std() / 500**0.5
+    latent = GlobalLatent("g", dist.LogNormal, zero, torch.ones(2), init=torch.tensor([2.0, 0.5]), scale=0.3)
+    truth = kl_divergence(Normal(latent.loc, latent.log_scale.exp()), Normal(0.0, 1.0)).sum()
+    result = torch.stack([latent.kl() for _ in range(500)]).detach()
+    assert abs(result.mean() - truth) < 3 * result.std() / 500**0.5
 
 
-def test_it_is_charged_once_per_corpus(tiny_model, tiny_batch):
-    """A batch of 3 out of 300 pays a hundredth; the bound of a sequence pays nothing."""
+def test_the_kl_counts_once_per_corpus(tiny_model, tiny_batch):
+    """The loss of 3 sequences of 300 has a hundredth of the KL; the ELBO of a sequence does not include it."""
     model, batch = tiny_model(), tiny_batch()
     model.prior = SparsePrior(model.decoder.thought_shape)
     model.prior.scale.log_scale.data.fill_(-30.0)
@@ -70,7 +70,7 @@ def test_fixed_draws_stay_fixed_and_depend_on_the_seed_alone():
         assert torch.equal(scale(), first)
         with fix_global_draws(model, 2):
             assert torch.equal(scale(), first)
-        prior_sites(model, 1)  # tracing the prior aside draws nothing new
+        prior_sites(model, 1)  # a separate trace of the prior uses the same value
         assert torch.equal(scale(), first)
     assert not torch.equal(scale(), scale())
     torch.manual_seed(5)
@@ -89,28 +89,28 @@ class Scaled(PyroModule):
         return pyro.sample("z", dist.Normal(torch.zeros(self.shape), self.scale()).to_event(3))
 
 
-def test_a_trace_aside_sees_the_fixed_draw():
-    """`prior_sites` hides its sites from handlers outside, but takes the fixed value."""
+def test_prior_sites_uses_the_fixed_draw():
+    """`prior_sites` hides its own sites from outer handlers, but uses the fixed value."""
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = Scaled(model.prior.shape)
     with fix_global_draws(model, 1), poutine.trace() as outside:
-        found, expected = prior_sites(model, 2)["z"].base_dist.scale, model.prior.scale()
-    torch.testing.assert_close(found, expected.expand_as(found))
+        result, expected = prior_sites(model, 2)["z"].base_dist.scale, model.prior.scale()
+    torch.testing.assert_close(result, expected.expand_as(result))
     assert list(outside.trace.nodes) == ["g"]
 
 
 @pytest.mark.parametrize("method", ["guide", "langevin"])
-def test_a_posterior_is_given_one_draw_of_what_sequences_share(method):
+def test_all_draws_of_a_posterior_use_one_value_of_the_global_latents(method):
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = SparsePrior(model.prior.shape)
     options = DrawOptions(method=method, samples=30, chains=ChainOptions(warmup=5))
-    found = draw_batch_posterior(model, MeanField(model), model.draw(2), LocalInference(steps=2), options)
-    scale = found.z / found.group("posterior")["z_unit"].values
+    result = draw_batch_posterior(model, MeanField(model), model.draw(2), LocalInference(steps=2), options)
+    scale = result.z / result.group("posterior")["z_unit"].values
     assert float(scale.std(("chain", "draw", "sequence")).max()) < 1e-12
 
 
-def test_calibration_ranks_the_thoughts_that_wrote_the_text():
-    """Nothing is observed and q is the prior: an exact posterior, if all of it is given one draw of the scales."""
+def test_calibration_uses_one_value_of_the_global_latents():
+    """With uninformative data the prior is the exact posterior, if every step uses the same draw of the scales."""
     model = LinearGaussianModel(ThoughtShape(1, 1, 3), noise=1e4)
     model.prior = SparsePrior(model.prior.shape)
     model.prior.scale.log_scale.data.fill_(-0.7)
@@ -119,12 +119,12 @@ def test_calibration_ranks_the_thoughts_that_wrote_the_text():
         trace = poutine.trace(model.sample_prior).get_trace(size)
         return Simulation({"z_unit": trace.nodes["z_unit"]["value"]}, model.write(trace.nodes["_RETURN"]["value"]))
 
-    found = calibrate(model, MeanField(model), LocalInference(steps=0), simulate, 200, samples=19)
-    assert abs(found.coverage(np.array([0.9]))[0] - 0.9) < 4 * (0.09 / 200) ** 0.5
-    assert found.p_value(199) > 0.01
+    result = calibrate(model, MeanField(model), LocalInference(steps=0), simulate, 200, samples=19)
+    assert abs(result.coverage(np.array([0.9]))[0] - 0.9) < 4 * (0.09 / 200) ** 0.5
+    assert result.p_value(199) > 0.01
 
 
-def test_responsibilities_say_which_component(tiny_decoder):
+def test_responsibilities_identify_the_component(tiny_decoder):
     prior = MixturePrior(tiny_decoder().thought_shape, components=3)
     prior.mean_MLKD.data = 3 * torch.randn_like(prior.mean_MLKD)
     found_MM = prior.responsibilities(prior.mean_MLKD.detach())

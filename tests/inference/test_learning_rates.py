@@ -1,4 +1,4 @@
-"""Schedules meet their corners, and parameters with equal arguments stand together."""
+"""Schedules at their end points, and groups of parameters with equal optimiser arguments."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from ltm_pyro.inference.learning_rates import cosine, decay, interpolate, parameter_groups, warmup_cosine
 
 
-def test_cosine_falls_from_one_to_nearly_nothing():
+def test_cosine_falls_from_one_to_nearly_zero():
     values = [cosine(step, 8) for step in range(8)]
     assert values[0] == 1
     assert values[4] == pytest.approx(0.5)
@@ -25,7 +25,7 @@ def test_without_warm_up_the_first_step_is_at_the_peak():
     assert warmup_cosine(0.0, warmup=0.0, floor=0.1) == 1
 
 
-def test_interpolation_is_straight_and_flat_outside():
+def test_interpolation_is_linear_and_constant_outside():
     points = [(0.2, 1.0), (0.6, 3.0), (1.0, 3.0)]
     assert [interpolate(points, x) for x in (0.0, 0.2, 0.4, 0.8, 2.0)] == pytest.approx([1, 1, 2, 3, 3])
 
@@ -37,6 +37,6 @@ def test_equal_arguments_share_a_group():
     assert groups[0]["params"][1] is named[2][1]
 
 
-def test_norms_do_not_decay():
+def test_norms_have_no_weight_decay():
     assert decay(0.1)("decoder.blocks.0.norm_self.weight") == {"weight_decay": 0.0}
     assert decay(0.1)("decoder.embedding.weight") == {"weight_decay": 0.1}

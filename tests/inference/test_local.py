@@ -1,4 +1,4 @@
-"""Local inference: the ladder from exact start to known posterior, and what it must leave alone."""
+"""Local inference: initial q, fast steps, known posteriors, early stopping, and what must not change."""
 
 import inspect
 from dataclasses import replace
@@ -25,7 +25,7 @@ def known():
     return model, model.draw(4)
 
 
-def test_the_start_is_the_prior_or_as_narrow_as_asked(tiny_model, tiny_batch):
+def test_the_initial_q_is_the_prior_or_as_narrow_as_requested(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     prior = init(model, MeanField(model), batch, LocalInference(init=Init())).parameters
     narrow = init(model, MeanField(model), batch, LocalInference(init=Init(log_var=-5.0, jitter=0.1))).parameters
@@ -36,7 +36,7 @@ def test_the_start_is_the_prior_or_as_narrow_as_asked(tiny_model, tiny_batch):
     assert 0.05 < narrow["z_loc"].std() < 0.2
 
 
-def test_record_has_every_step_and_sequence(tiny_model, tiny_batch):
+def test_the_info_has_every_step_and_sequence(tiny_model, tiny_batch):
     model = tiny_model()
     state, info = infer_local(model, MeanField(model), tiny_batch(), FEW)
     assert info.elbo_NB.shape == (3, 3)
@@ -46,24 +46,24 @@ def test_record_has_every_step_and_sequence(tiny_model, tiny_batch):
     assert (state.steps_B == 3).all()
 
 
-def test_a_fit_is_its_steps(tiny_model, tiny_batch):
-    """`init` and `step`, repeated by hand."""
+def test_a_fit_equals_init_and_repeated_steps(tiny_model, tiny_batch):
+    """`infer_local` returns the same as `init`, then `step` in a loop."""
     model, batch = tiny_model(), tiny_batch()
     guide = MeanField(model)
     torch.manual_seed(1)
-    whole, info = infer_local(model, guide, batch, FEW)
+    fitted, info = infer_local(model, guide, batch, FEW)
     torch.manual_seed(1)
     first = state = init(model, guide, batch, FEW)
     for index, update in enumerate(fast_updates(FEW, state, range(FEW.steps))):
         before = {name: x.clone() for name, x in state.parameters.items()}
         new, terms = step(model, guide, batch, FEW, state, update)
         for name, x in before.items():
-            assert torch.equal(state.parameters[name], x), "the old state is not changed"
+            assert torch.equal(state.parameters[name], x), "the old state must not change"
         torch.testing.assert_close(terms.elbo_B, info.elbo_NB[index])
         state = new
     assert first.steps_B.tolist() == [0, 0, 0]
-    torch.testing.assert_close(state.parameters, whole.parameters)
-    torch.testing.assert_close(state.moments, whole.moments)
+    torch.testing.assert_close(state.parameters, fitted.parameters)
+    torch.testing.assert_close(state.moments, fitted.moments)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "natural"])
@@ -86,7 +86,7 @@ def test_mean_field_finds_the_best_factorised_gaussian(known):
     torch.testing.assert_close(variance, best.covariance_BNN.diagonal(dim1=-2, dim2=-1), atol=0, rtol=0.03)
 
 
-def test_full_covariance_along_the_path_finds_the_exact_posterior(known):
+def test_full_covariance_with_the_path_gradient_finds_the_exact_posterior(known):
     model, batch = known
     inference = LocalInference(steps=300, rate=0.1, optimizer="natural", particles=64, noise="antithetic", kl="path")
     state, info = infer_local(model, FullCovariance(model), batch, inference)
@@ -97,7 +97,7 @@ def test_full_covariance_along_the_path_finds_the_exact_posterior(known):
 
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
-def test_a_fit_leaves_the_model_alone(tiny_model, tiny_batch, slow_gradient):
+def test_a_fit_does_not_change_the_model(tiny_model, tiny_batch, slow_gradient):
     model, batch = tiny_model(), tiny_batch()
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
@@ -111,7 +111,7 @@ def test_a_fit_leaves_the_model_alone(tiny_model, tiny_batch, slow_gradient):
     assert model.training
 
 
-def test_last_follows_the_elbo_at_the_final_q(tiny_model, tiny_batch):
+def test_the_last_slow_gradient_is_that_of_the_elbo_at_the_final_q(tiny_model, tiny_batch):
     from ltm_pyro.inference.elbo import elbo_terms
 
     model, batch = tiny_model(), tiny_batch()
@@ -120,14 +120,14 @@ def test_last_follows_the_elbo_at_the_final_q(tiny_model, tiny_batch):
     loss, state, *_ = training_loss(model, guide, batch, replace(FEW, slow_gradient="last"))
     ours = torch.autograd.grad(loss, list(model.parameters()))
     torch.manual_seed(1)
-    infer_local(model, guide, batch, FEW)  # spends the same noise
+    infer_local(model, guide, batch, FEW)  # to reach the same random state
     theirs = torch.autograd.grad(
         -elbo_terms(model, guide, batch, state.parameters).elbo_B.sum(), list(model.parameters())
     )
     torch.testing.assert_close(ours, theirs)
 
 
-def test_trajectory_is_the_average_over_the_steps(tiny_model, tiny_batch):
+def test_the_trajectory_slow_gradient_is_the_average_over_the_steps(tiny_model, tiny_batch):
     from ltm_pyro.inference.elbo import elbo_terms
 
     model, batch = tiny_model(), tiny_batch()
@@ -141,7 +141,7 @@ def test_trajectory_is_the_average_over_the_steps(tiny_model, tiny_batch):
         visited.append(state.parameters)
         state, _ = step(model, guide, batch, FEW, state, update)
     torch.manual_seed(1)
-    init(model, guide, batch, FEW)  # spends the start's noise
+    init(model, guide, batch, FEW)  # to reach the same random state
     total = sum(-elbo_terms(model, guide, batch, local).elbo_B.sum() for local in visited)
     expected = torch.autograd.grad(total / len(visited), list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -149,22 +149,23 @@ def test_trajectory_is_the_average_over_the_steps(tiny_model, tiny_batch):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "natural"])
-def test_a_fit_goes_on_from_a_state(tiny_model, tiny_batch, optimizer):
-    """Two steps and two more are four, to the last digit: parameters, moments, counts and ELBO."""
+def test_a_fit_continues_from_a_state(tiny_model, tiny_batch, optimizer):
+    """Two steps and two more equal four steps exactly: parameters, moments, counts and ELBO."""
     model, batch = tiny_model(), tiny_batch()
     guide, inference = MeanField(model), LocalInference(steps=2, schedule="constant", rate=0.1, optimizer=optimizer)
     torch.manual_seed(1)
-    whole, of_whole = infer_local(model, guide, batch, replace(inference, steps=4))
+    four, info_of_four = infer_local(model, guide, batch, replace(inference, steps=4))
     torch.manual_seed(1)
-    half, of_half = infer_local(model, guide, batch, inference)
-    rest, of_rest = infer_local(model, guide, batch, inference, half)
-    assert (rest.steps_B == 4).all()
-    assert (of_rest.steps_B == 2).all()
+    two, info_of_two = infer_local(model, guide, batch, inference)
+    continued, info_of_continued = infer_local(model, guide, batch, inference, two)
+    assert (continued.steps_B == 4).all()
+    assert (info_of_continued.steps_B == 2).all()
     exactly = {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(rest.parameters, whole.parameters, **exactly)
-    torch.testing.assert_close(rest.moments, whole.moments, **exactly)
-    torch.testing.assert_close(torch.cat([of_half.elbo_NB, of_rest.elbo_NB]), of_whole.elbo_NB, **exactly)
-    assert (half.parameters["z_loc"] != whole.parameters["z_loc"]).all()
+    torch.testing.assert_close(continued.parameters, four.parameters, **exactly)
+    torch.testing.assert_close(continued.moments, four.moments, **exactly)
+    elbo_NB = torch.cat([info_of_two.elbo_NB, info_of_continued.elbo_NB])
+    torch.testing.assert_close(elbo_NB, info_of_four.elbo_NB, **exactly)
+    assert (two.parameters["z_loc"] != four.parameters["z_loc"]).all()
 
 
 def test_a_state_of_another_batch_is_refused(tiny_model, tiny_batch):
@@ -176,18 +177,18 @@ def test_a_state_of_another_batch_is_refused(tiny_model, tiny_batch):
     infer_local(model, guide, tiny_batch(size=2), FEW, state.select(torch.tensor([0, 2])))
 
 
-def test_settled_sequences_rest_and_keep_their_q(known):
+def test_converged_sequences_are_dropped_and_keep_their_q(known):
     model, batch = known
     inference = LocalInference(steps=400, rate=0.05, particles=16, stop=Stop(window=40, tolerance=0.02))
-    seen = []
+    sizes = []
 
     class Counted(MeanField):
         def __call__(self, batch, local):
-            seen.append(batch.size)
+            sizes.append(batch.size)
             return super().__call__(batch, local)
 
     state, info = infer_local(model, Counted(model), batch, inference)
-    assert sum(seen) == info.steps_B.sum() < 400 * batch.size
+    assert sum(sizes) == info.steps_B.sum() < 400 * batch.size
     assert (info.steps_B % 40 == 0).all()
     for sequence, steps in enumerate(info.steps_B.tolist()):
         assert info.elbo_NB[:steps, sequence].isfinite().all()
@@ -196,14 +197,14 @@ def test_settled_sequences_rest_and_keep_their_q(known):
     torch.testing.assert_close(state.parameters["z_loc"].flatten(1), best.mean_BN, atol=0.3, rtol=0)
 
 
-def test_reused_noise_flatters_itself(known):
+def test_the_elbo_with_reused_noise_exceeds_the_evidence(known):
     model, batch = known
     inference = LocalInference(steps=500, rate=0.05, noise="reused")
     _, info = infer_local(model, MeanField(model), batch, inference)
     assert info.elbo_NB[-1].mean() > model.log_evidence(batch).mean()
 
 
-def test_antithetic_draws_leave_no_noise_in_the_mean(known):
+def test_with_antithetic_draws_the_gradient_of_the_mean_has_no_noise(known):
     model, batch = known
     guide = MeanField(model)
     inference = LocalInference(steps=1, rate=1.0, optimizer="sgd", particles=2, noise="antithetic")
@@ -226,7 +227,7 @@ def test_impossible_options_are_refused(options, message):
         LocalInference(**options)
 
 
-def test_one_bad_sequence_is_reported_and_the_others_finish(known):
+def test_a_non_finite_sequence_is_reported_and_does_not_affect_the_others(known):
     model, batch = known
     model.values_V[0] = torch.nan
     batch.targets_BT[1] = 0
@@ -235,17 +236,17 @@ def test_one_bad_sequence_is_reported_and_the_others_finish(known):
     assert state.parameters["z_loc"][[0, 2, 3]].isfinite().all()
 
 
-def test_one_update_moves_all_local_parameters(tiny_model, tiny_batch, monkeypatch):
+def test_one_tensor_update_covers_all_local_parameters(tiny_model, tiny_batch, monkeypatch):
     model, calls = tiny_model(), []
     adam = OPTIMIZERS["adam"]
 
     def counted(*arguments, **options):
-        for move in adam.tensor_updates(*arguments, **options):
-            yield lambda x, *rest, move=move: calls.append(x.shape) or move(x, *rest)
+        for update in adam.tensor_updates(*arguments, **options):
+            yield lambda x, *rest, update=update: calls.append(x.shape) or update(x, *rest)
 
     monkeypatch.setitem(OPTIMIZERS, "adam", adam._replace(tensor_updates=counted))
     state, _ = infer_local(model, MeanField(model), tiny_batch(), LocalInference(steps=3))
-    assert calls == [(3, 2 * 2 * 3 * 8)] * 3  # means and log-variances side by side
+    assert calls == [(3, 2 * 2 * 3 * 8)] * 3  # means and log-variances, concatenated
     assert all(x.is_contiguous() for x in state.parameters.values())
 
 

@@ -1,4 +1,4 @@
-"""Persistent local parameters: kept by sequence id, in memory and on disk."""
+"""Persistent local parameters: stored by sequence id, in memory and on disk."""
 
 import pytest
 import torch
@@ -18,45 +18,45 @@ def problem(tiny_model, tiny_batch):
 
 
 @pytest.mark.parametrize("disk", [False, True])
-def test_what_is_kept_comes_back_by_id(problem, tmp_path, disk):
-    model, guide, batch, inference, fresh = problem
+def test_a_stored_state_is_returned_by_id(problem, tmp_path, disk):
+    model, guide, batch, inference, default = problem
     store = LocalStore(10, tmp_path / "local" if disk else None)
-    state, _ = infer_local(model, guide, batch, inference, store.recall(torch.tensor([7, 2, 4]), fresh))
-    store.keep(torch.tensor([7, 2, 4]), state)
+    state, _ = infer_local(model, guide, batch, inference, store.get(torch.tensor([7, 2, 4]), default))
+    store.put(torch.tensor([7, 2, 4]), state)
 
-    recalled = store.recall(torch.tensor([2, 9, 7]), fresh)
-    torch.testing.assert_close(recalled.parameters["z_loc"][0], state.parameters["z_loc"][1])
-    torch.testing.assert_close(recalled.moments["z_loc"]["mean"][2], state.moments["z_loc"]["mean"][0])
-    torch.testing.assert_close(recalled.parameters["z_log_var"][1], fresh.parameters["z_log_var"][1])
-    assert recalled.steps_B.tolist() == [2, 0, 2]
+    stored = store.get(torch.tensor([2, 9, 7]), default)
+    torch.testing.assert_close(stored.parameters["z_loc"][0], state.parameters["z_loc"][1])
+    torch.testing.assert_close(stored.moments["z_loc"]["mean"][2], state.moments["z_loc"]["mean"][0])
+    torch.testing.assert_close(stored.parameters["z_log_var"][1], default.parameters["z_log_var"][1])
+    assert stored.steps_B.tolist() == [2, 0, 2]
 
 
 @pytest.mark.parametrize("disk", [False, True])
-def test_a_resumed_store_goes_on(problem, tmp_path, disk):
-    model, guide, batch, inference, fresh = problem
+def test_a_restored_store_has_the_same_states(problem, tmp_path, disk):
+    model, guide, batch, inference, default = problem
     directory = tmp_path / "local" if disk else None
     store, ids_B = LocalStore(5, directory), torch.tensor([0, 3, 1])
     state, _ = infer_local(model, guide, batch, inference)
-    store.keep(ids_B, state)
-    resumed = LocalStore(5, directory)
-    resumed.load_state_dict(store.state_dict())
-    torch.testing.assert_close(resumed.recall(ids_B, fresh).parameters, state.parameters)
+    store.put(ids_B, state)
+    restored = LocalStore(5, directory)
+    restored.load_state_dict(store.state_dict())
+    torch.testing.assert_close(restored.get(ids_B, default).parameters, state.parameters)
 
 
-def test_files_of_other_data_are_refused(problem, tmp_path):
-    *_, fresh = problem
-    LocalStore(5, tmp_path).keep(torch.tensor([0, 1, 2]), fresh)
+def test_files_of_another_size_are_refused(problem, tmp_path):
+    *_, default = problem
+    LocalStore(5, tmp_path).put(torch.tensor([0, 1, 2]), default)
     with pytest.raises(UsageError, match=r"has shape \(5,\).*need \(6,\)"):
-        LocalStore(6, tmp_path).recall(torch.tensor([0, 1, 2]), fresh)
+        LocalStore(6, tmp_path).get(torch.tensor([0, 1, 2]), default)
     with pytest.raises(UsageError, match="is a file, and local parameters need a folder"):
         LocalStore(5, next(tmp_path.iterdir()))
 
 
-def test_a_state_that_is_not_finite_is_not_kept(problem):
-    *_, fresh = problem
+def test_a_non_finite_state_is_not_stored(problem):
+    *_, default = problem
     store, ids_B = LocalStore(5), torch.tensor([0, 3, 1])
-    broken = fresh.parameters["z_loc"].clone()
+    broken = default.parameters["z_loc"].clone()
     broken[1] = torch.nan
-    state = fresh._replace(parameters={**fresh.parameters, "z_loc": broken}, steps_B=torch.full((3,), 4))
-    store.keep(ids_B, state)
-    assert store.recall(ids_B, fresh).steps_B.tolist() == [4, 0, 4]
+    state = default._replace(parameters={**default.parameters, "z_loc": broken}, steps_B=torch.full((3,), 4))
+    store.put(ids_B, state)
+    assert store.get(ids_B, default).steps_B.tolist() == [4, 0, 4]

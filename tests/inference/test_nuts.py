@@ -1,4 +1,4 @@
-"""NUTS as the reference: on a decoder with eight latent dimensions it finds what the full-covariance guide finds."""
+"""NUTS as a reference for the full-covariance guide, on a decoder with eight latent dimensions."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
 
 @pytest.fixture
 def informative():
-    """A decoder of 2 x 1 x 4 thoughts that listens: its posterior is clearly not the prior, and nearly Gaussian."""
+    """A decoder with 2 x 1 x 4 thoughts whose posterior is clearly different from the prior, and nearly Gaussian."""
     decoder = Decoder(13, layers=2, width=16, heads=2, thoughts=1, window=4, length=48, thought_width=4)
     for block in decoder.blocks:
         block.cross_attention.output.weight.data *= 0.2
@@ -36,7 +36,7 @@ def test_nuts_agrees_with_the_full_covariance_guide(informative):
 
     found_N, true_N = (factor @ factor.mT).diagonal().sqrt(), z_SN.std(0)
     assert z_SN.mean(0).abs().max() > 0.4, "the posterior should differ from the prior"
-    # a Gaussian q centres on the mass, not exactly on the mean, of a posterior that is only nearly Gaussian
+    # the mean of a Gaussian q is not exactly that of a posterior that is only nearly Gaussian
     allowed_N = 4 * true_N / effective_N.sqrt() + 0.1 * true_N
     assert ((state.parameters["z_loc"][0] - z_SN.mean(0)).abs() < allowed_N).all()
     assert ((found_N / true_N).log().abs() < 0.25).all()

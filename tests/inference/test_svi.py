@@ -1,4 +1,4 @@
-"""`DualRateSVI` against stock Pyro, step for step."""
+"""`DualRateSVI` against `pyro.infer.SVI`, step by step."""
 
 import pyro
 import pytest
@@ -17,7 +17,7 @@ def rates(name):
     return {"lr": 0.3, "betas": (0.9, 0.99)} if name.startswith("z_") else {"lr": 4e-3}
 
 
-def test_one_fast_step_with_persistent_locals_is_stock_svi(tiny_model, tiny_batch):
+def test_one_fast_step_with_persistent_local_parameters_equals_pyros_svi(tiny_model, tiny_batch):
     batch, inference = tiny_batch(), LocalInference(steps=1, init=Init(log_var=-5.0))
     torch.manual_seed(0)
     ours, theirs = tiny_model(), tiny_model()
@@ -27,19 +27,19 @@ def test_one_fast_step_with_persistent_locals_is_stock_svi(tiny_model, tiny_batc
     svi = DualRateSVI(ours, MeanField(ours), rates, inference)
     svi.state = state
     posterior = LocalPosterior(MeanField(theirs), state)
-    stock = SVI(theirs, posterior, pyro.optim.Adam(rates), TraceMeanField_ELBO())
+    pyro_svi = SVI(theirs, posterior, pyro.optim.Adam(rates), TraceMeanField_ELBO())
     for step in range(10):
         pyro.set_rng_seed(step)
         loss = svi.step(batch, svi.state)
         pyro.set_rng_seed(step)
-        assert loss == pytest.approx(stock.step(batch), abs=1e-6)
+        assert loss == pytest.approx(pyro_svi.step(batch), abs=1e-6)
     for name, value in svi.state.parameters.items():
         torch.testing.assert_close(value, getattr(posterior, name).detach(), atol=1e-6, rtol=0)
     for name, value in ours.named_parameters():
         torch.testing.assert_close(value, dict(theirs.named_parameters())[name], atol=1e-6, rtol=0)
 
 
-def test_training_lowers_the_loss_and_evaluation_learns_nothing(tiny_model, tiny_batch):
+def test_training_lowers_the_loss_and_evaluation_does_not_train(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     svi = DualRateSVI(
         model, MeanField(model), lambda name: {"lr": 0.1 if name.startswith("z_") else 1e-2}, LocalInference(steps=4)

@@ -1,4 +1,4 @@
-"""Gradients that are summed in place belong to nobody else."""
+"""The average gradient over a trajectory is correct although gradients are summed in place."""
 
 import pytest
 import torch
@@ -7,25 +7,25 @@ from torch import nn
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient
 
-GUIDE = MeanField.__new__(MeanField)  # one without parameters of its own
+GUIDE = MeanField.__new__(MeanField)  # a guide without global parameters
 
 
-class Two(nn.Module):
-    """Two parameters that meet in a sum, so that autograd has one gradient for both; the third is idle."""
+class SumModel(nn.Module):
+    """SumModel parameters in a sum, so that autograd returns one gradient tensor for both; the third is unused."""
 
-    sample_prior = prepare = observation = observed = lambda self: None  # a model by name only
+    sample_prior = prepare = observation = observed = lambda self: None  # only to satisfy the protocol `Model`
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.idle = (nn.Parameter(torch.randn(3)) for _ in range(3))
+        self.a, self.b, self.unused = (nn.Parameter(torch.randn(3)) for _ in range(3))
 
     def forward(self):
         return (self.a + self.b).sum()
 
 
 @pytest.mark.parametrize("points", [1, 3])
-def test_a_shared_gradient_is_averaged_once_for_each(points):
-    model = Two()
+def test_a_gradient_tensor_of_two_parameters_is_averaged_for_each_of_them(points):
+    model = SumModel()
     average = TrajectoryGradient(model, GUIDE, None, None)
     for point in range(points):
         loss = (1 + point) * model()
@@ -34,11 +34,11 @@ def test_a_shared_gradient_is_averaged_once_for_each(points):
     expected = torch.full((3,), 2 * sum(range(1, points + 1)) / points)
     torch.testing.assert_close(model.a.grad, expected)
     torch.testing.assert_close(model.b.grad, expected)
-    assert model.idle.grad is None
+    assert model.unused.grad is None
 
 
-def test_what_only_the_stem_knows_is_dense():
-    model, rows = Two(), nn.Embedding(4, 3)
+def test_a_sparse_gradient_from_the_stem_becomes_dense():
+    model, rows = SumModel(), nn.Embedding(4, 3)
     model.rows = rows
     stem = nn.functional.embedding(torch.tensor([1, 1]), rows.weight, sparse=True)
     leaf = stem.detach()
@@ -48,8 +48,8 @@ def test_what_only_the_stem_knows_is_dense():
     torch.testing.assert_close(rows.weight.grad, torch.stack([0 * model.a, 2 * model.a, 0 * model.a, 0 * model.a]))
 
 
-def test_nothing_to_learn():
-    model = Two().requires_grad_(False)
+def test_without_trainable_parameters_the_loss_is_the_value():
+    model = SumModel().requires_grad_(False)
     average = TrajectoryGradient(model, GUIDE, None, None)
     average.add(())
     assert average.loss(torch.ones(())).item() == 1

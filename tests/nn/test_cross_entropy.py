@@ -1,4 +1,4 @@
-"""The fused cross-entropy against torch's on all logits at once, in value, gradient and memory."""
+"""The fused cross-entropy against torch's on the whole logits: values, gradients and memory."""
 
 import pyro
 import pytest
@@ -20,7 +20,7 @@ B, T, D, V = 3, 7, 16, 50
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Several tiles in both directions, the last ones cut."""
+    """Several tiles along both axes; the last ones are not full."""
     monkeypatch.setitem(autograd.TILES, "cpu", Tile(8, 12))
 
 
@@ -38,13 +38,13 @@ def error(ours, truth):
     return ((ours.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-LIMITS = [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]  # norm of the error over the truth's
+LIMITS = [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]  # relative error
 
 
 @pytest.mark.parametrize(("dtype", "limit"), LIMITS)
 @pytest.mark.parametrize("wanted", [[0], [1], [0, 1]])
-@pytest.mark.parametrize(("columns", "multiple"), [(12, 1), (16, 8)])  # as on a CPU, and padded as elsewhere
-def test_values_and_gradients_are_the_dense_ones(columns, multiple, dtype, limit, wanted, monkeypatch):
+@pytest.mark.parametrize(("columns", "multiple"), [(12, 1), (16, 8)])  # as on a CPU, and padded as on an accelerator
+def test_values_and_gradients_equal_those_of_whole_logits(columns, multiple, dtype, limit, wanted, monkeypatch):
     monkeypatch.setitem(autograd.TILES, "cpu", Tile(8, columns, multiple))
     hidden, embedding, value = leaves()
     weight = torch.randn(B, T)
@@ -52,33 +52,33 @@ def test_values_and_gradients_are_the_dense_ones(columns, multiple, dtype, limit
     ours, truth = token_nats(*inputs, value), dense(hidden, embedding, value)
     assert ours.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
     assert error(ours, truth) < limit
-    found = torch.autograd.grad((ours * weight).sum(), [inputs[i] for i in wanted])
+    actual = torch.autograd.grad((ours * weight).sum(), [inputs[i] for i in wanted])
     expected = torch.autograd.grad((truth * weight).sum(), [(hidden, embedding)[i] for i in wanted])
-    assert max(map(error, found, expected)) < limit
+    assert max(map(error, actual, expected)) < limit
 
 
 @pytest.mark.parametrize("wanted", [[0], [0, 1]])
-def test_autocast_rounds_products_only(wanted):
+def test_autocast_affects_matrix_products_only(wanted):
     hidden, embedding, value = leaves(torch.float32)
     inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((hidden, embedding))]
     with torch.autocast("cpu", torch.bfloat16):
         ours = token_nats(*inputs, value)
     assert ours.dtype == torch.float32
-    found = torch.autograd.grad(ours.sum(), [inputs[i] for i in wanted])
+    actual = torch.autograd.grad(ours.sum(), [inputs[i] for i in wanted])
     expected = torch.autograd.grad(dense(hidden, embedding, value).sum(), [(hidden, embedding)[i] for i in wanted])
-    assert {x.dtype for x in found} == {torch.float32}
+    assert {x.dtype for x in actual} == {torch.float32}
     assert error(ours, dense(hidden, embedding, value)) < 2e-2
-    assert max(map(error, found, expected)) < 2e-2
+    assert max(map(error, actual, expected)) < 2e-2
 
 
-def test_large_logits_stay_finite():
+def test_large_logits_give_finite_results():
     hidden, embedding, value = leaves(scale=1e4)
     nats = token_nats(hidden, embedding.detach(), value)
     torch.testing.assert_close(nats, dense(hidden, embedding, value))
     assert torch.autograd.grad(nats.sum(), hidden)[0].isfinite().all()
 
 
-def test_particles_lead():
+def test_leading_particle_axes():
     hidden, embedding, value = leaves()
     many = torch.stack([hidden, 2 * hidden])
     torch.testing.assert_close(token_nats(many, embedding, value)[1], dense(2 * hidden, embedding, value))
@@ -91,7 +91,7 @@ def test_there_is_no_second_derivative():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements any result of an operator has."""
+    """The number of elements of the largest result of any operator."""
 
     elements = 0
 
@@ -104,7 +104,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
-def test_no_step_holds_the_logits_of_a_batch(tiny_model, tiny_batch, slow_gradient):
+def test_a_training_step_never_has_the_logits_of_a_batch_in_memory(tiny_model, tiny_batch, slow_gradient):
     model, batch = tiny_model(vocabulary=300), tiny_batch(size=4, length=16)
     with Largest() as largest:
         inference = LocalInference(steps=2, slow_gradient=slow_gradient)
@@ -113,43 +113,47 @@ def test_no_step_holds_the_logits_of_a_batch(tiny_model, tiny_batch, slow_gradie
     assert model.decoder.embedding.weight.grad.abs().sum() > 0
 
 
-def test_nothing_is_found_that_nobody_asks_for(tiny_model, tiny_batch, monkeypatch):
-    model, batch, asked = tiny_model(), tiny_batch(), []
-    expect = autograd._expect
-    monkeypatch.setattr(autograd, "_expect", lambda h, e, wanted: asked.append(wanted) or expect(h, e, wanted))
+def test_gradients_are_computed_only_if_needed(tiny_model, tiny_batch, monkeypatch):
+    model, batch, requested = tiny_model(), tiny_batch(), []
+    original = autograd._logsumexp_and_mean
+    monkeypatch.setattr(
+        autograd, "_logsumexp_and_mean", lambda h, e, needed: requested.append(needed) or original(h, e, needed)
+    )
     guide = MeanField(model)
     training_loss(model, guide, batch, LocalInference(steps=2, slow_gradient="last"))
     with torch.no_grad():
         elbo_terms(model, guide, batch, init(model, guide, batch, LocalInference()).parameters)
-    assert asked == [True, True, True, False]  # two fast steps, the slow step, a score
+    assert requested == [True, True, True, False]  # two fast steps, the slow step, a score
 
 
-def test_the_embeddings_gradient_waits_for_the_decoder(tiny_model, tiny_batch, monkeypatch):
+def test_the_embeddings_gradient_is_computed_after_the_decoders_backward(tiny_model, tiny_batch, monkeypatch):
     model, batch, order = tiny_model(), tiny_batch(), []
-    found = autograd._embedding_gradient
-    monkeypatch.setattr(autograd, "_embedding_gradient", lambda *a: order.append("embedding") or found(*a))
+    original = autograd._embedding_gradient
+    monkeypatch.setattr(autograd, "_embedding_gradient", lambda *a: order.append("embedding") or original(*a))
     for name, parameter in model.decoder.blocks.named_parameters():
         parameter.register_hook(lambda _, name=name: order.append(name))
     guide, inference = MeanField(model), LocalInference(steps=2, slow_gradient="last")
     local = init(model, guide, batch, inference).parameters
     elbo_terms(model, guide, model.prepare(batch), local).elbo_B.sum().backward()
     stem = {"0.norm_self.weight", "0.self_attention.query_key_value.weight", "0.self_attention.output.weight"}
-    assert set(order[order.index("embedding") :]) == {"embedding"} | stem  # of the decoder, what was called before
+    assert (
+        set(order[order.index("embedding") :]) == {"embedding"} | stem
+    )  # the parts of the decoder that run before `late` is created
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_what_came_before_the_decoder_serves_one_call(times):
+def test_a_late_gradient_serves_one_call(times):
     hidden, embedding, value = leaves()
     late = LateGradient.of(embedding, value.shape)
     texts = [(hidden, value), (2 * hidden, value.flip(0))][:times]
     ours = sum(token_nats(x, embedding, y, late).square().sum() for x, y in texts)
     truth = sum(dense(x, embedding, y).square().sum() for x, y in texts)
-    for _ in range(2):  # the graph can be gone through again
-        found = torch.autograd.grad(ours, [hidden, embedding], retain_graph=True)
-        torch.testing.assert_close(found, torch.autograd.grad(truth, [hidden, embedding], retain_graph=True))
+    for _ in range(2):  # the backward pass can run twice
+        actual = torch.autograd.grad(ours, [hidden, embedding], retain_graph=True)
+        torch.testing.assert_close(actual, torch.autograd.grad(truth, [hidden, embedding], retain_graph=True))
 
 
-def test_for_other_tokens_than_it_was_made_for_nothing_is_kept():
+def test_a_late_gradient_of_another_shape_is_not_used():
     hidden, embedding, value = leaves()
     ours = token_nats(hidden, embedding, value, LateGradient.of(embedding, (B, T + 1)))
     expected = torch.autograd.grad(dense(hidden, embedding, value).sum(), embedding)
@@ -159,21 +163,24 @@ def test_for_other_tokens_than_it_was_made_for_nothing_is_kept():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_accelerator_says_the_same(dtype, monkeypatch):
-    """What it runs, by the same compiler on a CPU: whole rows, padded, in compiled kernels; batches of two sizes."""
+def test_compiled_kernels_give_the_same(dtype, monkeypatch):
+    """The kernels of an accelerator, compiled for a CPU: large padded tiles, for batches of two sizes."""
     inputs = leaves(dtype)
     cases = [(*inputs[:2], inputs[2]), (inputs[0][:2, :3], inputs[1], inputs[2][:2, :3])]
 
-    def found(hidden, embedding, value):
+    def nats_and_gradients(hidden, embedding, value):
         nats = token_nats(hidden, embedding, value)
         return nats, *torch.autograd.grad(nats.sum(), (hidden, embedding))
 
-    expected = [found(*case) for case in cases]
-    compiled = {f: kernel(f, "not a cpu") for f in (autograd._absorb, autograd._compared, autograd._slopes)}
+    expected = [nats_and_gradients(*case) for case in cases]
+    compiled = {
+        f: kernel(f, "not a cpu")
+        for f in (autograd._online_softmax, autograd._nats_and_gradient, autograd._logits_gradient)
+    }
     monkeypatch.setattr(autograd, "TILES", {})
     monkeypatch.setattr(autograd, "LARGE_TILE", Tile(8, 1000, 64))
     monkeypatch.setattr(autograd, "kernel", lambda function, device: compiled[function])
     for case, before in zip(cases, expected, strict=True):
-        for ours, theirs in zip(found(*case), before, strict=True):
+        for ours, theirs in zip(nats_and_gradients(*case), before, strict=True):
             assert error(ours, theirs) < (1e-5 if dtype == torch.float32 else 2e-2)
-    pyro.enable_validation(True)  # which torch's compiler turns off
+    pyro.enable_validation(True)  # because torch.compile turns it off

@@ -1,4 +1,4 @@
-"""Matrices are rounded while they stand still, and come back exactly."""
+"""Frozen matrices are cast to half precision, and restored exactly."""
 
 import torch
 
@@ -8,14 +8,14 @@ from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.nn.precision import matrix_dtype
 
 
-def test_products_follow_autocast():
+def test_matrix_products_use_autocasts_dtype():
     x = torch.zeros(1)
     assert matrix_dtype(x) == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert matrix_dtype(x) == torch.bfloat16
 
 
-def test_frozen_matrices_are_rounded_once_and_restored(tiny_model):
+def test_frozen_matrices_are_cast_once_and_restored(tiny_model):
     model = tiny_model().float()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -29,12 +29,12 @@ def test_frozen_matrices_are_rounded_once_and_restored(tiny_model):
 
 def test_a_fit_in_half_precision_is_close_to_one_in_single(tiny_model, tiny_batch):
     model, batch = tiny_model(width=32, heads=4).float(), tiny_batch()
-    inference, found = LocalInference(steps=4), []
+    inference, actual = LocalInference(steps=4), []
     for enabled in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             state, info = infer_local(model, MeanField(model), batch, inference)
-        found.append(info.elbo_NB)
+        actual.append(info.elbo_NB)
         assert {x.dtype for x in state.parameters.values()} <= {torch.float32, torch.float64}
         assert info.kl_NB.dtype != torch.bfloat16
-    torch.testing.assert_close(*found, rtol=0.02, atol=0.1, check_dtype=False)
+    torch.testing.assert_close(*actual, rtol=0.02, atol=0.1, check_dtype=False)

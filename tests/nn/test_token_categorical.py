@@ -1,4 +1,4 @@
-"""The tokens' distribution is torch's categorical, token by token."""
+"""`TokenCategorical` against torch's `Categorical`, token by token."""
 
 import torch
 from torch.distributions import Categorical
@@ -14,26 +14,26 @@ def random_tokens(*lead):
     return TokenCategorical(hidden, embedding, mask), torch.randint(V, (B, T))
 
 
-def test_log_prob_is_torchs_categorical():
+def test_log_prob_equals_torchs_categorical():
     tokens, value = random_tokens()
     expected = (Categorical(logits=tokens.logits).log_prob(value) * tokens.mask_BT).sum(-1)
     torch.testing.assert_close(tokens.log_prob(value), expected)
 
 
-def test_particles_lead():
+def test_leading_particle_axes():
     tokens, value = random_tokens(7)
     assert (tokens.batch_shape, tokens.event_shape) == ((7, B), (T,))
     expected = (Categorical(logits=tokens.logits).log_prob(value) * tokens.mask_BT).sum(-1)
     torch.testing.assert_close(tokens.log_prob(value), expected)
 
 
-def test_padding_is_worth_nothing():
+def test_padding_does_not_count():
     tokens, value = random_tokens()
     other = torch.where(tokens.mask_BT, value, (value + 1) % V)
     torch.testing.assert_close(tokens.log_prob(other), tokens.log_prob(value))
 
 
-def test_gradients_are_those_of_the_categorical():
+def test_gradients_equal_those_of_the_categorical():
     tokens, value = random_tokens()
     leaves = (tokens.hidden_BTD, tokens.embedding_VD)
     expected = (Categorical(logits=tokens.logits).log_prob(value) * tokens.mask_BT).sum()
@@ -42,7 +42,7 @@ def test_gradients_are_those_of_the_categorical():
         torch.testing.assert_close(a, b)
 
 
-def test_half_precision_is_summed_in_single():
+def test_half_precision_is_summed_in_single_precision():
     tokens, value = random_tokens()
     half = TokenCategorical(tokens.hidden_BTD.bfloat16(), tokens.embedding_VD.bfloat16(), tokens.mask_BT)
     assert half.log_prob(value).dtype == torch.float32
