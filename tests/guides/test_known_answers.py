@@ -33,7 +33,7 @@ class Positive(PyroModule):
 @pytest.fixture
 def known():
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
-    return model, model.draw(4)
+    return model, model.sample_batch(4)
 
 
 def honest(model, guide, batch, state, draws=2000):
@@ -72,7 +72,7 @@ def test_laplace_is_as_wide_as_the_prior_where_nothing_is_observed():
     model = LinearGaussianModel(ThoughtShape(1, 1, 6), length=3)
     model.prior = LearnedGaussianPrior(model.prior.shape)
     model.prior.log_scale_LKD.data.fill_(1.1)
-    batch = model.draw(4)
+    batch = model.sample_batch(4)
     state, _ = infer_local(model, Laplace(model), batch, LocalInference(steps=300, rate=0.2))
     scale = torch.tensor(1.1).exp()
     precision_NN = torch.eye(6) / scale**2 + model.matrix_TN.T @ model.matrix_TN / model.noise**2
@@ -80,15 +80,15 @@ def test_laplace_is_as_wide_as_the_prior_where_nothing_is_observed():
     torch.testing.assert_close(factor @ factor.mT, torch.linalg.inv(precision_NN).expand(4, 6, 6), atol=1e-4, rtol=1e-3)
 
 
-def test_laplace_sees_one_draw_of_what_sequences_share():
-    """Its curvature is a difference of gradients, which must be those of one density."""
+def test_laplace_uses_one_draw_of_global_latents():
+    """Its Hessian is a difference of gradients, which must belong to one density."""
     model = LinearGaussianModel(ThoughtShape(1, 1, 3), noise=0.3)
     model.prior = SparsePrior(model.prior.shape)
-    batch = model.draw(2)
-    with fix_global_draws(model, 0):
+    batch = model.sample_batch(2)
+    with fix_global_draws(model, 0) as draws:
         state, _ = infer_local(model, Laplace(model), batch, LocalInference(steps=200, rate=0.1))
-        stretched_TN = model.matrix_TN * model.prior.scale.held.flatten()
-    precision_NN = torch.eye(3) + stretched_TN.T @ stretched_TN / model.noise**2
+    scaled_TN = model.matrix_TN * draws["z_scale"].flatten()
+    precision_NN = torch.eye(3) + scaled_TN.T @ scaled_TN / model.noise**2
     torch.manual_seed(1)
     factor = Laplace(model).finalize(model, batch, {"z_unit_loc": state.parameters["z_unit_loc"]}, 1, 0.1)[
         "z_unit_factor"
@@ -101,7 +101,7 @@ def test_laplace_sees_one_draw_of_what_sequences_share():
 @pytest.mark.parametrize("kl", ["exact", "path"])
 def test_points_cover_constrained_priors(guide_class, kl):
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
-    batch = model.draw(4)
+    batch = model.sample_batch(4)
     model.prior = Positive(model.prior.shape)
     guide = guide_class(model)
     state, info = infer_local(model, guide, batch, LocalInference(steps=20, rate=0.01, kl=kl))
@@ -111,7 +111,7 @@ def test_points_cover_constrained_priors(guide_class, kl):
 
 def test_low_rank_finds_what_mean_field_cannot():
     model = LinearGaussianModel(ThoughtShape(1, 1, 3), noise=0.2)
-    batch = model.draw(4)
+    batch = model.sample_batch(4)
     evidence_B, gaps = model.log_evidence(batch), []
     for guide in (LowRank(model, rank=2), MeanField(model)):
         inference = LocalInference(steps=600, rate=0.1, particles=8, noise="antithetic", kl="path")
@@ -122,7 +122,7 @@ def test_low_rank_finds_what_mean_field_cannot():
 
 def test_a_flow_holds_both_modes_where_a_gaussian_holds_one():
     model = TwoModesModel(ThoughtShape(1, 1, 1), length=4)
-    batch = model.draw(6)
+    batch = model.sample_batch(6)
     gaps = {}
     for guide in (MeanField(model), FlowGuide(model)):
         inference = LocalInference(steps=300, rate=0.05, particles=32, init=Init(jitter=0.1))
@@ -134,7 +134,7 @@ def test_a_flow_holds_both_modes_where_a_gaussian_holds_one():
 
 def test_langevin_wanders_over_the_posterior():
     model = LinearGaussianModel(ThoughtShape(1, 1, 2))
-    one = model.draw(1)
+    one = model.sample_batch(1)
     many = one.select(torch.zeros(2000, dtype=torch.long))
     state, _ = infer_local(model, Langevin(model), many, LocalInference(steps=120, rate=0.02))
     mean_BN, covariance_BNN = model.posterior(one)

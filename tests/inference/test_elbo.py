@@ -58,7 +58,7 @@ def test_particles_are_pyros_vectorised_particles(fitted):
 @pytest.mark.parametrize("guide_class", [MeanField, FullCovariance])
 def test_weights_average_to_the_evidence_and_the_elbo_stays_below(guide_class):
     model = LinearGaussianModel(ThoughtShape(1, 1, 2), noise=1.5)  # weakly informed: the weights have a light tail
-    batch = model.draw(5)
+    batch = model.sample_batch(5)
     guide = guide_class(model)
     state, _ = infer_local(model, guide, batch, LocalInference(steps=200, rate=0.05, particles=16))
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_exact_kl_equals_monte_carlo_kl(fitted):
 
 def test_two_modes_have_the_evidence_of_one(tiny_batch):
     one, two = (cls(ThoughtShape(1, 1, 2), length=4) for cls in (LinearGaussianModel, TwoModesModel))
-    batch = one.draw(3)
+    batch = one.sample_batch(3)
     guide = MeanField(one)
     local = init(one, guide, batch, LocalInference()).parameters
     with torch.no_grad():

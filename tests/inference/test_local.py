@@ -20,7 +20,7 @@ FEW = LocalInference(steps=3, rate=0.1)
 @pytest.fixture
 def known():
     model = LinearGaussianModel(ThoughtShape(2, 1, 3))
-    return model, model.draw(4)
+    return model, model.sample_batch(4)
 
 
 def test_the_start_is_the_prior_or_as_narrow_as_asked(tiny_model, tiny_batch):
