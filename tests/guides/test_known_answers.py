@@ -10,7 +10,7 @@ from torch.distributions import kl_divergence
 from ltm_pyro.contracts import Init, ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FlowGuide, Langevin, Laplace, LowRank, MeanField, Point
-from ltm_pyro.guides.factorised import Factorised
+from ltm_pyro.guides.fused_normal import FusedNormal
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.estimators import evaluate
 from ltm_pyro.inference.global_latents import fix_global_draws
@@ -47,7 +47,7 @@ def test_the_kl_of_normals_is_torchs(learned):
     for x in normals[:learned]:
         x.requires_grad_()
     found = []
-    for family in (Factorised, dist.Normal):
+    for family in (FusedNormal, dist.Normal):
         kl = kl_divergence(family(*normals[:2]).expand([2, 5, 4, 3]).to_event(1), dist.Normal(*normals[2:]).to_event(1))
         found.append([kl, *torch.autograd.grad((kl * torch.arange(4.0)).sum(), normals[:learned])])
     for ours, torchs in zip(*found, strict=True):
