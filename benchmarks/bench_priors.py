@@ -48,7 +48,7 @@ def mixture(seed: int) -> dict[str, Any]:
             truth.mean_MLKD.copy_(torch.randn(1, *shape).sign() * torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
             truth.log_scale_MLKD.fill_(-1.0)
         model.prior = truth
-        training, test = model.draw(TRAIN), model.draw(TEST)
+        training, test = model.sample_batch(TRAIN), model.sample_batch(TEST)
         with torch.no_grad():
             truths_B = truth.responsibilities(least_squares(model, test))[:, 0] > 0.5
         for prior in (GaussianPrior(shape), LearnedGaussianPrior(shape), MixturePrior(shape, components=2)):
@@ -77,7 +77,7 @@ def sparse(seed: int) -> dict[str, Any]:
         useful_N[torch.randperm(32)[:8]] = True
         model.matrix_TN[:, ~useful_N] = 0.0
         model.matrix_TN *= 2.0  # as much signal in 8 columns as in 32
-        training = model.draw(TRAIN)
+        training = model.sample_batch(TRAIN)
         model.prior = SparsePrior(shape)
         train_prior(model, training, 400, 0.03)
         on_N, scale_N = model.prior.active().flatten(), model.prior.scale.median.flatten()

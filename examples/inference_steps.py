@@ -1,4 +1,4 @@
-"""What more inference buys at test time: the bound over fast steps, the importance-weighted bound over samples.
+"""How test-time inference improves the score: the bound by fast steps, the importance-weighted bound by samples.
 
     python examples/inference_steps.py runs/quickstart --out runs/inference-steps
 
@@ -22,7 +22,7 @@ FAST_STEPS, SAMPLES = (0, 4, 16, 64), (1, 8, 64)
 
 
 def measure(run: Run, limit: int | None) -> dict[str, dict[str, Score]]:
-    """The three curves: bound by fast steps, importance-weighted bound by samples, and one causal score."""
+    """Bound by fast steps, importance-weighted bound by samples, and one causal score as a reference."""
 
     def score(estimator: str, samples: int, steps: int | None) -> Score:
         result = evaluate_run(run, estimators=[estimator], samples=samples, fast_steps=steps, limit=limit)
@@ -48,11 +48,11 @@ def plot_curves(curves: dict[str, dict[str, Score]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints and plots."""
+    """Scores the run, prints the table and writes both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run directory or checkpoint")
-    parser.add_argument("--out", type=Path, default=Path("runs/inference-steps"), help="where table and picture go")
-    parser.add_argument("--limit", type=int, help="only the first so many sequences")
+    parser.add_argument("--out", type=Path, default=Path("runs/inference-steps"), help="folder for table and figure")
+    parser.add_argument("--limit", type=int, help="score only the first LIMIT sequences")
     options = parser.parse_args()
     curves = measure(load_run(options.run), options.limit)
     table = Table("estimator", "", "nats per token", "± s.e.", "a bound?")

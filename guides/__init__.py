@@ -1,4 +1,4 @@
-"""q: what we believe after seeing one sequence. One family per file."""
+"""q(z | x): variational families for the thoughts of each sequence. One family per file."""
 
 from ltm_pyro.guides.amortized import Amortized
 from ltm_pyro.guides.flow import FlowGuide

@@ -1,6 +1,6 @@
-"""An encoder in place of local inference: the variational auto-encoder's q, here to show posterior collapse.
+"""An encoder in place of local inference, as in a variational autoencoder: a baseline that shows posterior collapse.
 
-Shapes: F numbers of all sites together.
+Shapes: F local parameters of all sites together.
 """
 
 from jaxtyping import Float
@@ -16,19 +16,22 @@ from ltm_pyro.utils.rng import seeded
 
 
 class Amortized(MeanField, nn.Module):
-    r"""The mean-field Gaussian, its parameters read off the tokens by a network that the slow step trains.
+    r"""The mean-field Gaussian, with parameters that an encoder computes from the tokens; the slow step trains it.
 
     .. math:: q_\phi(z \mid x_i) = \mathcal{N}(z; \mu_\phi(x_i), \mathrm{diag}\, \sigma_\phi^2(x_i))
 
-    The network is a Transformer of the decoder's kind that reads the scored tokens and averages what it makes of each.
-    Its last layer is 0 at first: q begins at the prior. There are no fast steps, but ``steps: 0`` still means no
-    inference. Local parameters are `MeanField`'s. Sources: Kingma & Welling 2014 (arXiv 1312.6114); arXiv 2502.01567
-    compares with it.
+    The encoder is a small causal Transformer over the scored tokens; its hidden states are averaged over them and
+    projected. The projection starts at 0, so that q starts at the prior. There are no fast steps, but with ``steps: 0``
+    the encoder is not used and q stays at the prior. Local parameters are `MeanField`'s. Sources: Kingma & Welling 2014
+    (arXiv 1312.6114); arXiv 2502.01567 compares with it.
 
     Args:
-        model: whose sites q covers and whose vocabulary it reads; it is looked at once and not kept.
-        layers, width, heads: of the network.
-        window: tokens that each token sees back.
+        model: whose latent sites q covers and whose vocabulary the encoder has; it is traced once and not stored.
+        layers, width, heads: of the encoder.
+        window: tokens that each token attends to, itself included.
+
+    Raises:
+        UsageError: the model has no ``decoder.vocabulary``.
     """
 
     uses_fast_steps = False
@@ -39,24 +42,25 @@ class Amortized(MeanField, nn.Module):
         with seeded(0):
             local = self.init(prior_sites(model, 1), Init())
         self.sizes = {name: x[0].numel() for name, x in local.items()}
+        # Checkpoints contain these three names.
         self.embedding = nn.Embedding(_vocabulary(model), width)
         self.read = Transformer(layers, width, heads, window)
-        self.leave = nn.Linear(width, sum(self.sizes.values()))
+        self.leave = nn.Linear(width, sum(self.sizes.values()))  # output projection
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
     def init(self, sites: Sites, init: Init) -> LocalParameters:
-        """The prior's moments, whatever ``start`` says: what the network adds must mean the same everywhere."""
+        """The prior's moments; ``init`` is ignored, because the encoder predicts differences from them."""
         return super().init(sites, Init())
 
     def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
-        """The prior's moments, moved by what the network says; where q was before does not matter."""
+        """The prior's moments plus the encoder's output; the current ``local`` is ignored."""
         local = self.init(prior_sites(model, batch.size), Init())
         parts = zip(self.sizes, self.encode(batch).split(list(self.sizes.values()), dim=-1), strict=True)
         return {name: local[name] + part.reshape(local[name].shape) for name, part in parts}
 
     def encode(self, batch: Batch) -> Float[Tensor, "B F"]:
-        """The moves of all of q's parameters in a row, from the tokens that ``batch.mask_BT`` keeps."""
+        """The additions to q's initial parameters, concatenated, from the tokens that ``batch.mask_BT`` keeps."""
         hidden_BTD = self.read(self.embedding(batch.targets_BT))
         with full_precision(hidden_BTD):
             kept_BT1 = batch.mask_BT[..., None].to(self.leave.weight.dtype)

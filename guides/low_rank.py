@@ -1,4 +1,4 @@
-"""Low-rank Gaussian: a few directions in which all coordinates of a site move together. Shapes: R rank."""
+"""Low-rank Gaussian: the coordinates of a site are correlated along a few directions. Shapes: R rank."""
 
 from typing import Any
 
@@ -8,34 +8,35 @@ from torch import Tensor
 
 from ltm_pyro.contracts import LocalParameters, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.guides.coordinates import Coordinates
+from ltm_pyro.guides.unconstrained import UnconstrainedGuide
 
 
-class LowRank(Coordinates):
-    r"""One Gaussian per site and sequence whose covariance is a diagonal plus R directions.
+class LowRank(UnconstrainedGuide):
+    r"""One Gaussian per site and sequence, with a covariance of rank R plus a diagonal.
 
     .. math:: q(z \mid x_i) = \mathcal{N}(z; \mu_i, W_i W_i^\top + \mathrm{diag}\, \sigma_i^2)
 
     Local parameters: ``{site}_loc`` is μ and ``{site}_log_var`` is log σ², each (B, N); ``{site}_factor`` is W, (B, N,
-    R), which starts at a hundredth of σ so that its directions differ. Source: Ong et al. 2018 (arXiv 1701.03208).
+    R), which starts at small random values, σ / 100 · N(0, 1), so that its columns differ. Source: Ong et al. 2018
+    (arXiv 1701.03208).
 
     Args:
-        model: whose latent sites q covers; it is looked at once and not kept.
+        model: whose latent sites q covers; it is traced once and not stored.
         rank: R.
     """
 
     def __init__(self, model: Model, rank: int = 4) -> None:
         super().__init__(model)
         if rank < 1:
-            raise UsageError(f"LowRank needs a rank of at least 1, got {rank}: MeanField has none.")
+            raise UsageError(f"LowRank needs a rank of at least 1, got {rank}: use MeanField for a rank of 0.")
         self.rank = rank
 
-    def spread(self, name: str, variance: Tensor) -> LocalParameters:
-        """σ², and a faint random W."""
+    def init_scale(self, name: str, variance: Tensor) -> LocalParameters:
+        """σ², and a small random W."""
         noise_BNR = torch.randn(*variance.shape, self.rank, dtype=variance.dtype, device=variance.device)
         return {f"{name}_log_var": variance.log(), f"{name}_factor": 0.01 * variance.sqrt()[..., None] * noise_BNR}
 
-    def density(self, name: str, local: LocalParameters) -> Any:
+    def base_distribution(self, name: str, local: LocalParameters) -> Any:
         """N(μ, W Wᵀ + diag σ²)."""
         loc, factor, log_var = (local[f"{name}_{part}"] for part in ("loc", "factor", "log_var"))
         return dist.LowRankMultivariateNormal(loc, factor, log_var.exp())

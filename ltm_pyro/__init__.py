@@ -1,6 +1,6 @@
-"""Latent-Thought Language Models as Pyro programs: the public names, each loaded when it is first asked for.
+"""Latent-Thought Language Models as Pyro programs: the public names, each imported on first use.
 
-What is random in the world is in `ltm_pyro.models`, what we believe after seeing a sequence in `ltm_pyro.guides`.
+Priors and models, p(x, z), are in `ltm_pyro.models`; variational families, q(z | x), are in `ltm_pyro.guides`.
 """
 
 from importlib import import_module
@@ -62,7 +62,7 @@ __all__ = [
     "training_loss",
 ]
 
-_HOMES = {
+_PUBLIC = {  # module -> its public names
     "contracts": ("Batch", "Guide", "Model", "Prior", "Init", "ThoughtShape", "make_batch"),
     "errors": ("UsageError",),
     "evaluation.evaluate": ("evaluate_run",),
@@ -83,12 +83,12 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:  # so that `ltm --help` and `import ltm_pyro` need not wait for torch and Lightning
+def __getattr__(name: str) -> Any:  # `ltm --help` and `import ltm_pyro` must not wait for torch
     if name == "__version__":
         return version("ltm-pyro")
-    for home, names in _HOMES.items():
+    for module, names in _PUBLIC.items():
         if name in names:
-            return getattr(import_module(f"ltm_pyro.{home}"), name)
+            return getattr(import_module(f"ltm_pyro.{module}"), name)
     raise AttributeError(f"module 'ltm_pyro' has no attribute {name!r}")
 
 

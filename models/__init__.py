@@ -1,4 +1,4 @@
-"""p: what is random in the world. One generative story per file."""
+"""p(x, z): priors over thoughts, the decoder, and the models made of them. One generative model per file."""
 
 from ltm_pyro.models.autoregressive import AutoregressivePrior
 from ltm_pyro.models.decoder import Decoder

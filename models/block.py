@@ -10,7 +10,12 @@ from ltm_pyro.nn.rms_norm import RMSNorm
 
 
 class Block(nn.Module):
-    """One layer: x += SelfAttention(x), x += CrossAttention(x, z), x += SwiGLU(x), each behind an RMSNorm."""
+    """One pre-norm layer: x += SelfAttention(x), x += CrossAttention(x, z), x += SwiGLU(x), each after an RMSNorm.
+
+    Args:
+        width, heads, kv_heads, window, attention: as for `Decoder`.
+        thought_width: of the thoughts that the layer attends to; None for a layer without cross-attention.
+    """
 
     def __init__(
         self, width: int, heads: int, kv_heads: int, window: int, thought_width: int | None, attention: str
@@ -25,30 +30,25 @@ class Block(nn.Module):
         self.norm_forward, self.feed_forward = RMSNorm(width), SwiGLU(width)
 
     def forward(
-        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV | None, attended: bool
+        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV | None
     ) -> Float[Tensor, "B T D"]:
-        """The whole layer, or what follows the self-attention if ``attended``."""
-        x_BTD = x_BTD if attended else self.attend_to_tokens(x_BTD, angles)
-        return self.transform(self.attend_to_thoughts(x_BTD, angles, thoughts))
+        """The whole layer."""
+        return self.after_self_attention(self.attend_to_tokens(x_BTD, angles), angles, thoughts)
 
     def attend_to_tokens(self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles) -> Float[Tensor, "B T D"]:
-        """The self-attention."""
+        """The self-attention sublayer."""
         return x_BTD + self.self_attention(self.norm_self(x_BTD), angles)
 
     def attend_to_cache(
         self, x_BUD: Float[Tensor, "B U D"], angles: RotaryAngles, ring: KeysValues, slots: CacheSlots
     ) -> Float[Tensor, "B U D"]:
-        """The self-attention of new tokens to those in the cache, which takes them in."""
+        """The self-attention sublayer for new tokens: their keys and values are added to the cache, in place."""
         return x_BUD + self.self_attention.decode_step(self.norm_self(x_BUD), angles, ring, slots)
 
-    def attend_to_thoughts(
+    def after_self_attention(
         self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV | None
     ) -> Float[Tensor, "B T D"]:
-        """The cross-attention to this layer's thoughts; nothing without them."""
-        if self.cross_attention is None or self.norm_cross is None or thoughts is None:
-            return x_BTD
-        return x_BTD + self.cross_attention(self.norm_cross(x_BTD), angles, thoughts)
-
-    def transform(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """The feed-forward."""
+        """The cross-attention sublayer, left out if ``thoughts`` is None, and the feed-forward sublayer."""
+        if self.cross_attention is not None and self.norm_cross is not None and thoughts is not None:
+            x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), angles, thoughts)
         return x_BTD + self.feed_forward(self.norm_forward(x_BTD))

@@ -1,10 +1,11 @@
-"""The network of p_β(x | z): a causal Transformer whose layers attend to thoughts of their own. No sampling inside.
+"""The network of p_β(x | z): a causal Transformer, each layer of which attends to its own thoughts. Nothing is sampled.
 
-Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, S particles. Leading axes of z are free.
+Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, V vocabulary. z may have leading axes, such as
+particles.
 """
 
-from functools import partial
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,39 +17,41 @@ from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.models.block import Block
 from ltm_pyro.models.cached_decoding import CachedDecoding
-from ltm_pyro.nn.attention import ThoughtKV
-from ltm_pyro.nn.layers import RotaryAngles, rotation
+from ltm_pyro.nn.layers import rotation
 from ltm_pyro.nn.rms_norm import RMSNorm
 
 
 class Decoder(CachedDecoding):
     r"""The network of :math:`p_\beta(x \mid z) = \prod_t p_\beta(x_t \mid z, x_{t-W \ldots t-1})`.
 
-    Pre-norm RMSNorm, rotary positions, SwiGLU, no biases; logits are hidden · embeddingᵀ (tied). Each layer's
-    self-attention sees ``window`` tokens, itself included; its cross-attention sees its own K thoughts.
-    ``thoughts=0`` is the plain autoregressive baseline, with no parameter left over. Source: arXiv 2502.01567,
-    section 2; our ``window`` is the paper's k, ``thoughts`` · ``layers`` its N_z.
+    Pre-norm RMSNorm, rotary positions, SwiGLU, no biases; logits are hidden · embeddingᵀ (tied). In each layer a token
+    attends to the last ``window`` tokens, itself included, and to the layer's own K thoughts. ``thoughts=0`` is the
+    plain autoregressive baseline, without any cross-attention parameters. Source: arXiv 2502.01567, section 2; our
+    ``window`` is the paper's k, ``thoughts`` · ``layers`` its N_z.
 
     Args:
         vocabulary: V.
-        layers, width, heads: L, D and the number of query heads, which divides D.
+        layers, width, heads: L, D and the number of query heads; D is a multiple of 2 · ``heads``.
         thoughts: K, thought vectors per layer.
-        window: W tokens of self-attention.
-        length: T, the longest sequence the model is meant for.
-        thought_width: width of a thought, D when not given.
-        thought_layers: the layers that attend to thoughts, counted from 1; all when not given. What lies below the
-            first of them is computed once per batch, not once per fast step. The L of z counts these layers.
-        kv_heads: key and value heads, a divisor of ``heads`` (grouped attention); ``heads`` when not given.
+        window: W, the tokens that self-attention covers.
+        length: the maximum T.
+        thought_width: width of a thought; D if not given.
+        thought_layers: the layers that attend to thoughts, counted from 1; all if not given. The layers below the
+            first of them are computed once per batch, not once per fast step. The L of z counts these layers only.
+        kv_heads: key and value heads, a divisor of ``heads`` (grouped-query attention); ``heads`` if not given.
         zero_init_cross_attention: the cross-attention's output starts at zero, so that thoughts can be added to a
-            decoder trained without them: the first bound then equals the autoregressive loss.
-        attention: what computes the self-attention: ``dense``, ``sdpa``, ``xformers`` or ``flex``, of which ``auto``
-            takes the fastest that runs here (see `ltm_pyro.nn.attention`).
-        recompute: keeps the hidden states between layers only and computes the rest again in the backward pass: less
-            memory, a third more work.
+            decoder trained without them: the log-likelihood then equals the autoregressive one at first.
+        attention: the implementation of self-attention: ``dense``, ``sdpa``, ``xformers`` or ``flex``; ``auto`` selects
+            the fastest one that runs on this device (see `ltm_pyro.nn.attention`).
+        recompute: activation checkpointing: only the hidden states between layers are stored, the rest is computed
+            again in the backward pass. Less memory, a third more computation.
+
+    Raises:
+        UsageError: sizes that do not fit together, here; a batch that is too long or on another device, in `stem`.
     """
 
     half_precision = True  # its matrix products follow autocast
-    rotary_angles: Tensor  # of every position
+    rotary_angles: Tensor  # of all positions, (max(length, K), 1, D / heads / 2, 2)
 
     def __init__(
         self,
@@ -77,16 +80,19 @@ class Decoder(CachedDecoding):
         self.recompute = recompute
         self.layers, self.thought_layers = layers, _check_thought_layers(thought_layers, layers)
         self.thought_shape = ThoughtShape(len(self.thought_layers), thoughts, thought_width or width)
-        widths = [self.thought_shape.width if thoughts and n in self.thought_layers else None for n in _numbers(layers)]
         self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(width, heads, kv_heads, window, one, attention) for one in widths)
+        self.blocks = nn.ModuleList()
+        for number in range(1, layers + 1):
+            attends = thoughts > 0 and number in self.thought_layers
+            block_thought_width = self.thought_shape.width if attends else None
+            self.blocks.append(Block(width, heads, kv_heads, window, block_thought_width, attention))
         self.norm = RMSNorm(width)
         rotary_angles = rotation(torch.arange(max(length, thoughts)), width // heads)
         self.register_buffer("rotary_angles", rotary_angles, persistent=False)
-        self._initialise(layers, zero_init_cross_attention)
+        self._init_weights(zero_init_cross_attention)
 
     def stem(self, inputs_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Embeddings, and what follows up to the self-attention of the first layer that attends to thoughts."""
+        """The part that z does not enter: all up to the self-attention of the first layer that attends to thoughts."""
         if inputs_BT.shape[1] > self.length:
             raise UsageError(
                 f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
@@ -99,63 +105,53 @@ class Decoder(CachedDecoding):
                 f'move one of them, such as batch.to("{weight_VD.device}").'
             )
         angles, first = self.rotary_angles[: inputs_BT.shape[1]], self.thought_layers[0] - 1
-        x_BTD = F.embedding(inputs_BT, weight_VD, sparse=True)  # the rows' gradient, not all of V x D
+        x_BTD = F.embedding(inputs_BT, weight_VD, sparse=True)  # a gradient of the rows in use, not of V x D
         for block in self.layer_list[:first]:
-            x_BTD = self._run_block(block, x_BTD, angles, None, False)
+            x_BTD = self._run(block, x_BTD, angles, None)
         return self.layer_list[first].attend_to_tokens(x_BTD, angles)
 
     def forward(
         self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"] | None
     ) -> Float[Tensor, "... B T D"]:
-        """The last hidden states, for every particle of z; without cross-attention if z is None."""
+        """The last hidden states, for all leading axes of z; without cross-attention if z is None."""
         lead = () if z_BLKD is None else z_BLKD.shape[:-4]
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
         thoughts = self.thought_kv(None if z_BLKD is None else z_BLKD.flatten(0, len(lead)))
         angles, first = self.rotary_angles[: stem_BTD.shape[1]], self.thought_layers[0] - 1
-        for index, (block, kv) in enumerate(zip(self.layer_list[first:], thoughts[first:], strict=True)):
-            x_BTD = self._run_block(block, x_BTD, angles, kv, index == 0)
+        x_BTD = self._run(self.layer_list[first].after_self_attention, x_BTD, angles, thoughts[first])
+        for block, kv in zip(self.layer_list[first + 1 :], thoughts[first + 1 :], strict=True):
+            x_BTD = self._run(block, x_BTD, angles, kv)
         return self.norm(x_BTD).unflatten(0, (*lead, -1)) if lead else self.norm(x_BTD)
 
     def logits(self, hidden_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         """Unnormalised log-probabilities of all tokens: hidden · embeddingᵀ."""
         return F.linear(hidden_BTD, self.embedding.weight)
 
-    def _run_block(
-        self,
-        block: Block,
-        x_BTD: Float[Tensor, "B T D"],
-        angles: RotaryAngles,
-        thoughts: ThoughtKV | None,
-        attended: bool,
-    ) -> Float[Tensor, "B T D"]:
-        if self.recompute and torch.is_grad_enabled():
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn here
-            return cast(Tensor, again(block, x_BTD, angles, thoughts, attended))
-        return cast(Tensor, block(x_BTD, angles, thoughts, attended))
+    def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():  # no random numbers inside, so no random state to preserve
+            return cast(Tensor, checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False))
+        return layer(*arguments)
 
-    def _initialise(self, layers: int, zero_init_cross_attention: bool) -> None:
-        """N(0, 1 / fan-in); what is added to the residual stream is smaller by √(2L), as in GPT-2.
+    def _init_weights(self, zero_init_cross_attention: bool) -> None:
+        """N(0, 1 / fan-in); weights that add to the residual stream are smaller by √(2L), as in GPT-2.
 
-        At small widths GPT-2's fixed 0.02 is far too small: a decoder of width 64 stood at 5.3 nats per token after
-        250 steps with it, at 4.6 with this rule and the rate it allows. With ``zero_init_cross_attention`` the
-        cross-attention adds exactly nothing at first.
+        GPT-2's fixed standard deviation of 0.02 is far too small at small widths: after 250 steps a decoder of width 64
+        had a loss of 5.3 nats per token with it, and of 4.6 with this rule and the learning rate that it allows.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 residual = name.endswith(("output.weight", "down.weight"))
-                nn.init.normal_(weight, std=(weight.shape[1] * (2 * layers if residual else 1)) ** -0.5)
+                nn.init.normal_(weight, std=(weight.shape[1] * (2 * self.layers if residual else 1)) ** -0.5)
             if zero_init_cross_attention and name.endswith("cross_attention.output.weight"):
                 nn.init.zeros_(weight)
 
 
-def _numbers(layers: int) -> range:
-    return range(1, layers + 1)
-
-
-def _check_thought_layers(chosen: list[int] | None, layers: int) -> tuple[int, ...]:
-    numbers = tuple(_numbers(layers) if chosen is None else sorted(set(chosen)))
+def _check_thought_layers(thought_layers: list[int] | None, layers: int) -> tuple[int, ...]:
+    numbers = tuple(range(1, layers + 1) if thought_layers is None else sorted(set(thought_layers)))
     if not numbers or not 1 <= numbers[0] <= numbers[-1] <= layers:
-        raise UsageError(f"The decoder's thought_layers are some of its {layers} layers, counted from 1, got {chosen}.")
+        raise UsageError(
+            f"The decoder's thought_layers are some of its {layers} layers, counted from 1, got {thought_layers}."
+        )
     return numbers
 
 

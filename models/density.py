@@ -1,4 +1,4 @@
-"""A density over thoughts that a network computes, as a Pyro distribution."""
+"""A Pyro distribution over thoughts whose density and samples a network computes."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from ltm_pyro.nn.precision import full_precision
 
 @runtime_checkable
 class ThoughtNetwork(Protocol):
-    """What a prior must know of its density: its logarithm at z, and how to draw from it."""
+    """What a prior needs for a `ThoughtDensity`: log p(z), and samples from p(z)."""
 
     shape: ThoughtShape
 
@@ -22,13 +22,13 @@ class ThoughtNetwork(Protocol):
         """log p(z) in nats."""
         ...
 
-    def draw(self, sample_shape: torch.Size) -> Float[Tensor, "*S L K D"]:
+    def sample(self, sample_shape: torch.Size) -> Float[Tensor, "*S L K D"]:
         """z ~ p(z)."""
         ...
 
 
 class ThoughtDensity(TorchDistribution):
-    """p(z) of a `ThoughtNetwork`, the same for every sequence: event shape (L, K, D), batch shape by `expand`."""
+    """p(z) of a `ThoughtNetwork`, the same for every sequence. Event shape (L, K, D); `expand` sets the batch shape."""
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.independent(constraints.real, 3)
@@ -38,15 +38,15 @@ class ThoughtDensity(TorchDistribution):
         super().__init__(torch.Size(batch_shape), torch.Size(network.shape), validate_args=False)
 
     def log_prob(self, value: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B"]:
-        """log p(z), in full precision also under autocast."""
+        """log p(z) in nats, in full precision even under autocast."""
         with full_precision(value):
             return self.network.log_density(value)
 
     def sample(self, sample_shape: Any = ()) -> Float[Tensor, "*S L K D"]:
         """z ~ p(z)."""
         with torch.no_grad():
-            return self.network.draw(torch.Size(sample_shape) + self.batch_shape)
+            return self.network.sample(torch.Size(sample_shape) + self.batch_shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ThoughtDensity":
-        """The same density for more sequences."""
+        """The same density with another batch shape."""
         return ThoughtDensity(self.network, batch_shape)

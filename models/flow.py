@@ -15,21 +15,21 @@ from ltm_pyro.utils.extras import extra
 
 
 class FlowPrior(PyroModule):
-    r"""A chain of invertible couplings turns a standard normal into the thoughts.
+    r"""A standard normal, mapped to the thoughts by a chain of invertible coupling layers.
 
     .. math:: z = f(\epsilon), \quad \epsilon \sim \mathcal{N}(0, I), \qquad
         \log p(z) = \log \mathcal{N}(f^{-1}(z); 0, I) + \log |\det \partial f^{-1} / \partial z|
 
-    Every coupling moves half of the coordinates by a map that a network computes from the other half: a monotone
-    rational-quadratic spline (Durkan et al. 2019, arXiv 1906.04032), or an affine map (Dinh et al. 2017, arXiv
-    1605.08803). The networks' last layers are 0 at first, so that f is the identity: learning starts from the paper's
+    Every coupling layer transforms half of the coordinates. A network computes the transform from the other half: a
+    monotone rational-quadratic spline (Durkan et al. 2019, arXiv 1906.04032), or an affine map (Dinh et al. 2017, arXiv
+    1605.08803). The networks' last layers start at 0, so that f is the identity and training starts from the paper's
     prior.
 
     Args:
         shape: (L, K, D) of one sequence's thoughts.
-        kind: ``spline``, which bends within ±5 only, or ``affine``.
-        transforms: how many couplings.
-        width: hidden units of each coupling's network, which has two such layers.
+        kind: ``spline``, which is the identity outside ±5, or ``affine``.
+        transforms: number of coupling layers.
+        width: hidden units of each coupling's network, which has two hidden layers.
     """
 
     def __init__(
@@ -56,6 +56,6 @@ class FlowPrior(PyroModule):
         """log p(z) in nats."""
         return self.flow().log_prob(z_BLKD.flatten(-3))
 
-    def draw(self, sample_shape: torch.Size) -> Float[Tensor, "*S L K D"]:
+    def sample(self, sample_shape: torch.Size) -> Float[Tensor, "*S L K D"]:
         """z ~ p(z)."""
         return self.flow().sample(sample_shape).unflatten(-1, tuple(self.shape))

@@ -1,4 +1,4 @@
-"""A topic above the thoughts, then layer by layer: several sample sites. Shapes: U width of the topic."""
+"""A topic, then the thoughts layer by layer, each a sample site of its own. Shapes: U width of the topic."""
 
 from typing import cast
 
@@ -14,19 +14,19 @@ from ltm_pyro.errors import UsageError
 
 
 class HierarchicalPrior(PyroModule):
-    r"""A topic u, from which the first layer's thoughts follow, and from them the next layer's.
+    r"""A topic u for each sequence; every layer's thoughts depend on it and on the thoughts of the layer before.
 
     .. math::
         p(u) = \mathcal{N}(0, I), \quad
         p(z_l \mid z_{l-1}, u) = \mathcal{N}(z_l;\, W_l z_{l-1} + V_l u + b_l,\, s_l^2), \quad z_0 = 0
 
-    W acts on each thought alone, V gives every thought of a layer its own part of the topic. V, b and W are 0 at first
-    and s is 1: learning starts from the paper's prior. Sites: ``z_topic``, then ``z_1`` … ``z_L``. Source: ladder
-    models, Sønderby et al. 2016 (arXiv 1602.02282), top down.
+    W maps each thought separately; V maps the topic to all thoughts of a layer. V, b and W start at 0 and s at 1, so
+    that training starts from the paper's prior. Sites: ``z_topic``, then ``z_1`` … ``z_L``. Source: the top-down path
+    of ladder models, Sønderby et al. 2016 (arXiv 1602.02282).
 
     Args:
         shape: (L, K, D) of one sequence's thoughts.
-        topic: U, numbers in the topic.
+        topic: U, the width of the topic.
     """
 
     zero: Tensor
@@ -40,7 +40,7 @@ class HierarchicalPrior(PyroModule):
         self.below = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers - 1))
         self.above = nn.ModuleList(nn.Linear(topic, thoughts * width) for _ in range(layers))
         self.log_scale_LKD = nn.Parameter(torch.zeros(*shape))
-        self.register_buffer("zero", torch.zeros(()), persistent=False)  # carries dtype and device
+        self.register_buffer("zero", torch.zeros(()), persistent=False)  # has the module's dtype and device
         for weight in (*self.below.parameters(), *self.above.parameters()):
             nn.init.zeros_(weight)
 

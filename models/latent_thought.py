@@ -20,14 +20,14 @@ class LatentThoughtModel(PyroModule):
 
     .. math:: p(x, z) = p(z) \prod_t p_\beta(x_t \mid z, x_{t-W \ldots t-1})
 
-    In the paper's letters: β is ``decoder.parameters()``, z is what ``prior`` returns.
+    In the paper's notation β is ``decoder.parameters()`` and z is what ``prior`` returns.
 
     Args:
         prior: a PyroModule whose forward samples the thoughts ``z_BLKD`` of the sequences of the surrounding plate.
         decoder: the network of p_β; ``decoder.thought_shape`` is (L, K, D).
 
     Raises:
-        UsageError: the prior's sites or thoughts do not have the shapes that `check_prior` asks for.
+        UsageError: the sites or the thoughts of the prior do not have the shapes that `check_prior` requires.
     """
 
     def __init__(self, prior: Prior, decoder: Decoder) -> None:
@@ -42,14 +42,14 @@ class LatentThoughtModel(PyroModule):
             return self.prior()
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with the decoder's stem, which no thought enters."""
+        """The batch with the decoder's stem, the part of the network that does not depend on z."""
         return batch._replace(stem_BTD=self.decoder.stem(batch.inputs_BT))
 
     def forward(self, batch: Batch, use_thoughts: bool = True) -> Float[Tensor, "... L K D"]:
         """Samples z, observes the tokens, and returns z.
 
-        With ``batch.targets_BT`` set to None the tokens are sampled, each given the inputs before it. With
-        ``use_thoughts`` False the tokens do not depend on z.
+        If ``batch.targets_BT`` is None, the tokens are sampled, each given ``batch.inputs_BT`` up to its position. If
+        ``use_thoughts`` is False, the tokens do not depend on z.
         """
         with sequence_plate(batch.size):
             with full_precision(batch.inputs_BT):
@@ -59,10 +59,10 @@ class LatentThoughtModel(PyroModule):
         return z_BLKD
 
     def observation(self, z_BLKD: Float[Tensor, "... L K D"] | None, batch: Batch) -> TokenCategorical:
-        """p(x | z), padding left out; with z None the decoder goes without its cross-attention."""
+        """p(x | z) as a distribution; padding is masked out. If z is None, the decoder skips its cross-attention."""
         decoder = cast(Decoder, self._modules["decoder"])
-        if decoder.embedding.weight.requires_grad:
-            decoder = self.decoder  # PyroModule.__getattr__ registers all parameters, too slow if none of them learns
+        if decoder.embedding.weight.requires_grad:  # else skip PyroModule.__getattr__, which registers all parameters
+            decoder = self.decoder  # on every access: too slow for the fast steps, which train none of them
         stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
         embedding_VD, lead = decoder.embedding.weight, stem_BTD.shape[:1] if z_BLKD is None else z_BLKD.shape[:-3]
         late = LateGradient.of(embedding_VD, (*lead, stem_BTD.shape[1]))

@@ -1,4 +1,4 @@
-"""Independent normal thoughts whose means and scales are learned."""
+"""Independent normal thoughts with learned means and scales."""
 
 import pyro
 import pyro.distributions as dist
@@ -15,8 +15,8 @@ class LearnedGaussianPrior(PyroModule):
 
     .. math:: p(z) = \prod_{l,k,d} \mathcal{N}(z_{lkd}; m_{lkd}, s_{lkd}^2)
 
-    Parameters: ``mean_LKD`` is m, ``log_scale_LKD`` is log s, both 0 at first. The ELBO is highest where m and s² are
-    the mean and the second moment around it of all sequences' q together.
+    Parameters: ``mean_LKD`` is m, ``log_scale_LKD`` is log s; both start at 0. The ELBO is highest if m and s² are the
+    mean and the variance of the aggregated posterior, the average of q over all sequences.
 
     Args:
         shape: (L, K, D) of one sequence's thoughts.

@@ -29,15 +29,15 @@ class LinearGaussianModel(PyroModule):
 
     .. math:: p(z) = \mathcal{N}(0, I), \qquad p(y \mid z) = \prod_t \mathcal{N}(y_t; (A z)_t, s^2)
 
-    It stands wherever a `LatentThoughtModel` does: same plate, sites and shapes. A token v is the observation
-    ``values[v]``, on an even grid; its log-density is in nats.
+    It can replace a `LatentThoughtModel` anywhere: same plate, sites and shapes. Token v is the observation
+    ``values_V[v]``, on an evenly spaced grid; its log-density is in nats.
 
     Args:
         shape: (L, K, D) of the thoughts.
         length: T, rows of A.
         noise: s.
         vocabulary: V, grid points between −8 and 8.
-        seed: of A, whose entries are N(0, 1/N).
+        seed: random seed of A, whose entries are N(0, 1/N).
     """
 
     matrix_TN: Tensor
@@ -71,7 +71,7 @@ class LinearGaussianModel(PyroModule):
         return z_BLKD
 
     def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> Any:
-        """p(y | z), padding left out."""
+        """p(y | z) as a distribution; padding is masked out."""
         mean_BT = z_BLKD.flatten(-3) @ self.matrix_TN[: batch.inputs_BT.shape[1]].T
         return dist.Normal(mean_BT, self.noise).mask(batch.mask_BT).to_event(1)
 
@@ -79,13 +79,13 @@ class LinearGaussianModel(PyroModule):
         """y, the values of the tokens."""
         return self.values_V[batch.targets_BT]
 
-    def draw(self, size: int) -> Batch:
-        """``size`` sequences of observations, z drawn from the prior."""
+    def sample_batch(self, size: int) -> Batch:
+        """``size`` sequences of observations: z sampled from the prior, y from p(y | z)."""
         with torch.no_grad():
-            return self.write(self.sample_prior(size))
+            return self.sample_tokens(self.sample_prior(size))
 
-    def write(self, z_BLKD: Float[Tensor, "B L K D"]) -> Batch:
-        """A sequence of observations drawn from p(y | z) for each z, rounded to the nearest on the grid."""
+    def sample_tokens(self, z_BLKD: Float[Tensor, "B L K D"]) -> Batch:
+        """A batch with one sequence per z, sampled from p(y | z); each y becomes the nearest grid value's token."""
         mean_BT = z_BLKD.flatten(-3) @ self.matrix_TN.T
         y_BT = mean_BT + self.noise * torch.randn_like(mean_BT)
         tokens_BT = torch.bucketize(y_BT, (self.values_V[1:] + self.values_V[:-1]) / 2)
@@ -97,22 +97,23 @@ class LinearGaussianModel(PyroModule):
         identity_NN = torch.eye(matrix_BTN.shape[-1], dtype=matrix_BTN.dtype, device=matrix_BTN.device)
         precision_BNN = identity_NN + matrix_BTN.mT @ matrix_BTN / self.noise**2
         covariance_BNN = torch.linalg.inv(precision_BNN)
-        drift_BN1 = matrix_BTN.mT @ self.observed(batch)[..., None] / self.noise**2
-        return Gaussian((covariance_BNN @ drift_BN1)[..., 0], covariance_BNN)
+        shift_BN1 = matrix_BTN.mT @ self.observed(batch)[..., None] / self.noise**2
+        return Gaussian((covariance_BNN @ shift_BN1)[..., 0], covariance_BNN)
 
     def factorised(self, batch: Batch, block: int = 1) -> Gaussian:
-        """The best Gaussian that factorises over blocks of neighbouring coordinates, mean-field for blocks of 1.
+        """The best Gaussian that factorises over blocks of ``block`` neighbouring coordinates; mean-field if it is 1.
 
-        Its mean is exact, and each block's covariance is the inverse of the exact precision's block.
+        "Best" is the smallest KL(q ‖ p(z | y)): the mean is exact, and the covariance of each block is the inverse of
+        that block of the exact precision.
         """
         mean_BN, covariance_BNN = self.posterior(batch)
         precision_BNN = torch.linalg.inv(covariance_BNN)
-        members_N = torch.arange(mean_BN.shape[-1], device=mean_BN.device) // block
-        within_NN = members_N[:, None] == members_N
-        return Gaussian(mean_BN, torch.linalg.inv(precision_BNN * within_NN))
+        block_N = torch.arange(mean_BN.shape[-1], device=mean_BN.device) // block
+        same_block_NN = block_N[:, None] == block_N
+        return Gaussian(mean_BN, torch.linalg.inv(precision_BNN * same_block_NN))
 
     def log_evidence(self, batch: Batch) -> Float[Tensor, " B"]:
-        """log p(y) = log p(y | z) + log p(z) − log p(z | y), true at any z, taken at the posterior's mean; nats."""
+        """log p(y) = log p(y | z) + log p(z) − log p(z | y), in nats: true at any z, computed at the posterior mean."""
         mean_BN, covariance_BNN = self.posterior(batch)
         z_BLKD = mean_BN.unflatten(-1, tuple(self.prior.shape))
         likelihood_B = LinearGaussianModel.observation(self, z_BLKD, batch).log_prob(self.observed(batch))
@@ -125,12 +126,12 @@ class TwoModesModel(LinearGaussianModel):
 
     .. math:: p(y \mid z) = \tfrac12 \mathcal{N}(y; A z, s^2) + \tfrac12 \mathcal{N}(y; -A z, s^2)
 
-    The evidence is that of `LinearGaussianModel`; the posterior is half `posterior` and half its mirror image. A
-    Gaussian q can hold one mode only, and its ELBO stays about log 2 nats below the evidence where the modes are apart.
+    The evidence is that of `LinearGaussianModel`. The posterior is an equal mixture of `posterior` and its mirror image
+    −z. A Gaussian q covers one mode only; if the modes are far apart, its ELBO is about log 2 nats below the evidence.
     """
 
     def observation(self, z_BLKD: Float[Tensor, "... L K D"], batch: Batch) -> Any:
-        """p(y | z), the sign marginalised."""
+        """p(y | z) as a distribution, with the sign summed out."""
         mean_BT = z_BLKD.flatten(-3) @ self.matrix_TN[: batch.inputs_BT.shape[1]].T
         both = dist.Normal(torch.stack([mean_BT, -mean_BT], dim=-2), self.noise)
         signs = dist.Categorical(logits=torch.zeros(*mean_BT.shape[:-1], 2))

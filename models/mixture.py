@@ -1,4 +1,4 @@
-"""A mixture of normals: sequences come in kinds. Shapes: M components."""
+"""A mixture of normals as the prior: sequences fall into clusters. Shapes: M components."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ from ltm_pyro.errors import UsageError
 
 
 class MixturePrior(PyroModule):
-    r"""M kinds of sequences, each with thoughts of its own kind; which kind a sequence is, is summed out.
+    r"""M clusters of sequences, each with a normal of its own; the cluster of a sequence is summed out.
 
     .. math:: p(z) = \sum_m \pi_m \prod_{l,k,d} \mathcal{N}(z_{lkd}; m_{mlkd}, s_{mlkd}^2)
 
-    Parameters: ``logits_M`` is log π, 0 at first; ``mean_MLKD`` is m, drawn from N(0, ``spread``²) at first so that the
-    components differ; ``log_scale_MLKD`` is log s, 0 at first. Source: Tomczak & Welling 2018 (arXiv 1705.07120), the
-    mixture-of-Gaussians prior.
+    Parameters: ``logits_M`` is log π up to a constant and starts at 0; ``mean_MLKD`` is m and starts at a sample from
+    N(0, ``spread``²), so that the components differ; ``log_scale_MLKD`` is log s and starts at 0. Source: Tomczak &
+    Welling 2018 (arXiv 1705.07120), the mixture-of-Gaussians prior.
 
     Args:
         shape: (L, K, D) of one sequence's thoughts.
         components: M.
-        spread: of the first means.
+        spread: standard deviation of the initial means.
     """
 
     def __init__(self, shape: ThoughtShape, components: int = 8, spread: float = 0.5) -> None:
@@ -41,7 +41,7 @@ class MixturePrior(PyroModule):
         return pyro.sample(Z, dist.MixtureSameFamily(dist.Categorical(logits=self.logits_M), self._components()))
 
     def responsibilities(self, z_BLKD: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B M"]:
-        """p(m | z): how probable each component is for each sequence's thoughts."""
+        """p(m | z): the probability of each component given a sequence's thoughts."""
         joint_BM = self.logits_M + self._components().log_prob(z_BLKD.unsqueeze(-4))
         return joint_BM.softmax(-1)
 

@@ -73,7 +73,7 @@ def check_inference(seed: int = 0) -> dict[str, Any]:
     """Truth, estimate and error for every guide on both models; evidence and bounds are nats per sequence."""
     with double_precision(), seeded(seed):
         linear, two_modes = LinearGaussianModel(SHAPE), TwoModesModel(SHAPE)
-        batch = linear.draw(SEQUENCES)
+        batch = linear.sample_batch(SEQUENCES)
         cases = _available()
         return {
             "linear_gaussian": {name: _on_linear_gaussian(linear, batch, case) for name, case in cases.items()},

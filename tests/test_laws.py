@@ -1,4 +1,4 @@
-"""The laws that every prior and every guide obeys, together with every other. Shapes as in the package."""
+"""Properties that every prior and every guide must have, in every combination. Shapes as in the package."""
 
 import math
 
@@ -19,14 +19,14 @@ from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, LatentThoughtModel
 from tests.laws import GUIDES, PAIRS, PRIORS, make_guide, make_prior
 
-WITHOUT_CLIMB = {"Amortized": "an encoder takes no fast steps", "Langevin": "a sampler wanders"}
-UNNORMALISED = {"EnergyPrior": "its density is known up to a constant, and its draws are short runs"}
+NO_FAST_STEPS = {"Amortized": "an encoder takes no fast steps", "Langevin": "a sampler maximises nothing"}
+UNNORMALISED = {"EnergyPrior": "its density is known up to a constant, and its samples are approximate"}
 DRAWS = 10_000
-CLIMB = LocalInference(steps=30, rate=0.05, particles=2, init=Init(log_var=-3.0, jitter=1.0))
+INFERENCE = LocalInference(steps=30, rate=0.05, particles=2, init=Init(log_var=-3.0, jitter=1.0))
 
 
 @pytest.fixture
-def ground():
+def make_model():
     """Makes a model of a prior and a tiny decoder."""
 
     def make(name):
@@ -43,15 +43,15 @@ def batch():
 
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("prior", PRIORS)
-def test_prior_and_guide_meet(prior, guide, ground, batch):
-    model = ground(prior)
+def test_every_guide_infers_under_every_prior(prior, guide, make_model, batch):
+    model = make_model(prior)
     guide = make_guide(guide, model)
-    state, info = infer_local(model, guide, batch, CLIMB)
+    state, info = infer_local(model, guide, batch, INFERENCE)
     assert info.elbo_NB.isfinite().all()
     if guide.uses_fast_steps:
-        assert info.elbo_NB[-5:].mean() > info.elbo_NB[:5].mean() + 0.5, "30 fast steps gain nothing"
+        assert info.elbo_NB[-5:].mean() > info.elbo_NB[:5].mean() + 0.5, "30 fast steps do not improve the ELBO"
     else:
-        assert type(guide).__name__ in WITHOUT_CLIMB
+        assert type(guide).__name__ in NO_FAST_STEPS
 
     with torch.no_grad():
         for particles, shape in ((None, (2,)), (3, (3, 2))):
@@ -64,8 +64,8 @@ def test_prior_and_guide_meet(prior, guide, ground, batch):
 
 
 @pytest.mark.parametrize("prior", set(PRIORS) - set(UNNORMALISED))
-def test_q_starts_at_the_same_place_whatever_is_drawn(prior, ground, batch):
-    model = ground(prior)
+def test_initial_q_does_not_depend_on_the_random_seed(prior, make_model, batch):
+    model = make_model(prior)
     guide, starts = make_guide("MeanField", model), []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -75,18 +75,18 @@ def test_q_starts_at_the_same_place_whatever_is_drawn(prior, ground, batch):
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
 @pytest.mark.parametrize("prior", PRIORS)
-def test_the_slow_step_reaches_every_parameter(prior, slow_gradient, ground, batch):
-    model = ground(prior)
-    inference = LocalInference(steps=1, slow_gradient=slow_gradient, init=CLIMB.init)
+def test_the_slow_step_reaches_every_parameter(prior, slow_gradient, make_model, batch):
+    model = make_model(prior)
+    inference = LocalInference(steps=1, slow_gradient=slow_gradient, init=INFERENCE.init)
     (training_loss(model, make_guide("MeanField", model), batch, inference).loss + global_kl(model)).backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not silent
+    without_gradient = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without_gradient
     assert all(p.grad.abs().sum() > 0 for p in model.prior.parameters())
 
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])
-def test_the_slow_step_reaches_an_encoder(slow_gradient, ground, batch):
-    model = ground("LearnedGaussianPrior")
+def test_the_slow_step_reaches_an_encoder(slow_gradient, make_model, batch):
+    model = make_model("LearnedGaussianPrior")
     guide = make_guide("Amortized", model)
     torch.nn.init.normal_(guide.leave.weight)
     inference = LocalInference(steps=1, slow_gradient=slow_gradient)
@@ -104,8 +104,8 @@ def test_the_slow_step_reaches_an_encoder(slow_gradient, ground, batch):
 
 
 @pytest.mark.parametrize(("prior", "guide"), PAIRS)
-def test_half_precision_stays_in_the_decoder(prior, guide, ground, batch):
-    model = ground(prior).float()
+def test_half_precision_stays_in_the_decoder(prior, guide, make_model, batch):
+    model = make_model(prior).float()
     torch.set_default_dtype(torch.float32)
     try:
         guide = make_guide(guide, model)
@@ -144,25 +144,25 @@ def prior_in_plate(prior, size):
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_log_probability_is_normalised_and_matches_the_draws(name):
-    """E_r[p / r] = 1 for a wide normal r, and the moments under p / r are those of what the prior samples."""
+def test_log_probability_is_normalised_and_matches_the_samples(name):
+    """E_r[p / r] = 1 for a wide normal r, and the moments under p / r are those of the prior's samples."""
     if name in UNNORMALISED:
         pytest.skip(UNNORMALISED[name])
     prior = make_prior(name, ThoughtShape(2, 1, 1))
     sampled = poutine.trace(prior_in_plate(prior, DRAWS)).get_trace()
     sites = {n: x["value"] for n, x in sampled.nodes.items() if sampled_site(n, x)}
-    wide = torch.distributions.Normal(0.0, 2.5)
-    proposed = {n: wide.sample(x.shape) for n, x in sites.items()}
+    proposal = torch.distributions.Normal(0.0, 2.5)
+    proposed = {n: proposal.sample(x.shape) for n, x in sites.items()}
     z_SLKD, log_p_S = joint(prior, proposed)
-    weight_S = (log_p_S - sum(wide.log_prob(x).flatten(1).sum(1) for x in proposed.values())).exp()
+    weight_S = (log_p_S - sum(proposal.log_prob(x).flatten(1).sum(1) for x in proposed.values())).exp()
     assert abs(weight_S.mean() - 1) < 4 * weight_S.std() / math.sqrt(DRAWS)
 
     exact_SLKD = sampled.nodes["_RETURN"]["value"]
     for power in (1, 2):
         estimate = weight_S @ z_SLKD.flatten(1) ** power / DRAWS
-        spread = (weight_S[:, None] * z_SLKD.flatten(1) ** power).std(0) + exact_SLKD.flatten(1).pow(power).std(0)
+        std = (weight_S[:, None] * z_SLKD.flatten(1) ** power).std(0) + exact_SLKD.flatten(1).pow(power).std(0)
         error = (estimate - exact_SLKD.flatten(1).pow(power).mean(0)).abs()
-        assert (error < 4 * spread / math.sqrt(DRAWS)).all()
+        assert (error < 4 * std / math.sqrt(DRAWS)).all()
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -176,13 +176,13 @@ def test_a_state_dict_makes_the_same_prior(name):
 
 @pytest.mark.parametrize("prior", ["LearnedGaussianPrior", "HierarchicalPrior"])
 @pytest.mark.parametrize("guide", ["MeanField", "LowRank", "BlockCovariance", "FullCovariance"])
-def test_closed_form_kl_is_the_average_of_its_draws(prior, guide, ground, batch):
-    model = ground(prior)
+def test_closed_form_kl_is_the_average_of_its_draws(prior, guide, make_model, batch):
+    model = make_model(prior)
     guide = make_guide(guide, model)
-    state, _ = infer_local(model, guide, batch, CLIMB)
+    state, _ = infer_local(model, guide, batch, INFERENCE)
     local = {name: x + 0.1 * torch.randn_like(x) for name, x in state.parameters.items()}
     with torch.no_grad():
-        batch = batch.crop(0, 1)  # the KL has no use for tokens
+        batch = batch.crop(0, 1)  # the KL does not depend on tokens
         exact_SB = elbo_terms(model, guide, batch, local, Draws(DRAWS)).kl_B.expand(DRAWS, 2)
         sampled_SB = elbo_terms(model, guide, batch, local, Draws(DRAWS, kl="path")).kl_B
     error_B = (sampled_SB.var(0) + exact_SB.var(0)).sqrt() / math.sqrt(DRAWS)

@@ -49,7 +49,7 @@ def simulate():
     def make(model):
         def simulate(size):
             z_BLKD = model.sample_prior(size)
-            return Simulation({"z": z_BLKD}, model.write(z_BLKD))
+            return Simulation({"z": z_BLKD}, model.sample_tokens(z_BLKD))
 
         return simulate
 

@@ -18,7 +18,7 @@ from ltm_pyro.models import GaussianPrior, HierarchicalPrior, LinearGaussianMode
 
 
 def test_mutual_information_and_marginal_kl_sum_to_the_average_kl(known, posterior):
-    batch = known.draw(60)
+    batch = known.sample_batch(60)
     guide = MeanField(known)
     found = posterior(known, guide, batch, 200, LocalInference(steps=60, rate=0.1))
     parts = decompose(known, guide, found)
@@ -32,7 +32,7 @@ def test_mutual_information_and_marginal_kl_sum_to_the_average_kl(known, posteri
 def test_the_exact_posterior_of_the_models_own_texts_aggregates_to_the_prior(known, exact, posterior):
     """Averaged over p(x) the posterior is the prior: no marginal KL, and no difference for a two-sample test."""
     loud = LinearGaussianModel(known.prior.shape, length=2, noise=1.0)
-    guide, batch = exact(loud), loud.draw(200)
+    guide, batch = exact(loud), loud.sample_batch(200)
     found = posterior(loud, guide, batch, 200)
     parts = decompose(loud, guide, found)
     matrix = loud.matrix_TN
@@ -45,7 +45,7 @@ def test_the_exact_posterior_of_the_models_own_texts_aggregates_to_the_prior(kno
 
 
 def test_a_posterior_that_ignores_the_text_is_seen(known, exact, posterior):
-    found = posterior(known, exact(known, scale=0.3), known.draw(100), 100)
+    found = posterior(known, exact(known, scale=0.3), known.sample_batch(100), 100)
     both = aggregate(found)
     assert both.c2st.mean > 0.5 + 3 * both.c2st.stderr
     assert both.mmd.p_value <= 0.01  # the smallest p-value with 99 permutations
@@ -54,7 +54,7 @@ def test_a_posterior_that_ignores_the_text_is_seen(known, exact, posterior):
 def test_active_units_count_the_coordinates_that_the_data_move(exact, posterior):
     model = LinearGaussianModel(ThoughtShape(2, 1, 3), length=6, noise=0.3)
     model.matrix_TN[:, [0, 4]] = 0  # what no observation depends on
-    found = posterior(model, exact(model), model.draw(50), 400)
+    found = posterior(model, exact(model), model.sample_batch(50), 400)
     assert active_units(found).values.tolist() == [[2], [2]]
 
 
@@ -63,7 +63,7 @@ def test_active_units_count_the_coordinates_that_the_data_move(exact, posterior)
 def test_chance_is_neither_an_active_unit_nor_kl(prior, guide):
     """Nothing is observed, so that q, which starts at the prior, is the posterior; moments may be from 100 draws."""
     model = LinearGaussianModel(ThoughtShape(2, 1, 8), noise=1e4)
-    batch, model.prior = model.draw(64), prior(model.prior.shape)
+    batch, model.prior = model.sample_batch(64), prior(model.prior.shape)
     found = draw_batch_posterior(model, guide(model), batch, LocalInference(steps=0))
     assert active_units(found).sum() <= (0 if prior is GaussianPrior and guide is not FlowGuide else 1)
     assert abs(found.stats.kl_by_thought.sum(("layer", "thought")).mean()) < 0.02
@@ -106,7 +106,7 @@ def test_mmd_meets_its_closed_form_and_its_p_value_is_uniform_under_equality():
 
 
 def test_too_few_sequences(known, exact, posterior):
-    found = posterior(known, exact(known), known.draw(3))
+    found = posterior(known, exact(known), known.sample_batch(3))
     with pytest.raises(UsageError, match="at least 20 sequences, got 3"):
         aggregate(found)
     with pytest.raises(UsageError, match="at least 2 sequences, got 1"):

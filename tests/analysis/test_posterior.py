@@ -21,7 +21,7 @@ from ltm_pyro.models import EnergyPrior
 
 @pytest.fixture
 def right(known, exact, posterior):
-    batch = known.draw(5)
+    batch = known.sample_batch(5)
     return batch, posterior(known, exact(known), batch)
 
 
@@ -42,15 +42,15 @@ def test_draws_and_densities_meet_the_truth(known, right):
 
 
 def test_k_hat_trusts_the_exact_family_and_not_a_factorised_one(known, exact, posterior):
-    batch = known.draw(5)
+    batch = known.sample_batch(5)
     assert (posterior(known, exact(known), batch).stats.pareto_k < 0.7).all()
     correlated = type(known)(known.prior.shape, length=3, noise=0.05)
-    batch = correlated.draw(5)
+    batch = correlated.sample_batch(5)
     assert (posterior(correlated, exact(correlated, diagonal=True), batch, 2000).stats.pareto_k > 0.7).all()
 
 
 def test_the_kl_of_each_thought_sums_to_the_kl_where_q_factorises(known, posterior):
-    batch = known.draw(3)
+    batch = known.sample_batch(3)
     found = posterior(known, MeanField(known), batch, 2000, LocalInference(steps=100, rate=0.1))
     stderr = (found.stats.log_q - found.stats.log_prior).std(("chain", "draw")) / 2000**0.5
     assert (abs(found.stats.kl_by_thought.sum(("layer", "thought")) - found.stats.kl) < 4 * stderr).all()
@@ -94,7 +94,7 @@ def test_arviz_reads_it(right, tmp_path):
 
 
 def test_chains_take_the_sequences_one_by_one(known):
-    batch = known.draw(3)
+    batch = known.sample_batch(3)
     options = DrawOptions(method="langevin", samples=25, chains=ChainOptions(warmup=5))
     found = draw_batch_posterior(known, MeanField(known), batch, LocalInference(steps=0), options)
     assert found.z.shape == (2, 25, 3, 2, 1, 3)

@@ -26,7 +26,7 @@ def chains(model, batch, method="nuts", samples=300, warmup=200, thin=1):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "thin"), [("nuts", 1), ("langevin", 10)])
 def test_chains_meet_the_known_posterior_and_show_a_narrow_q(known, exact, posterior, method, thin):
-    batch = known.draw(1)
+    batch = known.sample_batch(1)
     reference = chains(known, batch, method, thin=thin)
     table = compare(posterior(known, exact(known), batch), reference)
     assert (table.r_hat < 1.05).all()
@@ -86,21 +86,21 @@ def test_root_mean_square_correlation():
 
 def test_one_coordinate_is_compared(exact, posterior):
     one = LinearGaussianModel(ThoughtShape(1, 1, 1))
-    batch = one.draw(1)
+    batch = one.sample_batch(1)
     found = compare(posterior(one, exact(one), batch), chains(one, batch, samples=50, warmup=20, method="langevin"))
     assert (found.correlation, found.correlation_q) == (0, 0)
     assert np.isfinite(found.c2st)
 
 
 def test_what_cannot_be_compared(known, exact, posterior):
-    q = posterior(known, exact(known), known.draw(2))
+    q = posterior(known, exact(known), known.sample_batch(2))
     with pytest.raises(UsageError, match="not a Markov chain"):
         compare(q, q)
     other = LinearGaussianModel(ThoughtShape(2, 1, 3), seed=1)
     with pytest.raises(UsageError, match="does not have"):
-        compare(q, chains(other, other.draw(1), samples=25, warmup=5, method="langevin"))
+        compare(q, chains(other, other.sample_batch(1), samples=25, warmup=5, method="langevin"))
     with pytest.raises(UsageError, match="got 2: give one"):
-        run_chains(known, known.draw(2), "nuts", 25, ChainOptions())
+        run_chains(known, known.sample_batch(2), "nuts", 25, ChainOptions())
 
 
 def test_the_correlation_of_a_chain_is_that_of_its_independent_draws():

@@ -28,7 +28,7 @@ def labelled(found, values):
 
 def test_a_probe_reads_what_is_there_and_nothing_else(known, exact, posterior):
     precise = LinearGaussianModel(known.prior.shape, noise=0.1)
-    found = posterior(precise, exact(precise), precise.draw(150), 100)
+    found = posterior(precise, exact(precise), precise.sample_batch(150), 100)
     first = found.stats["mean"].values[:, 0, 0, 0] > 0
     said = probe(labelled(found, np.where(first, "up", "down")), "kind")
     assert said.thoughts.mean > 0.9
@@ -41,7 +41,7 @@ def test_a_probe_reads_what_is_there_and_nothing_else(known, exact, posterior):
 
 def test_parts_of_one_document_never_help_each_other(known, exact, posterior):
     """Every document is there twice: a probe trained on the other copy would always predict a random label."""
-    batch = known.draw(60).select(torch.arange(60).repeat(2))
+    batch = known.sample_batch(60).select(torch.arange(60).repeat(2))
     found = posterior(known, exact(known), batch, 50)
     constant = found.tree["constant_data"].to_dataset()
     coin = np.tile(np.where(np.random.default_rng(0).random(60) > 0.5, "heads", "tails"), 2)
@@ -51,7 +51,7 @@ def test_parts_of_one_document_never_help_each_other(known, exact, posterior):
 
 
 def test_what_cannot_be_probed(known, exact, posterior):
-    found = posterior(known, exact(known), known.draw(8), 50)
+    found = posterior(known, exact(known), known.sample_batch(8), 50)
     with pytest.raises(UsageError, match="no label 'kind': the labels are document"):
         probe(found, "kind")
     with pytest.raises(UsageError, match="fewer than two classes of 5"):
@@ -61,7 +61,7 @@ def test_what_cannot_be_probed(known, exact, posterior):
 
 
 def test_the_nearest_neighbour_is_the_same_text(known, exact, posterior):
-    batch = known.draw(6).select(torch.tensor([0, 1, 2, 3, 4, 5, 2]))
+    batch = known.sample_batch(6).select(torch.tensor([0, 1, 2, 3, 4, 5, 2]))
     found = posterior(known, exact(known), batch, 1000)
     assert neighbours(found, 2, 1)[0].sequence == 6
     assert neighbours(found, 2, 1)[0].distance == pytest.approx(0, abs=0.2)  # the means are those of 1,000 draws
@@ -74,7 +74,7 @@ def test_ablation_costs_what_the_quadratic_form_says(exact, posterior):
     """Ablating a layer that no observation depends on costs nothing, the other E|A(z − z̃)|² / 2s² on average."""
     model = LinearGaussianModel(ThoughtShape(2, 1, 3), length=6, noise=1.0)
     model.matrix_TN[:, 3:] = 0
-    batch = model.draw(300)
+    batch = model.sample_batch(300)
     lost = ablate(model, posterior(model, exact(model), batch, 64), draws=8)
     truth = model.posterior(batch)
     residual = model.observed(batch) - truth.mean_BN @ model.matrix_TN.T
@@ -87,21 +87,21 @@ def test_ablation_costs_what_the_quadratic_form_says(exact, posterior):
 
 
 def test_one_sequence_has_no_standard_error(known, exact, posterior):
-    lost = ablate(known, posterior(known, exact(known), known.draw(1), 25))
+    lost = ablate(known, posterior(known, exact(known), known.sample_batch(1), 25))
     assert lost.by_layer.notnull().all()
     assert lost.by_layer_stderr.isnull().all()
 
 
 def test_one_coordinate_has_a_map(exact, posterior):
     one = LinearGaussianModel(ThoughtShape(1, 1, 1))
-    found = labelled(posterior(one, exact(one), one.draw(6), 25), list("aabbab"))
+    found = labelled(posterior(one, exact(one), one.sample_batch(6), 25), list("aabbab"))
     points = np.concatenate([x.get_offsets() for x in plot_map(found, "kind").collections])
     spread = found.stats["mean"].values.ravel()
     np.testing.assert_allclose(np.ptp(points, axis=0), [np.ptp(spread), 0])
 
 
 def test_belief_moves_as_the_exact_posterior_does(known, exact):
-    batch = known.draw(4)
+    batch = known.sample_batch(4)
     lengths = [1, 3, 6]
     found = shift(known, exact(known), batch, STILL, lengths)
     for index, length in enumerate(lengths):
@@ -118,7 +118,7 @@ def test_belief_moves_as_the_exact_posterior_does(known, exact):
 
 
 def test_predictive_checks_pass_replicas_of_the_same_kind_and_flag_others(known, exact, posterior):
-    found = posterior(known, exact(known), known.draw(200), 50)
+    found = posterior(known, exact(known), known.sample_batch(200), 50)
     random = np.random.default_rng(0)
     own = found.tree["observed_data"].to_dataset()
     found.tree["observed_data"] = own.assign(tokens=(("sequence", "token"), random.integers(0, 50, (200, 6))))
@@ -129,14 +129,14 @@ def test_predictive_checks_pass_replicas_of_the_same_kind_and_flag_others(known,
         assert low <= check(found).p_value.sel(statistic="different tokens (share)") <= high
     assert check(found).p_value.sel(statistic="tokens") == 0.5
     with pytest.raises(UsageError, match="--replicas"):
-        check(posterior(known, exact(known), known.draw(2), 50))
+        check(posterior(known, exact(known), known.sample_batch(2), 50))
 
 
 @pytest.mark.parametrize("guide", ["exact", "mean-field"])
 def test_leaving_out_meets_the_closed_forms(exact, guide):
     """By sequence the log evidence, by token log p(y_t | the others), also through a factorised q."""
     known = LinearGaussianModel(ThoughtShape(2, 1, 3), noise=1.5)
-    batch = known.draw(3)
+    batch = known.sample_batch(3)
     q, inference = (
         (exact(known), STILL) if guide == "exact" else (MeanField(known), LocalInference(steps=200, rate=0.1))
     )

@@ -109,11 +109,11 @@ def test_single_tokens_are_read_compiled_where_asked(run, ltm, monkeypatch):
     """The compiler itself runs in a process of its own, in tests/models/test_decoder.py."""
     lengths, options = [], ("generate", run, "--prompt", "the people", "--max-new-tokens", 6)
 
-    def decode_piece(decoder, tokens_BU, *rest):
+    def decode_chunk(decoder, tokens_BU, *rest):
         lengths.append(tokens_BU.shape[1])
-        return decoder._decode_piece(tokens_BU, *rest)
+        return decoder._decode_chunk(tokens_BU, *rest)
 
-    monkeypatch.setattr(cached_decoding, "_compiled_decode_piece", lambda: decode_piece)
+    monkeypatch.setattr(cached_decoding, "_compiled_decode_chunk", lambda: decode_chunk)
     assert ltm(*options)[1] == ltm(*options, "--compile")[1]
     assert lengths == [1] * 5  # all but the prompt
 
@@ -133,7 +133,7 @@ def test_without_a_compiler_one_sentence_says_so(run, ltm, monkeypatch):
     def fails():
         raise RuntimeError("no compiler\nand more")
 
-    monkeypatch.setattr(cached_decoding, "_compiled_decode_piece", fails)
+    monkeypatch.setattr(cached_decoding, "_compiled_decode_chunk", fails)
     code, out, err = ltm("generate", run, "--compile")
     assert (code, out) == (2, "")
     assert "--compile does not work on this machine (no compiler): leave it out." in err

@@ -60,7 +60,7 @@ def test_weights_average_to_the_evidence_and_the_elbo_is_below_it(guide_class):
     model = LinearGaussianModel(
         ThoughtShape(1, 1, 2), noise=1.5
     )  # weak observations, so that the weights have a light tail
-    batch = model.draw(5)
+    batch = model.sample_batch(5)
     guide = guide_class(model)
     state, _ = infer_local(model, guide, batch, LocalInference(steps=200, rate=0.05, particles=16))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_exact_kl_equals_monte_carlo_kl(fitted):
 
 def test_the_model_with_two_modes_has_the_evidence_of_the_model_with_one(tiny_batch):
     one, two = (cls(ThoughtShape(1, 1, 2), length=4) for cls in (LinearGaussianModel, TwoModesModel))
-    batch = one.draw(3)
+    batch = one.sample_batch(3)
     guide = MeanField(one)
     local = init(one, guide, batch, LocalInference()).parameters
     with torch.no_grad():

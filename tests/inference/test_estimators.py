@@ -23,7 +23,7 @@ REPEATS = 8
 def make_problem():
     def make(guide_class, samples=500, **options):
         model = LinearGaussianModel(ThoughtShape(2, 1, 2))
-        batch = model.draw(6)
+        batch = model.sample_batch(6)
         guide = guide_class(model)
         inference = LocalInference(**{"steps": 200, "rate": 0.05, "particles": 16, **options})
         state, _ = infer_local(model, guide, batch, inference)
@@ -158,7 +158,7 @@ def test_k_hat_distinguishes_light_from_heavy_tails():
 
 def test_a_sequence_without_a_finite_score_is_excluded_with_a_warning():
     model = LinearGaussianModel(ThoughtShape(1, 1, 2))
-    batch = model.draw(3)
+    batch = model.sample_batch(3)
     finite = evaluate(model, MeanField(model), [batch], LocalInference(steps=1), ["prior"], samples=1)
     model.values_V[0] = torch.nan
     batch.targets_BT[1] = 0

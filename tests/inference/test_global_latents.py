@@ -104,7 +104,7 @@ def test_all_draws_of_a_posterior_use_one_value_of_the_global_latents(method):
     model = LinearGaussianModel(ThoughtShape(1, 1, 3))
     model.prior = SparsePrior(model.prior.shape)
     options = DrawOptions(method=method, samples=30, chains=ChainOptions(warmup=5))
-    result = draw_batch_posterior(model, MeanField(model), model.draw(2), LocalInference(steps=2), options)
+    result = draw_batch_posterior(model, MeanField(model), model.sample_batch(2), LocalInference(steps=2), options)
     scale = result.z / result.group("posterior")["z_unit"].values
     assert float(scale.std(("chain", "draw", "sequence")).max()) < 1e-12
 
@@ -117,7 +117,8 @@ def test_calibration_uses_one_value_of_the_global_latents():
 
     def simulate(size):
         trace = poutine.trace(model.sample_prior).get_trace(size)
-        return Simulation({"z_unit": trace.nodes["z_unit"]["value"]}, model.write(trace.nodes["_RETURN"]["value"]))
+        z_BLKD = trace.nodes["_RETURN"]["value"]
+        return Simulation({"z_unit": trace.nodes["z_unit"]["value"]}, model.sample_tokens(z_BLKD))
 
     result = calibrate(model, MeanField(model), LocalInference(steps=0), simulate, 200, samples=19)
     assert abs(result.coverage(np.array([0.9]))[0] - 0.9) < 4 * (0.09 / 200) ** 0.5

@@ -22,7 +22,7 @@ FEW = LocalInference(steps=3, rate=0.1)
 @pytest.fixture
 def known():
     model = LinearGaussianModel(ThoughtShape(2, 1, 3))
-    return model, model.draw(4)
+    return model, model.sample_batch(4)
 
 
 def test_the_initial_q_is_the_prior_or_as_narrow_as_requested(tiny_model, tiny_batch):

@@ -1,4 +1,4 @@
-"""The decoder sees what it may see: tokens of its window, thoughts of its layer, nothing of the future."""
+"""The decoder attends to the tokens of its window and the thoughts of its layer, and to no future token."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def hidden(decoder, inputs_BT, z_BLKD):
     return decoder(decoder.stem(inputs_BT), z_BLKD)
 
 
-def test_no_token_sees_the_future(tiny_decoder):
+def test_no_token_attends_to_the_future(tiny_decoder):
     decoder = tiny_decoder()
     inputs, z = torch.randint(11, (1, 12)), thoughts(decoder, 1)
     before = hidden(decoder, inputs, z)
@@ -44,17 +44,17 @@ def test_the_receptive_field_is_exact(tiny_decoder, layers, window):
     x = decoder.embedding(torch.randint(11, (1, 16))).detach().requires_grad_()
     stem = decoder.blocks[0].attend_to_tokens(x, decoder.rotary_angles[:16])
     gradient = torch.autograd.grad(decoder(stem, thoughts(decoder, 1))[0, -1].pow(3).sum(), x)[0]
-    seen = (gradient[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
+    attended = (gradient[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
     field = layers * (window - 1) + 1
-    assert seen == list(range(16 - field, 16))
+    assert attended == list(range(16 - field, 16))
 
 
-def test_every_layer_hears_its_own_thoughts(tiny_decoder):
+def test_every_layer_attends_to_its_own_thoughts(tiny_decoder):
     decoder = tiny_decoder(layers=3)
     inputs, z = torch.randint(11, (2, 5)), thoughts(decoder, 2).requires_grad_()
     gradient = torch.autograd.grad(hidden(decoder, inputs, z)[0].pow(3).sum(), z)[0]
     assert (gradient[0].abs().sum((-1, -2)) > 0).all()
-    assert (gradient[1] == 0).all()  # and no sequence those of another
+    assert (gradient[1] == 0).all()  # no sequence attends to those of another
 
 
 SHAPES = [{}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}, {"thought_layers": [2]}]
@@ -72,36 +72,36 @@ def test_no_parameter_is_dead(tiny_model, tiny_batch, changes):
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-def test_particles_are_computed_side_by_side(tiny_decoder, changes):
+def test_particles_are_computed_in_one_call(tiny_decoder, changes):
     decoder = tiny_decoder(**changes)
     stem, z = decoder.stem(torch.randint(11, (2, 6))), thoughts(decoder, 3, 2)
-    together = decoder(stem, z)
-    assert together.shape == (3, 2, 6, 8)
-    torch.testing.assert_close(together, torch.stack([decoder(stem, one) for one in z]))
-    torch.testing.assert_close(decoder(stem, z[None]), together[None])
+    batched = decoder(stem, z)
+    assert batched.shape == (3, 2, 6, 8)
+    torch.testing.assert_close(batched, torch.stack([decoder(stem, one) for one in z]))
+    torch.testing.assert_close(decoder(stem, z[None]), batched[None])
 
 
-def test_thoughts_may_have_a_width_of_their_own(tiny_decoder):
+def test_thoughts_may_have_another_width_than_tokens(tiny_decoder):
     assert tiny_decoder(thought_width=4).thought_shape == (2, 3, 4)
     assert tiny_decoder().thought_shape == (2, 3, 8)
 
 
 @pytest.mark.parametrize("attending", [[1], [2], [3], [1, 3], [2, 3]])
-def test_a_layer_without_thoughts_is_one_whose_cross_attention_adds_nothing(tiny_decoder, attending):
+def test_a_layer_without_thoughts_equals_one_whose_cross_attention_is_zero(tiny_decoder, attending):
     some, all_layers = (
         tiny_decoder(layers=3, thought_layers=attending),
         tiny_decoder(layers=3, zero_init_cross_attention=True),
     )
     all_layers.load_state_dict(all_layers.state_dict() | some.state_dict())
-    inputs, z, elsewhere = torch.randint(11, (2, 9)), thoughts(some, 2), thoughts(all_layers, 2)
-    elsewhere[:, [n - 1 for n in attending]] = z
-    torch.testing.assert_close(hidden(some, inputs, z), hidden(all_layers, inputs, elsewhere))
+    inputs, z, z_all_layers = torch.randint(11, (2, 9)), thoughts(some, 2), thoughts(all_layers, 2)
+    z_all_layers[:, [n - 1 for n in attending]] = z
+    torch.testing.assert_close(hidden(some, inputs, z), hidden(all_layers, inputs, z_all_layers))
     torch.testing.assert_close(some.decode_step(inputs, some.init_cache(z)), hidden(some, inputs, z)[:, -1])
     assert some.thought_shape == (len(attending), 3, 8)
 
 
 @pytest.mark.parametrize("attending", [[], [0], [3]])
-def test_layers_that_are_not_there_hear_nothing(tiny_decoder, attending):
+def test_layers_that_do_not_exist_are_refused(tiny_decoder, attending):
     with pytest.raises(UsageError, match="thought_layers are some of its 2 layers"):
         tiny_decoder(thought_layers=attending)
 
@@ -141,15 +141,15 @@ def test_zero_init_cross_attention_adds_nothing_at_first(tiny_decoder):
     assert torch.equal(hidden(decoder, inputs, z), hidden(decoder, inputs, None))
 
 
-def test_what_is_computed_again_is_the_same(tiny_decoder):
+def test_recomputed_activations_give_the_same_gradients(tiny_decoder):
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
         decoder = tiny_decoder(recompute=recompute, thought_layers=[2])
         hidden(decoder, torch.randint(11, (2, 9)), thoughts(decoder, 2)).pow(2).sum().backward()
         gradients.append([p.grad for p in decoder.parameters()])
-    for ours, plain in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, plain)
+    for stored, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, stored)
 
 
 COMPILED = """
@@ -174,16 +174,16 @@ for compiled in (False, True):
         cache, pieces = decoder.init_cache(torch.ones(2, 2, 3, 16)), torch.arange(18).view(2, 9).split([3, *[1] * 6], 1)
         hidden = [decoder.decode_step(piece, cache, compile=compiled) for piece in pieces]
     found.append([loss.detach(), *(p.grad.clone() for p in model.parameters()), *hidden])
-for ours, plain in zip(*found, strict=True):
-    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+for eager, compiled in zip(*found, strict=True):
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 assert not torch._dynamo.utils.counters["graph_break"]
 """
 
 
 @pytest.mark.slow
-def test_a_compiled_decoder_says_the_same():
-    """In a process of its own: shape checks at every call are nothing to compile."""
+def test_a_compiled_decoder_computes_the_same():
+    """In a separate process, because the jaxtyping checks of the tests cannot be compiled."""
     done = subprocess.run([sys.executable, "-P", "-c", COMPILED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -194,12 +194,12 @@ def test_heads_must_divide(tiny_decoder, changes, words):
         tiny_decoder(**changes)
 
 
-def test_a_sequence_longer_than_the_model(tiny_decoder):
+def test_a_sequence_that_is_too_long_is_refused(tiny_decoder):
     with pytest.raises(UsageError, match="17 tokens, but the model's length is 16"):
         tiny_decoder().stem(torch.zeros(1, 17, dtype=torch.long))
 
 
-def test_pyro_draws_the_model(tiny_model, tiny_batch):
+def test_pyro_renders_the_model(tiny_model, tiny_batch):
     graph = pyro.render_model(tiny_model(), (tiny_batch(),), render_distributions=True)
     assert all(word in graph.source for word in ("tokens", "z", "sequences", "TokenCategorical"))
 

@@ -1,4 +1,4 @@
-"""Independent normals whose KL divergence is one autograd function: half the passes over memory that autograd needs."""
+"""Normals whose KL divergence is one fused autograd function, with half of the passes over memory."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Normal, register_kl
 
 
-class Factorised(dist.Normal):
-    """Normals of which the KL from other normals takes half the passes over memory that autograd needs."""
+class FusedNormal(dist.Normal):
+    """A normal whose KL from another normal is computed by one fused autograd function."""
 
 
-@register_kl(Factorised, Normal)  # type: ignore[untyped-decorator]
+@register_kl(FusedNormal, Normal)  # type: ignore[untyped-decorator]
 def kl_of_normals(q: Normal, p: Normal) -> Tensor:
     """(r² + d² − 1) / 2 − log r, with d = (μ_q − μ_p) / σ_p and r = σ_q / σ_p."""
     kl: Tensor = _NormalKL.apply(q.loc, q.scale, p.loc, p.scale)
@@ -31,8 +31,8 @@ class _NormalKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d, r, p_scale = ctx.saved_tensors
-        slope = grad / p_scale
-        to_loc, to_scale = d * slope, (r - r.reciprocal()).mul_(slope)
+        grad = grad / p_scale
+        grad_q_loc, grad_q_scale = d * grad, (r - r.reciprocal()).mul_(grad)
         if not any(ctx.needs_input_grad[2:]):
-            return to_loc, to_scale, None, None
-        return to_loc, to_scale, -to_loc, (1 - d**2 - r**2).mul_(slope)
+            return grad_q_loc, grad_q_scale, None, None
+        return grad_q_loc, grad_q_scale, -grad_q_loc, (1 - d**2 - r**2).mul_(grad)
