@@ -3,8 +3,6 @@
 Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 """
 
-from collections.abc import Iterable
-from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -12,12 +10,11 @@ import pyro
 import torch
 from jaxtyping import Float, Int
 from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor
 
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import no_param_store
+from ltm_pyro.inference.elbo import no_param_store, sum_log_probs
 from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.nn.cross_entropy import token_nats
@@ -90,13 +87,6 @@ def token_log_likelihood(model: Model, batch: Batch, z_SBLKD: Float[Tensor, "*S 
         if hasattr(tokens, "base_dist"):
             return tokens.base_dist.log_prob(value_BT)
     raise UsageError(f"{type(tokens).__name__} has no log-probability per token: the analysis needs p(x_t | x_<t, z).")
-
-
-def sum_log_probs(trace: Trace, sites: Iterable[str]) -> Float[Tensor, "*S B"]:
-    """The sum of a trace's log-densities over the named sites, per draw and sequence, in nats."""
-    with pyro.validation_enabled(False):
-        trace.compute_log_prob(lambda name, _: name in sites)
-    return reduce(torch.add, (trace.nodes[name]["log_prob"] for name in sites))
 
 
 def evenly_spaced(size: int, most: int) -> Int[np.ndarray, " N"]:

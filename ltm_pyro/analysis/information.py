@@ -14,12 +14,11 @@ from jaxtyping import Float
 from pyro import poutine
 
 from ltm_pyro.analysis.classifiers import FOLDS, Accuracy, c2st
-from ltm_pyro.analysis.draws import sum_log_probs
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.two_sample import Discrepancy, mmd
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, Model, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import no_param_store
+from ltm_pyro.inference.elbo import no_param_store, sum_log_probs
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.utils.statistics import standard_error
 

@@ -89,7 +89,7 @@ def elbo_terms(
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
         prior, posterior = sample_sites(p.trace), latent_sites(q.trace)
         check_sites(posterior, latent_sites(p.trace))
-        log_likelihood_B = _sum(_log_prob(site) for name, site in prior.items() if name not in posterior)
+        log_likelihood_B = sum_log_probs(p.trace, (name for name in prior if name not in posterior))
         with full_precision(batch.inputs_BT):
             if draws.kl == "path":
                 fixed = {name: x.detach() for name, x in local.items()}
@@ -112,7 +112,7 @@ def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Te
     """log p(x | z) at S draws z ~ p(z), in nats."""
     with no_param_store(), pyro.plate(PARTICLES, particles, dim=-2):
         p = poutine.trace(model).get_trace(batch)
-    return _sum(_log_prob(site) for site in sample_sites(p).values() if site["is_observed"])
+    return sum_log_probs(p, (name for name, site in sample_sites(p).items() if site["is_observed"]))
 
 
 def missing_bound(model: Model, guide: Guide) -> str | None:
@@ -177,10 +177,9 @@ def latent_sites(trace: Trace) -> dict[str, Any]:
     return {name: node for name, node in sample_sites(trace).items() if not node["is_observed"]}
 
 
-def log_ratio(p: Trace, q: Trace) -> Float[Tensor, "... B"]:
-    """log p(z) − log q(z | x) at q's draw, summed over q's latent sites, in nats per sequence."""
-    prior = sample_sites(p)
-    return -_sum(_sampled_kl(site, prior[name]) for name, site in latent_sites(q).items())
+def sum_log_probs(trace: Trace, names: Iterable[str]) -> Float[Tensor, "... B"]:
+    """The log-densities at the named sites of a trace, summed, in nats per sequence."""
+    return _sum(_log_prob(trace.nodes[name]) for name in names)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
