@@ -57,9 +57,7 @@ def test_particles_equal_pyros_vectorised_particles(fitted):
 
 @pytest.mark.parametrize("guide_class", [MeanField, FullCovariance])
 def test_weights_average_to_the_evidence_and_the_elbo_is_below_it(guide_class):
-    model = LinearGaussianModel(
-        ThoughtShape(1, 1, 2), noise=1.5
-    )  # weak observations, so that the weights have a light tail
+    model = LinearGaussianModel(ThoughtShape(1, 1, 2), noise=1.5)  # much noise: the weights have a light tail
     batch = model.draw(5)
     guide = guide_class(model)
     state, _ = infer_local(model, guide, batch, LocalInference(steps=200, rate=0.05, particles=16))
