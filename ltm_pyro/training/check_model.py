@@ -1,12 +1,13 @@
 """Checks before the first step that model and guide can be trained: finite terms, a gradient for every parameter."""
 
+import inspect
 from typing import Any
 
 import torch
 
 from ltm_pyro.contracts import Batch, Guide, Init, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.check_prior import explain_failure, source_line
+from ltm_pyro.inference.check_prior import check_prior, explain_failure, source_line
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.learning_rates import slow_parameters
@@ -16,7 +17,8 @@ from ltm_pyro.utils.rng import seeded
 
 
 def check_model(model: Any, guide: Guide) -> None:
-    """Raises `UsageError` if a term of the ELBO of two short texts is not finite, or a parameter has no gradient."""
+    """Raises `UsageError` for a bad prior, an ELBO of two short texts that is not finite, a parameter without gradient."""
+    check_prior(model)  # which `LatentThoughtModel` has done already, but not a user's own joint model
     decoder = model.decoder
     length = min(8, decoder.length)
     tokens_BT = torch.arange(2 * length).reshape(2, length) % decoder.vocabulary
@@ -47,3 +49,14 @@ def _check_gradients(model: Any, guide: Guide, batch: Batch) -> None:
                 f"The gradient {problem} the parameter '{name}' ({source_line(owner)}): use it in the density, "
                 f"register it as a buffer, or remove it."
             )
+
+
+def check_use_thoughts(model: Any) -> None:
+    """Raises `UsageError` if a model that is to train without thoughts at first does not take ``use_thoughts``."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not any(x.name == "use_thoughts" or x.kind is x.VAR_KEYWORD for x in parameters):
+        raise UsageError(
+            f"Without fast steps the decoder trains without thoughts, but {type(model).__name__}.forward "
+            f"({source_line(model)}) takes no `use_thoughts`: add it, as in ltm_pyro.models.LatentThoughtModel, "
+            f"or train with fast steps from the start."
+        )

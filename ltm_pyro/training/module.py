@@ -24,6 +24,7 @@ from ltm_pyro.inference.learning_rates import parameter_groups, slow_parameters,
 from ltm_pyro.inference.local import infer_local, init, training_loss
 from ltm_pyro.inference.local_store import LocalStore
 from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.training.check_model import check_use_thoughts
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.model_config import build_model
 from ltm_pyro.training.schedules import Curriculum, SlowRate
@@ -65,9 +66,7 @@ class LTMModule(pl.LightningModule):
         self.curriculum, self.max_flops, self.on_nonfinite = curriculum, max_flops, on_nonfinite
         self.keep_local = keep_local
         self.store: LocalStore | None = None
-        self._accumulated_ids: list[
-            Tensor
-        ] = []  # the sequences in the gradient, batch by batch, since the last slow step
+        self._accumulated_ids: list[Tensor] = []  # of the sequences in the gradient since the last slow step
         self._time_used = 0.0  # fraction of `max_time`, averaged over ranks
         self._skipped = False
         self.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # spent so far; saved in checkpoints
@@ -120,9 +119,11 @@ class LTMModule(pl.LightningModule):
             self.store = LocalStore(self.sequences, folder)
 
     def on_fit_start(self) -> None:
-        """Refuses CUDA graphs on another device before the first step; a curriculum may need them only later."""
+        """Refuses before the first step what a curriculum would fail at later: CUDA graphs elsewhere, no fast steps."""
         if self.inference.cuda_graph or self.evaluation.cuda_graph:
             check_device(self.device)
+        if not round(min(steps for _, steps in self.curriculum.steps or [(0.0, self.inference.steps)])):
+            check_use_thoughts(self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the local parameters that are stored in memory."""

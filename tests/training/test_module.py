@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyro.nn import PyroModule
 from pytorch_lightning import Trainer
 
-from ltm_pyro.contracts import Init
+from ltm_pyro.contracts import Init, ThoughtShape
 from ltm_pyro.data import pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
@@ -16,6 +17,7 @@ from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.local import init, training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
+from ltm_pyro.training.check_model import check_model
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.module import NONFINITE, LTMModule
 from ltm_pyro.training.run_directory import add_thoughts
@@ -278,3 +280,31 @@ def test_algorithm_1_is_six_frames_deep(train, slow_gradient):
     train(make_module(guide=Traced, inference=LocalInference(steps=2, slow_gradient=slow_gradient)), max_steps=1)
     assert seen[0] == ["training_step", "training_loss", "run_steps", "step", "elbo_terms", "__call__"]
     assert all(len(names) <= 6 for names in seen)
+
+
+class OwnJoint(PyroModule):
+    """A joint model of a user's own, which knows nothing of training without thoughts."""
+
+    def __init__(self, prior, decoder):
+        super().__init__()
+        self.prior, self.decoder = prior, decoder
+
+    sample_prior, prepare = LatentThoughtModel.sample_prior, LatentThoughtModel.prepare
+    observation, observed = LatentThoughtModel.observation, LatentThoughtModel.observed
+
+    def forward(self, batch):
+        return LatentThoughtModel.forward(self, batch)
+
+
+def test_a_joint_of_ones_own_is_trained_and_its_prior_checked(train):
+    assert train(make_module(joint=OwnJoint), max_steps=2).global_step == 2
+    module = make_module(joint=OwnJoint)
+    module.model.prior = GaussianPrior(ThoughtShape(1, 1, 1))
+    with pytest.raises(UsageError, match="GaussianPrior returns"):
+        check_model(module.model, module.guide)
+
+
+def test_training_without_thoughts_needs_a_joint_that_can(train):
+    for options in ({"curriculum": Curriculum(steps=[(0, 0), (1, 2)])}, {"inference": LocalInference(steps=0)}):
+        with pytest.raises(UsageError, match=r"OwnJoint.forward .* takes no `use_thoughts`: add it"):
+            train(make_module(joint=OwnJoint, **options), max_steps=2)
