@@ -17,7 +17,7 @@ from ltm_pyro.utils.rng import seeded
 
 
 def check_model(model: Any, guide: Guide) -> None:
-    """Raises `UsageError` for a bad prior, an ELBO of two short texts that is not finite, a parameter without gradient."""
+    """Raises `UsageError` for a bad prior, a non-finite ELBO of two short texts, or a parameter without gradient."""
     check_prior(model)  # which `LatentThoughtModel` has done already, but not a user's own joint model
     decoder = model.decoder
     length = min(8, decoder.length)
