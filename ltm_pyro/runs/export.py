@@ -31,7 +31,7 @@ def save_pretrained(
     folder = Path(folder)
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not is_export(folder):
-        raise UsageError(f"{folder} is there and no export, for it has no {WEIGHTS}: choose another --out.")
+        raise UsageError(f"{folder} exists and is no export, because it has no {WEIGHTS}: choose another --out.")
     if taken and not force:
         raise UsageError(f"{folder} exists already: choose another --out, or add --force.")
     with writing(folder), ExitStack() as replaced:
