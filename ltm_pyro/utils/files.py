@@ -50,4 +50,6 @@ def check_folder(folder: Path, option: str) -> None:
     """Raises `UsageError` if the folder that ``option`` names could not be created or written."""
     above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"{folder} cannot be written, because {above} is no folder or is read-only: choose another {option}.")
+        raise UsageError(
+            f"{folder} cannot be written, because {above} is no folder or is read-only: choose another {option}."
+        )

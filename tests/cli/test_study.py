@@ -100,7 +100,10 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--prune", "--minimise", "bound,flops"), "Pruning needs one objective"),
         (("rate.py", "--storage", "nonsense"), "cannot be used"),
         (("rate.py", "--storage", "sqlite://"), "The storage sqlite:// is in memory, where no trial would be kept"),
-        (("rate.py", "--storage", "sqlite:///rate.py/s.db"), "for rate.py is not: choose another --storage"),
+        (
+            ("rate.py", "--storage", "sqlite:///rate.py/s.db"),
+            "because rate.py is no folder or is read-only: choose another --storage",
+        ),
         (("rate.py", "--storage", "sqlite:///rate.py", "--out", "."), "does not answer"),
         (("rate.py", "--out", "rate.py"), "rate.py cannot be written, because rate.py is no folder or is read-only"),
         (("rate.py", "--study-name", "a:checks"), "'a:checks' would be the checks of another study"),

@@ -16,7 +16,7 @@ from ltm_pyro.training.flops import flops_per_token, flops_per_token_as_publishe
 
 
 def counted_per_token(model, guide, batch, inference) -> float:
-    """What torch counts in one call of `training_loss` and its backward pass; only the plain attention kernel is countable."""
+    """What torch counts in one call of `training_loss` and its backward pass; only plain attention can be counted."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
     infer_local(model, guide, batch, inference)  # attention is tried out the first time, which is not to be counted
