@@ -70,7 +70,7 @@ def test_no_fit_waits_or_leaves_its_device(prior, guide, nowhere):
     model, guide, batch = nowhere(prior, guide)
     state, info = infer_local(model, guide, batch, LocalInference(steps=2))
     terms = elbo_terms(model, guide, batch, state.parameters, Draws(2))
-    held = [*state.parameters.values(), state.steps_B, info.elbo_NB, info.finite_B, terms.elbo_B]
+    held = [*state.parameters.values(), state.steps_B, info.elbo_NB, info.is_finite_B, terms.elbo_B]
     if guide.has_density:
         held.append(log_weights(model, guide, batch, state.parameters, 2))
     assert {x.device.type for x in held} == {"meta"}

@@ -63,7 +63,7 @@ class TrainingLoss(NamedTuple):
     @property
     def is_finite_B(self) -> Bool[Tensor, " B"]:
         """Whether all ELBOs of a sequence are finite."""
-        return self.info.finite_B & self.terms.elbo_B.isfinite()
+        return self.info.is_finite_B & self.terms.elbo_B.isfinite()
 
 
 def training_loss(

@@ -160,7 +160,7 @@ class LocalInfo(NamedTuple):
         return self.log_likelihood_NB - self.kl_NB
 
     @property
-    def finite_B(self) -> Bool[Tensor, " B"]:
+    def is_finite_B(self) -> Bool[Tensor, " B"]:
         """Whether the ELBO was finite at every step that a sequence took."""
         taken_NB = torch.arange(len(self.kl_NB), device=self.kl_NB.device)[:, None] < self.steps_B
         return (self.elbo_NB.isfinite() | ~taken_NB).all(0)

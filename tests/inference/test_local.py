@@ -41,7 +41,7 @@ def test_the_info_has_every_step_and_sequence(tiny_model, tiny_batch):
     state, info = infer_local(model, MeanField(model), tiny_batch(), FEW)
     assert info.elbo_NB.shape == (3, 3)
     assert info.elbo_NB.isfinite().all()
-    assert info.finite_B.all()
+    assert info.is_finite_B.all()
     assert (info.steps_B == 3).all()
     assert (state.steps_B == 3).all()
 
@@ -232,7 +232,7 @@ def test_a_non_finite_sequence_is_reported_and_does_not_affect_the_others(known)
     model.values_V[0] = torch.nan
     batch.targets_BT[1] = 0
     state, info = infer_local(model, MeanField(model), batch, FEW)
-    assert info.finite_B.tolist() == [True, False, True, True]
+    assert info.is_finite_B.tolist() == [True, False, True, True]
     assert state.parameters["z_loc"][[0, 2, 3]].isfinite().all()
 
 
