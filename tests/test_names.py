@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from ltm_pyro.training.old_recipe_keys import RENAMED as RENAMED_KEYS
 from tests.words import ROOT, Use, uses_in_code, uses_in_markdown, uses_of
 
 APART = {  # files that name old keys in order to refuse them
     ROOT / "ltm_pyro" / "training" / "old_recipe_keys.py",
+    ROOT / "ltm_pyro" / "cli" / "old_options.py",
 }
 RENAMED = {  # old -> new; CHANGELOG.md has the same for users
     "fit": "infer_local",
@@ -108,6 +110,13 @@ def files() -> list[Path]:
 
 def test_no_old_name_is_used():
     assert not [told for path in files() for told in old_names(uses_of(path))]
+
+
+@pytest.mark.parametrize("old", RENAMED_KEYS)
+def test_no_old_recipe_key_is_written(old):
+    """In code, recipes and documents alike, as ``model.inference.start`` or with ``init_args`` in between."""
+    pattern = re.compile(rf"{re.escape(old).replace(re.escape('decoder.'), 'decoder(?:[.]init_args)?[.]')}\b")
+    assert not [str(path.relative_to(ROOT)) for path in files() if pattern.search(path.read_text())]
 
 
 def dotted_names(path: Path) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import NoReturn
 
+from ltm_pyro.cli.old_options import RENAMED
 from ltm_pyro.errors import UsageError
 
 
@@ -14,6 +15,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises; ``message`` names the argument and its value."""
+        if renamed := [f"`{old}` is now `{new}`" for old, new in RENAMED.items() if re.search(rf"{old}\b", message)]:
+            raise UsageError(f"{', '.join(renamed)}: use the new name.")
         raise UsageError(f"{message}; `{self.prog} --help` lists the options.")
 
 

@@ -1,0 +1,3 @@
+"""Options that have been renamed: an old one is refused by its new name."""
+
+RENAMED = {"--protocols": "--estimators"}
