@@ -15,7 +15,7 @@ from torch import Tensor
 from ltm_pyro.analysis.draws import LogDensities, Sites, log_densities
 from ltm_pyro.contracts import Batch, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.global_latents import FixGlobalDraws, fix_global_draws
+from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import frozen
 
@@ -60,11 +60,10 @@ def run_chains(model: Model, batch: Batch, method: str, samples: int, options: C
     if batch.size != 1:
         raise UsageError(f"A chain moves all sequences of a batch as one, got {batch.size}: give one at a time.")
     chains: list[Sites] = []
-    with frozen(model), fix_global_draws(model, torch.initial_seed()) as draws:
-        fixed = FixGlobalDraws(draws)(model)  # MCMC hides the handlers around it from the model
+    with frozen(model), fix_global_draws(model, torch.initial_seed()):
         for _ in range(options.chains):
             names = list(prior_sites(model, 1))
-            mcmc = MCMC(KERNELS[method](fixed), samples * options.thin, options.warmup, disable_progbar=True)
+            mcmc = MCMC(KERNELS[method](model), samples * options.thin, options.warmup, disable_progbar=True)
             mcmc.run(batch)
             drawn = mcmc.get_samples()
             chains.append({name: drawn[name][:: options.thin].detach() for name in names})

@@ -81,7 +81,7 @@ def elbo_terms(
     """
     antithetic = Antithetic() if draws.antithetic else nullcontext()
     particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
-    with no_param_store():
+    with no_param_store(model):
         # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
         with full_precision(batch.inputs_BT), antithetic, particles, poutine.trace() as q:
             guide(batch, local)
@@ -110,7 +110,7 @@ def log_weights(
 
 def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
     """log p(x | z) at S draws z ~ p(z), in nats."""
-    with no_param_store(), pyro.plate(PARTICLES, particles, dim=-2):
+    with no_param_store(model), pyro.plate(PARTICLES, particles, dim=-2):
         p = poutine.trace(model).get_trace(batch)
     return sum_log_probs(p, (name for name, site in sample_sites(p).items() if site["is_observed"]))
 
@@ -130,25 +130,29 @@ def normalisers(model: Model) -> list[Tensor]:
     return [x for x in values if isinstance(x, Tensor)]
 
 
-_inside_no_param_store = ContextVar("inside_no_param_store", default=False)
+_model_without_store: ContextVar[object] = ContextVar("model_without_store", default=None)
 
 
 @contextmanager
-def no_param_store() -> Iterator[None]:
-    """Inside, Pyro's global parameter store has a scope of its own, and Pyro does not validate arguments.
+def no_param_store(model: object = None) -> Iterator[None]:
+    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
 
-    Validation would synchronise with the device at every site, and non-finite parameters of one sequence would stop the
-    whole batch. A nested call does nothing, because in a new scope Pyro would register every parameter again.
+    Validation synchronises with the device at every site, and lets one sequence's non-finite parameters stop all the
+    others.
+
+    Args:
+        model: inside another `no_param_store` of the same model this one does nothing, because Pyro registers every
+            parameter anew in a new scope; another model must not find parameters of the same name.
     """
-    if _inside_no_param_store.get():
+    if model is not None and _model_without_store.get() is model:
         yield
         return
-    token = _inside_no_param_store.set(True)
+    token = _model_without_store.set(model)
     try:
         with pyro.get_param_store().scope(), pyro.validation_enabled(False):
             yield
     finally:
-        _inside_no_param_store.reset(token)
+        _model_without_store.reset(token)
 
 
 def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:

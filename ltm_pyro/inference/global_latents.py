@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
 import torch
 from jaxtyping import Float
 from pyro.nn import PyroModule
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
@@ -53,7 +52,8 @@ class GlobalLatent(PyroModule):
 
     def forward(self) -> Tensor:
         """A draw from q(g), or the value that `fix_global_draws` has set."""
-        return pyro.deterministic(self.name, _draw(self, name=self.name))
+        fixed = _fixed.get({}).get(self)
+        return pyro.deterministic(self.name, self.draw() if fixed is None else fixed)
 
     def draw(self) -> Tensor:
         """g ~ q(g), without a Pyro site."""
@@ -80,36 +80,26 @@ class GlobalLatent(PyroModule):
         return self.loc + self.log_scale.exp() * torch.randn(shape, dtype=like.dtype, device=like.device)
 
 
-@effectful(type="global_latent")
-def _draw(latent: GlobalLatent) -> Tensor:
-    """A draw from q(g) as a Pyro message of type "global_latent", so that `FixGlobalDraws` can set its value."""
-    return latent.draw()
-
-
-class FixGlobalDraws(Messenger):
-    """A Pyro handler that sets the values of the global latent variables named in ``draws``."""
-
-    def __init__(self, draws: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.draws = draws
-
-    def _pyro_global_latent(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.draws:  # of nested handlers the outermost runs last, so that its value is used
-            msg["value"], msg["done"] = self.draws[msg["name"]], True
+_fixed: ContextVar[dict[GlobalLatent, Tensor]] = ContextVar("fixed_global_draws")
 
 
 @contextmanager
 def fix_global_draws(model: Model, *seed: int) -> Iterator[dict[str, Tensor]]:
     """Inside, every global latent variable of a model has one value, which depends on the random seed only.
 
-    Of nested calls, the outermost one sets the values. Yields the values by name: `pyro.infer.MCMC` hides outer
-    handlers from the model, so that there the model has to be wrapped in `FixGlobalDraws`.
+    Of nested calls, the outermost one sets the values. Yields the values by name. This is no Pyro handler, because
+    `pyro.infer.MCMC` and `pyro.infer.Importance` hide outer handlers from the model.
     """
+    outer = _fixed.get({})
     latents = [part for part in model.modules() if isinstance(part, GlobalLatent)]
-    with seeded(*seed) if latents else nullcontext(), torch.no_grad():
-        draws = {latent.name: latent.draw() for latent in latents}
-    with FixGlobalDraws(draws) if draws else nullcontext():
-        yield {latent.name: _draw(latent, name=latent.name) for latent in latents}
+    new = [latent for latent in latents if latent not in outer]
+    with seeded(*seed) if new else nullcontext(), torch.no_grad():
+        draws = outer | {latent: latent.draw() for latent in new}
+    token = _fixed.set(draws)
+    try:
+        yield {latent.name: draws[latent] for latent in latents}
+    finally:
+        _fixed.reset(token)
 
 
 def global_kl(model: Model) -> Float[Tensor, ""] | float:

@@ -22,8 +22,7 @@ def prior_sites(model: Model, size: int) -> Sites:
     While the prior is traced, every site has its mean as its value, so that the distribution of a site that depends on
     others is the same at every call.
     """
-    block = poutine.block(hide_fn=lambda msg: msg["type"] != "global_latent")  # outer traces do not record these sites
-    with torch.no_grad(), block, _SubstituteMeans():
+    with torch.no_grad(), poutine.block(), _SubstituteMeans():  # outer traces do not record these sites
         nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
     sites: Sites = {
         name: node["fn"]

@@ -41,7 +41,7 @@ def infer_local(
         state: the state to continue from; by default q is initialised by ``inference.init``.
         rates: optimiser arguments by name of a local parameter, instead of ``inference.rate``.
     """
-    with no_param_store():
+    with no_param_store(model):
         with torch.no_grad():
             batch = batch if batch.stem_BTD is not None else model.prepare(batch)
         with frozen(model):
@@ -81,7 +81,7 @@ def training_loss(
     """
     if inference.cuda_graph and inference.slow_gradient == "trajectory":
         raise UsageError("A CUDA graph cannot capture the slow gradient of a trajectory: set slow_gradient to last.")
-    with no_param_store():
+    with no_param_store(model):
         batch = model.prepare(batch)
         stem_BTD = None if batch.stem_BTD is None else batch.stem_BTD.detach()
         fast_batch = batch._replace(stem_BTD=stem_BTD)  # no backward pass through the stem in the fast steps
@@ -101,7 +101,7 @@ def training_loss(
 
 def init(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
     """The state before the first fast step: every sequence's q, initialised by ``inference.init``."""
-    with no_param_store():
+    with no_param_store(model):
         parameters = guide.init(prior_sites(model, batch.size), inference.init)
     if wrong_shapes := {name: tuple(x.shape) for name, x in parameters.items() if x.shape[:1] != (batch.size,)}:
         raise UsageError(

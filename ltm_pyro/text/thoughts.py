@@ -97,7 +97,7 @@ def draw_thoughts(
     Args:
         keys: of the rows' random streams; torch's default generator when not given.
     """
-    with torch.no_grad(), no_param_store(), _row_noise(run, DRAW, keys) if keys else nullcontext():
+    with torch.no_grad(), no_param_store(run.model), _row_noise(run, DRAW, keys) if keys else nullcontext():
         plate = nullcontext() if particles is None else pyro.plate(PARTICLES, particles, dim=-2)
         with full_precision(batch.inputs_BT), plate:
             q = poutine.trace(run.guide).get_trace(batch, state.parameters)

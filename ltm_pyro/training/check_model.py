@@ -16,8 +16,20 @@ from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
 
 
-def check_model(model: Any, guide: Guide) -> None:
-    """Raises `UsageError` for a bad prior, a non-finite ELBO of two short texts, or a parameter without gradient."""
+def check_model(model: Any, guide: Guide, leaves_out_thoughts: bool = False) -> None:
+    """Raises `UsageError` for a bad prior, a non-finite ELBO of two short texts, or a parameter without gradient.
+
+    Args:
+        leaves_out_thoughts: whether the model is to train without its thoughts in some stage; its forward has to take
+            ``use_thoughts`` then.
+    """
+    forward = inspect.signature(model.forward).parameters.values()
+    if leaves_out_thoughts and not any(x.name == "use_thoughts" or x.kind is x.VAR_KEYWORD for x in forward):
+        raise UsageError(
+            f"Without fast steps the decoder trains without thoughts, but {type(model).__name__}.forward "
+            f"({source_line(model)}) takes no `use_thoughts`: add it, as in ltm_pyro.models.LatentThoughtModel, or "
+            f"give every stage of the training fast steps."
+        )
     check_prior(model)  # which `LatentThoughtModel` has done already, but not a user's own joint model
     decoder = model.decoder
     length = min(8, decoder.length)
@@ -49,14 +61,3 @@ def _check_gradients(model: Any, guide: Guide, batch: Batch) -> None:
                 f"The gradient {problem} the parameter '{name}' ({source_line(owner)}): use it in the density, "
                 f"register it as a buffer, or remove it."
             )
-
-
-def check_use_thoughts(model: Any) -> None:
-    """Raises `UsageError` if a model that is to train without thoughts at first does not take ``use_thoughts``."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if not any(x.name == "use_thoughts" or x.kind is x.VAR_KEYWORD for x in parameters):
-        raise UsageError(
-            f"Without fast steps the decoder trains without thoughts, but {type(model).__name__}.forward "
-            f"({source_line(model)}) takes no `use_thoughts`: add it, as in ltm_pyro.models.LatentThoughtModel, "
-            f"or train with fast steps from the start."
-        )

@@ -60,7 +60,7 @@ def memory(module: LTMModule, batch_size: int, length: int) -> int:
         return x
 
     batch: Any = make_batch(torch.ones(1, length, dtype=torch.long), torch.tensor([length]), start_token=0)
-    with seeded(0), no_param_store(), saved_tensors_hooks(save, lambda x: x):
+    with seeded(0), no_param_store(module.model), saved_tensors_hooks(save, lambda x: x):
         local = init(module.model, module.guide, batch, module.inference).parameters
         local = {name: x.requires_grad_() for name, x in local.items()}
         terms = elbo_terms(module.model, module.guide, module.model.prepare(batch), local, module.inference.draws)

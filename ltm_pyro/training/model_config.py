@@ -93,7 +93,8 @@ def parse_model(recipe: str, source: object) -> Namespace:
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
     except (YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise UsageError(f"The recipe of {source} cannot be read ({error!r}): give a run that is whole.") from None
+        problem = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UsageError(f"The recipe of {source} cannot be read ({problem}): give a run that is whole.") from None
 
 
 def _model_parser() -> ArgumentParser:

@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +25,6 @@ from ltm_pyro.inference.learning_rates import parameter_groups, slow_parameters,
 from ltm_pyro.inference.local import infer_local, init, training_loss
 from ltm_pyro.inference.local_store import LocalStore
 from ltm_pyro.inference.state import LocalInference
-from ltm_pyro.training.check_model import check_use_thoughts
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.model_config import build_model
 from ltm_pyro.training.schedules import Curriculum, SlowRate
@@ -119,11 +119,9 @@ class LTMModule(pl.LightningModule):
             self.store = LocalStore(self.sequences, folder)
 
     def on_fit_start(self) -> None:
-        """Refuses before the first step what a curriculum would fail at later: CUDA graphs elsewhere, no fast steps."""
+        """Refuses CUDA graphs on another device before the first step; a curriculum may need them only later."""
         if self.inference.cuda_graph or self.evaluation.cuda_graph:
             check_device(self.device)
-        if not round(min(steps for _, steps in self.curriculum.steps or [(0.0, self.inference.steps)])):
-            check_use_thoughts(self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the local parameters that are stored in memory."""
@@ -140,6 +138,8 @@ class LTMModule(pl.LightningModule):
         tokens, slots = self._sync_ranks(batch)
         strategy, cost = self.trainer.strategy, partial(self.cost, batch.inputs_BT.shape[1])
         inference = self.curriculum.at(self.progress, self.inference, cost)
+        if not self.model.decoder.thought_shape.thoughts:  # K = 0: there are none to leave out
+            inference = replace(inference, use_thoughts=True)
         self.flops += slots * cost(inference)
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             stored = None
@@ -168,6 +168,12 @@ class LTMModule(pl.LightningModule):
             }
         )
         return loss
+
+    @property
+    def leaves_out_thoughts(self) -> bool:
+        """Whether some stage of the training has no fast steps, so that the decoder trains without its thoughts."""
+        steps = [steps for _, steps in self.curriculum.steps or [(0.0, self.inference.steps)]]
+        return bool(self.model.decoder.thought_shape.thoughts) and not round(min(steps))
 
     def cost(self, length: int, inference: LocalInference) -> float:
         """FLOPs per token of a training step."""

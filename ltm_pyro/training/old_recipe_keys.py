@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import yaml
+
 from ltm_pyro.errors import UsageError
 
 RENAMED = {  # old key -> new key; `init_args` is left out of both
@@ -29,8 +31,27 @@ def refuse_old_keys(keys: Iterable[str], run: object = None) -> None:
 
 
 def dotted_keys(recipe: Any, above: str = "") -> Iterator[str]:
-    """The keys of nested mappings, each behind those above it: ``model``, ``model.inference``, …"""
+    """The keys of nested mappings, each behind those above it: ``model``, ``model.inference``, …
+
+    The arguments of a user's own class are left out: they may have any name.
+    """
     if isinstance(recipe, Mapping):
+        own = not str(recipe.get("class_path", "ltm_pyro.")).startswith("ltm_pyro.")
         for key, value in recipe.items():
             yield f"{above}{key}"
-            yield from dotted_keys(value, f"{above}{key}.")
+            if not (own and key in ("init_args", "dict_kwargs")):
+                yield from dotted_keys(value, f"{above}{key}.")
+
+
+def option_keys(words: Iterable[str]) -> Iterator[str]:
+    """The dotted keys of options, ``--KEY VALUE`` or ``--KEY=VALUE``, and those inside a value that is a mapping."""
+    key = ""
+    for word in words:
+        name, equals, value = word.partition("=") if word.startswith("--") else (f"--{key}", "=", word)
+        key = name.removeprefix("--")
+        yield key
+        try:
+            content = yaml.safe_load(value) if equals and key else None
+        except yaml.YAMLError:
+            content = None
+        yield from dotted_keys(content, f"{key}.")

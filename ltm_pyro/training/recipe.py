@@ -18,7 +18,7 @@ from ltm_pyro.training.checkpoints import Saving
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.model_config import complaint, load_recipe
 from ltm_pyro.training.module import LTMModule
-from ltm_pyro.training.old_recipe_keys import refuse_old_keys
+from ltm_pyro.training.old_recipe_keys import option_keys, refuse_old_keys
 
 DEFAULTS = {
     **model_config.DEFAULTS,
@@ -66,7 +66,7 @@ def recipe_parser() -> ArgumentParser:
 
 def read_recipe(arguments: list[str]) -> Namespace:
     """The options as one configuration; `UsageError` names the key that is wrong."""
-    refuse_old_keys(word.removeprefix("--").partition("=")[0] for word in arguments if word.startswith("--"))
+    refuse_old_keys(option_keys(arguments))
     try:
         return recipe_parser().parse_args([plugins.resolve_argument(word) for word in arguments])
     except ArgumentError as error:

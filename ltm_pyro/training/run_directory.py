@@ -106,7 +106,7 @@ def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
             with ExitStack() as replaced:
                 for file, text in texts.items():
                     replaced.enter_context(atomic_write(file)).write_text(text, "utf-8")
-                for leftover in (path / CHECKPOINT.parent).glob("*.new"):  # of a training that was killed
+                for leftover in (path / CHECKPOINT.parent).glob("*.ckpt.*.new"):  # of a training that was killed
                     leftover.unlink(missing_ok=True)
                 for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
                     old.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
         load_weights(module, content["state_dict"], resumed)
     elif config.warm_start:
         add_thoughts(module, content["state_dict"], config.warm_start)
-    check_model(module.model, module.guide)
+    check_model(module.model, module.guide, module.leaves_out_thoughts)
     if first:
         shown = cost_summary(module, config, trainer.world_size)
         write_run(run, recipe, text, keep)

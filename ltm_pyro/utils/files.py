@@ -18,7 +18,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     removed and ``path`` stays as it was. Every call has a temporary name of its own, so that several processes may
     write the same file at the same time. `os.replace` does not replace a folder: remove an old one inside the block.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.new")
+    name = path.name if len(os.fsencode(path.name)) < 200 else path.name[:40]  # file systems limit it to 255 bytes
+    temporary = path.with_name(f"{name}.{uuid.uuid4().hex[:12]}.new")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -11,8 +11,10 @@ import torch
 from torch.distributions import normal
 
 from ltm_pyro.guides import MeanField
+from ltm_pyro.inference.local import training_loss
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
+from ltm_pyro.training import module as lightning_module
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.module import LTMModule
 
@@ -30,11 +32,11 @@ def noise(shape, dtype, device):
     return torch.stack(draws).where(~bad.view(-1, *[1] * (len(shape) - 1)), torch.nan)
 
 
-class Module(LTMModule):
-    def _learn(self, batch, inference):
-        global calls, ids
-        calls, ids = 100 * self.global_step, batch.ids_B.tolist()
-        return super()._learn(batch, inference)
+def numbered(model, guide, batch, *rest):
+    """`training_loss`, its noise numbered by the step and the ids of the batch."""
+    global calls, ids
+    calls, ids = 100 * module.global_step, batch.ids_B.tolist()
+    return training_loss(model, guide, batch, *rest)
 
 
 def decoder(vocabulary):
@@ -45,7 +47,8 @@ normal._standard_normal = noise
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 pl.seed_everything(0, verbose=False)
-module = Module(
+lightning_module.training_loss = numbered
+module = LTMModule(
     decoder=decoder,
     prior=GaussianPrior,
     joint=LatentThoughtModel,
