@@ -1,7 +1,7 @@
 """The wheel, installed where no checkout is near: every module imports from it, and the recipes are in it.
 
 ``ltm_pyro.evaluation.lm_eval`` alone is left out: it needs lm-eval, which brings sixty packages
-(`tests/cli/test_harness.py`).
+(`tests/cli/test_lm_eval.py`).
 """
 
 import json

@@ -305,6 +305,11 @@ def test_a_joint_of_ones_own_is_trained_and_its_prior_checked(train):
 
 
 def test_training_without_thoughts_needs_a_joint_that_can(train):
-    for options in ({"curriculum": Curriculum(steps=[(0, 0), (1, 2)])}, {"inference": LocalInference(steps=0)}):
+    without = ({"curriculum": Curriculum(steps=[(0, 2), (1, 0)])}, {"inference": LocalInference(steps=0)})
+    for options in without:
+        module = make_module(joint=OwnJoint, **options)
         with pytest.raises(UsageError, match=r"OwnJoint.forward .* takes no `use_thoughts`: add it"):
-            train(make_module(joint=OwnJoint, **options), max_steps=2)
+            check_model(module.model, module.guide, module.leaves_out_thoughts)
+    baseline = make_module(joint=OwnJoint, thoughts=0, inference=LocalInference(steps=0))
+    check_model(baseline.model, baseline.guide, baseline.leaves_out_thoughts)
+    assert train(baseline, max_steps=2).global_step == 2
