@@ -16,6 +16,7 @@ import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pyro  # noqa: E402
 import pytest  # noqa: E402
+import pytorch_lightning  # noqa: E402, F401 - before xarray, or `limit_val_batches: 1` is read as 1.0, all batches
 import torch  # noqa: E402
 
 from ltm_pyro.contracts import Batch, make_batch  # noqa: E402
