@@ -116,7 +116,7 @@ def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Te
 
 
 def missing_bound(model: Model, guide: Guide) -> str | None:
-    """Why the ELBO of this model and guide is no bound on log p(x); None if it is, or if C is estimated."""
+    """Why the ELBO of this pair is no bound on log p(x); None if it is one, or if the normaliser is estimated."""
     if not guide.has_density:
         return f"{type(guide).__name__} has no density"
     if any(x.isnan() for x in normalisers(model)):

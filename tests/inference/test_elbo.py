@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroParam
 
 from ltm_pyro.contracts import Init, ThoughtShape, make_batch, sequence_plate
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FullCovariance, MeanField
-from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights
+from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights, no_param_store
 from ltm_pyro.inference.local import infer_local, init
 from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference, LocalState
@@ -200,3 +201,27 @@ def test_priors_without_moments_start_at_zero_and_one():
     mean, variance = prior_moments(pyro.distributions.StudentT(2.0).expand([4, 3]).to_event(1))
     assert (mean == 0).all()
     assert (variance == 1).all()
+
+
+def test_models_inside_one_scope_keep_their_own_parameters():
+    """Pyro's store knows parameters by name, and two models have the same names."""
+
+    class Prior(PyroModule):
+        def __init__(self, shape, value):
+            super().__init__()
+            self.shape, self.mean = tuple(shape), PyroParam(torch.full(tuple(shape), value))
+
+        def forward(self):
+            return pyro.sample("z", pyro.distributions.Normal(self.mean, torch.ones(self.shape)).to_event(3))
+
+    models = []
+    for value in (0.0, 3.0):
+        models.append(LinearGaussianModel(ThoughtShape(1, 1, 3)))
+        models[-1].prior = Prior(ThoughtShape(1, 1, 3), value)
+    batch, guide = LinearGaussianModel(ThoughtShape(1, 1, 3)).sample_batch(2), MeanField(models[0])
+    local = {"z_loc": torch.zeros(2, 1, 1, 3), "z_log_var": torch.zeros(2, 1, 1, 3)}
+    with torch.no_grad(), no_param_store(models[0]):
+        kl = [elbo_terms(model, guide, batch, local).kl_B for model in models]
+    assert models[1].prior.mean.mean() == 3
+    torch.testing.assert_close(kl[0], torch.zeros(2))
+    torch.testing.assert_close(kl[1], torch.full((2,), 3 * 9 / 2))

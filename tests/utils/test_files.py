@@ -71,3 +71,11 @@ def test_a_folder_is_removed_first(path):
             (new / content).touch()
             shutil.rmtree(path, ignore_errors=True)
     assert [x.name for x in path.iterdir()] == ["two"]
+
+
+def test_a_name_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / ("x" * 251 + ".txt")
+    with atomic_write(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
