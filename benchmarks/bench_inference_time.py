@@ -40,7 +40,7 @@ def split_sequences(run: Run, count: int, text: str | None = None) -> Pairs:
     """Whole sequences of a text, or of the run's own held-out data, cut in the middle."""
     dataset, half = load_text_or_pack(text, run.tokenizer, run.length) if text else held_out(run), run.length // 2
     rows = (dataset[index] for index in range(len(dataset)))
-    whole = islice((row.tokens_T.tolist() for row in rows if row.length == run.length), count)
+    whole = islice((row.tokens_T.tolist() for row in rows if len(row.tokens_T) == run.length), count)
     return [(tokens[:half], tokens[half:]) for tokens in whole]
 
 

@@ -46,12 +46,39 @@ class ThoughtShape(NamedTuple):
     width: int
 
 
+class DocumentInfo(NamedTuple):
+    """What is known of a document: its id, its file, its source, and its labels (None where one is missing).
+
+    ``exact_nats`` is −log p(x) where the document was generated and that is known.
+    """
+
+    id: str
+    file: str = ""
+    source: str = ""
+    labels: Mapping[str, str | int | float | bool | None] = {}
+    exact_nats: float | None = None
+
+
+class Part(NamedTuple):
+    """A document, or a piece of one, in a row of tokens.
+
+    ``number`` counts the documents of the corpus, ``piece`` those pieces of a document that fill a row each (None where
+    rows are cut out of a stream), both from 0; ``offset`` tokens of the document are in earlier rows.
+    """
+
+    number: int
+    piece: int | None
+    offset: int
+    document: DocumentInfo
+
+
 class Batch(NamedTuple):
     """B sequences of T tokens; ``inputs_BT`` is the start token, then ``targets_BT`` without its last token.
 
     Every token whose mask is True is scored exactly once; padding never changes a sequence's ELBO. ``bytes_B`` is the
     number of UTF-8 bytes of the targets' text, for bits per byte. ``stem_BTD`` is the part of the network's activations
-    that does not depend on z, computed once per batch.
+    that does not depend on z, computed once per batch. q is fitted to the tokens of ``observed_BT``, which are the
+    scored ones if it is None. ``parts`` are the documents of each sequence, None if the data do not tell them.
     """
 
     inputs_BT: Int[Tensor, "B T"]
@@ -60,17 +87,30 @@ class Batch(NamedTuple):
     ids_B: Int[Tensor, " B"]
     bytes_B: Int[Tensor, " B"]
     stem_BTD: Float[Tensor, "B T D"] | None = None
+    observed_BT: Bool[Tensor, "B T"] | None = None
+    parts: tuple[tuple[Part, ...], ...] | None = None
+
+    @property
+    def observed(self) -> "Batch":
+        """The batch that q is fitted to, whose scored tokens are those that q sees."""
+        return self if self.observed_BT is None else self._replace(mask_BT=self.observed_BT, observed_BT=None)
 
     def crop(self, first: int, last: int) -> "Batch":
         """The first ``last`` tokens, of which those from position ``first`` on are scored."""
         scored_T = torch.arange(last, device=self.mask_BT.device) >= first
         stem_BTD = None if self.stem_BTD is None else self.stem_BTD[:, :last]
         inputs_BT, targets_BT, mask_BT = (x[:, :last] for x in self[:3])
-        return self._replace(inputs_BT=inputs_BT, targets_BT=targets_BT, mask_BT=mask_BT & scored_T, stem_BTD=stem_BTD)
+        mask_BT = mask_BT & scored_T
+        observed_BT = None if self.observed_BT is None else self.observed_BT[:, :last]
+        return self._replace(
+            inputs_BT=inputs_BT, targets_BT=targets_BT, mask_BT=mask_BT, stem_BTD=stem_BTD, observed_BT=observed_BT
+        )
 
     def select(self, index_B: Int[Tensor, " b"]) -> "Batch":
         """The sequences at the given indices."""
-        return Batch._make(x if x is None else x[index_B] for x in self)
+        tensors = self._replace(parts=None)
+        parts = self.parts and tuple(self.parts[index] for index in index_B.tolist())
+        return Batch._make(x if x is None else x[index_B] for x in tensors)._replace(parts=parts)
 
     @property
     def size(self) -> int:
@@ -84,7 +124,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch._make(x if x is None else x.to(device, non_blocking=True) for x in self)
+        return Batch._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self)
 
 
 def make_batch(

@@ -105,7 +105,7 @@ def unigram(packed: Path) -> float:
 
 
 def _tokens(dataset: PackedDataset) -> np.ndarray:
-    return np.concatenate([row.tokens_T[: row.length] for row in dataset])
+    return np.concatenate([row.tokens_T for row in dataset])
 
 
 def summarise(packed: Path, latent_thought: Trained, autoregressive: Trained) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ltm_pyro.analysis.moments import Moments, exact_moments, marginal_kl, sampl
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.analysis.reference import ChainOptions, run_chains
 from ltm_pyro.analysis.storage import stamp
-from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, pieces
+from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, label_values, pieces
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.data.encode import batch_of_rows
 from ltm_pyro.errors import UsageError
@@ -233,11 +233,11 @@ def _text_groups(run: Run, found: Sequence[Piece]) -> Groups:
     """The text of each sequence as the decoder sees it, its document and its labels."""
     texts = [run.tokenizer.decode([x for x in piece.tokens if x != run.start_token]) for piece in found]
     names = sorted({name for piece in found for name in piece.text.labels})
-    labels = {name: [piece.text.labels.get(name, "") for piece in found] for name in names}
-    known = {"document": [piece.text.document for piece in found]} | labels
+    labels = {name: label_values([piece.text.labels for piece in found], name) for name in names}
+    known = {"document": np.array([piece.text.document for piece in found], dtype=object)} | labels
     return {
         "observed_data": xr.Dataset({"text": ("sequence", np.array(texts, dtype=object))}),
-        "constant_data": xr.Dataset({name: ("sequence", np.array(x, dtype=object)) for name, x in known.items()}),
+        "constant_data": xr.Dataset({name: ("sequence", x) for name, x in known.items()}),
     }
 
 

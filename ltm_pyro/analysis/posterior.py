@@ -69,9 +69,17 @@ class Posterior:
 
     @property
     def labels(self) -> dict[str, list[str]]:
-        """The values of every label by name, one per sequence; ``document`` is the sequence's document."""
+        """The values of every label by name as strings, one per sequence, empty where one is missing.
+
+        ``document`` is the sequence's document.
+        """
         known = self.group("constant_data").data_vars.items()
-        return {str(name): [str(x) for x in values.values] for name, values in known}
+        return {
+            str(name): [
+                "" if x != x else f"{x:.15g}" if isinstance(x, float) else str(x) for x in values.values.tolist()
+            ]
+            for name, values in known
+        }
 
     @property
     def size(self) -> int:

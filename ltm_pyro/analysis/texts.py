@@ -3,14 +3,17 @@
 Shapes: B sequences, T tokens.
 """
 
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from ltm_pyro.data.documents import input_files, read_documents
+import numpy as np
+
+from ltm_pyro.data.documents import Fields, Label, read_documents
 from ltm_pyro.data.encode import Tokens, encode_document, split_tokens
-from ltm_pyro.data.formats import read_records
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.run import Run
 
@@ -21,11 +24,11 @@ _VALUE = re.compile(r"[^\0\ud800-\udfff]*")
 
 
 class Text(NamedTuple):
-    """A text, the id of its document, and its labels by name."""
+    """A text, the id of its document, and its labels by name; None where one is missing."""
 
     text: str
     document: str
-    labels: dict[str, str] = {}
+    labels: Mapping[str, Label] = {}
 
 
 class Piece(NamedTuple):
@@ -36,18 +39,22 @@ class Piece(NamedTuple):
 
 
 def read_texts(path: str | Path) -> list[Text]:
-    """The documents of a file or folder (`read_documents`); other strings and numbers in JSON lines become labels."""
-    documents = [*read_documents([path])]
-    labels = {
-        f"{name}:{index}": _plain(record)
-        for file, name in input_files(path)
-        for index, record in enumerate(record for record in read_records(file) if record["text"].strip())
-    }
-    return [Text(document.text, document.id, labels.get(document.id, {})) for document in documents]
+    """The documents of a file or folder (`read_documents`); other strings and numbers of a record become labels."""
+    return [Text(found.text, found.id, found.labels) for found in read_documents([path], Fields(labels=None))]
 
 
-def _plain(record: dict[str, Any]) -> dict[str, str]:
-    return {name: str(x) for name, x in record.items() if name != "text" and isinstance(x, str | int | float)}
+def label_values(labels: Sequence[Mapping[str, Label]], name: str) -> np.ndarray:
+    """One label of all texts: numbers if all are, NaN where missing; else strings, empty where missing.
+
+    Where numbers and strings occur together, each is written as JSON, so that 1 and "1" stay different.
+    """
+    values = [found.get(name) for found in labels]
+    present = [x for x in values if x is not None]
+    if present and all(isinstance(x, int | float) and not isinstance(x, bool) for x in present):
+        whole = len(present) == len(values) and all(isinstance(x, int) and abs(x) < 2**53 for x in present)
+        return np.array([math.nan if x is None else x for x in values], int if whole else float)
+    plain = all(isinstance(x, str) for x in present)
+    return np.array(["" if x is None else x if plain else json.dumps(x) for x in values], dtype=object)
 
 
 def as_texts(texts: Sequence[str | Text]) -> list[Text]:
@@ -70,7 +77,7 @@ def _check_storable(text: Text) -> None:
                 f"Text {text.document} has the label {name!r}, which no posterior can store: rename it, without / and "
                 f"\\, and neither document nor sequence, which are taken."
             )
-        if not _VALUE.fullmatch(value):
+        if isinstance(value, str) and not _VALUE.fullmatch(value):
             raise UsageError(
                 f"Text {text.document} has a NUL or half of a surrogate pair under {name!r}, which no posterior can "
                 f"store: remove that character."

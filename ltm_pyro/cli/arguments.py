@@ -41,6 +41,14 @@ def at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
+def names(text: str) -> tuple[str, ...]:
+    """An argument type: names between commas."""
+    found = tuple(name.strip() for name in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name between its commas")
+    return found
+
+
 def positive(text: str) -> float:
     """An argument type: finite numbers above 0."""
     try:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import at_least
+from ltm_pyro.cli.arguments import at_least, names
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import pack
 from ltm_pyro.utils.console import Console
@@ -23,13 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", default="bpe:4096", metavar="bpe:SIZE|PATH", help="train a tokenizer, or load one"
     )
     parser.add_argument("--seq-len", type=at_least(1), default=128, metavar="N", help="tokens per sequence")
-    parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of documents held out")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed of the held-out split")
-    parser.add_argument(
-        "--drop-duplicates",
-        choices=("exact", "near"),
-        help="drop documents that are equal or similar to an earlier one",
-    )
+    about = "what a row of tokens is: a document (or a piece of a long one), or a cut out of a stream of them"
+    parser.add_argument("--rows", choices=("documents", "stream"), default="documents", help=about)
+    about = "fields that are kept as labels of each document, comma-separated"
+    parser.add_argument("--label", type=names, default=(), metavar="NAMES", help=about)
+    parser.add_argument("--id", metavar="FIELD", help="field that is each document's id, instead of file:line")
+    parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of documents in val")
+    parser.add_argument("--test-fraction", type=float, default=0.02, metavar="F", help="share of documents in test")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed of the splits")
+    about = "drop documents that are equal or similar to an earlier one"
+    parser.add_argument("--drop-duplicates", choices=("exact", "near"), help=about)
+    about = "documents that are never in different splits: equal or similar ones"
+    parser.add_argument("--keep-together", choices=("exact", "near"), default="near", help=about)
     parser.add_argument("--force", action="store_true", help="replace an existing pack")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -45,7 +50,12 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             tokenizer=args.tokenizer,
             seq_len=args.seq_len,
+            rows=args.rows,
+            labels=args.label,
+            id=args.id,
             val_fraction=args.val_fraction,
+            test_fraction=args.test_fraction,
+            keep_together=args.keep_together,
             seed=args.seed,
             drop_duplicates=args.drop_duplicates,
             force=args.force,
@@ -68,7 +78,10 @@ def summary(manifest: Manifest, out: str) -> dict[str, Any]:
 
 def counts(manifest: Manifest, out: str) -> Table:
     """A table of the manifest's counts, one row per split."""
-    title = f"{out}: sequences of {manifest.seq_len} tokens, vocabulary {manifest.vocabulary:,}"
+    what = "documents in rows of up to" if manifest.rows == "documents" else "rows of a stream, of"
+    title = f"{out}: {what} {manifest.seq_len} tokens, vocabulary {manifest.vocabulary:,}"
+    title += f", labels {', '.join(manifest.labels)}" if manifest.labels else ""
+    title += f", {manifest.prompts:,} with a prompt" if manifest.prompts else ""
     title += f", {manifest.dropped:,} duplicates left out" if manifest.dropped else ""
     columns = ("documents", "sequences", "tokens", "bytes", "shards")
     table = Table("split", title=title, title_justify="left")

@@ -19,7 +19,7 @@ _BAR = 40  # characters of the longest bar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm data show` to ``parser``."""
     parser.add_argument("pack", metavar="DIR", help="a packed corpus: folder or URL")
-    parser.add_argument("--split", default="train", metavar="NAME", help="train or val")
+    parser.add_argument("--split", default="train", metavar="NAME", help="train, val or test")
     parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="sequences to decode")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed of the sequences shown")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(counts(manifest, args.pack))
     console.print(_histogram(found))
     for sample in found.samples:
-        title = f"sequence {sample['id']}: {', '.join(sample['documents'])}"
+        labels = "".join(f", {name}: {value}" for name, value in sample["labels"].items() if value is not None)
+        title = f"sequence {sample['id']}: {', '.join(sample['documents'])}{labels}"
         console.print(Panel(Text(sample["text"]), title=Text(title), title_align="left"))
     return 0
 

@@ -20,24 +20,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Reads all shards; returns 0 if none is damaged. Raises `UsageError` after printing what is wrong with which."""
     manifest, _ = open_pack(args.pack)
-    shards = sum(len(split.shards) for split in manifest.splits.values())
+    files = sum(len(split.shards) + (split.lengths is not None) for split in manifest.splits.values())
     console = Console(stderr=True)
     found = track(
         damage(args.pack, manifest),
         "verifying",
-        shards,
+        files,
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    damaged = {shard.file: problem for _, shard, problem in found if problem}
+    damaged = {file: problem for _, file, problem in found if problem}
     if args.json:
-        print(json.dumps({"pack": args.pack, "shards": shards, "damaged": damaged}))
+        print(json.dumps({"pack": args.pack, "files": files, "damaged": damaged}))
     else:
         for problem in damaged.values():
             print(problem)
     if damaged:
-        raise UsageError(f"{len(damaged)} of {shards} shards of {args.pack} are damaged: {', '.join(damaged)}.")
+        raise UsageError(f"{len(damaged)} of {files} files of {args.pack} are damaged: {', '.join(damaged)}.")
     if not args.json:
-        print(f"{args.pack}: all {shards} shards are intact.")
+        print(f"{args.pack}: all {files} files are intact.")
     return 0

@@ -1,29 +1,39 @@
-"""A split by index: rows of tokens, their shards read on demand, and batches of them."""
+"""A split by index: rows of tokens, their shards read on demand, and batches of them.
+
+Shapes: B sequences, T tokens, N rows.
+"""
 
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ltm_pyro.contracts import Batch, make_batch
-from ltm_pyro.data.batch_sampler import MIXED
-from ltm_pyro.data.documents import Document, read_documents
+from ltm_pyro.data.batch_sampler import MIXED, PaddedIds
+from ltm_pyro.data.documents import Document, Fields, read_documents
 from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, is_pack, read_manifest
 from ltm_pyro.data.remote import read_file
 from ltm_pyro.data.rows import Row, Rows, pack_rows
-from ltm_pyro.data.shards import read_shard
-from ltm_pyro.data.tokenizer import end_of_text, load_tokenizer, tokenizer_hash, vocabulary_size
+from ltm_pyro.data.shards import read_lengths, read_shard
+from ltm_pyro.data.tokenizer import end_of_text, load_tokenizer, token_bytes, tokenizer_hash, vocabulary_size
 from ltm_pyro.errors import UsageError
+
+Scored = Literal["all", "completion"]
+Observed = Literal["all", "prompt"]
 
 
 class PackedDataset(Dataset[Row]):
-    """N rows of T tokens (uint16 or uint32) by index, with their tokenizer and manifest.
+    """N rows of at most T tokens (uint16 or uint32) by index, with their tokenizer and manifest.
 
     ``dataset[i]`` is a `Row`; a `torch.utils.data.DataLoader` takes ``collate_fn=dataset.collate``. A shard is read and
     checked when one of its rows is asked for; only the shards used last are kept in memory.
@@ -32,23 +42,45 @@ class PackedDataset(Dataset[Row]):
         place: the pack's folder or address.
         manifest: of the pack.
         tokenizer: of the pack.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"`` or ``"test"``.
         cache: a folder for copies of the shards of a remote pack.
+        score: what is scored of a document that has a prompt: ``all`` of it, or its ``completion``.
+        observe: what q is fitted to: ``all`` of the document, or its ``prompt``.
     """
 
     def __init__(
-        self, place: str | Path, manifest: Manifest, tokenizer: Tokenizer, split: str, cache: Path | None = None
+        self,
+        place: str | Path,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        split: str,
+        cache: Path | None = None,
+        score: Scored = "all",
+        observe: Observed = "all",
     ) -> None:
         self.place, self.manifest, self.tokenizer, self.split = place, manifest, tokenizer, split
+        self.score, self.observe = score, observe
+        for name, value, known in (("score", score, get_args(Scored)), ("observe", observe, get_args(Observed))):
+            if value not in known:
+                raise UsageError(f"{name} is {value!r}: choose from {', '.join(known)}.")
+            if value != "all":
+                manifest.need_documents(place, f"`{name}: {value}`")
         self._cache, self._start_token = cache, end_of_text(tokenizer)
         self.shards: tuple[Shard, ...] = manifest.split(split, place).shards
         self._ends = [*accumulate(shard.sequences for shard in self.shards)]
         self._loaded: OrderedDict[int, Rows] = OrderedDict()  # by shard, the last used last
 
     @classmethod
-    def open(cls, place: str | Path, split: str = "train", cache: Path | None = None) -> "PackedDataset":
+    def open(
+        cls,
+        place: str | Path,
+        split: str = "train",
+        cache: Path | None = None,
+        score: Scored = "all",
+        observe: Observed = "all",
+    ) -> "PackedDataset":
         """One split of the pack at ``place``; raises `UsageError` if there is no pack or no such split."""
-        return cls(place, *open_pack(place), split, cache)
+        return cls(place, *open_pack(place), split, cache, score, observe)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -72,28 +104,69 @@ class PackedDataset(Dataset[Row]):
 
     def read_shard(self, number: int) -> Rows:
         """All rows of one shard."""
-        return read_shard(self.place, self.shards[number], self._cache)
+        shard = self.shards[number]
+        return read_shard(self.place, self.manifest, shard, self._ends[number] - shard.sequences, self._cache)
 
     def ranges(self) -> list[range]:
         """The ids of each shard's rows."""
         return [range(end - shard.sequences, end) for end, shard in zip(self._ends, self.shards, strict=True)]
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
-        """The batch of B ``rows``, with `END_OF_TEXT` as start token."""
-        ids, tokens, lengths, sizes, _ = zip(*rows, strict=True)
-        tokens_BT = torch.from_numpy(np.stack(tokens).astype(np.int64))
-        return make_batch(tokens_BT, torch.tensor(lengths), self._start_token, torch.tensor(ids), torch.tensor(sizes))
+    def lengths_N(self) -> Int[np.ndarray, " N"]:
+        """The tokens of every row, known without reading one; in a stream the last row counts as a full one."""
+        split = self.manifest.splits[self.split]
+        if split.lengths is None:
+            return np.full(len(self), self.manifest.seq_len)
+        return read_lengths(self.place, self.split, split, self.manifest.seq_len)
+
+    def collate(self, rows: Sequence[Row], length: int = 0) -> Batch:
+        """The batch of B ``rows``, padded to the longest or to ``length``, with `END_OF_TEXT` as start token.
+
+        A prompt that is not scored, or alone observed, is masked as `PackedDataset` was told.
+        """
+        length = max(length, *(len(row.tokens_T) for row in rows))
+        if self.manifest.rows == "stream":
+            length = self.manifest.seq_len
+        tokens_BT = torch.full((len(rows), length), self._start_token)
+        for tokens_T, row in zip(tokens_BT, rows, strict=True):
+            tokens_T[: len(row.tokens_T)] = torch.from_numpy(row.tokens_T.astype(np.int64))
+        lengths_B, ids_B, bytes_B = (
+            torch.tensor(x) for x in zip(*((len(row.tokens_T), row.id, row.bytes) for row in rows), strict=True)
+        )
+        batch = make_batch(tokens_BT, lengths_B, self._start_token, ids_B, bytes_B)
+        if all(row.parts for row in rows):
+            batch = batch._replace(parts=tuple(row.parts for row in rows))
+        if self.score == self.observe == "all":
+            return batch
+        if unknown := [row.parts[0].document.id for row in rows if row.prompt is None]:
+            raise UsageError(
+                f"document {unknown[0]} has no prompt, which `score: completion` and `observe: prompt` need: give "
+                f'"prompt" and "completion" in every record.'
+            )
+        prompt_BT = torch.arange(length) < torch.tensor([row.prompt for row in rows])[:, None]
+        return batch._replace(
+            mask_BT=batch.mask_BT & ~prompt_BT if self.score == "completion" else batch.mask_BT,
+            bytes_B=self._completion_bytes(rows) if self.score == "completion" else batch.bytes_B,
+            observed_BT=batch.mask_BT & prompt_BT if self.observe == "prompt" else batch.mask_BT,
+        )
+
+    def _completion_bytes(self, rows: Sequence[Row]) -> Int[Tensor, " B"]:
+        return torch.tensor([int(self._bytes_V[row.tokens_T[row.prompt :]].sum()) for row in rows])
+
+    @cached_property
+    def _bytes_V(self) -> Int[np.ndarray, " V"]:
+        return token_bytes(self.tokenizer)
 
 
 class BatchDataset(Dataset[Batch]):
-    """A `PackedDataset` indexed by lists of ids, as a `DistributedBatchSampler` gives them."""
+    """A `PackedDataset` indexed by the batches of a sampler: a list of ids, or ids and the length to pad to."""
 
     def __init__(self, dataset: PackedDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, ids: list[int]) -> Batch:
+    def __getitem__(self, wanted: list[int] | PaddedIds) -> Batch:
         """The batch of these rows."""
-        return self._dataset.collate([self._dataset[i] for i in ids])
+        ids, length = wanted if isinstance(wanted, PaddedIds) else (wanted, 0)
+        return self._dataset.collate([self._dataset[i] for i in ids], length)
 
 
 def open_pack(place: str | Path) -> tuple[Manifest, Tokenizer]:
@@ -111,13 +184,20 @@ def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> Pack
     return _pack_documents([Document(f"text:{i}", text, "text") for i, text in enumerate(texts)], tokenizer, seq_len)
 
 
-def load_text_or_pack(path: str | Path, tokenizer: Tokenizer, seq_len: int) -> PackedDataset:
-    """The validation split of a pack, or text in files or a folder packed on the fly with ``tokenizer``.
+def load_text_or_pack(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    split: str = "val",
+    score: Scored = "all",
+    observe: Observed = "all",
+) -> PackedDataset:
+    """A split of a pack, or text in files or a folder packed on the fly with ``tokenizer``, all fields as labels.
 
     Raises `UsageError` if a pack has another tokenizer or sequences longer than ``seq_len``.
     """
     if not is_pack(path):
-        return _pack_documents([*read_documents([path])], tokenizer, seq_len)
+        return _pack_documents([*read_documents([path], Fields(labels=None))], tokenizer, seq_len, score, observe)
     manifest = read_manifest(path)
     expected = tokenizer_hash(tokenizer)
     if manifest.tokenizer_hash != expected:
@@ -131,21 +211,32 @@ def load_text_or_pack(path: str | Path, tokenizer: Tokenizer, seq_len: int) -> P
             f"pack {path} has sequences of {manifest.seq_len} tokens, longer than the model's {seq_len}; "
             f"pack the text again with --seq-len {seq_len}."
         )
-    return PackedDataset.open(path, "val")
+    return PackedDataset.open(path, split, score=score, observe=observe)
 
 
 class _InMemory(PackedDataset):
     """Rows in memory, without shards on disk."""
 
-    def __init__(self, rows: Rows, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, rows: Rows, manifest: Manifest, tokenizer: Tokenizer, score: Scored = "all", observe: Observed = "all"
+    ) -> None:
         self._rows = rows
-        super().__init__("", manifest, tokenizer, "val")
+        super().__init__("", manifest, tokenizer, "val", score=score, observe=observe)
 
     def read_shard(self, number: int) -> Rows:
         return self._rows
 
+    def lengths_N(self) -> Int[np.ndarray, " N"]:
+        return self._rows.lengths_N
 
-def _pack_documents(documents: list[Document], tokenizer: Tokenizer, seq_len: int) -> PackedDataset:
+
+def _pack_documents(
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    score: Scored = "all",
+    observe: Observed = "all",
+) -> PackedDataset:
     parts = [*pack_rows(documents, tokenizer, seq_len)]
     if not parts:
         raise UsageError("no text was given to pack; give at least one document.")
@@ -157,7 +248,9 @@ def _pack_documents(documents: list[Document], tokenizer: Tokenizer, seq_len: in
         tokenizer_hash=tokenizer_hash(tokenizer),
         vocabulary=vocabulary_size(tokenizer),
         seq_len=seq_len,
+        rows="documents",
+        prompts=sum(document.prompt is not None for document in documents),
         dropped=0,
-        splits={"val": Split.of(len(documents), (shard,))},
+        splits={"val": Split.of(len(documents), (shard,), lengths="")},
     )
-    return _InMemory(rows, manifest, tokenizer)
+    return _InMemory(rows, manifest, tokenizer, score, observe)

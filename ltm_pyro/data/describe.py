@@ -24,14 +24,13 @@ def describe(place: str | Path, split: str, samples: int, seed: int) -> Descript
     end, before = end_of_text(dataset.tokenizer), -1
     lengths: Counter[int] = Counter()
     sources: Counter[str] = Counter()
-    for number, shard in enumerate(dataset.shards):
+    for number in range(len(dataset.shards)):
         rows = dataset.read_shard(number)
-        tokens = rows.tokens_NT.reshape(-1)[: shard.tokens]  # only the last row of a split is padded
-        ends = np.flatnonzero(tokens == end)
+        ends = np.flatnonzero(rows.tokens_M == end)
         lengths.update(np.diff(ends, prepend=before).tolist())
         before = before if not len(ends) else int(ends[-1])
-        before -= len(tokens)
-        sources.update(source for row in rows.documents for source in {source for _, source in row})
+        before -= len(rows.tokens_M)
+        sources.update(source for parts in rows.parts for source in {part.document.source for part in parts})
     chosen = np.random.default_rng(seed).choice(len(dataset), min(samples, len(dataset)), replace=False)
     return Description(_by_powers(lengths), dict(sources.most_common()), [_sample(dataset, int(i)) for i in chosen])
 
@@ -46,5 +45,7 @@ def _by_powers(lengths: Counter[int]) -> dict[str, int]:
 
 def _sample(dataset: PackedDataset, index: int) -> dict[str, Any]:
     row = dataset[index]
-    text = dataset.tokenizer.decode(row.tokens_T[: row.length].tolist(), skip_special_tokens=False)
-    return {"id": row.id, "documents": [name for name, _ in row.documents], "text": text}
+    text = dataset.tokenizer.decode(row.tokens_T.tolist(), skip_special_tokens=False)
+    documents = [part.document.id for part in row.parts]
+    labels = dict(row.parts[0].document.labels) if dataset.manifest.rows == "documents" else {}
+    return {"id": row.id, "documents": documents, "labels": labels, "text": text}

@@ -1,68 +1,134 @@
 """Documents from files, folders of them and Hugging Face data sets, read as a stream."""
 
+import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ltm_pyro.data.formats import EXTENSIONS, Text, read_hub, read_texts
+from ltm_pyro.data.formats import EXTENSIONS, Record, file_format, read_hub, read_records
 from ltm_pyro.errors import UsageError
 
 HUB = "hf:"
+Label = str | int | float | bool | None  # None: missing
 
 
 class Document(NamedTuple):
     """One text of the corpus.
 
-    ``id`` is ``"file:index"``, the index counted from 0 within the file; ``source`` is the record's value of
-    ``"source"``, else the file's name.
+    ``id`` is ``"file:line"``, the line counted from 1 with blank lines, or the value of a field; ``source`` is the
+    record's value of ``"source"``, else the file's name. The first ``prompt`` characters of ``text`` are its prompt;
+    None if it has none. ``exact_nats`` is −log p(text), if the text was generated and that is known.
     """
 
     id: str
     text: str
     source: str
+    file: str = ""
+    prompt: int | None = None
+    labels: dict[str, Label] = {}
+    exact_nats: float | None = None
 
 
-def read_documents(inputs: Iterable[str | Path]) -> Iterator[Document]:
+class Fields(NamedTuple):
+    """Which fields of a record become a document's id and labels; ``labels`` None takes all that are single values."""
+
+    id: str | None = None
+    labels: tuple[str, ...] | None = ()
+
+
+def read_documents(inputs: Iterable[str | Path], fields: Fields = Fields()) -> Iterator[Document]:  # noqa: B008
     """Every document of ``inputs``, in order; a folder is searched recursively, sorted by name.
 
-    An input is a file (`EXTENSIONS`), a folder of them, or ``hf:NAME[:CONFIG]``. A `.txt` file is split into documents
-    at runs of two or more empty lines, and at the end of a line if one would be longer than 4 million characters.
-    `.jsonl` has one object per line, with the text under ``"text"`` and optionally a label under ``"source"``; the
-    columns of Parquet and of data sets have the same names. Other keys are ignored, and documents of white space only
-    are dropped. In a folder, hidden files and files of other kinds are skipped. Raises `UsageError` for input that
-    cannot be read in its format.
+    An input is a file, a folder of them, or ``hf:NAME[:CONFIG]``. A `.txt` file is split into documents at runs of two
+    or more empty lines, and at the end of a line if one would be longer than 4 million characters. `.jsonl` has one
+    object per line, with the text under ``"text"`` or in two parts under ``"prompt"`` and ``"completion"``, and
+    optionally a label under ``"source"``; the columns of Parquet and of data sets have the same names. Documents of
+    white space only are dropped. Raises `UsageError` for input that cannot be read in its format, for a label that is
+    no single value, and for a document without the field that was named as its id.
     """
     for given in inputs:
-        for origin, name, texts in _origins(given):
-            index = -1
-            for index, (text, source) in enumerate(found for found in texts if found[0].strip()):
-                yield Document(f"{name}:{index}", text, source or name)
-            if index < 0:
+        for origin, name, records in _origins(given):
+            found = False
+            for record in records:
+                if record.text.strip():
+                    found = True
+                    yield _document(record, name, f"{origin} line {record.line}", fields)
+            if not found:
                 raise UsageError(f"{origin} holds no documents; remove it from the input or give it some text.")
 
 
+def _document(record: Record, name: str, where: str, fields: Fields) -> Document:
+    source, id = record.fields.get("source"), f"{name}:{record.line}"
+    if fields.id is not None:
+        value = record.fields.get(fields.id)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise UsageError(f"{where} has no string or whole number under {fields.id!r}, which was named as the id.")
+        id = str(value)
+    if fields.labels is None:
+        labels: dict[str, Label] = {key: x for key, x in record.fields.items() if isinstance(x, str | int | float)}
+    else:
+        labels = {key: _label(record.fields.get(key), f"{where} has under {key!r}") for key in fields.labels}
+    return Document(id, record.text, source if isinstance(source, str) else name, name, record.prompt, labels, None)
+
+
+def _label(value: Any, where: str) -> Label:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise UsageError(f"{where} {str(value)[:60]}, which is no label: a label is a string, a finite number or missing.")
+
+
 def input_files(given: str | Path) -> list[tuple[Path, str]]:
-    """The files of one input, each with its name in document ids; a data set has none."""
+    """The files of one input, each with its name in document ids; a data set has none.
+
+    In a folder, hidden files are skipped, and files that are neither text by their name nor JSON lines or Parquet by
+    their content: `left_out` names those.
+    """
     path = Path(given)
     if str(given).startswith(HUB):
         return []
     if not path.exists():
         raise UsageError(f"{path} does not exist; give a .txt, .jsonl or .parquet file or a folder of them.")
     if not path.is_dir():
-        if not path.name.endswith(EXTENSIONS):
-            raise UsageError(f"{path} has the unknown extension {path.suffix!r}; convert it to .txt or .jsonl.")
+        if file_format(path) is None:
+            raise UsageError(f"{path} is neither text nor JSON lines nor Parquet; convert it to .txt or .jsonl.")
         return [(path, path.name)]
-    found = [file for file in sorted(path.rglob("*")) if file.name.endswith(EXTENSIONS) and file.is_file()]
-    visible = [(file, file.relative_to(path)) for file in found]
-    visible = [(file, name) for file, name in visible if not any(part.startswith(".") for part in name.parts)]
-    if not visible:
+    found = [(file, name) for file, name in _visible(path) if _is_packed(file)]
+    if not found:
         raise UsageError(f"folder {path} holds no .txt, .jsonl or .parquet files; give a folder that does.")
-    return [(file, name.as_posix()) for file, name in visible]
+    return found
 
 
-def _origins(given: str | Path) -> Iterator[tuple[str, str, Iterator[Text]]]:
-    """Every file or data set of an input: its place, its name in document ids, and its texts."""
+def left_out(given: str | Path) -> list[str]:
+    """The visible files of a folder that `input_files` skips."""
+    path = Path(given)
+    if str(given).startswith(HUB) or not path.is_dir():
+        return []
+    return [name for file, name in _visible(path) if not _is_packed(file)]
+
+
+def _is_packed(file: Path) -> bool:
+    return file.name.endswith(EXTENSIONS) or file_format(file) in (".jsonl", ".parquet")
+
+
+def _visible(folder: Path) -> list[tuple[Path, str]]:
+    """The files of a folder that are not hidden, through links to folders as well, sorted by name."""
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            paths = (Path(here, name) for name in files if not name.startswith("."))
+            found += [(path, path.relative_to(folder).as_posix()) for path in paths if path.is_file()]
+        seen.add(real)
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _origins(given: str | Path) -> Iterator[tuple[str, str, Iterator[Record]]]:
+    """Every file or data set of an input: its place, its name in document ids, and its records."""
     if str(given).startswith(HUB):
         name = str(given).removeprefix(HUB)
         yield str(given), name, read_hub(name)
-    yield from ((str(file), name, read_texts(file)) for file, name in input_files(given))
+    yield from ((str(file), name, read_records(file)) for file, name in input_files(given))

@@ -4,7 +4,7 @@ Shapes: N documents, m shingles, B bands.
 """
 
 import numpy as np
-from jaxtyping import Bool, UInt
+from jaxtyping import Bool, Int, UInt
 
 BANDS, ROWS = 16, 8  # texts with Jaccard similarity s agree in a band with probability 1 − (1 − s^8)^16
 _WIDTH = 24  # bytes of a shingle, from a word's start: some four words
@@ -32,6 +32,20 @@ def repeats(signatures_NB: UInt[np.ndarray, "N B"]) -> Bool[np.ndarray, " N"]:
         _, first, group_N = np.unique(band_N, return_index=True, return_inverse=True)
         repeats_N |= first[group_N] < np.arange(len(band_N))
     return repeats_N
+
+
+def groups(signatures_NB: UInt[np.ndarray, "N B"]) -> Int[np.ndarray, " N"]:
+    """For each document the first one of its group: documents that agree in a band are in one group, transitively."""
+    first_N = np.arange(len(signatures_NB))
+    while True:
+        before_N = first_N
+        for band_N in signatures_NB.T:
+            values, group_N = np.unique(band_N, return_inverse=True)
+            lowest = np.full(len(values), len(first_N))
+            np.minimum.at(lowest, group_N, first_N)
+            first_N = lowest[group_N]
+        if np.array_equal(before_N, first_N):
+            return first_N
 
 
 def _shingles(text: str) -> UInt[np.ndarray, " m"]:

@@ -40,11 +40,16 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 class Encoded(NamedTuple):
-    """A piece of document ``number`` as tokens; `END_OF_TEXT` follows the document's last piece."""
+    """A piece of document ``number`` as tokens; `END_OF_TEXT` follows the document's last piece (``is_last``).
+
+    ``is_prompt`` says whether the piece is of the document's prompt, which is encoded by itself.
+    """
 
     number: int
     document: Document
     tokens: UInt[np.ndarray, " n"]
+    is_prompt: bool
+    is_last: bool
 
 
 def encode_documents(documents: Iterable[tuple[int, Document]], tokenizer: Tokenizer) -> Iterator[Encoded]:
@@ -58,7 +63,8 @@ def encode_documents(documents: Iterable[tuple[int, Document]], tokenizer: Token
     def finish() -> Iterator[Encoded]:
         batch, encoding = waiting.popleft()
         for piece, found in zip(batch, encoding.result(), strict=True):
-            yield Encoded(piece.number, piece.document, np.array(found.ids + [end] * piece.is_last, dtype))
+            tokens = np.array(found.ids + [end] * piece.is_last, dtype)
+            yield Encoded(piece.number, piece.document, tokens, piece.is_prompt, piece.is_last)
 
     with ThreadPoolExecutor(1) as pool:  # the library releases the interpreter's lock, and uses all cores itself
         for batch in _batches(documents):
@@ -71,11 +77,12 @@ def encode_documents(documents: Iterable[tuple[int, Document]], tokenizer: Token
 
 
 class _Piece(NamedTuple):
-    """A piece of document ``number``, and whether it is the document's last."""
+    """A piece of document ``number``, and whether it is of the prompt, and the document's last."""
 
     number: int
     document: Document
     text: str
+    is_prompt: bool
     is_last: bool
 
 
@@ -83,10 +90,12 @@ def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[_Piece]
     batch: list[_Piece] = []
     size = 0
     for number, document in documents:
-        *init, last = text_pieces(document.text)
+        prompt = document.prompt or 0
+        parts = [(text, True) for text in text_pieces(document.text[:prompt]) if prompt]
+        parts += [(text, False) for text in text_pieces(document.text[prompt:])]
         named = document._replace(text="")  # so that the text is freed once it is encoded
-        for text in (*init, last):
-            batch.append(_Piece(number, named, text, text is last))
+        for index, (text, is_prompt) in enumerate(parts, start=1):
+            batch.append(_Piece(number, named, text, is_prompt, index == len(parts)))
             size += len(text)
             if size >= _BATCH:
                 yield batch

@@ -1,6 +1,7 @@
 """One reader per format: plain text, JSON lines and Parquet, compressed or not, and data sets of Hugging Face.
 
-Each yields texts with their source labels, and has only a part of a file in memory.
+Each yields `Record`\\ s, and has only a part of a file in memory. A file's name says its format; if it does not, its
+first bytes do.
 """
 
 import codecs
@@ -10,36 +11,75 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.extras import extra
 
-Text = tuple[str, str | None]  # a text, and its source if the data have one
 LONGEST = 2**22  # characters of a `.txt` document
 _CHUNK = 2**20
+_HEAD = 2**16  # bytes that tell a format
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _BREAK = re.compile(r"\r?\n(?:\r?\n){2,}")  # a line's end and two or more empty lines
 
 
-def read_texts(file: Path) -> Iterator[Text]:
-    """The texts of one file, by its extension; raises `UsageError` if it cannot be read in that format."""
-    yield from _READERS[_format(file)](file)
+class Record(NamedTuple):
+    """One text as its file has it.
+
+    ``line`` is where it begins, counted from 1 with blank lines (its row in a table); the first ``prompt`` characters
+    are its prompt, None if it has none; ``fields`` are all other keys of the record.
+    """
+
+    text: str
+    line: int
+    prompt: int | None = None
+    fields: dict[str, Any] = {}
 
 
-def read_records(file: Path) -> Iterator[Any]:
-    """The objects of a file of JSON lines, compressed or not, with all their keys; nothing for other formats."""
-    if _format(file) == ".jsonl":
-        yield from (record for record, _ in _records(file))
+def read_records(file: Path) -> Iterator[Record]:
+    """The records of one file; raises `UsageError` if it cannot be read in its format."""
+    kind = file_format(file)
+    if kind is None:
+        raise UsageError(f"{file} is neither text nor JSON lines nor Parquet; convert it to .txt or .jsonl.")
+    yield from _READERS[kind](file)
 
 
-def read_hub(name: str) -> Iterator[Text]:
+def file_format(file: Path) -> str | None:
+    """``.txt``, ``.jsonl`` or ``.parquet``: what the name says, else what the content is; None if it is none of them.
+
+    Content that is text, but not JSON lines, is ``.txt``.
+    """
+    named = Path(file.stem if file.suffix in (".gz", ".zst") else file).suffix
+    if named in _READERS:
+        return named
+    with _opened(file) as raw:
+        if raw.read(4) == _PARQUET:
+            return ".parquet"
+    try:
+        head = next(_chunks(file), b"")[:_HEAD]
+    except UsageError:
+        return None
+    first, _, rest = head.lstrip().partition(b"\n")
+    if first.startswith(b"{"):
+        try:
+            return ".jsonl" if isinstance(json.loads(first), dict) else None
+        except ValueError:
+            return None if rest or len(head) < _HEAD else ".jsonl"  # else one long line, of which this is the start
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return None
+    return None if b"\0" in head or first.startswith(b"[") else ".txt"
+
+
+def read_hub(name: str) -> Iterator[Record]:
     """The training split of ``NAME[:CONFIG]``, a data set on the Hugging Face hub or in a local folder, streamed."""
     datasets = extra("datasets", "datasets", f"hf:{name}")
     path, _, config = name.partition(":")
     try:
         records = iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
-        for number, record in enumerate(records):
-            yield text_of(record, f"hf:{name} record {number}")
+        for number, record in enumerate(records, start=1):
+            yield record_of(record, f"hf:{name} record {number}", number)
     except UsageError:
         raise
     except Exception as error:  # the library raises whatever its own libraries do
@@ -47,44 +87,48 @@ def read_hub(name: str) -> Iterator[Text]:
         raise UsageError(f"cannot read hf:{name} ({reason}); check its name, or download it and give files.") from error
 
 
-def text_of(record: Any, where: str) -> Text:
-    """The value of ``"text"`` of one record, and that of ``"source"`` if it is a string."""
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UsageError(f'{where} has no string under the key "text"; name the text of each document "text".')
+def record_of(record: Any, where: str, line: int) -> Record:
+    """The `Record` of an object with ``"text"``, or with ``"prompt"`` and ``"completion"``, the ecosystem's names."""
+    fields = record if isinstance(record, dict) else {}
+    text, prompt, completion = (fields.get(name) for name in ("text", "prompt", "completion"))
+    if isinstance(text, str):
+        used, length = {"text"}, None
+    elif isinstance(prompt, str) and isinstance(completion, str):
+        used, text, length = {"prompt", "completion"}, prompt + completion, len(prompt)
+    else:
+        raise UsageError(
+            f'{where} has no string under the key "text"; name the text of each document "text", or its parts "prompt" '
+            f'and "completion".'
+        )
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UsageError(f"{where} holds half of a surrogate pair, which is not a character; repair it.") from None
-    source = record.get("source")
-    return text, source if isinstance(source, str) else None
+    return Record(text, line, length, {name: value for name, value in fields.items() if name not in used})
 
 
-def _format(file: Path) -> str:
-    return Path(file.stem if file.suffix in (".gz", ".zst") else file).suffix
-
-
-def _txt(file: Path) -> Iterator[Text]:
-    pending = ""
+def _txt(file: Path) -> Iterator[Record]:
+    """A text begins behind two or more empty lines, or where one would be longer than `LONGEST`."""
+    pending, line = "", 1
     for chunk in _decoded(file):
         pending += chunk
         end = len(pending.rstrip("\r\n"))  # the last line ends may be the first half of a break
-        *whole, last = _BREAK.split(pending[:end])
-        pending = last + pending[end:]
-        yield from ((text, None) for text in whole)
+        start = 0
+        for found in _BREAK.finditer(pending, 0, end):
+            yield Record(pending[start : found.start()], line)
+            line += pending.count("\n", start, found.end())
+            start = found.end()
+        pending = pending[start:]
         while len(pending) > LONGEST:
             cut = pending.rfind("\n", 0, LONGEST) + 1 or LONGEST
-            yield pending[:cut], None
+            yield Record(pending[:cut], line)
+            line += pending.count("\n", 0, cut)
             pending = pending[cut:]
-    yield from ((text, None) for text in _BREAK.split(pending))
+    for text in _BREAK.split(pending):
+        yield Record(text, line)
 
 
-def _jsonl(file: Path) -> Iterator[Text]:
-    yield from (text_of(record, where) for record, where in _records(file))
-
-
-def _records(file: Path) -> Iterator[tuple[Any, str]]:
-    """Each line's object, and its place for messages."""
+def _jsonl(file: Path) -> Iterator[Record]:
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
             where = f"{file} line {number}"
@@ -92,19 +136,17 @@ def _records(file: Path) -> Iterator[tuple[Any, str]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"{where} is not valid JSON ({error}); write one JSON object on each line.") from error
-            yield record, where
+            yield record_of(record, where, number)
 
 
-def _parquet(file: Path) -> Iterator[Text]:
+def _parquet(file: Path) -> Iterator[Record]:
     parquet = extra("pyarrow.parquet", "parquet", str(file))
     try:
-        table = parquet.ParquetFile(file)
-        columns = [name for name in ("text", "source") if name in table.schema_arrow.names]
         number = 0
-        for batch in table.iter_batches(256, columns=columns):
+        for batch in parquet.ParquetFile(file).iter_batches(256):
             for record in batch.to_pylist():
-                yield text_of(record, f"{file} row {number}")
                 number += 1
+                yield record_of(record, f"{file} row {number}", number)
     except UsageError:
         raise
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
@@ -143,15 +185,25 @@ def _decode(decoder: codecs.IncrementalDecoder, raw: bytes, file: Path, offset: 
 def _chunks(file: Path) -> Iterator[bytes]:
     """The bytes of ``file``, decompressed; raises `UsageError` if it is cut or damaged."""
     try:
-        with file.open("rb") as raw:
-            if file.suffix == ".zst":
+        with _opened(file) as raw:
+            magic = raw.read(4)
+            raw.seek(0)
+            if magic == _ZSTD or file.suffix == ".zst":
                 yield from _zstandard(raw, file)
                 return
-            with gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw as stream:
+            is_gzip = magic[:2] == _GZIP or file.suffix == ".gz"
+            with gzip.GzipFile(fileobj=raw) if is_gzip else raw as stream:
                 while chunk := stream.read(_CHUNK):
                     yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{file} is damaged or cut ({error}); compress it again.") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}; check the path and its permissions.") from error
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return file.open("rb")
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}; check the path and its permissions.") from error
 

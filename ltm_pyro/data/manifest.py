@@ -2,16 +2,19 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ltm_pyro.data.remote import is_address, read_file
 from ltm_pyro.errors import UsageError
 
+Layout = Literal["documents", "stream"]
+SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-FORMAT = 2
+FORMAT = 3
+OLD = 2  # read as a stream whose rows do not know their documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,26 +31,40 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One part of the corpus; tokens count one `END_OF_TEXT` for each document and no padding, bytes are UTF-8."""
+    """One part of the corpus; tokens count one `END_OF_TEXT` for each document and no padding, bytes are UTF-8.
+
+    ``lengths`` is the SHA-256 of the file that has the tokens of every row; None in a stream, whose rows are full.
+    """
 
     documents: int
     sequences: int
     tokens: int
     bytes: int
     shards: tuple[Shard, ...]
+    lengths: str | None = None
 
     @classmethod
-    def of(cls, documents: int, shards: tuple[Shard, ...]) -> "Split":
+    def of(cls, documents: int, shards: tuple[Shard, ...], lengths: str | None = None) -> "Split":
         """The split of ``shards``, with their sums."""
         sums = {name: sum(getattr(shard, name) for shard in shards) for name in ("sequences", "tokens", "bytes")}
-        return cls(documents=documents, shards=shards, **sums)
+        return cls(documents=documents, shards=shards, lengths=lengths, **sums)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """A label of the documents: ``number``, or ``category`` with its ``values``, sorted by how they look in JSON."""
+
+    kind: str
+    values: tuple[str | int | float | bool, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A pack: ``seq_len`` tokens a sequence, over a vocabulary of V tokens, by split (``"train"``, ``"val"``).
+    """A pack: at most ``seq_len`` tokens a row, over a vocabulary of V tokens, by split (`SPLITS`).
 
-    ``dropped`` counts the documents left out as duplicates of others.
+    ``rows`` says whether a row is one document (or a piece of it), or cut out of a stream of them. ``dropped`` counts
+    the documents left out as duplicates of others, ``prompts`` those that have a prompt; ``exact`` says whether
+    −log p(x) of every document is known.
     """
 
     format: int
@@ -56,6 +73,10 @@ class Manifest:
     seq_len: int
     dropped: int
     splits: dict[str, Split]
+    rows: Layout = "stream"
+    labels: dict[str, Label] = field(default_factory=dict)
+    prompts: int = 0
+    exact: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
@@ -73,6 +94,14 @@ class Manifest:
                 f"pack {place} has no split {name!r} but {sorted(self.splits)}; pack the text again with one."
             )
         return self.splits[name]
+
+    def need_documents(self, place: str | Path, what: str) -> None:
+        """Raises `UsageError` unless every row knows its document, which ``what`` needs."""
+        if self.rows != "documents":
+            raise UsageError(
+                f"{what} needs rows of documents, and those of the pack {place} are cut out of a stream: pack the text "
+                f"again with --rows documents."
+            )
 
 
 def is_pack(place: str | Path) -> bool:
@@ -94,7 +123,8 @@ def read_manifest(place: str | Path) -> Manifest:
         raw = json.loads(read_file(place, MANIFEST))
         _check_format(raw["format"], path)
         splits = {name: _split(split) for name, split in raw.pop("splits").items()}
-        manifest = Manifest(**raw, splits=splits)
+        labels = {name: Label(kind=x["kind"], values=tuple(x["values"])) for name, x in raw.pop("labels", {}).items()}
+        manifest = Manifest(**raw, splits=splits, labels=labels)
         _check_counts(manifest)
         return manifest
     except UsageError:
@@ -106,8 +136,8 @@ def read_manifest(place: str | Path) -> Manifest:
 def _check_format(found: int, path: str) -> None:
     if found > FORMAT:
         raise UsageError(f"{path} has format {found}, newer than the {FORMAT} of this version: update ltm_pyro.")
-    if found < FORMAT:
-        raise UsageError(f"{path} has format {found}, and this version reads {FORMAT}; pack the text again.")
+    if found < OLD:
+        raise UsageError(f"{path} has format {found}, and this version reads {OLD} to {FORMAT}; pack the text again.")
 
 
 def _check_counts(manifest: Manifest) -> None:
@@ -115,8 +145,13 @@ def _check_counts(manifest: Manifest) -> None:
     counts = (manifest.seq_len, manifest.vocabulary, *(x for s in shards for x in (s.size, s.sequences, s.tokens)))
     if not all(isinstance(count, int) and count > 0 for count in counts):
         raise ValueError("a count is no whole number above 0")
-    if not all(split.shards and split == Split.of(split.documents, split.shards) for split in manifest.splits.values()):
-        raise ValueError("a split's counts are not its shards'")
+    for split in manifest.splits.values():
+        if not split.shards or split != Split.of(split.documents, split.shards, split.lengths):
+            raise ValueError("a split's counts are not its shards'")
+        if (manifest.rows == "documents") != (split.lengths is not None):
+            raise ValueError("rows of documents have a file of lengths, and others have none")
+    if manifest.rows not in get_args(Layout):
+        raise ValueError(f"rows are {manifest.rows!r}")
 
 
 def _split(raw: dict[str, Any]) -> Split:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from ltm_pyro.data.manifest import Manifest, Shard
+from ltm_pyro.contracts import DocumentInfo, Part
+from ltm_pyro.data.manifest import Manifest, Shard, Split
 from ltm_pyro.data.remote import read_file
-from ltm_pyro.data.rows import Rows
+from ltm_pyro.data.rows import NO_PROMPT, Rows
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.files import atomic_write
 
@@ -47,10 +49,11 @@ def write_shard(rows: Rows, path: Path) -> Shard:
     )
 
 
-def read_shard(place: str | Path, shard: Shard, cache: Path | None = None) -> Rows:
+def read_shard(place: str | Path, manifest: Manifest, shard: Shard, first: int, cache: Path | None = None) -> Rows:
     """The rows of one shard, every byte and count checked; raises `UsageError` that names the damage.
 
     Args:
+        first: the id of its first row.
         cache: a folder for a copy of the shard, under its SHA-256.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -60,20 +63,38 @@ def read_shard(place: str | Path, shard: Shard, cache: Path | None = None) -> Ro
     _check(path, "SHA-256", hashlib.sha256(content).hexdigest(), shard.sha256)
     samples = group_by_keys(tar_file_expander([{"url": path, "stream": io.BytesIO(content)}]))
     rows = Rows.join([_decode(sample, path) for sample in samples])
+    _check(path, "first row", rows.first, first)
     _check(path, "sequences", len(rows), shard.sequences)
     _check(path, "tokens", int(rows.lengths_N.sum()), shard.tokens)
+    if rows.lengths_N.max() > manifest.seq_len or rows.tokens_M.max() >= manifest.vocabulary:
+        raise UsageError(
+            f"shard {path} has a row of more than {manifest.seq_len} tokens, or a token beyond the vocabulary of "
+            f"{manifest.vocabulary}, which its manifest rules out; pack the text again."
+        )
     return rows
 
 
-def damage(place: str | Path, manifest: Manifest) -> Iterator[tuple[str, Shard, str | None]]:
-    """Split, shard and its damage (None if it is whole), for every shard of a pack."""
+def damage(place: str | Path, manifest: Manifest) -> Iterator[tuple[str, str, str | None]]:
+    """Split, file and its damage (None if it is whole), for every file of rows or lengths of a pack."""
     for name, split in manifest.splits.items():
+        first, found = 0, []
         for shard in split.shards:
+            problem = None
             try:
-                read_shard(place, shard)
-                yield name, shard, None
+                found.append(read_shard(place, manifest, shard, first).lengths_N)
             except UsageError as error:
-                yield name, shard, str(error)
+                problem = str(error)
+            yield name, shard.file, problem
+            first += shard.sequences
+        if split.lengths:
+            problem = None
+            try:
+                lengths_N = read_lengths(place, name, split, manifest.seq_len)
+                if len(found) == len(split.shards) and not np.array_equal(lengths_N, np.concatenate(found)):
+                    problem = f"{place}/{lengths_file(name)} has other lengths than the shards; pack the text again."
+            except UsageError as error:
+                problem = str(error)
+            yield name, lengths_file(name), problem
 
 
 def _content(place: str | Path, shard: Shard, cache: Path | None) -> bytes:
@@ -92,30 +113,70 @@ def _content(place: str | Path, shard: Shard, cache: Path | None) -> bytes:
         raise UsageError(f"cannot keep shards in {cache}: {error.strerror}; choose another data.cache.") from error
 
 
-def _encode(block: Rows) -> dict[str, Any]:
-    """The members of one sample, by extension."""
+def write_lengths(lengths_N: Int[np.ndarray, " N"], path: Path) -> str:
+    """Writes the tokens of every row of a split, and returns the file's SHA-256."""
     npy = io.BytesIO()
-    np.lib.format.write_array(npy, block.tokens_NT, allow_pickle=False)
+    np.lib.format.write_array(npy, lengths_N.astype(np.uint32), allow_pickle=False)
+    with atomic_write(path) as new:
+        new.write_bytes(npy.getvalue())
+    return hashlib.sha256(npy.getvalue()).hexdigest()
+
+
+def read_lengths(place: str | Path, name: str, split: Split, seq_len: int) -> Int[np.ndarray, " N"]:
+    """The tokens of every row of a split of documents, checked against the manifest."""
+    path, content = f"{place}/{lengths_file(name)}", read_file(place, lengths_file(name))
+    _check(path, "SHA-256", hashlib.sha256(content).hexdigest(), str(split.lengths))
+    lengths_N = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False).astype(np.int64)
+    _check(path, "sequences", lengths_N.size, split.sequences)
+    _check(path, "tokens", int(lengths_N.sum()), split.tokens)
+    if lengths_N.min() < 1 or lengths_N.max() > seq_len:
+        raise UsageError(f"{path} has a row that is empty or longer than {seq_len} tokens; pack the text again.")
+    return lengths_N
+
+
+def lengths_file(split: str) -> str:
+    """The name of the file that has the tokens of every row."""
+    return f"{split}-lengths.npy"
+
+
+def _encode(block: Rows) -> dict[str, Any]:
+    """The members of one sample, by extension; a document is described once, rows have its number."""
+    npy = io.BytesIO()
+    np.lib.format.write_array(npy, block.tokens_M, allow_pickle=False)
+    documents = {part.number: part.document for parts in block.parts for part in parts}
     meta = {
         "first": block.first,
         "lengths": block.lengths_N.tolist(),
         "bytes": block.bytes_N.tolist(),
-        "documents": block.documents,
+        "prompts": block.prompts_N.tolist(),
+        "parts": [[(part.number, part.piece, part.offset) for part in parts] for parts in block.parts],
+        "documents": documents,
     }
     return {"__key__": f"{block.first:09d}", _TOKENS: npy.getvalue(), _META: json.dumps(meta).encode()}
 
 
 def _decode(sample: dict[str, Any], path: str) -> Rows:
     try:
-        tokens_NT = np.lib.format.read_array(io.BytesIO(sample[_TOKENS]), allow_pickle=False)
+        tokens = np.lib.format.read_array(io.BytesIO(sample[_TOKENS]), allow_pickle=False)
         meta = json.loads(sample[_META])
-        lengths_N, bytes_N = np.array(meta["lengths"]), np.array(meta["bytes"])
-        documents = [[(name, source) for name, source in row] for row in meta["documents"]]
-        if not len(tokens_NT) == len(lengths_N) == len(bytes_N) == len(documents):
+        lengths_N, bytes_N = np.array(meta["lengths"], np.int64), np.array(meta["bytes"], np.int64)
+        if tokens.dtype.kind != "u" or (lengths_N < 1).any():
+            raise ValueError("its tokens are no whole numbers, or a row has none")
+        if tokens.ndim == 2:  # format 2: padded rows, whose documents are not kept
+            tokens_M = tokens[np.arange(tokens.shape[1]) < lengths_N[:, None]]
+            prompts_N = np.full(len(tokens), NO_PROMPT)
+            parts: list[list[Part]] = [[] for _ in tokens]
+        else:
+            tokens_M, prompts_N = tokens, np.array(meta["prompts"], np.int64)
+            known = {int(number): DocumentInfo(*x) for number, x in meta["documents"].items()}
+            parts = [[Part(n, piece, offset, known[n]) for n, piece, offset in row] for row in meta["parts"]]
+        if not len(lengths_N) == len(bytes_N) == len(prompts_N) == len(parts) or len(tokens_M) != lengths_N.sum():
             raise ValueError("its fields have different lengths")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise UsageError(f"shard {path} has a sample that is not rows ({error!r}); pack the text again.") from error
-    return Rows(first=meta["first"], tokens_NT=tokens_NT, lengths_N=lengths_N, bytes_N=bytes_N, documents=documents)
+    return Rows(
+        first=meta["first"], tokens_M=tokens_M, lengths_N=lengths_N, bytes_N=bytes_N, prompts_N=prompts_N, parts=parts
+    )
 
 
 def _check(path: str, what: str, found: str | int, expected: str | int) -> None:

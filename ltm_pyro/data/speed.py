@@ -3,20 +3,24 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from ltm_pyro.data.batch_sampler import DistributedBatchSampler
+from ltm_pyro.data.batch_sampler import DistributedBatchSampler, TokenBudgetSampler
 from ltm_pyro.data.dataset import BatchDataset, PackedDataset
 
 
 def reading_speed(
     place: str | Path, workers: int = 0, batch_size: int = 32, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Tokens per second over one epoch of the training split: shuffled, checked and in batches, as in training."""
+    """Tokens of text per second over one epoch of training: shuffled, checked and in batches."""
     dataset = PackedDataset.open(place)
-    order = DistributedBatchSampler(dataset.ranges(), batch_size)
+    longest = dataset.manifest.seq_len
+    order: Sampler[Any] = DistributedBatchSampler(dataset.ranges(), batch_size)
+    if dataset.manifest.rows == "documents":
+        order = TokenBudgetSampler(dataset.ranges(), dataset.lengths_N(), batch_size * longest, longest)
     began = clock()
     batches = DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=workers)
-    tokens = sum(batch.inputs_BT.numel() for batch in batches)
+    tokens = sum(int(batch.tokens_B.sum()) for batch in batches)
     return tokens / (clock() - began)

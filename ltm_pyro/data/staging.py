@@ -17,7 +17,9 @@ from typing import Any, TextIO
 from ltm_pyro.data.manifest import MANIFEST, TOKENIZER
 from ltm_pyro.errors import UsageError
 
-_PACKED = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val)-\d+\.tar|journal\.jsonl")
+_PACKED = re.compile(
+    rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val|test)-(\d+\.tar|lengths\.npy)|journal\.jsonl"
+)
 _JOURNAL = "journal.jsonl"  # the settings on the first line, then one line for each finished shard
 
 

@@ -37,8 +37,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return _as_plain_text(tokenizer)
 
 
+def number_tokenizer(vocabulary: int) -> Tokenizer:
+    """The tokenizer of sequences that are no text: the token n is written as the number n, `END_OF_TEXT` is last."""
+    words = {str(n): n for n in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words | {END_OF_TEXT: vocabulary}, unk_token=END_OF_TEXT))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return _as_plain_text(tokenizer)
+
+
 def load_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
-    """The tokenizer saved at ``path``; raises `UsageError` unless it is byte-level and has `END_OF_TEXT`.
+    """The tokenizer saved at ``path``: byte-level or a `number_tokenizer`, with `END_OF_TEXT`; others are refused.
 
     Args:
         content: of that file, if it has been read already.
@@ -52,6 +61,8 @@ def load_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise UsageError(f"tokenizer {path} has no token {END_OF_TEXT}; add it as a special token or use bpe:SIZE.")
     tokenizer = _as_plain_text(tokenizer)
+    if tokenizer_hash(tokenizer) == tokenizer_hash(number_tokenizer(end_of_text(tokenizer))):
+        return tokenizer
     if not _is_byte_level(tokenizer):
         raise UsageError(f"tokenizer {path} does not keep every byte of a text; give a byte-level BPE or use bpe:SIZE.")
     if missing := {*pre_tokenizers.ByteLevel.alphabet()} - tokenizer.get_vocab(with_added_tokens=False).keys():

@@ -43,7 +43,7 @@ def infer_local(
     """
     with no_param_store(model):
         with torch.no_grad():
-            batch = batch if batch.stem_BTD is not None else model.prepare(batch)
+            batch = (batch if batch.stem_BTD is not None else model.prepare(batch)).observed
         with frozen(model):
             first = initial_state(model, guide, batch, inference, state)
             state, terms = driver(inference)(model, guide, batch, inference, first, rates)
@@ -81,10 +81,15 @@ def training_loss(
     """
     if inference.cuda_graph and inference.slow_gradient == "trajectory":
         raise UsageError("A CUDA graph cannot capture the slow gradient of a trajectory: set slow_gradient to last.")
+    if batch.observed_BT is not None and inference.slow_gradient == "trajectory":
+        raise UsageError(
+            "Where q sees other tokens than are scored, the fast steps' loss is not the slow step's: set "
+            "slow_gradient to last."
+        )
     with no_param_store(model):
         batch = model.prepare(batch)
         stem_BTD = None if batch.stem_BTD is None else batch.stem_BTD.detach()
-        fast_batch = batch._replace(stem_BTD=stem_BTD)  # no backward pass through the stem in the fast steps
+        fast_batch = batch.observed._replace(stem_BTD=stem_BTD)  # no backward pass through the stem in the fast steps
         averaged = inference.slow_gradient == "trajectory"
         trajectory = TrajectoryGradient(model, guide, stem_BTD, batch.stem_BTD) if averaged else None
         with nullcontext() if trajectory else frozen(model):
@@ -239,7 +244,8 @@ def run_cuda_graph(
     key = replace(inference, rate=1.0, init=Init()), repr([rates and rates(name) for name in state.parameters])
     modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
     weights = [x for module in modules for x in (*module.parameters(), *module.buffers())]
-    return graph_cache(guide, rate.device)(key, run, (batch, state, steps, rate), weights)
+    tensors = batch._replace(parts=None)  # a graph is captured per value of what is no tensor
+    return graph_cache(guide, rate.device)(key, run, (tensors, state, steps, rate), weights)
 
 
 Driver = Callable[..., tuple[LocalState, ElboTerms]]

@@ -9,17 +9,23 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from ltm_pyro.data import PackedDataset, read_manifest
-from ltm_pyro.data.batch_sampler import DistributedBatchSampler
-from ltm_pyro.data.dataset import BatchDataset
+from ltm_pyro.data.batch_sampler import DistributedBatchSampler, TokenBudgetSampler
+from ltm_pyro.data.dataset import BatchDataset, Observed, Scored
 from ltm_pyro.errors import UsageError
 
 
 class PackedData(pl.LightningDataModule):
-    """Batches of a packed corpus (``ltm data pack``), in an order that `DistributedBatchSampler` fixes for every epoch.
+    """Batches of a packed corpus (``ltm data pack``), in an order that the sampler fixes for every epoch.
+
+    Rows of documents are batched with others of like length (`TokenBudgetSampler`), those of a stream are all equally
+    long (`DistributedBatchSampler`).
 
     Args:
         directory: the packed data, a folder or an address (https://, s3://, gs://).
-        batch_size: B, sequences per step and rank.
+        batch_size: B, sequences per step and rank; of documents, as many as would fill B rows of full length.
+        tokens: the most tokens per step and rank, with padding, instead of ``batch_size``.
+        score: what is scored of a document that has a prompt: ``all`` of it, or its ``completion``.
+        observe: what q is fitted to: ``all`` of the document, or its ``prompt``.
         workers: DataLoader worker processes, which prefetch batches; 0 reads in the training process.
         on_damage: ``stop`` at the first shard that differs from the manifest, or check all of them before training and
             ``skip`` those.
@@ -31,6 +37,9 @@ class PackedData(pl.LightningDataModule):
         self,
         directory: str,
         batch_size: int = 32,
+        tokens: int | None = None,
+        score: Scored = "all",
+        observe: Observed = "all",
         workers: int = 0,
         on_damage: Literal["stop", "skip"] = "stop",
         cache: str | None = None,
@@ -39,7 +48,10 @@ class PackedData(pl.LightningDataModule):
         super().__init__()
         if batch_size < 1 or workers < 0:
             raise UsageError(f"`data` needs batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}.")
+        if tokens is not None and tokens < 1:
+            raise UsageError(f"`data.tokens` is {tokens}: give a budget of at least 1, or leave it out.")
         self.directory, self.batch_size, self.workers, self.seed = directory, batch_size, workers, seed
+        self.tokens, self.score, self.observe = tokens, score, observe
         self.on_damage, self.cache = on_damage, Path(cache) if cache else None
         self._skipped: set[int] = set()  # numbers of damaged shards
         self._position = (0, 0)  # epoch and step from which a training is resumed
@@ -63,7 +75,7 @@ class PackedData(pl.LightningDataModule):
 
     def _problems(self) -> dict[int, str]:
         """What is wrong with damaged shards, by number; warns of them, and refuses data of which nothing is left."""
-        dataset, problems = PackedDataset.open(self.directory, "train", self.cache), {}
+        dataset, problems = self._open("train"), {}
         for number in range(len(dataset.shards)):
             try:
                 dataset.read_shard(number)
@@ -78,21 +90,37 @@ class PackedData(pl.LightningDataModule):
             warnings.warn(f"{count} ({names}): {first}", stacklevel=2)
         return problems
 
+    def _open(self, split: str) -> PackedDataset:
+        return PackedDataset.open(self.directory, split, self.cache, self.score, self.observe)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Every training sequence once an epoch."""
-        dataset = PackedDataset.open(self.directory, "train", self.cache)
+        dataset = self._open("train")
         sound = [ids for number, ids in enumerate(dataset.ranges()) if number not in self._skipped]
-        order = DistributedBatchSampler(sound, self.batch_size, *self._ranks, seed=self.seed)
+        order = self._sampler(dataset, sound, *self._ranks)
         order.resume(*self._position)
         return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every held-out sequence once, in the order of the shards; if fewer than ranks, all of them on every rank."""
-        dataset = PackedDataset.open(self.directory, "val", self.cache)
+        """Every held-out sequence once; if there are fewer than ranks, all of them on every rank."""
+        dataset = self._open("val")
         rank, ranks = self._ranks if len(dataset) >= self._ranks[1] else (0, 1)
-        size = min(self.batch_size, len(dataset) // ranks)
-        order = DistributedBatchSampler(dataset.ranges(), size, rank, ranks, shuffle=False)
+        order = self._sampler(dataset, dataset.ranges(), rank, ranks, shuffle=False)
         return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order)
+
+    def _sampler(
+        self, dataset: PackedDataset, shards: list[range], rank: int, ranks: int, shuffle: bool = True
+    ) -> TokenBudgetSampler | DistributedBatchSampler:
+        longest = dataset.manifest.seq_len
+        if dataset.manifest.rows == "documents":
+            budget = self.batch_size * longest if self.tokens is None else self.tokens
+            lengths_N = dataset.lengths_N()
+            return TokenBudgetSampler(shards, lengths_N, budget, longest, rank, ranks, self.seed, shuffle)
+        size = self.batch_size if self.tokens is None else self.tokens // longest
+        if size < 1:
+            raise UsageError(f"`data.tokens` is {self.tokens}, fewer than one row of {longest} tokens: raise it.")
+        size = size if shuffle else min(size, len(dataset) // ranks)
+        return DistributedBatchSampler(shards, size, rank, ranks, seed=self.seed, shuffle=shuffle)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data after the last finished batch."""
@@ -115,4 +143,6 @@ class PackedData(pl.LightningDataModule):
                 )
 
     def _identity(self, ranks: int) -> dict[str, int]:
-        return {"sequences": self.sequences, "global_batch": self.batch_size * ranks}
+        if self.tokens is None:
+            return {"sequences": self.sequences, "global_batch": self.batch_size * ranks}
+        return {"sequences": self.sequences, "global_tokens": self.tokens * ranks}

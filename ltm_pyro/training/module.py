@@ -164,6 +164,7 @@ class LTMModule(pl.LightningModule):
                 "train/slow_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
                 "train/fast_steps": float(inference.steps),
                 "train/flops": self.flops.clone(),
+                "train/padding": 1 - batch.tokens_B.sum() / batch.mask_BT.numel(),
                 "step": float(self.global_step),
             }
         )

@@ -12,16 +12,16 @@ def copy(packed, tmp_path):
 
 
 def test_an_intact_pack_is_called_intact(packed, ltm):
-    assert ltm("data", "verify", packed)[:2] == (0, f"{packed}: all 2 shards are intact.\n")
+    assert ltm("data", "verify", packed)[:2] == (0, f"{packed}: all 6 files are intact.\n")
     code, out, _ = ltm("data", "verify", packed, "--json")
-    assert (code, json.loads(out)) == (0, {"pack": str(packed), "shards": 2, "damaged": {}})
+    assert (code, json.loads(out)) == (0, {"pack": str(packed), "files": 6, "damaged": {}})
 
 
 def test_damaged_shards_are_named(copy, ltm):
     shard = copy / "val-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
     code, out, err = ltm("data", "verify", copy)
-    assert (code, err) == (2, f"ltm data verify: 1 of 2 shards of {copy} are damaged: val-000000.tar.\n")
+    assert (code, err) == (2, f"ltm data verify: 1 of 6 files of {copy} are damaged: val-000000.tar.\n")
     assert out.startswith(f"shard {shard} is damaged: its size in bytes is ")
     code, out, _ = ltm("data", "verify", copy, "--json")
     assert (code, list(json.loads(out)["damaged"])) == (2, ["val-000000.tar"])
@@ -48,7 +48,7 @@ def test_the_reader_is_timed(packed, ltm):
 
 def test_bad_packs_are_refused(packed, copy, refused, tmp_path):
     assert "not a packed corpus" in refused("data", "verify", tmp_path)
-    assert "no split 'test'" in refused("data", "show", packed, "--split", "test")
+    assert "no split 'dev'" in refused("data", "show", packed, "--split", "dev")
     (copy / "tokenizer.json").unlink()
     assert "cannot read" in refused("data", "show", copy)
 

@@ -23,5 +23,5 @@ def packed(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("packs") / "pack"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ltm_pyro.data.shards.BLOCK", 8)  # several samples a shard
-        pack([corpus], out, tokenizer="bpe:300", seq_len=16, val_fraction=0.2, shard_rows=20)
+        pack([corpus], out, tokenizer="bpe:300", seq_len=16, val_fraction=0.2, test_fraction=0.1, shard_rows=20)
     return out

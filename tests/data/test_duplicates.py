@@ -1,12 +1,18 @@
 import json
 import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ltm_pyro.data.dataset import PackedDataset
-from ltm_pyro.data.duplicates import repeats, signature
+from ltm_pyro.data.duplicates import groups, repeats, signature
+from ltm_pyro.data.manifest import SPLITS, read_manifest
 from ltm_pyro.data.pack import pack
+from ltm_pyro.errors import UsageError
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=2 + i % 8)) for i in range(500)]
 
@@ -52,9 +58,35 @@ def test_only_the_first_of_several_stays(tmp_path, kind, left):
     manifest = pack([path], tmp_path / "out", tokenizer="bpe:300", seq_len=32, val_fraction=0.3, drop_duplicates=kind)
     assert sum(split.documents for split in manifest.splits.values()) == left
     assert manifest.dropped == 60 - left
-    names = [{n for row in PackedDataset.open(tmp_path / "out", s) for n, _ in row.documents} for s in ("train", "val")]
-    assert not names[0] & names[1]
-    if kind == "near":
-        assert {int(name.split(":")[1]) % 20 for name in names[0]} & {
-            int(n.split(":")[1]) % 20 for n in names[1]
-        } == set()
+    numbers = [{row.parts[0].number for row in PackedDataset.open(tmp_path / "out", split)} for split in SPLITS]
+    where = [{(min(n, 39 - n) if n < 40 else n - 40) for n in found} for found in numbers]  # the original of each
+    assert sum(map(len, where)) == 20 == len(set.union(*where))
+
+
+def test_groups_are_transitive():
+    signatures_NB = np.array([[1, 2], [3, 4], [1, 9], [7, 9], [8, 8], [7, 4]], np.uint64)
+    assert groups(signatures_NB).tolist() == [0, 0, 0, 0, 4, 0]
+
+
+@given(st.lists(st.integers(0, 30), min_size=3, max_size=40), st.integers(0, 5))
+@settings(max_examples=25)
+def test_no_document_and_no_near_duplicate_is_in_two_splits(numbers, seed):
+    """Repeated texts are the same up to a word; what agrees in a band of the signature is on one side."""
+    texts = [changed(text(n, 60), 0.02, i) for i, n in enumerate(numbers)]
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "a.jsonl")
+        path.write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
+        fractions = {"val_fraction": 0.3, "test_fraction": 0.2, "seed": seed}
+        marks = np.stack([signature(x) for x in texts])
+        if not groups(marks).any():
+            with pytest.raises(UsageError, match="are the same or similar"):
+                pack([path], Path(folder, "out"), tokenizer="bpe:257", seq_len=64, **fractions)
+            return
+        pack([path], Path(folder, "out"), tokenizer="bpe:257", seq_len=64, **fractions)
+        side = {}
+        for split in read_manifest(Path(folder, "out")).splits:
+            for row in PackedDataset.open(Path(folder, "out"), split):
+                assert side.setdefault(row.parts[0].number, split) == split
+    assert len(side) == len(texts)
+    meet_NN = (marks[:, None] == marks).any(-1)
+    assert all(side[a] == side[b] for a, b in np.argwhere(meet_NN).tolist())

@@ -51,9 +51,13 @@ def test_txt_is_split_alike_whatever_the_pieces(tmp_path_factory, text, chunk):
     file.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "_CHUNK", chunk)
-        assert [t for t, _ in formats.read_texts(file) if t.strip()] == [
+        found = [record for record in formats.read_records(file) if record.text.strip()]
+        assert [record.text for record in found] == [
             t for t in formats._BREAK.split(text.rstrip("\r\n")) if t.strip()
         ] or text.rstrip("\r\n") != text
+        lines = text.split("\n")
+        for record in found:  # begins at its line
+            assert "\n".join(lines[record.line - 1 :]).startswith(record.text)
 
 
 def test_an_endless_text_is_cut_at_a_line(tmp_path, monkeypatch):
@@ -77,7 +81,7 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"text": TEXTS, "source": ["x", "y", "z"], "n": [1, 2, 3]}), file, row_group_size=2)
     assert [(d.text, d.source) for d in read_documents([file])] == list(zip(TEXTS, "xyz", strict=True))
     pq.write_table(pa.table({"body": TEXTS}), file)
-    with pytest.raises(UsageError, match=r'a.parquet row 0 has no string under the key "text"'):
+    with pytest.raises(UsageError, match=r'a.parquet row 1 has no string under the key "text"'):
         texts(file)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UsageError, match=r"cannot read \S+a.parquet as Parquet"):

@@ -99,7 +99,7 @@ def loader():
 def test_damage_is_found_by_verification_and_by_training(copy, loader, kind):
     path = copy / "train-000000.tar"
     DAMAGE[kind](path)
-    found = {shard.file: problem for _, shard, problem in damage(copy, read_manifest(copy)) if problem}
+    found = {file: problem for _, file, problem in damage(copy, read_manifest(copy)) if problem}
     assert path.name in found
     assert set(found) <= {path.name, "train-000001.tar"}
     with pytest.raises(UsageError, match=r"train-00000\d\.tar") as caught:
@@ -135,7 +135,7 @@ def test_counts_are_checked_at_the_end(copy, count):
     shard = read_manifest(copy).splits["val"].shards[0]
     wrong = dataclasses.replace(shard, **{count: getattr(shard, count) + 1})
     with pytest.raises(UsageError, match=re.escape(f"{shard.file} is damaged: its {count} is")):
-        list(read_shard(copy, wrong))
+        list(read_shard(copy, read_manifest(copy), wrong, 0))
 
 
 @pytest.mark.parametrize(
@@ -244,16 +244,16 @@ def refuse_sample(folder, members):
 
 
 def test_unknown_splits_and_folders_are_refused(packed, tmp_path):
-    refused(packed, "has no split 'test' but ['train', 'val']", "test")
+    refused(packed, "has no split 'dev' but ['test', 'train', 'val']", "dev")
     refused(tmp_path, f"{tmp_path} is not a packed corpus (no manifest.json); make one with `ltm data pack`.")
 
 
 def test_manifests_that_cannot_be_understood_are_refused(copy):
     manifest = read_manifest(copy)
     write_manifest(dataclasses.replace(manifest, format=99), copy)
-    refused(copy, "manifest.json has format 99, newer than the 2 of this version: update ltm_pyro.")
+    refused(copy, "manifest.json has format 99, newer than the 3 of this version: update ltm_pyro.")
     write_manifest(dataclasses.replace(manifest, format=1), copy)
-    refused(copy, "manifest.json has format 1, and this version reads 2; pack the text again.")
+    refused(copy, "manifest.json has format 1, and this version reads 2 to 3; pack the text again.")
     (copy / "manifest.json").write_text('{"format": 2}')
     refused(copy, "manifest.json cannot be read as a manifest")
     (copy / "manifest.json").write_text("[]")

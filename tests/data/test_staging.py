@@ -37,7 +37,7 @@ def test_a_failed_replacement_keeps_the_old_pack(corpus, tmp_path):
     small(corpus, out, seq_len=8)
     before = contents(out)
     with pytest.raises(UsageError, match="fewer than one sequence"):
-        small(corpus, out, seq_len=10**6, force=True)
+        small(corpus, out, seq_len=10**6, rows="stream", force=True)
     assert contents(out) == before
     assert list(tmp_path.iterdir()) == [out]
 

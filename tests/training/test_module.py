@@ -36,13 +36,17 @@ def make_module(thoughts=2, **options):
     return LTMModule(**parts | {"inference": few, "evaluation": few, "vocabulary": VOCABULARY} | options)
 
 
+def make_data(folder, **settings):
+    text = "\n\n\n".join(f"the {i} small words of a long day are {i * 7} old" for i in range(40))
+    (folder / "words.txt").write_text(text)
+    tokenizer = f"bpe:{VOCABULARY}"
+    pack([folder / "words.txt"], folder / "packed", tokenizer=tokenizer, seq_len=16, val_fraction=0.1, **settings)
+    return PackedData(str(folder / "packed"), batch_size=8)
+
+
 @pytest.fixture
 def data(tmp_path):
-    text = "\n\n\n".join(f"the {i} small words of a long day are {i * 7} old" for i in range(40))
-    (tmp_path / "words.txt").write_text(text)
-    directory = tmp_path / "packed"
-    pack([tmp_path / "words.txt"], directory, tokenizer=f"bpe:{VOCABULARY}", seq_len=16, val_fraction=0.1)
-    return PackedData(str(directory), batch_size=8)
+    return make_data(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +183,7 @@ def test_a_bad_gradient_names_the_sequences_of_every_accumulated_batch(train, tm
         train(module, max_steps=2, accumulate_grad_batches=2)
     lines = [json.loads(line) for line in (tmp_path / NONFINITE).read_text().splitlines()]
     assert [line["what"] for line in lines] == ["gradient"] * 2
-    assert [len({*line["ids"]}) for line in lines] == [16, 16]
+    assert all(len({*line["ids"]}) == len(line["ids"]) > 8 for line in lines)
     assert not {*lines[0]["ids"]} & {*lines[1]["ids"]}
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
 
@@ -232,11 +236,19 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(train, tmp_path)
     assert path.read_bytes() == before
 
 
-def test_the_golden_curve(data):
+GOLDEN = {
+    "golden_curve.txt": {"rows": "stream", "test_fraction": 0.0, "keep_together": "exact"},  # as before format 3
+    "golden_documents.txt": {"rows": "documents"},
+}
+
+
+@pytest.mark.parametrize(("name", "settings"), GOLDEN.items(), ids=GOLDEN)
+def test_the_golden_curve(tmp_path, name, settings):
     """Twenty seeded steps in float64, as stored: a refactor that moves them has changed the training.
 
-    After a change that is meant to, write the found losses into ``golden_curve.txt`` and say why in the commit.
+    After a change that is meant to, write the found losses into the file and say why in the commit.
     """
+    data = make_data(tmp_path, **settings)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     losses = []
@@ -251,7 +263,7 @@ def test_the_golden_curve(data):
     options = {"precision": "64-true", "gradient_clip_val": 1.0, "logger": False, "limit_val_batches": 0}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     Trainer(max_steps=20, max_epochs=-1, accelerator="cpu", **options, **quiet).fit(module, datamodule=data)
-    stored = [float(line) for line in (Path(__file__).parent / "golden_curve.txt").read_text().split()]
+    stored = [float(line) for line in (Path(__file__).parent / name).read_text().split()]
     torch.testing.assert_close(losses, stored, rtol=1e-7, atol=0, msg=lambda text: f"{text}\n{losses}")
 
 
@@ -313,3 +325,22 @@ def test_training_without_thoughts_needs_a_joint_that_can(train):
     baseline = make_module(joint=OwnJoint, thoughts=0, inference=LocalInference(steps=0))
     check_model(baseline.model, baseline.guide, baseline.leaves_out_thoughts)
     assert train(baseline, max_steps=2).global_step == 2
+
+
+def test_q_of_the_prompt_alone_trains_with_the_last_gradient(tmp_path, train):
+    records = [{"prompt": "the day ", "completion": f"is {n} old"} for n in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    tokenizer = f"bpe:{VOCABULARY}"
+    pack([tmp_path / "a.jsonl"], tmp_path / "prompts", tokenizer=tokenizer, seq_len=16, keep_together="exact")
+    batch = next(iter(PackedData(str(tmp_path / "prompts"), score="completion", observe="prompt").train_dataloader()))
+    module = make_module()
+    found = training_loss(module.model, module.guide, batch, LocalInference(steps=2, slow_gradient="last"))
+    assert found.loss.isfinite()
+    swapped = batch._replace(targets_BT=torch.where(batch.observed_BT, batch.targets_BT, 0))
+    torch.manual_seed(0)
+    one = training_loss(module.model, module.guide, batch, LocalInference(steps=2, slow_gradient="last")).state
+    torch.manual_seed(0)
+    other = training_loss(module.model, module.guide, swapped, LocalInference(steps=2, slow_gradient="last")).state
+    torch.testing.assert_close(one.parameters, other.parameters)  # q has not seen the completion
+    with pytest.raises(UsageError, match="Where q sees other tokens than are scored"):
+        training_loss(module.model, module.guide, batch, LocalInference(steps=2, slow_gradient="trajectory"))

@@ -58,7 +58,7 @@ def held_out_texts(run: Run, count: int) -> list[str]:
     """The beginnings of ``count`` held-out sequences, as long as the generated texts."""
     dataset, length = held_out(run), min(LENGTH, run.length)
     rows = (dataset[index] for index in range(len(dataset)))
-    texts = decode(run, [row.tokens_T[: min(length, row.length)].tolist() for row in islice(rows, count)])
+    texts = decode(run, [row.tokens_T[:length].tolist() for row in islice(rows, count)])
     if len(texts) < 2:
         raise UsageError("The run's held-out data has fewer than two sequences: pack it with a larger --val-fraction.")
     return texts

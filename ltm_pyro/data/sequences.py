@@ -1,0 +1,102 @@
+"""Sequences of a generator, one per row and with their exact −log p(x), as a pack like any other."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ltm_pyro.contracts import DocumentInfo, Part
+from ltm_pyro.data.manifest import FORMAT, SPLITS, TOKENIZER, Label, Manifest, Shard, Split, write_manifest
+from ltm_pyro.data.pack import SHARD_ROWS, describe_label, split_by_hash
+from ltm_pyro.data.rows import NO_PROMPT, Rows
+from ltm_pyro.data.shards import lengths_file, write_lengths, write_shard
+from ltm_pyro.data.staging import staged
+from ltm_pyro.data.tokenizer import number_tokenizer, token_dtype, tokenizer_hash, vocabulary_size
+from ltm_pyro.errors import UsageError
+
+
+def pack_sequences(
+    sequences: Iterable[Sequence[int] | np.ndarray],
+    out: str | Path,
+    vocabulary: int,
+    *,
+    exact_nats: Sequence[float] | None = None,
+    prompts: Sequence[int] | None = None,
+    labels: Mapping[str, Sequence[str | int | float | bool | None]] | None = None,
+    val_fraction: float = 0.02,
+    test_fraction: float = 0.02,
+    seed: int = 0,
+    force: bool = False,
+) -> Manifest:
+    """Packs N sequences of numbers from 0 to ``vocabulary`` − 1, one per row, and returns the manifest.
+
+    Nothing is appended to a sequence; the start token is ``vocabulary``, so that a model of these data has
+    ``vocabulary`` + 1 tokens. Equal sequences are in one split. ``ltm evaluate`` prints ``exact_nats`` beside the
+    estimators, as the same texts' exact figure.
+
+    Args:
+        exact_nats: −log p(x) of every sequence under its generator.
+        prompts: how many tokens at the start of each sequence are its prompt.
+        labels: by name, one value per sequence; None where it is missing.
+    """
+    found = [np.asarray(tokens) for tokens in sequences]
+    labels, tokenizer = labels or {}, number_tokenizer(vocabulary)
+    columns = {"exact_nats": exact_nats, "prompts": prompts, **labels}
+    if wrong := {name: len(x) for name, x in columns.items() if x is not None and len(x) != len(found)}:
+        raise UsageError(f"There are {len(found)} sequences, but {wrong} values: give one value per sequence.")
+    for number, tokens in enumerate(found):
+        if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
+            raise UsageError(f"Sequence {number} is no list of at least one whole number.")
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise UsageError(f"Sequence {number} has a token outside of 0 to {vocabulary - 1}.")
+    if exact_nats is not None and not all(map(math.isfinite, exact_nats)):
+        raise UsageError("exact_nats has a value that is not finite: -log p(x) of a sequence that occurs is.")
+    digests_N = [hashlib.sha256(b"%d\n" % seed + x.astype("<i8").tobytes()).digest()[:8] for x in found]
+    sides_N = split_by_hash(np.frombuffer(b"".join(digests_N), ">u8").astype(np.uint64), val_fraction, test_fraction)
+    settings = {"sequences": hashlib.sha256(b"".join(digests_N)).hexdigest(), "seed": seed}
+    with staged(out, force, settings) as staging:
+        (staging.folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
+        splits = {}
+        for side, name in enumerate(SPLITS, start=1):
+            numbers = np.flatnonzero(sides_N == side).tolist()
+            shards: list[Shard] = []
+            for first in range(0, len(numbers), SHARD_ROWS):
+                chosen = numbers[first : first + SHARD_ROWS]
+                parts = [
+                    Part(n, 0, 0, DocumentInfo(f"sequence:{n}", labels={k: x[n] for k, x in labels.items()}))
+                    for n in chosen
+                ]
+                if exact_nats is not None:
+                    parts = [
+                        x._replace(document=x.document._replace(exact_nats=float(exact_nats[x.number]))) for x in parts
+                    ]
+                rows = Rows(
+                    first=first,
+                    tokens_M=np.concatenate([found[n] for n in chosen]).astype(token_dtype(tokenizer)),
+                    lengths_N=np.array([len(found[n]) for n in chosen]),
+                    bytes_N=np.zeros(len(chosen), np.int64),
+                    prompts_N=np.array([NO_PROMPT if prompts is None else int(prompts[n]) for n in chosen]),
+                    parts=[[part] for part in parts],
+                )
+                shards.append(write_shard(rows, staging.folder / f"{name}-{len(shards):06d}.tar"))
+            if numbers:
+                lengths_N = np.array([len(found[n]) for n in numbers])
+                lengths = write_lengths(lengths_N, staging.folder / lengths_file(name))
+                splits[name] = Split.of(len(numbers), tuple(shards), lengths)
+        kinds: dict[str, Label] = {name: describe_label(values) for name, values in labels.items()}
+        manifest = Manifest(
+            format=FORMAT,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            vocabulary=vocabulary_size(tokenizer),
+            seq_len=max(map(len, found)),
+            rows="documents",
+            labels=kinds,
+            prompts=0 if prompts is None else len(found),
+            exact=exact_nats is not None,
+            dropped=0,
+            splits=splits,
+        )
+        write_manifest(manifest, staging.folder)
+    return manifest
