@@ -2,19 +2,34 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, Evaluation, check_estimators
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from ltm_pyro.evaluation.documents import Exact
 
 # options that have an effect only without or only with --suite, and their defaults
-OF_ESTIMATORS: dict[str, Any] = {"data": None, "estimators": ",".join(DEFAULT), "block": 16, "normaliser": None}
+OF_ESTIMATORS: dict[str, Any] = {
+    "data": None,
+    "split": "val",
+    "score": "all",
+    "observe": "all",
+    "by_document": None,
+    "estimators": ",".join(DEFAULT),
+    "block": 16,
+    "normaliser": None,
+}
 OF_SUITES: dict[str, Any] = {
     "suite_dir": None,
     "source": [],
@@ -31,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm evaluate`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; by default the run's own")
+    about = "of packed data: val, train or test; how often test was scored is kept in the run"
+    parser.add_argument("--split", metavar="NAME", choices=SPLITS, help=about)
+    about = "of documents with a prompt: score `all` or the `completion`"
+    parser.add_argument("--score", choices=("all", "completion"), help=about)
+    about = "of documents with a prompt: fit q to `all` or to the `prompt`"
+    parser.add_argument("--observe", choices=("all", "prompt"), help=about)
+    about = "write the figures of each document, one JSON object per line, with its id and labels"
+    parser.add_argument("--by-document", type=Path, metavar="FILE", help=about)
     parser.add_argument("--estimators", metavar="A,B,…", help=f"any of {', '.join(ESTIMATORS)}")
     parser.add_argument("--samples", type=at_least(1), default=16, metavar="S", help="draws per sequence after the fit")
     parser.add_argument(
@@ -71,10 +94,15 @@ def run(args: argparse.Namespace) -> int:
         return _suites(args)
     estimators = args.estimators.split(",")
     check_estimators(estimators)
-    from ltm_pyro.evaluation.evaluate import evaluate_run
+    from ltm_pyro.evaluation.documents import document_scores, exact_figure
+    from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use
     from ltm_pyro.runs.load import load_run
 
     trained = load_run(args.run, args.device)
+    uses = None
+    if args.split == "test":
+        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        uses = record_test_use(folder, args.data or trained.data)
     evaluation = evaluate_run(
         trained,
         args.data,
@@ -85,11 +113,26 @@ def run(args: argparse.Namespace) -> int:
         args.seed,
         args.block,
         args.normaliser,
+        args.split,
+        args.score,
+        args.observe,
     )
+    if args.by_document:
+        with atomic_write(args.by_document) as new:
+            lines = (json.dumps(found.as_dict(), ensure_ascii=False) + "\n" for found in document_scores(evaluation))
+            new.write_text("".join(lines), "utf-8")
+    exact = exact_figure(evaluation)
     if args.json:
-        print(json.dumps(evaluation.as_dict()))
+        found = evaluation.as_dict() | {"split": args.split, "score": args.score, "observe": args.observe}
+        found |= {
+            "exact": exact and {"rate": asdict(exact.rate), "excess": {n: asdict(x) for n, x in exact.excess.items()}}
+        }
+        print(json.dumps(found | {"test_uses": uses}))
     else:
-        Console().print(_table(evaluation, args.run))
+        console = Console()
+        console.print(_table(evaluation, args.run, exact))
+        if uses is not None:
+            console.print(f"This is the test split, and it was scored {uses or 'an unknown number of'} times with it.")
     return 0
 
 
@@ -142,7 +185,7 @@ def _sources(given: list[str]) -> dict[str, str]:
     return sources
 
 
-def _table(evaluation: Evaluation, title: str) -> Table:
+def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
     e = evaluation
     title = f"{title}: {e.sequences:,} sequences, {e.tokens:,} tokens, {e.bytes:,} bytes"
     table = Table("estimator", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
@@ -151,6 +194,10 @@ def _table(evaluation: Evaluation, title: str) -> Table:
     for name, s in e.estimates.items():
         figures = (s.nats_per_token, s.stderr_nats_per_token, s.perplexity, s.bits_per_byte, s.kl_nats_per_token)
         table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no")
+    if exact:
+        table.add_row("exact", f"{exact.rate.nats_per_token:.4f}", f"{exact.rate.stderr_nats_per_token:.4f}")
+        for name, x in exact.excess.items():
+            table.add_row(f"{name} - exact", f"{x.nats_per_token:.4f}", f"{x.stderr_nats_per_token:.4f}")
     if e.thinking_gain:
         gain = (e.thinking_gain.nats_per_token, e.thinking_gain.stderr_nats_per_token)
         table.add_row("prior - bound", *(f"{x:.4f}" for x in gain))

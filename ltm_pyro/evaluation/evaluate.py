@@ -3,9 +3,13 @@
 Shapes: B sequences.
 """
 
+import json
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ltm_pyro.data import PackedDataset, load_text_or_pack
+from ltm_pyro.data.dataset import Observed, Scored
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import log_weights
@@ -37,6 +42,9 @@ def evaluate_run(
     seed: int = 0,
     block: int = 16,
     normaliser: int | None = None,
+    split: str = "val",
+    score: Scored = "all",
+    observe: Observed = "all",
 ) -> Evaluation:
     """The nats, perplexity and bits per byte of a data set under every estimator, q fitted to each sequence.
 
@@ -53,10 +61,16 @@ def evaluate_run(
         block: tokens per block of the estimator ``causal``.
         normaliser: number of draws with which the constant of an unnormalised prior is estimated; figures that use the
             estimate are not bounds.
+        split: of packed data.
+        score: what is scored of a document with a prompt: ``all`` of it, or its ``completion``.
+        observe: what q is fitted to: ``all`` of the document, or its ``prompt``.
     """
     model = with_estimated_normaliser(run.model, normaliser) if normaliser else run.model
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
-    dataset = held_out(run) if data is None else load_text_or_pack(data, run.tokenizer, run.length)
+    if data is None:
+        dataset = held_out(run, split, score, observe)
+    else:
+        dataset = load_text_or_pack(data, run.tokenizer, run.length, split, score, observe)
     chosen = Subset(dataset, range(len(dataset))[:limit])
     batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate)
     console = Console(stderr=True)
@@ -94,8 +108,23 @@ def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
     return pareto_k(torch.cat(parts))
 
 
-def held_out(run: Run) -> PackedDataset:
-    """The held-out split of the data that the run was trained on."""
+def held_out(run: Run, split: str = "val", score: Scored = "all", observe: Observed = "all") -> PackedDataset:
+    """A held-out split of the data that the run was trained on."""
     if not is_pack(run.data):
         raise UsageError(f"The run's own data is no longer at {run.data}: give packed data or a text with --data.")
-    return load_text_or_pack(run.data, run.tokenizer, run.length)
+    return load_text_or_pack(run.data, run.tokenizer, run.length, split, score, observe)
+
+
+TEST_USES = "test-uses.jsonl"  # in a run's folder
+
+
+def record_test_use(run: Path, data: str) -> int:
+    """Notes in the run's folder that its test split is scored now; returns how often it was, this time included.
+
+    The note is written before there is a figure: a figure that was looked at and thrown away has been used as well.
+    """
+    with suppress(OSError), (run / TEST_USES).open("a+", encoding="utf-8") as file:  # a run may not be writable
+        file.write(json.dumps({"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "data": data}) + "\n")
+        file.seek(0)
+        return sum(json.loads(line)["data"] == data for line in file)
+    return 0

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ltm_pyro.contracts import Batch, Guide, Init, LocalParameters, Model
+from ltm_pyro.contracts import Batch, Guide, Init, LocalParameters, Model, Part
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights, missing_bound, normalisers, prior_log_likelihood
 from ltm_pyro.inference.local import infer_local
@@ -150,6 +150,15 @@ class Score:
     is_bound: bool
 
 
+class RowScores(NamedTuple):
+    """Every sequence's id, documents (None if not known), tokens, and nats and KL by estimator."""
+
+    ids_B: Tensor
+    parts: tuple[tuple[Part, ...], ...] | None
+    tokens_B: Tensor
+    scores: dict[str, NatsAndKL]
+
+
 @dataclass(frozen=True)
 class Rate:
     """Nats per token over a whole text, and the standard error over sequences."""
@@ -164,7 +173,8 @@ class Evaluation:
 
     ``thinking_gain`` is ``prior`` − ``bound``, the improvement by inference; None if one of them was not requested.
     ``excluded`` are the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an
-    estimator's name to the reason why it is not defined for this model and guide.
+    estimator's name to the reason why it is not defined for this model and guide. ``rows`` are the figures of every
+    sequence.
     """
 
     tokens: int
@@ -174,10 +184,12 @@ class Evaluation:
     estimates: dict[str, Score]
     thinking_gain: Rate | None = None
     unavailable: dict[str, str] = field(default_factory=dict)
+    rows: "RowScores | None" = field(default=None, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dictionaries for JSON; non-finite numbers, such as the standard error of one sequence, become None."""
-        result = asdict(self)
+        """Plain dictionaries for JSON, without ``rows``; non-finite numbers become None."""
+        result = asdict(replace(self, rows=None))
+        del result["rows"]
         for score in (*result["estimates"].values(), result["thinking_gain"] or {}):
             score.update({k: None for k, v in score.items() if isinstance(v, float) and not math.isfinite(v)})
         return result
@@ -238,18 +250,21 @@ def evaluate(
     estimators = [name for name in estimators if name not in missing]
     results: dict[str, list[NatsAndKL]] = {name: [] for name in estimators}
     counts: list[tuple[Tensor, ...]] = []
+    parts: list[tuple[tuple[Part, ...], ...] | None] = []
     for index, batch in enumerate(batches):
         problem = fit_problem(model, guide, batch, inference, samples, (seed, index), block)
         for name in estimators:
             results[name].append(estimate(problem, name, (seed, index)))
         counts.append((batch.tokens_B, batch.bytes_B, batch.ids_B))
+        parts.append(batch.parts)
     nats_and_kl = {name: NatsAndKL(*_concatenate(parts)) for name, parts in results.items()}
     tokens_B, bytes_B, ids_B = _concatenate(counts)
     evaluation = _summarise(nats_and_kl, tokens_B, bytes_B, ids_B, samples)
     if normalisers(model):  # the normaliser is at best an estimate, so that no score is known to be a bound
         scores = {name: replace(score, is_bound=False) for name, score in evaluation.estimates.items()}
         evaluation = replace(evaluation, estimates=scores)
-    return replace(evaluation, unavailable=missing)
+    documents = None if None in parts else tuple(row for found in parts for row in found or ())
+    return replace(evaluation, unavailable=missing, rows=RowScores(ids_B, documents, tokens_B, nats_and_kl))
 
 
 def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[str, str]:

@@ -1,9 +1,13 @@
 """`ltm evaluate`: one JSON object, the same to the last digit, for packed data and for text."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
+from ltm_pyro.data import pack_sequences
+from ltm_pyro.evaluation.evaluate import TEST_USES
 from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS
 from ltm_pyro.models import cached_decoding
 from ltm_pyro.runs.load import build_run
@@ -144,3 +148,73 @@ def test_thoughts_are_chosen_and_interpolated(run, ltm):
     found = json.loads(ltm("generate", run, "--interpolate", "a day", "old people", "--num-samples", 3, *options)[1])
     assert found["interpolate"] == ["a day", "old people"]
     assert len(found["samples"]) == 3
+
+
+def test_each_documents_figures_are_joined_with_it_on_its_id(run, ltm, tmp_path):
+    records = [
+        {"text": "the people read", "year": 1, "kind": "1"},
+        {"text": "the people read", "year": 2.5, "kind": None},
+        {"text": "a long text about time, " * 9, "year": 3},
+        {"prompt": "the people ", "completion": "read", "good": True},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, records)))
+    out = tmp_path / "scores.jsonl"
+    options = ("--data", tmp_path / "a.jsonl", "--estimators", "bound,iwae", "--json")
+    code, printed, _ = ltm("evaluate", run, *options, "--by-document", out)
+    scores = {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert (code, list(scores)) == (0, [f"a.jsonl:{2 * n + 1}" for n in range(4)])
+    for n, record in enumerate(records):
+        found = scores[f"a.jsonl:{2 * n + 1}"]
+        expected = {name: x for name, x in record.items() if name in ("year", "kind", "good") and x is not None}
+        assert found["labels"] == expected
+        assert {name: type(x) for name, x in found["labels"].items()} == {k: type(x) for k, x in expected.items()}
+        assert found["tokens"] > found["pieces"] > 0
+    assert scores["a.jsonl:5"]["pieces"] > 1
+    total = json.loads(printed)
+    assert sum(x["tokens"] for x in scores.values()) == total["tokens"]
+    nats = sum(x["bound_nats"] for x in scores.values()) / total["tokens"]
+    assert nats == pytest.approx(total["estimates"]["bound"]["nats_per_token"])
+
+
+def test_an_evaluation_on_the_test_split_is_marked_and_counted(run, ltm):
+    for use in (1, 2):
+        found = json.loads(ltm("evaluate", run, "--split", "test", "--estimators", "bound", "--json")[1])
+        assert (found["split"], found["test_uses"]) == ("test", use)
+    out = ltm("evaluate", run, "--split", "test", "--estimators", "bound")[1]
+    assert "This is the test split, and it was scored 3 times with it." in out
+    assert json.loads(ltm("evaluate", run, "--estimators", "bound", "--json")[1])["test_uses"] is None
+    (run / TEST_USES).unlink()
+
+
+def test_what_is_observed_changes_the_fit_and_what_is_scored_the_figure(run, ltm, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "the people ", "completion": "read a text"}) + "\n")
+    figures = {}
+    for score in ("all", "completion"):
+        for observe in ("all", "prompt"):
+            options = ("--score", score, "--observe", observe, "--estimators", "bound", "--json")
+            found = json.loads(ltm("evaluate", run, "--data", tmp_path / "a.jsonl", *options)[1])
+            assert (found["score"], found["observe"]) == (score, observe)
+            figures[score, observe] = (
+                found["tokens"],
+                found["estimates"]["bound"]["kl_nats_per_token"] * found["tokens"],
+            )
+    assert figures["all", "all"][0] == figures["all", "prompt"][0] > figures["completion", "all"][0]
+    for observe in ("all", "prompt"):  # the same q, whatever is scored
+        assert figures["all", observe][1] == pytest.approx(figures["completion", observe][1])
+    assert figures["all", "all"][1] != pytest.approx(figures["all", "prompt"][1])
+
+
+def test_sequences_with_a_known_truth_have_it_in_the_table(ltm, recipe, tmp_path):
+    """Fair coins: whatever the model, the exact figure is log 2, and no bound is below it by more than chance."""
+    coins = np.random.default_rng(0).integers(0, 2, (200, 8))
+    pack_sequences(coins, tmp_path / "coins", 2, exact_nats=[8 * math.log(2)] * 200, val_fraction=0.3)
+    options = ("--data.directory", tmp_path / "coins", "--run", tmp_path / "run")
+    assert ltm("fit", "--config", recipe, *options)[0] == 0
+    found = json.loads(ltm("evaluate", tmp_path / "run", "--estimators", "bound", "--json")[1])
+    assert found["exact"]["rate"]["nats_per_token"] == pytest.approx(math.log(2))
+    excess = found["exact"]["excess"]["bound"]
+    assert excess["nats_per_token"] == pytest.approx(
+        found["estimates"]["bound"]["nats_per_token"] - math.log(2), abs=1e-9
+    )
+    assert excess["nats_per_token"] > 0
+    assert "bound - exact" in ltm("evaluate", tmp_path / "run", "--estimators", "bound")[1]

@@ -1,0 +1,76 @@
+"""What an evaluation says of each document, and of documents whose exact −log p(x) is known.
+
+Shapes: B sequences.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ltm_pyro.contracts import DocumentInfo
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.estimators import Evaluation, Rate
+from ltm_pyro.utils.statistics import ratio_standard_error
+
+
+class DocumentScore(NamedTuple):
+    """A document's figures: the sums over its pieces, in nats; ``pieces`` counts the rows that it fills."""
+
+    document: DocumentInfo
+    pieces: int
+    tokens: int
+    nats: dict[str, float]  # by estimator
+    kl: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """One flat object: join it with the input on ``id``."""
+        info = self.document
+        exact = {} if info.exact_nats is None else {"exact_nats": info.exact_nats}
+        figures = {f"{name}_nats": x for name, x in self.nats.items()} | {f"{n}_kl": x for n, x in self.kl.items()}
+        found = {"id": info.id, "file": info.file, "labels": dict(info.labels)}
+        return found | {"pieces": self.pieces, "tokens": self.tokens} | exact | figures
+
+
+def document_scores(evaluation: Evaluation) -> list[DocumentScore]:
+    """The figures of every document that was scored, in the order of the corpus."""
+    rows = evaluation.rows
+    if rows is None or rows.parts is None or any(len(parts) != 1 for parts in rows.parts):
+        raise UsageError(
+            "These rows do not know their documents, because they are cut out of a stream: pack the text again with "
+            "--rows documents."
+        )
+    of: dict[int, list[int]] = {}
+    for index, (part,) in enumerate(rows.parts):
+        of.setdefault(part.number, []).append(index)
+    scores = []
+    for _, found in sorted(of.items()):
+        info = rows.parts[found[0]][0].document
+        nats = {name: float(result.nats_B[found].sum()) for name, result in rows.scores.items()}
+        kl = {name: float(result.kl_B[found].sum()) for name, result in rows.scores.items()}
+        scores.append(DocumentScore(info, len(found), int(rows.tokens_B[found].sum()), nats, kl))
+    return scores
+
+
+class Exact(NamedTuple):
+    """The exact figure of texts that a generator made, and by how much each estimator is above it (paired)."""
+
+    rate: Rate
+    excess: Mapping[str, Rate]
+
+
+def exact_figure(evaluation: Evaluation) -> Exact | None:
+    """The exact nats per token; None unless −log p(x) of every document is known, and each fills one row."""
+    rows = evaluation.rows
+    if rows is None or rows.parts is None or any(len(parts) != 1 for parts in rows.parts):
+        return None
+    documents = [parts[0].document for parts in rows.parts]
+    known = [info.exact_nats for info in documents if info.exact_nats is not None]
+    if len(known) < len(documents) or len({parts[0].number for parts in rows.parts}) < len(documents):
+        return None
+    exact_B, tokens_B = torch.tensor(known, dtype=torch.float64), rows.tokens_B
+
+    def rate(nats_B: torch.Tensor) -> Rate:
+        return Rate((nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B).item())
+
+    return Exact(rate(exact_B), {name: rate(result.nats_B - exact_B) for name, result in rows.scores.items()})
