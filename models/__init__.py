@@ -9,6 +9,7 @@ from ltm_pyro.models.hierarchical import HierarchicalPrior
 from ltm_pyro.models.latent_thought import LatentThoughtModel
 from ltm_pyro.models.learned_gaussian import LearnedGaussianPrior
 from ltm_pyro.models.linear_gaussian import LinearGaussianModel, TwoModesModel
+from ltm_pyro.models.long_documents import PiecewiseDecoder
 from ltm_pyro.models.mixture import MixturePrior
 from ltm_pyro.models.sparse import SparsePrior
 
@@ -23,6 +24,7 @@ __all__ = [
     "LearnedGaussianPrior",
     "LinearGaussianModel",
     "MixturePrior",
+    "PiecewiseDecoder",
     "SparsePrior",
     "TwoModesModel",
 ]

@@ -91,8 +91,12 @@ class Decoder(CachedDecoding):
         self.register_buffer("rotary_angles", rotary_angles, persistent=False)
         self._init_weights(zero_init_cross_attention)
 
-    def stem(self, inputs_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """The part that z does not enter: all up to the self-attention of the first layer that attends to thoughts."""
+    def stem(self, inputs_BT: Int[Tensor, "B T"], start: int = 0) -> Float[Tensor, "B T D"]:
+        """The part that z does not enter: all up to the self-attention of the first layer that attends to thoughts.
+
+        Args:
+            start: the position of the first token, if it is in the middle of a document.
+        """
         if inputs_BT.shape[1] > self.length:
             raise UsageError(
                 f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
@@ -104,20 +108,24 @@ class Decoder(CachedDecoding):
                 f"The batch is on {inputs_BT.device}, but the model on {weight_VD.device}: "
                 f'move one of them, such as batch.to("{weight_VD.device}").'
             )
-        angles, first = self.rotary_angles[: inputs_BT.shape[1]], self.thought_layers[0] - 1
+        angles, first = self._angles(start, inputs_BT.shape[1]), self.thought_layers[0] - 1
         x_BTD = F.embedding(inputs_BT, weight_VD, sparse=True)  # a gradient of the rows in use, not of V x D
         for block in self.layer_list[:first]:
             x_BTD = self._run(block, x_BTD, angles, None)
         return self.layer_list[first].attend_to_tokens(x_BTD, angles)
 
     def forward(
-        self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"] | None
+        self, stem_BTD: Float[Tensor, "B T D"], z_BLKD: Float[Tensor, "... B L K thought"] | None, start: int = 0
     ) -> Float[Tensor, "... B T D"]:
-        """The last hidden states, for all leading axes of z; without cross-attention if z is None."""
+        """The last hidden states, for all leading axes of z; without cross-attention if z is None.
+
+        Args:
+            start: as for `stem`; a token's position counts where it attends to thoughts, which have positions as well.
+        """
         lead = () if z_BLKD is None else z_BLKD.shape[:-4]
         x_BTD = stem_BTD.expand(*lead, *stem_BTD.shape).flatten(0, len(lead))
         thoughts = self.thought_kv(None if z_BLKD is None else z_BLKD.flatten(0, len(lead)))
-        angles, first = self.rotary_angles[: stem_BTD.shape[1]], self.thought_layers[0] - 1
+        angles, first = self._angles(start, stem_BTD.shape[1]), self.thought_layers[0] - 1
         x_BTD = self._run(self.layer_list[first].after_self_attention, x_BTD, angles, thoughts[first])
         for block, kv in zip(self.layer_list[first + 1 :], thoughts[first + 1 :], strict=True):
             x_BTD = self._run(block, x_BTD, angles, kv)
@@ -126,6 +134,13 @@ class Decoder(CachedDecoding):
     def logits(self, hidden_BTD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         """Unnormalised log-probabilities of all tokens: hidden · embeddingᵀ."""
         return F.linear(hidden_BTD, self.embedding.weight)
+
+    def _angles(self, start: int, tokens: int) -> Tensor:
+        """The rotary angles of positions, also beyond `length`."""
+        if start + tokens <= len(self.rotary_angles):
+            return self.rotary_angles[start : start + tokens]
+        position = torch.arange(start, start + tokens, device=self.rotary_angles.device)
+        return rotation(position, self.width // self.heads)
 
     def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled():  # no random numbers inside, so no random state to preserve

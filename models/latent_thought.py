@@ -1,5 +1,6 @@
 """A Latent-Thought Language Model as a Pyro program: thoughts from the prior, tokens from the decoder."""
 
+import copy
 from typing import cast
 
 import pyro
@@ -10,6 +11,7 @@ from torch import Tensor
 from ltm_pyro.contracts import TOKENS, Batch, Prior, sequence_plate
 from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.long_documents import PiecewiseDecoder
 from ltm_pyro.nn.cross_entropy import LateGradient
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.nn.token_categorical import TokenCategorical
@@ -40,6 +42,12 @@ class LatentThoughtModel(PyroModule):
         """Samples the thoughts of ``size`` sequences."""
         with sequence_plate(size), full_precision(next(self.decoder.parameters())):
             return self.prior()
+
+    def with_long_documents(self) -> "LatentThoughtModel":
+        """The same model, weights shared, for documents of any length under one z each (`PiecewiseDecoder`)."""
+        long = copy.copy(self)
+        long._modules = {**self._modules, "decoder": PiecewiseDecoder(self.decoder)}
+        return long
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch with the decoder's stem, the part of the network that does not depend on z."""

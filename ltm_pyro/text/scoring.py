@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +37,9 @@ class Scoring:
         block: tokens between two fits of ``causal``.
         seed: the random seed.
         batch_size: texts fitted together.
+        longer: what happens to a text longer than the model: ``split`` into rows with thoughts of their own, or scored
+            as a ``whole`` under one z, alone in its batch (`ltm_pyro.models.PiecewiseDecoder` says what fits in
+            memory).
     """
 
     estimator: str = "iwae"
@@ -45,6 +48,7 @@ class Scoring:
     block: int = 16
     seed: int = 0
     batch_size: int = 32
+    longer: Literal["split", "whole"] = "split"
 
     def __post_init__(self) -> None:
         check_estimators([self.estimator], self.samples)
@@ -83,15 +87,33 @@ class ContinuationScore(NamedTuple):
 def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> list[TextScore]:
     """The score of every text as a document: `END_OF_TEXT` is appended and scored, as in packed data.
 
-    A text longer than the model is split into rows of T tokens, each with thoughts of its own.
+    A text longer than the model is split into rows of T tokens, each with thoughts of its own, or scored whole under
+    one z (``scoring.longer``).
     """
     scoring = scoring or Scoring()
     unavailable(run.model, run.guide, [scoring.estimator])
     if empty := [index for index, text in enumerate(texts) if not text]:
         raise UsageError(f"Text {empty[0]} is empty: there is nothing to score; leave it out.")
     documents = [encode_document(run.tokenizer, text) for text in texts]
-    rows = [(index, row) for index, tokens in enumerate(documents) for row in split_tokens(tokens, run.length)]
+    whole = {index for index, tokens in enumerate(documents) if len(tokens) > run.length and scoring.longer == "whole"}
+    rows = [
+        (index, row)
+        for index, tokens in enumerate(documents)
+        for row in split_tokens(tokens, run.length)
+        if index not in whole
+    ]
     nats, inference = [0.0] * len(texts), scoring.inference or run.inference
+    if whole and not hasattr(run.model, "with_long_documents"):
+        raise UsageError(
+            f"Text {min(whole)} is longer than the model's {run.length} tokens, and {type(run.model).__name__} has no "
+            f"`with_long_documents`: score it split."
+        )
+    for index in sorted(whole):
+        model: Any = run.model
+        model, tokens, seed = model.with_long_documents(), documents[index], (scoring.seed, index)
+        batch = batch_of_rows([tokens], run.start_token, len(tokens), run.device)
+        problem = fit_problem(model, run.guide, batch, inference, scoring.samples, seed, scoring.block)
+        nats[index] = estimate(problem, scoring.estimator, seed).nats_B.item()
     for number, first in enumerate(range(0, len(rows), scoring.batch_size)):
         chunk, seed = rows[first : first + scoring.batch_size], (scoring.seed, number)
         batch = batch_of_rows([row for _, row in chunk], run.start_token, run.length, run.device)

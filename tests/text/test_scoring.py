@@ -168,3 +168,15 @@ def test_without_a_density_there_is_no_bound(run):
     with pytest.raises(UsageError, match="No figure for bound: Point has no density; ask for prior, causal"):
         score(run, ["short"], Scoring(estimator="bound"))
     assert score(run, ["short"], Scoring(estimator="causal"))[0].nats > 0
+
+
+def test_a_long_text_is_scored_under_one_z_as_in_one_long_row(tiny_run):
+    text = "the people read a long text about time, " * 3
+    short, long = tiny_run(), tiny_run(length=512)
+    long.model.load_state_dict(short.model.state_dict())
+    assert short.length < len(encode_document(short.tokenizer, text)) < long.length
+    for estimator in ("bound", "iwae", "causal"):
+        whole = Scoring(estimator=estimator, samples=4, longer="whole")
+        (one,), (other,) = score(short, [text], whole), score(long, [text], whole)
+        assert one.nats == pytest.approx(other.nats, rel=1e-9)
+        assert score(short, [text], replace(whole, longer="split"))[0].nats != pytest.approx(one.nats)
