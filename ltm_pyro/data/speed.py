@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from ltm_pyro.data.batch_sampler import DistributedBatchSampler
 from ltm_pyro.data.dataset import BatchDataset, PackedDataset
+from ltm_pyro.utils.processes import end_with_parent
 
 
 def reading_speed(
@@ -17,6 +18,8 @@ def reading_speed(
     dataset = PackedDataset.open(place)
     order = DistributedBatchSampler(dataset.ranges(), batch_size)
     began = clock()
-    batches = DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=workers)
+    batches = DataLoader(
+        BatchDataset(dataset), batch_size=None, sampler=order, num_workers=workers, worker_init_fn=end_with_parent
+    )
     tokens = sum(batch.inputs_BT.numel() for batch in batches)
     return tokens / (clock() - began)

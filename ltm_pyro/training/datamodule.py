@@ -12,6 +12,7 @@ from ltm_pyro.data import PackedDataset, read_manifest
 from ltm_pyro.data.batch_sampler import DistributedBatchSampler
 from ltm_pyro.data.dataset import BatchDataset
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.processes import end_with_parent
 
 
 class PackedData(pl.LightningDataModule):
@@ -84,7 +85,13 @@ class PackedData(pl.LightningDataModule):
         sound = [ids for number, ids in enumerate(dataset.ranges()) if number not in self._skipped]
         order = DistributedBatchSampler(sound, self.batch_size, *self._ranks, seed=self.seed)
         order.resume(*self._position)
-        return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=self.workers)
+        return DataLoader(
+            BatchDataset(dataset),
+            batch_size=None,
+            sampler=order,
+            num_workers=self.workers,
+            worker_init_fn=end_with_parent,
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every held-out sequence once, in the order of the shards; if fewer than ranks, all of them on every rank."""
