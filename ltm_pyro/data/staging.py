@@ -34,9 +34,10 @@ class Staging:
             if path.name not in kept:  # another pack's, or what a killed process has not finished
                 path.unlink()
         journal.seek(0)
-        journal.truncate()
-        for line in (settings, *self.entries):  # written again, because the last line may be cut off
-            self._write(line)
+        text = journal.read()
+        journal.truncate(len(text[: text.rfind("\n") + 1].encode()) if known else 0)  # the last line may be cut off
+        if not known:
+            self._write(settings)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Appends a finished shard to the journal."""
@@ -61,7 +62,12 @@ def staged(out: str | Path, force: bool, settings: dict[str, Any]) -> Iterator[S
     try:
         _check_free(out, force)
         with _journal(_folder(out), out) as journal:
-            staging = Staging(_folder(out), journal, settings)
+            try:
+                staging = Staging(_folder(out), journal, settings)
+            except OSError:
+                if not any(_folder(out).glob("*.tar")):  # otherwise finished shards are in there
+                    shutil.rmtree(_folder(out), ignore_errors=True)
+                raise
             yield staging
             _check_free(out, force)
             _move(staging.folder, out)

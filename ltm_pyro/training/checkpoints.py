@@ -7,11 +7,14 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
@@ -33,6 +36,20 @@ class Saving:
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise UsageError(f"`checkpoints` needs every ≥ 1 and keep ≥ 1, got {self.every} and {self.keep}.")
+
+
+class LocalFile(TorchCheckpointIO):
+    """Writes a checkpoint to the path that it is given.
+
+    Lightning's own would write it to the system's temporary folder first, where a killed training leaves it, and moves
+    it from there.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes the file; an `OSError` if the disk is full, which torch's own writer would not raise."""
+        content = BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getbuffer())
 
 
 class Checkpoints(Checkpoint):

@@ -19,7 +19,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.training import model_config, plugins
 from ltm_pyro.training.callbacks import check_callbacks
-from ltm_pyro.training.checkpoints import Saving
+from ltm_pyro.training.checkpoints import LocalFile, Saving
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.metrics import COLUMNS
 from ltm_pyro.training.model_config import complaint, load_recipe
@@ -263,6 +263,7 @@ def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
     try:
         ours = any(isinstance(callback, Checkpoint) for callback in settings["callbacks"])
         folder = local_path(run, "--run")
+        settings["plugins"] = [*_listed(settings["plugins"]), *([LocalFile()] if ours else [])]
         trainer = pl.Trainer(**settings, **FIXED, enable_checkpointing=ours, default_root_dir=folder)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UsageError(lightning_complaint(error)) from None

@@ -162,7 +162,7 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
             f"ran out of memory: lower `data.workers`, and {_advice(run)}."
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UsageError(
             f"The disk under {run} is full at step {trainer.global_step}: free some space and {_advice(run)}."
