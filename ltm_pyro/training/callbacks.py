@@ -19,7 +19,6 @@ REFUSED = {  # Lightning's callback -> why it does not go with this training, or
     "ProgressBar": "there is a progress line already: leave it out",
     "SpikeDetection": "it forgets what it has seen when a training is resumed: set `model.on_nonfinite`",
     "StochasticWeightAveraging": "it would replace the schedule of the slow rate: leave it out",
-    "WeightAveraging": "the averages would be lost when a training is resumed: leave it out",
 }
 FOR_LOGGERS = ("DeviceStatsMonitor", "LearningRateMonitor", "ThroughputMonitor")  # metrics.csv has no columns for them
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ltm_pyro.contracts import Batch
@@ -149,6 +149,8 @@ class Checkpoints(Checkpoint):
 
     def on_validation_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
         """Stops a validation after a signal; a training that is resumed begins it anew."""
+        if self._is_averaged(trainer):
+            return
         self._stopping = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
         if self._stopping:
             self._save_end(trainer, module)
@@ -159,9 +161,16 @@ class Checkpoints(Checkpoint):
         self._validating = False
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Saves the last step of an epoch, after the other callbacks have seen its end."""
-        is_whole = trainer.fit_loop.epoch_loop.batch_progress.current.processed >= trainer.fit_loop.max_batches
-        if self._due and is_whole:
+        """Saves the last step of an epoch, and that of the training, after the other callbacks have seen its end.
+
+        The end of the training is seen by nobody yet: more steps can follow it, as if it had not been.
+        """
+        loop, steps, epochs = trainer.fit_loop, trainer.max_steps, trainer.max_epochs
+        is_cut = loop.epoch_loop.batch_progress.current.processed < loop.max_batches
+        is_spent = 0 <= steps <= trainer.global_step or 0 <= epochs <= loop.epoch_progress.current.processed
+        if is_cut or is_spent or trainer.should_stop:
+            self._save_end(trainer, module)
+        elif self._due:
             self._save(trainer)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
@@ -177,19 +186,19 @@ class Checkpoints(Checkpoint):
         self._stopping = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
         self._due = self._stopping or self._step % self._saving.every == 0
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Saves the result so that it can be resumed for more steps."""
-        self._save_end(trainer, module)
-
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         """Saves the last finished step, unless the weights may be half updated.
 
         A `UsageError` is raised before the weights change. Several ranks cannot save after an error on one of them, and
         a training that a signal ends has been saved already.
         """
-        half = self._updating and not isinstance(exception, UsageError)
+        half = self._is_averaged(trainer) or (self._updating and not isinstance(exception, UsageError))
         if self._step and not half and trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt):
             self._save_end(trainer, module)
+
+    def _is_averaged(self, trainer: Any) -> bool:
+        """Whether the weights are averages that a callback validates, and those of the training elsewhere."""
+        return self._validating and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
 
     def _note_position(self, trainer: Any, module: Any) -> None:
         """Notes the last finished step, and the FLOPs and batches up to it."""

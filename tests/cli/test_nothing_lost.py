@@ -16,6 +16,7 @@ import torch
 import yaml
 from pytorch_lightning.callbacks import Callback
 
+import ltm_pyro.analysis.classifiers  # noqa: F401 - joblib, behind it, makes a file when it is first imported
 from ltm_pyro.errors import UsageError
 from ltm_pyro.training.recipe import read_recipe
 from ltm_pyro.training.train import train
