@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from ltm_pyro.data.manifest import MANIFEST, TOKENIZER
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import local_path
 
 _PACKED = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val)-\d+\.tar|journal\.jsonl")
 _JOURNAL = "journal.jsonl"  # the settings on the first line, then one line for each finished shard
@@ -58,7 +59,7 @@ def staged(out: str | Path, force: bool, settings: dict[str, Any]) -> Iterator[S
     `UsageError` if ``out`` cannot be written or exists already: an empty folder is used, a pack is replaced under
     ``force``, anything else is never changed.
     """
-    out, staging = Path(out).resolve(), None
+    out, staging = local_path(out, "--out").resolve(), None
     try:
         _check_free(out, force)
         with _journal(_folder(out), out) as journal:

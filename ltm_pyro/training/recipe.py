@@ -101,12 +101,13 @@ def read_recipe(arguments: list[str]) -> Namespace:
 
 def _expand_paths(config: Namespace, arguments: list[str]) -> Namespace:
     """Paths with the user's home written out; and a run's own recipe means the run that it is in, wherever that is."""
-    recipes = [Path(word) for word in re.findall(r"(?:^|\0)--config[=\0]([^\0]+)", "\0".join(arguments))]
-    where = [path for path in recipes if "run" in (plugins.load(path.read_text("utf-8")) or {})]
-    if where and not any(re.match(r"--run(=|$)", word) for word in arguments):
-        folder = where[-1].parent
-        if where[-1].name == RECIPE and (folder / TOKENIZER).is_file() and (folder / CHECKPOINT).parent.is_dir():
+    given = map(Path, re.findall(r"(?:^|\0)--config[=\0]([^\0]+)", "\0".join(arguments)))
+    recipes = [path for path in given if path.is_file() and "run" in dict(_leaves(yaml.safe_load(path.read_text())))]
+    if recipes and not any(re.match(r"--run(=|$)", word) for word in arguments):  # the last recipe names the run
+        name, folder = recipes[-1].name, recipes[-1].parent
+        if name == RECIPE and (folder / TOKENIZER).is_file() and (folder / CHECKPOINT).parent.is_dir():
             config.run = str(folder)
+    local_path(config.run, "--run")  # to refuse a bad name now
     for part, name in PATHS:
         section = config[part] if part else config
         if section[name] is not None and str(section[name]).startswith("~"):

@@ -21,8 +21,8 @@ from ltm_pyro.text.scoring import score
     [
         lambda path: load_run(path),
         lambda path: evaluate_run(load_run(path), limit=3, samples=2),
-        lambda path: evaluate_run(load_run(path), limit=3, samples=2, estimators=["causal", "prior_iwae"]),
-        lambda path: score(load_run(path), ["the old day"], samples=2),
+        lambda path: evaluate_run(load_run(path), limit=3, samples=2, estimators=["causal", "iwae"]),
+        lambda path: score(load_run(path), ["the old day"]),
     ],
 )
 def test_torchs_global_generator_stays_where_it_was(run, use):

@@ -137,6 +137,7 @@ import multiprocessing, os, sys, time
 from ltm_pyro.utils.processes import end_with_parent
 
 def child():
+    sys.platform = sys.argv[2]
     end_with_parent()
     print(os.getpid(), flush=True)
     while True:
@@ -157,10 +158,13 @@ def alive(pid):
         return False
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_child_ends_with_its_parent(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "platform"), [("fork", "linux"), ("spawn", "linux"), ("forkserver", "linux"), ("spawn", "elsewhere")]
+)
+def test_a_child_ends_with_its_parent(tmp_path, method, platform):
     (tmp_path / "child.py").write_text(CHILD)
-    parent = subprocess.Popen([sys.executable, tmp_path / "child.py", method], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, tmp_path / "child.py", method, platform]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     assert alive(child)
     parent.kill()
