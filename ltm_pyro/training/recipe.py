@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,7 +103,8 @@ def read_recipe(arguments: list[str]) -> Namespace:
 def _expand_paths(config: Namespace, arguments: list[str]) -> Namespace:
     """Paths with the user's home written out; and a run's own recipe means the run that it is in, wherever that is."""
     given = map(Path, re.findall(r"(?:^|\0)--config[=\0]([^\0]+)", "\0".join(arguments)))
-    recipes = [path for path in given if path.is_file() and "run" in dict(_leaves(yaml.safe_load(path.read_text())))]
+    files = [path for path in given if os.path.isfile(path)]  # a recipe can also be given as text
+    recipes = [path for path in files if "run" in dict(_leaves(yaml.safe_load(path.read_text("utf-8"))))]
     if recipes and not any(re.match(r"--run(=|$)", word) for word in arguments):  # the last recipe names the run
         name, folder = recipes[-1].name, recipes[-1].parent
         if name == RECIPE and (folder / TOKENIZER).is_file() and (folder / CHECKPOINT).parent.is_dir():

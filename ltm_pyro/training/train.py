@@ -1,6 +1,5 @@
 """One training, from a recipe to a run directory."""
 
-import errno
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from ltm_pyro.training.run_directory import (
     write_run,
 )
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import local_path, lock_folder
+from ltm_pyro.utils.files import DISK_IS_FULL, local_path, lock_folder
 from ltm_pyro.utils.processes import end_with_parent
 
 NOISE = (  # Lightning's warnings that no user can do anything about
@@ -162,7 +161,7 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
             f"ran out of memory: lower `data.workers`, and {_advice(run)}."
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_IS_FULL:
             raise
         raise UsageError(
             f"The disk under {run} is full at step {trainer.global_step}: free some space and {_advice(run)}."

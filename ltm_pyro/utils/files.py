@@ -1,5 +1,6 @@
 """Files that users name: read in one way, written whole or not at all, and an `OSError` becomes a `UsageError`."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import IO
 
 from ltm_pyro.errors import UsageError
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK = ".lock"  # in a folder that a process has for itself
 _PATIENCE = 2.0  # seconds that a lock is waited for: a killed process's workers end after it
 
@@ -149,7 +151,7 @@ def writing(place: str | Path, option: str = "--out") -> Iterator[None]:
 def check_folder(folder: Path, option: str) -> None:
     """Raises `UsageError` if the folder that ``option`` names could not be created or written; nothing is created."""
     above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    trial = _temporary(above / folder.name)
+    trial = _temporary(above / "folder")
     try:
         trial.touch()  # because permissions do not tell of a file system that is read-only or full
         trial.unlink()

@@ -19,7 +19,7 @@ from ltm_pyro.runs.load import load_run
 
 pytestmark = pytest.mark.slow
 
-KILLS = 2  # of each command
+KILLS = 20  # of each command
 SPACE = """
 '''Which fast rate?'''
 from optuna.distributions import FloatDistribution
