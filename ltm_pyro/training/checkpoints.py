@@ -68,7 +68,7 @@ class Checkpoints(Checkpoint):
         recipe: of the run, as YAML.
         tokenizer: of the run, as JSON.
         saving: how often.
-        begin: called on the first rank before the first step, when nothing can be refused any more.
+        start_run: called on the first rank before the first step, when nothing can be refused any more.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Checkpoints(Checkpoint):
         recipe: str,
         tokenizer: str,
         saving: Saving = Saving(),
-        begin: Callable[[], None] = lambda: None,
+        start_run: Callable[[], None] = lambda: None,
     ) -> None:
-        self._path, self._saving, self._begin = path, saving, begin
-        self.has_begun = False
+        self._path, self._saving, self._start_run = path, saving, start_run
+        self.has_started = False
         self._texts = {"recipe": recipe, "tokenizer": tokenizer}
         self._signalled = self._stopping = self._updating = self._validating = self._due = False
         self._handlers: dict[int, Any] = {}  # signal handlers from before the training
@@ -122,8 +122,8 @@ class Checkpoints(Checkpoint):
         if not loop.batch_progress.current.ready:  # an epoch begins, also if this training is resumed
             loop.restarting = False
         if trainer.is_global_zero:
-            self._begin()
-        self.has_begun = True
+            self._start_run()
+        self.has_started = True
         self._saved = trainer.global_step
         self._note_position(trainer, module)
         if threading.current_thread() is threading.main_thread():

@@ -81,7 +81,7 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
     content = _content(resumed or config.warm_start, tokenizer)
     log = MetricsFile(run / METRICS, content["global_step"] if keep else None)
 
-    def begin() -> None:
+    def start_run() -> None:
         write_run(run, recipe, text, keep)
         log.resume()
         console = Console(stderr=True)
@@ -89,7 +89,7 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
         if changed:
             console.print(f"Resumed with other settings than before: {', '.join(changed)}.", soft_wrap=True)
 
-    saver = Checkpoints(run / CHECKPOINT, recipe, text, Saving(**config.checkpoints.as_dict()), begin)
+    saver = Checkpoints(run / CHECKPOINT, recipe, text, Saving(**config.checkpoints.as_dict()), start_run)
     changed = changed_settings(content["ltm_pyro"]["recipe"], recipe, resumed) if resumed else []
     module, data, trainer = build(config, callbacks=[Progress(), *callbacks, saver], logger=[log])
     if resumed:
@@ -102,7 +102,7 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
         _fit(trainer, module, data, run, resumed, saver)
-    if first and not (saver.has_begun or keep):
+    if first and not (saver.has_started or keep):
         raise UsageError(
             f"{run} holds no checkpoint, because the budget was already spent at step {trainer.global_step}: raise the "
             f"budget."
@@ -143,7 +143,7 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
     except UsageError as error:
         raise UsageError(error_message(error)) from None
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-        if saver.has_begun and not isinstance(error, MisconfigurationException):
+        if saver.has_started and not isinstance(error, MisconfigurationException):
             raise
         raise UsageError(lightning_complaint(error)) from None
     except SystemExit:  # which Lightning raises after Ctrl-C

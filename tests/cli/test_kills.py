@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ltm_pyro.analysis import Posterior
 from ltm_pyro.data import PackedDataset
 from ltm_pyro.runs.load import load_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]  # a study waits 40 s for a dead worker's heartbeat
 
 KILLS = 20  # of each command
 SPACE = """
@@ -102,7 +103,7 @@ def suites(folder):
 
 
 def studied(folder):
-    with sqlite3.connect(folder / "studies.db") as database:
+    with closing(sqlite3.connect(folder / "studies.db")) as database:
         rows = database.execute(
             "select param_name, param_value, value from trials join trial_params using (trial_id) "
             "join trial_values using (trial_id) where state = 'COMPLETE'"
