@@ -30,7 +30,7 @@ from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.recipe import check_data, read_recipe
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
-from ltm_pyro.utils.files import atomic_write
+from ltm_pyro.utils.files import atomic_write, new_folder
 
 RESULT, SETTINGS = "result.json", "compare.json"
 K_HAT_SEQUENCES, K_HAT_DRAWS = 32, 100
@@ -129,8 +129,8 @@ class Comparison:
                     f"{self.out} holds a comparison with another recipe, data, time, samples, limit or options: choose "
                     f"another --out."
                 )
-            self.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
+            with new_folder(self.out), atomic_write(path) as new:
+                new.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.out} cannot hold a comparison ({error}): choose another --out.") from None
 

@@ -7,21 +7,24 @@ from typing import Any
 import xarray as xr
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.files import atomic_write, remove, writing
+from ltm_pyro.utils.files import atomic_write, local_path, remove, writing
 
 FORMAT = 1
 
 
 def write_tree(tree: xr.DataTree, path: str | Path) -> None:
-    """Writes netCDF, or zarr if the name ends in ``.zarr``; an old file is replaced once the new one is whole."""
-    path = Path(path)
+    """Writes netCDF, or zarr if the name ends in ``.zarr``; an old file is replaced once the new one is whole.
+
+    netCDF is made in memory first, because the HDF5 library ends the process when the disk is full.
+    """
+    path = local_path(path, "--out")
     if path.is_dir() and not is_store(path):
         raise UsageError(f"{path} is a folder: choose another --out.")
     with writing(path), atomic_write(path) as new:
         if path.suffix == ".zarr":
             tree.to_zarr(new, mode="w", consolidated=False)
         else:
-            tree.to_netcdf(new, mode="w", engine="h5netcdf", encoding=_encoding(tree))
+            new.write_bytes(tree.to_netcdf(None, engine="h5netcdf", encoding=_encoding(tree)))
         remove(path)  # an old zarr store is a folder, which is not replaced
 
 
@@ -32,7 +35,7 @@ def is_store(path: Path) -> bool:
 
 def read_tree(path: str | Path, kind: str) -> xr.DataTree:
     """Reads a tree of the kind ``posterior`` or ``calibration`` into memory."""
-    path = Path(path)
+    path = local_path(path, kind)
     if not path.exists():
         raise UsageError(f"There is no {kind} at {path}: write one first (see `ltm --help`).")
     try:

@@ -12,6 +12,7 @@ from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.extras import extra
+from ltm_pyro.utils.files import atomic_write, writing
 
 if TYPE_CHECKING:
     from ltm_pyro.analysis.calibration import Calibration
@@ -41,9 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the simulations and prints p-values and coverage; returns 0."""
-    for path in filter(None, (args.out, args.picture)):
-        check_out(path, args.force)
+    if args.out:
+        args.out = check_out(args.out, args.force)
     if args.picture:
+        args.picture = check_out(args.picture, args.force, "--picture")
         canvas = extra("matplotlib.backend_bases", "plots", "A picture").FigureCanvasBase
         formats = sorted(canvas.get_supported_filetypes())
         if args.picture.suffix.lower().removeprefix(".") not in formats:
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         from ltm_pyro.analysis.pictures.calibration import plot_calibration
 
-        plot_calibration(found).savefig(args.picture, dpi=150)
+        with writing(args.picture, "--picture"), atomic_write(args.picture) as new:
+            plot_calibration(found).savefig(new, dpi=150, format=args.picture.suffix.lower().removeprefix("."))
     figures = summary(found)
     print(json.dumps(figures)) if args.json else Console().print(_table(figures, args.run))
     return 0

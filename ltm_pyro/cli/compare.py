@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         priors=[name.strip() for name in args.priors.split(",")],
         guides=[name.strip() for name in args.guides.split(",")],
         minutes=args.minutes,
-        out=args.out,
+        out=args.out.expanduser(),
         samples=args.samples,
         limit=args.limit,
         options=[f"--{option}" for option in args.option],

@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # last, so that a recipe can name the user's own modules
     from ltm_pyro.errors import UsageError
+    from ltm_pyro.utils.files import DISK_IS_FULL
 
     keep_freed_memory()
     if isinstance(sys.stdout, TextIOWrapper):
@@ -62,6 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # for example `ltm … | head`
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        place = f" under {error.filename}" if error.filename else ""
+        print(f"ltm {name}: The disk is full{place} ({error.strerror}): make room there.", file=sys.stderr)
+        sys.exit(2)
 
 
 def _call(name: str, rest: list[str]) -> int:

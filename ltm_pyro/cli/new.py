@@ -3,12 +3,14 @@
 import argparse
 import re
 import shlex
+from contextlib import ExitStack
 from importlib.resources import files
 from importlib.util import find_spec
 from keyword import iskeyword
 from pathlib import Path
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import atomic_write, new_folder
 
 TEMPLATES = files("ltm_pyro.cli") / "templates"  # KIND.txt and KIND_test.txt, in which MyName and my_name are replaced
 
@@ -36,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
         if file.exists():
             raise UsageError(f"{file} exists already: choose another NAME or --out.")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for file, text in zip(written, templates.values(), strict=True):
-            file.write_text(text.replace("MyName", title).replace("my_name", module), "utf-8")
+        with new_folder(args.out), ExitStack() as whole:
+            for file, text in zip(written, templates.values(), strict=True):
+                new = whole.enter_context(atomic_write(file))
+                new.write_text(text.replace("MyName", title).replace("my_name", module), "utf-8")
     except OSError as error:
         raise UsageError(f"Cannot write into {args.out}: {error.strerror}; choose another --out.") from None
     use = ["study", "run", path] if args.kind == "study" else ["fit", "…", f"--model.{args.kind}", f"{path}:{title}"]

@@ -11,6 +11,7 @@ from rich.table import Table
 from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.files import check_file, local_path, writing
 
 if TYPE_CHECKING:
     from ltm_pyro.analysis import Posterior
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws the posterior, writes the file and prints a summary; returns 0."""
-    check_out(args.out, args.force)
+    args.out = check_out(args.out, args.force)
     # imported here, because --help must not wait for them
     from ltm_pyro.analysis import ChainOptions, DrawOptions, draw_posterior, read_texts
     from ltm_pyro.runs.load import load_run
@@ -67,17 +68,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_out(path: Path, force: bool) -> None:
-    """Refuses a path that exists or cannot be written, before hours of work."""
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists already: choose another --out, or add --force.")
+def check_out(path: Path, force: bool, option: str = "--out") -> Path:
+    """The absolute path of an output; refuses one that exists or cannot be written, before hours of work."""
+    path = local_path(path, option)
+    with writing(path, option):  # a name may be too long
+        there = path.exists()
+    if there and not force:
+        raise UsageError(f"{path} exists already: choose another {option}, or add --force.")
     if path.is_dir():
         from ltm_pyro.analysis.storage import is_store
 
         if not is_store(path):
-            raise UsageError(f"{path} is a folder, which --force does not replace: choose another --out.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {path.absolute().parent}: make it, or choose another --out.")
+            raise UsageError(f"{path} is a folder, which --force does not replace: choose another {option}.")
+    if not path.parent.is_dir():
+        raise UsageError(f"There is no folder {path.parent}: make it, or choose another {option}.")
+    check_file(path, option)
+    return path
 
 
 def summary(posterior: "Posterior") -> dict[str, float]:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page; returns 0."""
-    check_out(args.out, args.force)
+    args.out = check_out(args.out, args.force)
     # imported here, because --help must not wait for them
     from ltm_pyro.analysis import Posterior
     from ltm_pyro.analysis.calibration import Calibration

@@ -7,7 +7,7 @@ from typing import Any
 
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.files import writing
+from ltm_pyro.utils.files import atomic_write, check_file, local_path, writing
 
 SEQUENCES, TOKENS = 2, 8  # of the batch whose shapes are shown
 VOCABULARY = 256  # for a recipe without one
@@ -32,13 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.inference.plate_diagram import plate_diagram
     from ltm_pyro.inference.state import LocalInference
 
+    svg = local_path(args.svg or Path(Path(args.source).stem + ".svg"), "--svg")
+    check_file(svg, "--svg")
     model, guide = _parts(args.source)
     tokens_BT = torch.ones(SEQUENCES, min(TOKENS, model.decoder.length), dtype=torch.long)
     batch = make_batch(tokens_BT, torch.full((SEQUENCES,), tokens_BT.shape[1]), start_token=0)
     with torch.no_grad(), no_param_store():
         trace = poutine.trace(model).get_trace(batch)
         local = init(model, guide, batch, LocalInference()).parameters
-    svg = args.svg or Path(Path(args.source).stem + ".svg")
     _write(svg, plate_diagram(model, batch), args.force)
     latent = _latent(model)
     if args.json:
@@ -114,4 +115,5 @@ def _write(path: Path, text: str, force: bool) -> None:
     with writing(path, "--svg"):
         if not force and path.exists() and path.read_bytes() != text.encode():
             raise UsageError(f"{path} exists already: choose another --svg, or add --force.")
-        path.write_text(text, "utf-8")
+        with atomic_write(path) as new:
+            new.write_text(text, "utf-8")

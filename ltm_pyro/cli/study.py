@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     name = args.study_name or plan.study
     resources = study.Resources(
-        out=Path(args.out or f"runs/studies/{name}"), workers=args.workers, memory_gib=args.memory
+        out=Path(args.out or f"runs/studies/{name}").expanduser(), workers=args.workers, memory_gib=args.memory
     )
     total = args.trials or len(definition.points) or study.TRIALS
     try:

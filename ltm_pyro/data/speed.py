@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ltm_pyro.data.batch_sampler import DistributedBatchSampler, TokenBudgetSampler
 from ltm_pyro.data.dataset import BatchDataset, PackedDataset
+from ltm_pyro.utils.processes import end_with_parent
 
 
 def reading_speed(
@@ -21,6 +22,8 @@ def reading_speed(
     if dataset.manifest.rows == "documents":
         order = TokenBudgetSampler(dataset.ranges(), dataset.lengths_N(), batch_size * longest, longest)
     began = clock()
-    batches = DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=workers)
+    batches = DataLoader(
+        BatchDataset(dataset), batch_size=None, sampler=order, num_workers=workers, worker_init_fn=end_with_parent
+    )
     tokens = sum(int(batch.tokens_B.sum()) for batch in batches)
     return tokens / (clock() - began)

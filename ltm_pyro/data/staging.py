@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from ltm_pyro.data.manifest import MANIFEST, TOKENIZER
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import local_path
 
 _PACKED = re.compile(
     rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val|test)-(\d+\.tar|lengths\.npy)|journal\.jsonl"
@@ -36,9 +37,10 @@ class Staging:
             if path.name not in kept:  # another pack's, or what a killed process has not finished
                 path.unlink()
         journal.seek(0)
-        journal.truncate()
-        for line in (settings, *self.entries):  # written again, because the last line may be cut off
-            self._write(line)
+        text = journal.read()
+        journal.truncate(len(text[: text.rfind("\n") + 1].encode()) if known else 0)  # the last line may be cut off
+        if not known:
+            self._write(settings)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Appends a finished shard to the journal."""
@@ -59,11 +61,16 @@ def staged(out: str | Path, force: bool, settings: dict[str, Any]) -> Iterator[S
     `UsageError` if ``out`` cannot be written or exists already: an empty folder is used, a pack is replaced under
     ``force``, anything else is never changed.
     """
-    out, staging = Path(out).resolve(), None
+    out, staging = local_path(out, "--out").resolve(), None
     try:
         _check_free(out, force)
         with _journal(_folder(out), out) as journal:
-            staging = Staging(_folder(out), journal, settings)
+            try:
+                staging = Staging(_folder(out), journal, settings)
+            except OSError:
+                if not any(_folder(out).glob("*.tar")):  # otherwise finished shards are in there
+                    shutil.rmtree(_folder(out), ignore_errors=True)
+                raise
             yield staging
             _check_free(out, force)
             _move(staging.folder, out)

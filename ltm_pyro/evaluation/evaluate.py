@@ -72,7 +72,8 @@ def evaluate_run(
     else:
         dataset = load_text_or_pack(data, run.tokenizer, run.length, split, score, observe)
     chosen = Subset(dataset, range(len(dataset))[:limit])
-    batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate)
+    own = torch.Generator()  # because a loader would draw from torch's global one
+    batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate, generator=own)
     console = Console(stderr=True)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
     on_device = (batch.to(run.device) for batch in shown)

@@ -12,6 +12,7 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily, Tr
 
 from ltm_pyro.contracts import SEQUENCES, Model
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.elbo import no_param_store
 
 Sites = Mapping[str, Distribution]  # the prior's distribution by site name, batch shape (B,)
 
@@ -22,7 +23,8 @@ def prior_sites(model: Model, size: int) -> Sites:
     While the prior is traced, every site has its mean as its value, so that the distribution of a site that depends on
     others is the same at every call.
     """
-    with torch.no_grad(), poutine.block(), _SubstituteMeans():  # outer traces do not record these sites
+    # the parameters of the prior stay out of Pyro's global store, and outer traces do not record these sites
+    with torch.no_grad(), no_param_store(model), poutine.block(), _SubstituteMeans():
         nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
     sites: Sites = {
         name: node["fn"]

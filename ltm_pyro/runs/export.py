@@ -10,7 +10,7 @@ from ltm_pyro.runs.load import SAFETENSORS, WEIGHTS, build_run, is_export
 from ltm_pyro.runs.run import Run
 from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, read_checkpoint
 from ltm_pyro.utils.extras import extra
-from ltm_pyro.utils.files import atomic_write, writing
+from ltm_pyro.utils.files import atomic_write, check_folder, local_path, new_folder, writing
 
 CARD = "README.md"
 
@@ -24,18 +24,17 @@ def save_pretrained(
         figures: name to number, for the card's table.
         force: replaces such a folder; other files are never touched.
     """
-    torch_file = extra(*SAFETENSORS)
+    torch_file, folder = extra(*SAFETENSORS), local_path(folder, "--out")
+    check_folder(folder, "--out")
     checkpoint = read_checkpoint(run)
     texts = checkpoint["ltm_pyro"]
     loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run)
-    folder = Path(folder)
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not is_export(folder):
         raise UsageError(f"{folder} exists and is no export, because it has no {WEIGHTS}: choose another --out.")
     if taken and not force:
         raise UsageError(f"{folder} exists already: choose another --out, or add --force.")
-    with writing(folder), ExitStack() as replaced:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder), new_folder(folder), ExitStack() as replaced:
         weights = {name: weight.contiguous() for name, weight in checkpoint["state_dict"].items()}
         files = {  # replaced from the last to the first: with its weights a folder is an export
             WEIGHTS: torch_file.save(weights, metadata={"format": "pt"}),  # safetensors' save_file writes mode 0600

@@ -13,6 +13,7 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.training.model_config import build_from_recipe, parse_model
 from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, load_weights, read_checkpoint
 from ltm_pyro.utils.extras import extra
+from ltm_pyro.utils.rng import seeded
 
 WEIGHTS = "model.safetensors"  # of an exported run
 SAFETENSORS = ("safetensors.torch", "hub", "Sharing a model")
@@ -42,7 +43,8 @@ def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], 
     """A run from its parts; the weights must be those of the recipe's model, name by name."""
     config = parse_model(recipe, source)
     config.model.compile = False  # that was for training: one line of text need not wait for the compiler
-    built = build_from_recipe(config)
+    with seeded(0):  # the weights that are drawn are replaced, and torch's global generator stays as it was
+        built = build_from_recipe(config)
     parts = {"model": built.model, "guide": built.guide}
     modules = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
     modules.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # which training saves with the weights

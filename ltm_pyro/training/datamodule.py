@@ -12,6 +12,7 @@ from ltm_pyro.data import PackedDataset, read_manifest
 from ltm_pyro.data.batch_sampler import DistributedBatchSampler, TokenBudgetSampler
 from ltm_pyro.data.dataset import BatchDataset, Observed, Scored
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.processes import end_with_parent
 
 
 class PackedData(pl.LightningDataModule):
@@ -99,7 +100,13 @@ class PackedData(pl.LightningDataModule):
         sound = [ids for number, ids in enumerate(dataset.ranges()) if number not in self._skipped]
         order = self._sampler(dataset, sound, *self._ranks)
         order.resume(*self._position)
-        return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order, num_workers=self.workers)
+        return DataLoader(
+            BatchDataset(dataset),
+            batch_size=None,
+            sampler=order,
+            num_workers=self.workers,
+            worker_init_fn=end_with_parent,
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every held-out sequence once; if there are fewer than ranks, all of them on every rank."""

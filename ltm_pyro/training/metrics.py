@@ -34,17 +34,20 @@ class MetricsFile(Logger):
         """Continues the file of the run that is resumed."""
         if self._resumed is None or not self._path.exists():
             return
-        with self._path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < self._resumed]
+        text = self._path.read_text("utf-8", "replace")
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a power failure may have cut the last one
+        rows = [row for row in csv.DictReader(lines) if _is_whole(row) and int(row["step"]) < self._resumed]
         self._began -= max((float(row["seconds"]) for row in rows), default=0.0)
         with atomic_write(self._path) as new, new.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends a row; columns without a figure stay empty."""
+        """Appends a row; columns without a figure stay empty, and without any figure there is no row."""
+        if not metrics.keys() & COLUMNS[2:]:  # such as those that a callback logs for another logger
+            return
         seconds, new = round(time.monotonic() - self._began, 3), not self._path.exists()
         with self._path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
@@ -54,3 +57,11 @@ class MetricsFile(Logger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run's ``config.yaml`` has them."""
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row has all its cells: a power failure may leave zero bytes."""
+    try:
+        return None not in row.values() and None not in row and int(row["step"]) >= 0 and float(row["seconds"]) >= 0
+    except (KeyError, TypeError, ValueError):
+        return False

@@ -2,23 +2,32 @@
 
 import logging
 import math
+import os
 import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
-from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.callbacks import Checkpoint, Timer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from yaml import YAMLError
 
 from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.training import model_config, plugins
-from ltm_pyro.training.checkpoints import Saving
+from ltm_pyro.training.callbacks import check_callbacks
+from ltm_pyro.training.checkpoints import LocalFile, Saving
 from ltm_pyro.training.datamodule import PackedData
+from ltm_pyro.training.metrics import COLUMNS
 from ltm_pyro.training.model_config import complaint, load_recipe
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.old_recipe_keys import option_keys, refuse_old_keys
+from ltm_pyro.training.run_directory import CHECKPOINT, RECIPE, TOKENIZER
+from ltm_pyro.utils.files import local_path
 
 DEFAULTS = {
     **model_config.DEFAULTS,
@@ -28,12 +37,24 @@ DEFAULTS = {
     "trainer.max_epochs": -1,
 }
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "32", "64", "bf16")
+PATHS = (
+    ("", "run"),
+    ("", "ckpt_path"),
+    ("", "warm_start"),
+    ("data", "directory"),
+    ("data", "cache"),
+    ("model", "keep_local"),
+)
+DECIDING = ("seed_everything", "trainer.limit_train_batches")  # which sequences come next
+WITHOUT_EFFECT = (  # on what a training computes
+    *("run", "force", "ckpt_path", "config", "warm_start", "checkpoints", "data.workers", "data.cache"),
+    *("trainer.log_every_n_steps", "trainer.logger", "trainer.profiler"),
+)
 LARGEST_SEED = 2**32 - 1  # that NumPy takes
 FIXED: dict[str, Any] = {  # settings of Lightning's trainer that no recipe may change
     "use_distributed_sampler": False,  # `Order` shares sequences out
     "enable_progress_bar": False,  # `Progress` has one
     "enable_model_summary": False,  # `cost_summary` is one
-    "enable_checkpointing": False,  # `Checkpoints` writes them
     "inference_mode": False,  # because validation fits q, which needs gradients
     "num_sanity_val_steps": 0,
 }
@@ -59,7 +80,9 @@ def recipe_parser() -> ArgumentParser:
     parser.add_class_arguments(PackedData, "data")
     for target in ("model.seed", "data.seed"):
         parser.link_arguments("seed_everything", target)
-    parser.add_class_arguments(pl.Trainer, "trainer", skip={*FIXED, "default_root_dir"}, instantiate=False)
+    parser.add_class_arguments(
+        pl.Trainer, "trainer", skip={*FIXED, "default_root_dir", "enable_checkpointing"}, instantiate=False
+    )
     parser.set_defaults(DEFAULTS)
     return parser
 
@@ -68,12 +91,57 @@ def read_recipe(arguments: list[str]) -> Namespace:
     """The options as one configuration; `UsageError` names the key that is wrong."""
     refuse_old_keys(option_keys(arguments))
     try:
-        return recipe_parser().parse_args([plugins.resolve_argument(word) for word in arguments])
+        config = recipe_parser().parse_args([plugins.resolve_argument(word) for word in arguments])
+        return _expand_paths(config, arguments)
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
     except (UnicodeDecodeError, OSError) as error:
         recipe = " ".join(re.findall(r"--config[ =](\S+)", " ".join(arguments)))
         raise UsageError(f"The recipe {recipe} cannot be read as text ({error}); give a YAML file in UTF-8.") from None
+
+
+def _expand_paths(config: Namespace, arguments: list[str]) -> Namespace:
+    """Paths with the user's home written out; and a run's own recipe means the run that it is in, wherever that is."""
+    given = map(Path, re.findall(r"(?:^|\0)--config[=\0]([^\0]+)", "\0".join(arguments)))
+    files = [path for path in given if os.path.isfile(path)]  # a recipe can also be given as text
+    recipes = [path for path in files if "run" in dict(_leaves(yaml.safe_load(path.read_text("utf-8"))))]
+    if recipes and not any(re.match(r"--run(=|$)", word) for word in arguments):  # the last recipe names the run
+        name, folder = recipes[-1].name, recipes[-1].parent
+        if name == RECIPE and (folder / TOKENIZER).is_file() and (folder / CHECKPOINT).parent.is_dir():
+            config.run = str(folder)
+    local_path(config.run, "--run")  # to refuse a bad name now
+    for part, name in PATHS:
+        section = config[part] if part else config
+        if section[name] is not None and str(section[name]).startswith("~"):
+            section[name] = str(local_path(section[name], f"--{part}.{name}".replace("-.", "-")))
+    return config
+
+
+def changed_settings(earlier: str, now: str, source: object) -> list[str]:
+    """What a resumed training has set otherwise than the recipe in its checkpoint, as ``key old → new``.
+
+    Raises `UsageError` for a setting that decides which sequences come next: with another, some would come twice and
+    others never.
+    """
+    before, after = (dict(_leaves(yaml.safe_load(text))) for text in (earlier, now))
+    changed = [key for key in after if key in before and before[key] != after[key]]
+    for key in DECIDING:
+        if key in changed:
+            raise UsageError(
+                f"{source} was trained with `{key}` {before[key]}, but now it is {after[key]}, and some sequences "
+                f"would come twice, others never: resume with {before[key]}, or begin a new run."
+            )
+    free = tuple(f"{key}." for key in WITHOUT_EFFECT)
+    return [f"{key} {before[key]} → {after[key]}" for key in changed if not f"{key}.".startswith(free)]
+
+
+def _leaves(content: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by dotted key."""
+    if not isinstance(content, Mapping):
+        yield above.removesuffix("."), content
+        return
+    for key, value in content.items():
+        yield from _leaves(value, f"{above}{key}.")
 
 
 def check_budget(config: Namespace) -> None:
@@ -155,6 +223,11 @@ def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.
     settings = {**objects.trainer.as_dict(), **trainer}
     for name in ("callbacks", "logger"):
         settings[name] = [*_listed(objects.trainer[name]), *trainer.get(name, [])]
+    validates = settings["limit_val_batches"] != 0
+    left_out = [] if validates and missing_bound(objects.model.model, objects.model.guide) is None else ["val/bound"]
+    left_out += [] if validates else ["val/kl"]
+    figures = [name for name in COLUMNS[2:] if name not in left_out]
+    check_callbacks(settings["callbacks"], figures, bool(_listed(objects.trainer["logger"])))
     return objects.model, objects.data, _trainer(settings, config.run)
 
 
@@ -163,6 +236,9 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _check_trainer(settings: dict[str, Any]) -> None:
+    if settings["fast_dev_run"] or settings["barebones"]:
+        name = "fast_dev_run" if settings["fast_dev_run"] else "barebones"
+        raise UsageError(f"`trainer.{name}` would leave out figures and checkpoints: set `trainer.max_steps` to a few.")
     strategy = settings["strategy"] if isinstance(settings["strategy"], str) else type(settings["strategy"]).__name__
     if not strategy.lower().startswith(("auto", "ddp", "single")):
         raise UsageError(
@@ -188,7 +264,10 @@ def _check_trainer(settings: dict[str, Any]) -> None:
 def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
     _check_trainer(settings)
     try:
-        trainer = pl.Trainer(**settings, **FIXED, default_root_dir=run)
+        ours = any(isinstance(callback, Checkpoint) for callback in settings["callbacks"])
+        folder = local_path(run, "--run")
+        settings["plugins"] = [*_listed(settings["plugins"]), *([LocalFile()] if ours else [])]
+        trainer = pl.Trainer(**settings, **FIXED, enable_checkpointing=ours, default_root_dir=folder)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UsageError(lightning_complaint(error)) from None
     times = [timer.time_remaining() for timer in cast(Any, trainer).callbacks if isinstance(timer, Timer)]

@@ -4,17 +4,17 @@ A run holds ``config.yaml``, ``tokenizer.json``, ``metrics.csv`` and ``checkpoin
 enough, because recipe and tokenizer travel in it.
 """
 
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.files import atomic_write, writing
+from ltm_pyro.utils.files import atomic_write, new_folder, writing
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 RECIPE = "config.yaml"
@@ -28,9 +28,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # the unpickler may raise anything if a file is cut or changed
-        raise UsageError(
-            f"{file} is not a checkpoint that can be loaded safely: give one that `ltm fit` wrote."
-        ) from None
+        # torch writes zip archives, in which the table of contents comes last
+        older = [x for x in sorted(file.parent.glob("step-*.ckpt"), reverse=True) if x != file and is_zipfile(x)]
+        advice = f"give {older[0]}, which is whole" if older else "give one that `ltm fit` wrote"
+        raise UsageError(f"{file} is cut, or no checkpoint that can be loaded safely: {advice}.") from None
     if not isinstance(checkpoint, dict) or "ltm_pyro" not in checkpoint:
         raise UsageError(f"{file} was not written by `ltm fit`: it holds no recipe; give one that was.")
     texts, weights = checkpoint["ltm_pyro"], checkpoint.get("state_dict")
@@ -84,8 +85,6 @@ def add_thoughts(module: nn.Module, weights: Mapping[str, torch.Tensor], source:
 
 def check_run(path: Path, force: bool, resumed: bool) -> None:
     """Refuses a directory with files of a run, unless with ``force`` or if it is ``resumed``; other files are kept."""
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file, not a run directory: choose another --run.")
     there = [str(name) for name in (RECIPE, METRICS, CHECKPOINT, TOKENIZER) if (path / name).exists()]
     if there and not (force or resumed):
         raise UsageError(
@@ -99,18 +98,10 @@ def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
     The earlier files are deleted after the new ones are on the disk. A failure leaves nothing new behind.
     """
     texts = {path / RECIPE: recipe, path / TOKENIZER: tokenizer}
-    fresh = not path.exists()
-    with writing(f"the run {path}", "--run"):
-        try:
-            (path / CHECKPOINT.parent).mkdir(parents=True, exist_ok=True)
-            with ExitStack() as replaced:
-                for file, text in texts.items():
-                    replaced.enter_context(atomic_write(file)).write_text(text, "utf-8")
-                for leftover in (path / CHECKPOINT.parent).glob("*.ckpt.*.new"):  # of a training that was killed
-                    leftover.unlink(missing_ok=True)
-                for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
-                    old.unlink(missing_ok=True)
-        except OSError:
-            if fresh:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
+    with writing(f"the run {path}", "--run"), new_folder(path / CHECKPOINT.parent), ExitStack() as replaced:
+        for file, text in texts.items():
+            replaced.enter_context(atomic_write(file)).write_text(text, "utf-8")
+        for leftover in (path / CHECKPOINT.parent).glob("*.ckpt.*.new"):  # of a training that was killed
+            leftover.unlink(missing_ok=True)
+        for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):
+            old.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """One training, from a recipe to a run directory."""
 
-import errno
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
-from ltm_pyro.training.recipe import build, check_budget, check_data, dump_recipe, lightning_complaint
+from ltm_pyro.training.recipe import build, changed_settings, check_budget, check_data, dump_recipe, lightning_complaint
 from ltm_pyro.training.run_directory import (
     CHECKPOINT,
     METRICS,
@@ -34,6 +33,8 @@ from ltm_pyro.training.run_directory import (
     write_run,
 )
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.files import DISK_IS_FULL, local_path, lock_folder
+from ltm_pyro.utils.processes import end_with_parent
 
 NOISE = (  # Lightning's warnings that no user can do anything about
     ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
@@ -61,39 +62,58 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
     """
     check_budget(config)
     check_data(config)
-    run, resumed = Path(config.run), _resumed(config)
+    run, first = local_path(config.run, "--run"), cast(Any, rank_zero_only).rank == 0
+    if first:
+        busy = f"Another process trains {run} right now: wait for it, or choose another --run."
+        with lock_folder(run, busy, "--run"):
+            return _train(config, callbacks, run, first)
+    end_with_parent()  # which is the first rank, or a launcher
+    return _train(config, callbacks, run, first)
+
+
+def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) -> Path:
+    resumed = _resumed(config, run)
     keep = resumed is not None and resumed.resolve().is_relative_to(run.resolve())
-    first = cast(Any, rank_zero_only).rank == 0
     if first:
         check_run(run, config.force, keep)
     _, tokenizer = open_pack(config.data.directory)
     recipe, text = dump_recipe(config), tokenizer.to_str()
     content = _content(resumed or config.warm_start, tokenizer)
     log = MetricsFile(run / METRICS, content["global_step"] if keep else None)
-    saving = Saving(**config.checkpoints.as_dict())
-    callbacks = [Progress(), *callbacks, Checkpoints(run / CHECKPOINT, recipe, text, saving)]
-    module, data, trainer = build(config, callbacks=callbacks, logger=[log])
+
+    def start_run() -> None:
+        write_run(run, recipe, text, keep)
+        log.resume()
+        console = Console(stderr=True)
+        console.print(costs)
+        if changed:
+            console.print(f"Resumed with other settings than before: {', '.join(changed)}.", soft_wrap=True)
+
+    saver = Checkpoints(run / CHECKPOINT, recipe, text, Saving(**config.checkpoints.as_dict()), start_run)
+    changed = changed_settings(content["ltm_pyro"]["recipe"], recipe, resumed) if resumed else []
+    module, data, trainer = build(config, callbacks=[Progress(), *callbacks, saver], logger=[log])
     if resumed:
         data.check(content.get("PackedData") or {}, trainer.world_size)
         load_weights(module, content["state_dict"], resumed)
     elif config.warm_start:
         add_thoughts(module, content["state_dict"], config.warm_start)
     check_model(module.model, module.guide, module.leaves_out_thoughts)
-    if first:
-        shown = cost_summary(module, config, trainer.world_size)
-        write_run(run, recipe, text, keep)
-        log.resume()
-        Console(stderr=True).print(shown)
+    costs = cost_summary(module, config, trainer.world_size) if first else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
-        _fit(trainer, module, data, run, resumed)
+        _fit(trainer, module, data, run, resumed, saver)
+    if first and not (saver.has_started or keep):
+        raise UsageError(
+            f"{run} holds no checkpoint, because the budget was already spent at step {trainer.global_step}: raise the "
+            f"budget."
+        )
     return run
 
 
-def _resumed(config: Namespace) -> Path | None:
+def _resumed(config: Namespace, run: Path) -> Path | None:
     """The checkpoint file to resume from, if any."""
     if config.ckpt_path == LAST:
-        path = Path(config.run) / CHECKPOINT
+        path = run / CHECKPOINT
         return path if path.exists() else None
     return checkpoint_path(config.ckpt_path) if config.ckpt_path else None
 
@@ -117,12 +137,14 @@ def error_message(error: BaseException) -> str:
     return str(error).rsplit("UsageError: ", 1)[-1].strip()
 
 
-def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | None) -> None:
+def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | None, saver: Checkpoints) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except UsageError as error:
         raise UsageError(error_message(error)) from None
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        if saver.has_started and not isinstance(error, MisconfigurationException):
+            raise
         raise UsageError(lightning_complaint(error)) from None
     except SystemExit:  # which Lightning raises after Ctrl-C
         if not (run / CHECKPOINT).exists():
@@ -131,16 +153,21 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
             f"interrupted at step {trainer.global_step}; "
             f"resume with: ltm fit --config {run / RECIPE} --ckpt_path {run / CHECKPOINT}"
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
             raise
-        saved = (run / CHECKPOINT).exists()
-        advice = f"resume with --ckpt_path {run / CHECKPOINT}" if saved else "train again with --force"
         raise UsageError(
-            f"The disk under {run} is full at step {trainer.global_step}: free some space and {advice}."
+            f"A worker process of the data was killed at step {trainer.global_step}, most often because the machine "
+            f"ran out of memory: lower `data.workers`, and {_advice(run)}."
         ) from None
-    if trainer.is_global_zero and not (run / CHECKPOINT).exists():
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
         raise UsageError(
-            f"{run} holds no checkpoint, because the budget was already spent at step {trainer.global_step}: raise the "
-            f"budget, and add --force."
-        )
+            f"The disk under {run} is full at step {trainer.global_step}: free some space and {_advice(run)}."
+        ) from None
+
+
+def _advice(run: Path) -> str:
+    saved = (run / CHECKPOINT).exists()
+    return f"resume with --ckpt_path {run / CHECKPOINT}" if saved else "train again with --force"

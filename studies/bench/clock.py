@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 
 from ltm_pyro.utils.malloc import keep_freed_memory
+from ltm_pyro.utils.processes import end_with_parent
 
 Key = TypeVar("Key")
 
@@ -79,7 +80,8 @@ def median_interval(values: Sequence[float]) -> dict[str, float]:
 
 def peak_bytes(work: Callable[..., None], *arguments: Any) -> int:
     """By how much ``work`` raises the memory of a fresh process: weights, optimiser states and activations."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         return pool.submit(_growth, work, torch.get_num_threads(), arguments).result()
 
 

@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from contextlib import suppress
@@ -21,6 +20,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search.definition import load_definition
 from ltm_pyro.studies.search.objective import Setting
 from ltm_pyro.utils.malloc import keep_freed_memory
+from ltm_pyro.utils.processes import end_with_parent
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks before any tensor or device exists
 CONTEXT.set_forkserver_preload([__name__])
@@ -60,7 +60,7 @@ def start_process(task: Task) -> tuple[Any, Connection]:
 def _run(task: Task, sender: Connection) -> None:
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()
     run = Path(task.setting["run"])
     run.mkdir(parents=True, exist_ok=True)
     with (run / "trial.log").open("w") as log:
@@ -76,13 +76,6 @@ def _run(task: Task, sender: Connection) -> None:
         with suppress(FileNotFoundError):
             shutil.rmtree(run / "checkpoints")  # a study of large models would fill the disk
         sender.send(outcome)
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
 
 
 def _objective(task: Task, sender: Connection) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import ExitStack
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ltm_pyro.studies.search.charts import charts, embedded
 from ltm_pyro.studies.search.definition import Row, load_definition
 from ltm_pyro.studies.search.storage import open_existing
 from ltm_pyro.studies.search.study import describe
-from ltm_pyro.utils.files import writing
+from ltm_pyro.utils.files import atomic_write, new_folder, writing
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -52,12 +53,12 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool) -> d
         pictures = charts(study, found["minimise"], trials.current_trials(study))
     own, sentences = _analysis(study.user_attrs[trials.SOURCE], found["trials"])
     pictures = own | pictures
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with writing(out), new_folder(out), ExitStack() as whole:
         for title, image in pictures.items():
-            (out / f"{title.replace(' ', '-')}.png").write_bytes(image)
-        _write_csv(found["trials"], out / "trials.csv")
-        (out / "report.html").write_text(_page(found, pictures, sentences), "utf-8")
+            whole.enter_context(atomic_write(out / f"{title.replace(' ', '-')}.png")).write_bytes(image)
+        _write_csv(found["trials"], whole.enter_context(atomic_write(out / "trials.csv")))
+        page = whole.enter_context(atomic_write(out / "report.html"))
+        page.write_text(_page(found, pictures, sentences), "utf-8")
     return {"report": str(out / "report.html"), "files": sorted(p.name for p in out.iterdir()), "findings": sentences}
 
 

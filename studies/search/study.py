@@ -28,7 +28,7 @@ from ltm_pyro.studies.search.storage import (
 )
 from ltm_pyro.studies.search.watch import Watch
 from ltm_pyro.training.recipe import dump_recipe
-from ltm_pyro.utils.files import writing
+from ltm_pyro.utils.files import atomic_write, new_folder, writing
 
 BASE = "base.yaml"
 BUDGET = "4e12flops"
@@ -89,9 +89,8 @@ def run_study(
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
         study.set_user_attr(trials.SOURCE, definition.source)
-        with writing(resources.out):
-            resources.out.mkdir(parents=True, exist_ok=True)
-            (resources.out / BASE).write_text(plan.recipe, "utf-8")
+        with writing(resources.out), new_folder(resources.out), atomic_write(resources.out / BASE) as new:
+            new.write_text(plan.recipe, "utf-8")
         trials.enqueue(study, trials.first_points(definition, total))
         again: list[Values] = [{"role": "repeat", "repeat": 1 + index} for index in range(repeats)]
         roles = [{"role": "baseline"}, *again] if definition.checks else []
@@ -215,9 +214,8 @@ def write_best(url: str, name: str | None, file: Path | None, number: int | None
     with base_file(plan) as base:
         text = dump_recipe(configure(str(base), options))
     title = f"# Trial {chosen.number} of the study '{name}': {plan.minimise[0]} {chosen.values[0]:.4f}."
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{title}\n{text}", "utf-8")
+    with writing(file), new_folder(file.parent), atomic_write(file) as new:
+        new.write_text(f"{title}\n{text}", "utf-8")
     return _row(chosen) | {"recipe": str(file)}
 
 

@@ -227,7 +227,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(train, tmp_path)
     module = make_module()
     module.__class__ = Poison
     with pytest.raises(UsageError, match="No finite gradient at step 3"):
-        train(module, callbacks=[Checkpoints(path, "", "", Saving(every=1))])
+        train(module, callbacks=[Checkpoints(path, "", "", Saving(every=1))], enable_checkpointing=True)
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert all(x.isfinite().all() for x in saved.values())
     module.model.decoder.embedding.weight.data.fill_(torch.nan)

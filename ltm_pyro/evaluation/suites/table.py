@@ -13,7 +13,7 @@ from ltm_pyro.evaluation.suites.suite import Options, Part, Suite
 from ltm_pyro.runs.load import WEIGHTS, is_export, load_run
 from ltm_pyro.training.run_directory import checkpoint_path
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import atomic_write, writing
+from ltm_pyro.utils.files import atomic_write, check_folder, new_folder, writing
 
 SUITES = {
     "zero-shot": Suite(
@@ -110,6 +110,7 @@ class _ResultsFile:
         file = out / RESULTS
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out} is a file, not a folder: choose another --out.")
+        check_folder(out, "--out")
         if file.exists() and not force:
             self.content = self._read(file, settings)
 
@@ -140,8 +141,7 @@ class _ResultsFile:
         if part.paper:
             row["paper"] = dict(part.paper)
         results = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
-        with writing(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
+        with writing(self.out), new_folder(self.out):
             for name, text in {RESULTS: results, REPORT: markdown(self.content)}.items():
                 with atomic_write(self.out / name) as new:
                     new.write_text(text, "utf-8", "backslashreplace")  # a path may be no UTF-8
