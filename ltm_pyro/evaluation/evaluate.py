@@ -18,13 +18,13 @@ from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import log_weights
 from ltm_pyro.inference.estimators import DEFAULT, Evaluation, evaluate, fit_problem
+from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.pareto import pareto_k
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
 
 BATCH = 32  # sequences fitted together
-TOGETHER = 8  # draws per sequence that are in memory at the same time
 
 
 def evaluate_run(
@@ -87,10 +87,9 @@ def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
     """Pareto k-hat of the first ``sequences`` held-out sequences, from ``draws`` draws of q after the fit: (B,)."""
     dataset = held_out(run)
     batch = dataset.collate([dataset[i] for i in range(min(sequences, len(dataset)))]).to(run.device)
-    problem = fit_problem(run.model, run.guide, batch, run.inference, draws, (seed,))
-    sizes = [min(TOGETHER, draws - done) for done in range(0, draws, TOGETHER)]
-    with seeded(seed), torch.no_grad():
-        parts = [log_weights(run.model, run.guide, problem.batch, problem.state.parameters, n) for n in sizes]
+    problem = fit_problem(run.model, run.guide, batch, run.inference, draws, seed)
+    with fix_global_draws(run.model, seed), torch.no_grad():
+        parts = [log_weights(*problem.fitted, x.particles, x.noise) for x in problem.draws("k-hat")]
     return pareto_k(torch.cat(parts))
 
 

@@ -22,6 +22,7 @@ from torch.distributions import kl_divergence
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.antithetic import Antithetic
+from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.nn.precision import full_precision
 
 AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or a guide wrapped in a Pyro handler
@@ -56,12 +57,14 @@ class Draws(NamedTuple):
         kl: ``exact`` uses the closed form of a site's KL if torch has one, else log q − log p at the draw; ``sampled``
             uses log q − log p at every site; ``path`` also detaches q's parameters inside log q (arXiv 1703.09194).
         use_thoughts: if False, the decoder does not use z.
+        noise: the sequences' own random streams; by default torch's generator.
     """
 
     particles: int | None = None
     antithetic: bool = False
     kl: Literal["exact", "sampled", "path"] = "exact"
     use_thoughts: bool = True
+    noise: RowNoise | None = None
 
 
 def elbo_terms(
@@ -79,11 +82,12 @@ def elbo_terms(
     the left of the plate of sequences. Unlike Pyro's own estimators it never synchronises with the device. Source:
     arXiv 2502.01567, equation 4.
     """
-    antithetic = Antithetic() if draws.antithetic else nullcontext()
+    noise = draws.noise or nullcontext()
+    antithetic = Antithetic(draws.noise) if draws.antithetic else nullcontext()
     particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
     with no_param_store(model):
         # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
-        with full_precision(batch.inputs_BT), antithetic, particles, poutine.trace() as q:
+        with full_precision(batch.inputs_BT), noise, antithetic, particles, poutine.trace() as q:
             guide(batch, local)
         with particles, poutine.trace() as p, poutine.replay(trace=q.trace):
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
@@ -102,15 +106,22 @@ def elbo_terms(
 
 
 def log_weights(
-    model: Model, guide: AnyGuide, batch: Batch, local: LocalParameters, particles: int | None = None
+    model: Model,
+    guide: AnyGuide,
+    batch: Batch,
+    local: LocalParameters,
+    particles: int | None = None,
+    noise: RowNoise | None = None,
 ) -> Float[Tensor, "... B"]:
     """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the log importance weights."""
-    return elbo_terms(model, guide, batch, local, Draws(particles, kl="sampled")).elbo_B
+    return elbo_terms(model, guide, batch, local, Draws(particles, kl="sampled", noise=noise)).elbo_B
 
 
-def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
+def prior_log_likelihood(
+    model: Model, batch: Batch, particles: int, noise: RowNoise | None = None
+) -> Float[Tensor, "S B"]:
     """log p(x | z) at S draws z ~ p(z), in nats."""
-    with no_param_store(model), pyro.plate(PARTICLES, particles, dim=-2):
+    with no_param_store(model), noise or nullcontext(), pyro.plate(PARTICLES, particles, dim=-2):
         p = poutine.trace(model).get_trace(batch)
     return sum_log_probs(p, (name for name, site in sample_sites(p).items() if site["is_observed"]))
 

@@ -5,7 +5,7 @@ Shapes: B sequences, S posterior samples.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from ltm_pyro.contracts import Batch, Guide, Init, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights, missing_bound, normalisers, prior_log_likelihood
+from ltm_pyro.inference.global_latents import fix_draws_by_keys
 from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.statistics import ratio_standard_error
@@ -38,7 +40,7 @@ class Problem:
     Args:
         inference: the options that q was fitted with; some estimators fit q again.
         samples: S, draws of z per sequence.
-        state: the fitted q.
+        state: the fitted q; if it has keys, every sequence is scored with a random stream of its own.
         block: tokens per block of `causal`.
     """
 
@@ -55,15 +57,23 @@ class Problem:
         """Model, guide, batch and q's parameters: the arguments of `elbo_terms` and `log_weights`."""
         return self.model, self.guide, self.batch, self.state.parameters
 
-    def chunks(self) -> list[int]:
-        """S split into numbers of draws that fit in memory."""
+    def draws(self, *purpose: int | str, keys: RowKeys | None = None) -> Iterator[Draws]:
+        """S draws in parts that fit in memory.
+
+        Args:
+            purpose: what they are for: draws for different purposes are independent.
+            keys: instead of those of the state.
+        """
         size = max(1, TOKENS_AT_ONCE // self.batch.inputs_BT.numel())
-        return [min(size, self.samples - done) for done in range(0, self.samples, size)]
+        keys = keys or self.state.keys
+        for first in range(0, self.samples, size):
+            noise = keys and RowNoise(keys.fold_in(*purpose), first)
+            yield Draws(min(size, self.samples - first), noise=noise)
 
 
 def bound(problem: Problem) -> NatsAndKL:
     """−ELBO averaged over S draws, taken after q is fitted."""
-    terms = [elbo_terms(*problem.fitted, Draws(n)) for n in problem.chunks()]
+    terms = [elbo_terms(*problem.fitted, draws) for draws in problem.draws("bound")]
     kl_B = torch.cat([t.kl_B for t in terms]).mean(0)
     log_likelihood_B = torch.cat([t.log_likelihood_B for t in terms]).mean(0)
     return NatsAndKL(kl_B - log_likelihood_B, kl_B)
@@ -71,23 +81,30 @@ def bound(problem: Problem) -> NatsAndKL:
 
 def iwae(problem: Problem) -> NatsAndKL:
     r"""−log (1/S) Σ_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x) (Burda et al. 2016, arXiv 1509.00519)."""
-    log_weights_SB = torch.cat([log_weights(*problem.fitted, n) for n in problem.chunks()])
-    kl_B = elbo_terms(*problem.fitted).kl_B
+    log_weights_SB = torch.cat([log_weights(*problem.fitted, x.particles, x.noise) for x in problem.draws("iwae")])
+    kl_B = elbo_terms(*problem.fitted, next(problem.draws("kl"))._replace(particles=None)).kl_B
     return NatsAndKL(math.log(problem.samples) - log_weights_SB.logsumexp(0), kl_B)
 
 
 def prior(problem: Problem) -> NatsAndKL:
     """−log p(x | z) averaged over S draws z ~ p(z): −ELBO of q = p(z), whose KL is 0."""
-    nats_SB = -torch.cat([prior_log_likelihood(problem.model, problem.batch, n) for n in problem.chunks()])
+    nats_SB = -_prior_log_likelihood(problem, "prior")
     return NatsAndKL(nats_SB.mean(0), torch.zeros_like(nats_SB[0]))
+
+
+def _prior_log_likelihood(problem: Problem, *purpose: int | str, keys: RowKeys | None = None) -> Float[Tensor, "S B"]:
+    """log p(x | z) at S draws from the prior."""
+    draws = problem.draws(*purpose, keys=keys)
+    return torch.cat([prior_log_likelihood(problem.model, problem.batch, x.particles or 1, x.noise) for x in draws])
 
 
 def reused_noise(problem: Problem) -> NatsAndKL:
     """−ELBO at the same draw that q was fitted to, as the published code reports it. Not a bound."""
     published = replace(problem.inference, noise="reused", particles=1, kl="exact", stop=None)
-    state, _ = infer_local(problem.model, problem.guide, problem.batch, published)
+    keys = problem.state.keys
+    state, _ = infer_local(problem.model, problem.guide, problem.batch, published, keys=keys)
     with seeded(state.noise or 0):
-        terms = elbo_terms(*replace(problem, state=state).fitted)
+        terms = elbo_terms(*replace(problem, state=state).fitted, published.draws_of_step(state))
     return NatsAndKL(-terms.elbo_B, terms.kl_B)
 
 
@@ -98,23 +115,23 @@ def causal(problem: Problem) -> NatsAndKL:
     model, because that autoregressive model is another distribution over texts. For the first block z is drawn from the
     prior. Each fit of q starts from the previous one.
     """
-    batch, length = problem.batch, problem.batch.inputs_BT.shape[1]
+    batch, length, keys = problem.batch, problem.batch.inputs_BT.shape[1], problem.state.keys
     nats_B, state = torch.zeros_like(batch.tokens_B, dtype=torch.get_default_dtype()), None
     for first in range(0, length, problem.block):
         if first:
             before, inference = batch.crop(0, first), replace(problem.inference, init=Init())
-            state, _ = infer_local(problem.model, problem.guide, before, inference, state)
-        block = replace(problem, batch=batch.crop(first, min(first + problem.block, length)))
-        log_likelihood_SB = torch.cat([_block_log_likelihood(block, state, n) for n in problem.chunks()])
+            before_keys = keys and RowKeys.of_batch(before, keys.seed)  # not of the whole text: q may not see the rest
+            state, _ = infer_local(problem.model, problem.guide, before, inference, state, keys=before_keys)
+        last = min(first + problem.block, length)
+        block = replace(problem, batch=batch.crop(first, last), state=state or problem.state)
+        block_keys = keys and RowKeys.of_batch(batch.crop(0, last), keys.seed)  # later tokens do not change a block
+        if state is None:
+            log_likelihood_SB = _prior_log_likelihood(block, "causal", keys=block_keys)
+        else:
+            terms = [elbo_terms(*block.fitted, draws) for draws in block.draws("causal", keys=block_keys)]
+            log_likelihood_SB = torch.cat([x.log_likelihood_B for x in terms])
         nats_B = nats_B + math.log(problem.samples) - log_likelihood_SB.logsumexp(0)
     return NatsAndKL(nats_B, torch.zeros_like(nats_B))
-
-
-def _block_log_likelihood(block: Problem, state: LocalState | None, draws: int) -> Float[Tensor, "S B"]:
-    """log p(block | z) at draws from q, or from the prior if q is not fitted yet."""
-    if state is None:
-        return prior_log_likelihood(block.model, block.batch, draws)
-    return elbo_terms(*replace(block, state=state).fitted, Draws(draws)).log_likelihood_B
 
 
 class Estimator(NamedTuple):
@@ -198,21 +215,21 @@ def fit_problem(
     batch: Batch,
     inference: LocalInference,
     samples: int,
-    seed: tuple[int, ...],
+    seed: int = 0,
     block: int = 16,
 ) -> Problem:
-    """Fits q to a batch, with ``seed`` as the random seed."""
-    with seeded(*seed), torch.no_grad():
+    """Fits q to a batch; each sequence has a random stream of its own, which depends on the seed and its tokens."""
+    with torch.no_grad():
         batch = model.prepare(batch)
-        state, _ = infer_local(model, guide, batch, inference)
+        state, _ = infer_local(model, guide, batch, inference, keys=RowKeys.of_batch(batch, seed))
     return Problem(
         model=model, guide=guide, batch=batch, inference=inference, samples=samples, state=state, block=block
     )
 
 
-def estimate(problem: Problem, estimator: str, seed: tuple[int, ...]) -> NatsAndKL:
-    """One estimator's result; it has a random stream of its own, so that it does not depend on the other estimators."""
-    with seeded(*seed, *estimator.encode()), torch.no_grad():
+def estimate(problem: Problem, estimator: str) -> NatsAndKL:
+    """One estimator's result, at one draw of the global latent variables."""
+    with fix_draws_by_keys(problem.model, problem.state.keys), torch.no_grad():
         return ESTIMATORS[estimator].estimate(problem)
 
 
@@ -226,7 +243,10 @@ def evaluate(
     seed: int = 0,
     block: int = 16,
 ) -> Evaluation:
-    """Fits q to every batch and scores it; the same random seed gives exactly the same scores.
+    """Fits q to every batch and scores it.
+
+    A sequence's score depends on the model, its tokens, the options and the random seed, and on nothing else: not on
+    its batch, nor on the other estimators. Equal sequences have equal scores.
 
     Args:
         samples: S, draws of z per sequence.
@@ -238,10 +258,10 @@ def evaluate(
     estimators = [name for name in estimators if name not in missing]
     results: dict[str, list[NatsAndKL]] = {name: [] for name in estimators}
     counts: list[tuple[Tensor, ...]] = []
-    for index, batch in enumerate(batches):
-        problem = fit_problem(model, guide, batch, inference, samples, (seed, index), block)
+    for batch in batches:
+        problem = fit_problem(model, guide, batch, inference, samples, seed, block)
         for name in estimators:
-            results[name].append(estimate(problem, name, (seed, index)))
+            results[name].append(estimate(problem, name))
         counts.append((batch.tokens_B, batch.bytes_B, batch.ids_B))
     nats_and_kl = {name: NatsAndKL(*_concatenate(parts)) for name, parts in results.items()}
     tokens_B, bytes_B, ids_B = _concatenate(counts)
