@@ -16,9 +16,12 @@ from torch.utils.data import DataLoader, Subset
 from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import log_weights
+from ltm_pyro.inference.ais import Annealing
+from ltm_pyro.inference.elbo import log_weights, no_param_store
 from ltm_pyro.inference.estimators import DEFAULT, Evaluation, evaluate, fit_problem
+from ltm_pyro.inference.factor_prior import FactorPrior
 from ltm_pyro.inference.global_latents import fix_global_draws
+from ltm_pyro.inference.latent_sites import prior_factors
 from ltm_pyro.inference.pareto import pareto_k
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.console import Console
@@ -31,12 +34,13 @@ def evaluate_run(
     run: Run,
     data: str | None = None,
     estimators: Sequence[str] = DEFAULT,
-    samples: int = 16,
+    samples: int | Sequence[int] = 16,
     fast_steps: int | None = None,
     limit: int | None = None,
     seed: int = 0,
     block: int = 16,
     normaliser: int | None = None,
+    temperatures: int = 32,
 ) -> Evaluation:
     """The nats, perplexity and bits per byte of a data set under every estimator, q fitted to each sequence.
 
@@ -46,13 +50,14 @@ def evaluate_run(
         data: packed data, or text that is packed here with the run's tokenizer; by default the held-out split of the
             run's own data.
         estimators: names from `ESTIMATORS`.
-        samples: S, draws per sequence after the fit.
+        samples: S, draws per sequence after the fit; of several numbers the largest, and a curve over all of them.
         fast_steps: T_fast; by default the recipe's ``evaluation.steps``.
         limit: only the first ``limit`` sequences.
         seed: random seed.
         block: tokens per block of the estimator ``causal``.
         normaliser: number of draws with which the constant of an unnormalised prior is estimated; figures that use the
             estimate are not bounds.
+        temperatures: K, the number of distributions between q and the posterior for the estimator ``ais``.
     """
     model = with_estimated_normaliser(run.model, normaliser) if normaliser else run.model
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
@@ -62,7 +67,8 @@ def evaluate_run(
     console = Console(stderr=True)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
     on_device = (batch.to(run.device) for batch in shown)
-    return evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block)
+    annealing = Annealing(temperatures=temperatures)
+    return evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing)
 
 
 def with_estimated_normaliser(model: Any, samples: int, seed: int = 0) -> Any:
@@ -72,6 +78,9 @@ def with_estimated_normaliser(model: Any, samples: int, seed: int = 0) -> Any:
     normalised.
     """
     model = deepcopy(model, {id(model.decoder): model.decoder})
+    with seeded(seed), torch.no_grad(), no_param_store(model):
+        if prior_factors(model):
+            model.prior = FactorPrior(model.prior)
     priors = [part for part in model.modules() if hasattr(part, "estimate_normaliser")]
     if not priors:
         raise UsageError("This run's prior is normalised: there is nothing to estimate, leave --normaliser out.")

@@ -3,7 +3,7 @@
 Shapes: S particles, B sequences.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import reduce
@@ -22,8 +22,10 @@ from torch.distributions import kl_divergence
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.antithetic import Antithetic
+from ltm_pyro.inference.latent_sites import prior_factors
 from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.nn.precision import full_precision
+from ltm_pyro.utils.rng import seeded
 
 AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or a guide wrapped in a Pyro handler
 
@@ -93,6 +95,8 @@ def elbo_terms(
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
         prior, posterior = sample_sites(p.trace), latent_sites(q.trace)
         check_sites(posterior, latent_sites(p.trace))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in local.values()):
+            check_reparameterised(posterior)
         log_likelihood_B = sum_log_probs(p.trace, (name for name in prior if name not in posterior))
         with full_precision(batch.inputs_BT):
             if draws.kl == "path":
@@ -137,8 +141,10 @@ def missing_bound(model: Model, guide: Guide) -> str | None:
 
 def normalisers(model: Model) -> list[Tensor]:
     """log C, the log-normaliser of every unnormalised prior of a model; nan if it is not estimated."""
-    values = (getattr(part, "log_normaliser", None) for part in model.modules())
-    return [x for x in values if isinstance(x, Tensor)]
+    values = [getattr(part, "log_normaliser", None) for part in model.modules()]
+    found = [x for x in values if isinstance(x, Tensor)]
+    with seeded(0), torch.no_grad(), no_param_store(model):
+        return found if found or not prior_factors(model) else [torch.tensor(torch.nan)]
 
 
 _model_without_store: ContextVar[object] = ContextVar("model_without_store", default=None)
@@ -179,6 +185,17 @@ def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
             f"The guide samples '{extra[0]}', which the model does not have; the model's sites are {sorted(model)}. "
             f"Rename it, or remove it from the guide."
         )
+
+
+def check_reparameterised(sites: Mapping[str, Any]) -> None:
+    """Raises `UsageError` if q has a site whose samples have no gradient, which the fast steps need."""
+    for name, site in sites.items():
+        if not site["fn"].has_rsample:
+            raise UsageError(
+                f"The guide's site '{name}' is a {type(site['fn']).__name__} without reparameterised samples "
+                f"(has_rsample is False), so that fast steps would follow a wrong gradient: choose a family that has "
+                f"them, such as pyro.distributions.MixtureOfDiagNormals or FlowGuide."
+            )
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:

@@ -83,10 +83,15 @@ class RowNoise(Messenger):
                 f"Site '{name}' has batch shape {tuple(shape)} for {len(key_B)} sequences: give its distribution a "
                 f"batch shape that ends in B."
             )
-        self.sites += 1
-        draw_S1 = torch.arange(self.first, self.first + shape[:-1].numel(), device=key_B.device)[:, None]
-        with RowNoiseMode(fold_in(fold_in(key_B, self.sites), draw_S1).flatten(), shape):
+        with self.mode(shape):
             return fn.rsample() if fn.has_rsample else fn.sample()
+
+    def mode(self, shape: torch.Size) -> "RowNoiseMode":
+        """A torch mode in which each cell of a shape (…, B) has a random stream of its own, new at every call."""
+        self.sites += 1
+        key_B = fold_in(self.keys.key_B, self.sites)
+        draw_S1 = torch.arange(self.first, self.first + shape[:-1].numel(), device=key_B.device)[:, None]
+        return RowNoiseMode(fold_in(key_B, draw_S1).flatten(), shape)
 
 
 @contextmanager

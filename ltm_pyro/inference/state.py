@@ -3,7 +3,7 @@
 Shapes: B sequences, b of them selected, N fast steps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -51,8 +51,8 @@ class LocalInference:
             q's parameters inside log q (sticking the landing, arXiv 1703.09194): its gradient has no noise if q is the
             posterior.
         stop: per-sequence early stopping, which drops converged sequences from the batch; None runs all steps.
-        slow_gradient: the gradient of the global parameters: at the ``last`` q, or averaged over the ``trajectory`` of
-            fast steps.
+        slow_gradient: the gradient of the global parameters: at the ``last`` q, or averaged over the ``trajectory``,
+            the q before each fast step (`from_start` if there is only one).
         kl_weight: multiplies the KL in the objective of q and the decoder; 1 is the ELBO.
         cuda_graph: captures the fast steps as a CUDA graph at the second batch of a shape and replays it for later
             batches, which is faster but keeps the graph's memory; see `ltm_pyro.inference.cuda_graphs`.
@@ -102,6 +102,15 @@ class LocalInference:
             return self.draws
         step = () if self.noise == "reused" else (state.steps_B,)
         return self.draws._replace(noise=RowNoise(state.keys.fold_in("fast step", *step)))
+
+    def from_start(self) -> "LocalInference":
+        """The options of a training step that begins at the initial q.
+
+        The trajectory of one fast step is then the initial q alone, from which the decoder could learn nothing about
+        the fit: the slow gradient is that of the ``last`` q instead.
+        """
+        alone = self.steps == 1 and self.slow_gradient == "trajectory"
+        return replace(self, slow_gradient="last") if alone else self
 
     def loss(self, terms: ElboTerms) -> Float[Tensor, ""]:
         """The objective to minimise: −Σ (log p(x | z) − kl_weight · KL), in nats."""

@@ -108,7 +108,8 @@ def score_continuations(
     .. math:: -\log \frac{\sum_s w_s \, p(y_{\le u} \mid x, z_s)}{\sum_s w_s \, p(y_{<u} \mid x, z_s)},
         \qquad z_s \sim q(z \mid x)
 
-    ``iwae`` has :math:`w_s = p(x, z_s) / q(z_s \mid x)`, ``causal`` and ``reused_noise`` equal weights; ``causal`` fits
+    ``iwae`` has :math:`w_s = p(x, z_s) / q(z_s \mid x)`, ``prior_iwae`` draws from p(z) and has :math:`w_s =
+    p(x \mid z_s)`, ``causal`` and ``reused_noise`` equal weights; ``causal`` fits
     q again to what came before each block. ``bound`` and ``prior`` average −log p(y_u | x, z_s) instead, over draws
     from q and from p(z). None of these bounds −log p(y | x): they are predictive scores.
 
@@ -133,6 +134,8 @@ def score_tokens(
                 f"{run.length}: shorten the context."
             )
     scoring, scores = scoring or Scoring(), []
+    if scoring.estimator == "ais":
+        raise UsageError("The estimator ais scores whole texts, not continuations: choose iwae.")
     longest = max((len(tokens) for _, tokens in pairs), default=1)
     size = max(1, min(scoring.batch_size, LOGITS_AT_ONCE // (longest * run.model.decoder.vocabulary)))
     for first in range(0, len(pairs), size):
@@ -161,7 +164,7 @@ def _score_batch(run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scor
         targets = [pairs[row][1][first : first + block] for row in rows]
         context = batch_of_rows(known, run.start_token, run.length, run.device)
         keys = RowKeys.of_batch(context, scoring.seed)
-        if name == "prior":
+        if name in ("prior", "prior_iwae"):
             context = batch_of_rows([[] for _ in known], run.start_token, run.length, run.device)
         with torch.no_grad():
             state, _ = infer_local(run.model, run.guide, context, inference, state, keys=keys)
@@ -170,7 +173,11 @@ def _score_batch(run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scor
         for done in range(0, samples, chunk):
             noise = inference.draws_of_step(state).noise if name == "reused_noise" else None
             z_SBLKD, log_weight_SB = draw_thoughts(run, context, state, min(chunk, samples - done), keys, done, noise)
-            average.add(z_SBLKD, log_weight_SB * (name == "iwae"))
+            if name == "prior_iwae":  # what p(z | context) weighs draws of p(z) with
+                with torch.no_grad():
+                    batch = batch_of_rows(known, run.start_token, run.length, run.device)
+                    log_weight_SB = run.model.observation(z_SBLKD, batch).log_prob(run.model.observed(batch))
+            average.add(z_SBLKD, log_weight_SB * (name in ("iwae", "prior_iwae")))
         nats_BU = average.mean_nats_BU() if name in ("bound", "prior") else average.nats_BU()
         found = zip(rows.tolist(), targets, nats_BU.tolist(), average.likeliest_BU().tolist(), strict=True)
         for row, tokens, nats_U, likeliest_U in found:

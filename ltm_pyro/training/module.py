@@ -141,6 +141,8 @@ class LTMModule(pl.LightningModule):
         inference = self.curriculum.at(self.progress, self.inference, cost)
         if not self.model.decoder.thought_shape.thoughts:  # K = 0: there are none to leave out
             inference = replace(inference, use_thoughts=True)
+        if self.store is None:
+            inference = inference.from_start()
         self.flops += slots * cost(inference)
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             stored = None
