@@ -14,7 +14,13 @@ from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, Evaluation, check
 from ltm_pyro.utils.console import Console
 
 # options that have an effect only without or only with --suite, and their defaults
-OF_ESTIMATORS: dict[str, Any] = {"data": None, "estimators": ",".join(DEFAULT), "block": 16, "normaliser": None, "temperatures": 32}
+OF_ESTIMATORS: dict[str, Any] = {
+    "data": None,
+    "estimators": ",".join(DEFAULT),
+    "block": 16,
+    "normaliser": None,
+    "temperatures": 32,
+}
 CONVERGED = {None: "", True: "yes", False: "not yet"}
 OF_SUITES: dict[str, Any] = {
     "suite_dir": None,
@@ -34,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; by default the run's own")
     parser.add_argument("--estimators", metavar="A,B,…", help=f"any of {', '.join(ESTIMATORS)}")
     parser.add_argument(
-        "--samples", type=numbers, default=[16], metavar="S,…", help="draws per sequence after the fit; several: a curve"
+        "--samples",
+        type=numbers,
+        default=[16],
+        metavar="S,…",
+        help="draws per sequence after the fit; several: a curve",
     )
     parser.add_argument(
         "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; by default the recipe's"

@@ -187,9 +187,9 @@ def _sample_q(
     sites: Sites, guide: Guide, batch: Batch, local: LocalParameters, samples: int, noise: RowNoise | None
 ) -> dict[str, Tensor]:
     """S draws of every latent site from q."""
-    with no_param_store(), full_precision(batch.inputs_BT), noise or nullcontext():
-        with pyro.plate(PARTICLES, samples, dim=-2):
-            q = poutine.trace(guide).get_trace(batch, local)
+    particles = pyro.plate(PARTICLES, samples, dim=-2)
+    with no_param_store(), full_precision(batch.inputs_BT), noise or nullcontext(), particles:
+        q = poutine.trace(guide).get_trace(batch, local)
     return {name: q.nodes[name]["value"] for name in sites}
 
 

@@ -47,7 +47,7 @@ def check_prior(model: Any) -> None:
     if learned:
         raise UsageError(
             f"The factor '{learned[0]}' ({source_line(prior, 'pyro.factor')}) depends on what is learned, and so does "
-            f"the constant of the prior, whose gradient training would leave out: fix the parameters, or use EnergyPrior."
+            f"the constant of the prior, whose gradient training leaves out: fix the parameters, or use EnergyPrior."
         )
 
 

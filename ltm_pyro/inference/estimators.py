@@ -28,8 +28,8 @@ from ltm_pyro.inference.elbo import (
     sample_sites,
 )
 from ltm_pyro.inference.global_latents import fix_draws_by_keys
-from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.latent_sites import prior_factors
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.pareto import TRUSTED, pareto_k
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.state import LocalInference, LocalState
@@ -84,7 +84,7 @@ class Problem:
     samples: int
     state: LocalState
     block: int = 16
-    annealing: Annealing = Annealing()
+    annealing: Annealing = field(default_factory=Annealing)
 
     @property
     def fitted(self) -> tuple[Model, Guide, Batch, LocalParameters]:
@@ -358,7 +358,9 @@ def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[s
     with seeded(0), torch.no_grad(), no_param_store(model):
         factors = [*prior_factors(model)]
     if factors:  # which draws from the prior's sites leave out
-        missing |= {n: f"the prior's factor '{factors[0]}' leaves it without draws" for n in estimators if n in NEED_NONE}
+        missing |= {
+            n: f"the prior's factor '{factors[0]}' leaves it without draws" for n in estimators if n in NEED_NONE
+        }
     if missing and len(missing) == len(estimators):
         advice = NEED_DENSITY if factors else NEED_NONE
         raise UsageError(f"No figure for {', '.join(missing)}: {missing[estimators[0]]}; ask for {', '.join(advice)}.")
@@ -408,18 +410,14 @@ def _summarise(
     if not is_finite_B.any():
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
     tokens_B, bytes_B = tokens_B[is_finite_B], bytes_B[is_finite_B]
-    results = {
-        name: NatsAndKL(*(None if x is None else x[..., is_finite_B] for x in t)) for name, t in results.items()
-    }
+    results = {name: NatsAndKL(*(None if x is None else x[..., is_finite_B] for x in t)) for name, t in results.items()}
     has_gain = {"prior", "bound"} <= results.keys()
     return Evaluation(
         tokens=int(tokens_B.sum()),
         sequences=len(tokens_B),
         bytes=int(bytes_B.sum()),
         excluded=excluded,
-        estimates={
-            name: _score(name, t, tokens_B, bytes_B, points, results.get("ais")) for name, t in results.items()
-        },
+        estimates={name: _score(name, t, tokens_B, bytes_B, points, results.get("ais")) for name, t in results.items()},
         thinking_gain=_rate(results["prior"].nats_B - results["bound"].nats_B, tokens_B) if has_gain else None,
     )
 

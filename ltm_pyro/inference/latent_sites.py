@@ -50,7 +50,7 @@ def _check_density(nodes: dict[str, Any]) -> None:
         family, scale, mask = _base(node["fn"]), node["scale"], node["mask"]
         if isinstance(scale, Tensor) or scale != 1:
             problem = f"is scaled by {scale} (poutine.scale)"
-        elif mask is not None and mask is not True or isinstance(family, dist.MaskedDistribution):
+        elif (mask is not None and mask is not True) or isinstance(family, dist.MaskedDistribution):
             problem = "is masked"
         elif node["is_observed"] and not is_factor(node):
             problem = "has an observed value (obs=), which would be scored as if it were text"

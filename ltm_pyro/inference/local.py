@@ -83,7 +83,8 @@ def training_loss(
     """Runs the fast loop, and returns the loss −Σ ELBO (nats) whose ``backward`` gives the slow step's gradient.
 
     With ``slow_gradient="last"`` it is the loss at the final q, with ``"trajectory"`` the average over the q's before
-    each fast step (see `LocalInference.from_start` if there is only one). Without fast steps, or without local parameters (K = 0), both are the loss at the final q.
+    each fast step (but see `LocalInference.from_start` if there is only one). Without fast steps, or without local
+    parameters (K = 0), both are the loss at the final q.
     """
     if inference.cuda_graph and inference.slow_gradient == "trajectory":
         raise UsageError("A CUDA graph cannot capture the slow gradient of a trajectory: set slow_gradient to last.")

@@ -138,7 +138,9 @@ class ThoughtSampler:
         """One z per text, given prompt and everything written so far; q continues from its last state."""
         batch = batch_of_rows(rows, self.run.start_token, self.run.length, self.run.device)
         keys = self.keys.fold_in(self.fits)
-        return self._draw(batch, infer_local(self.run.model, self.run.guide, batch, self.inference, self.state, keys=keys)[0])
+        return self._draw(
+            batch, infer_local(self.run.model, self.run.guide, batch, self.inference, self.state, keys=keys)[0]
+        )
 
     def _draw(self, batch: Batch, state: LocalState) -> Float[Tensor, "B L K D"]:
         """Sampling importance resampling: the candidates, and one of them per text by its weight."""

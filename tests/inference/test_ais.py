@@ -89,7 +89,9 @@ def test_a_sequence_moves_alone(simulated):
     inference = LocalInference(steps=5, rate=0.05)
 
     def figures(rows):
-        problem = fit_problem(model, guide, batch.select(torch.tensor(rows)), inference, 4, annealing=Annealing(temperatures=4))
+        problem = fit_problem(
+            model, guide, batch.select(torch.tensor(rows)), inference, 4, annealing=Annealing(temperatures=4)
+        )
         return estimate(problem, "ais").nats_B
 
     whole = figures([*range(SEQUENCES)])

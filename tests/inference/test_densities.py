@@ -131,7 +131,7 @@ def test_a_factor_needs_an_estimate_of_the_constant(with_prior, tiny_batch):
 
 
 def test_a_factor_that_depends_on_what_is_learned_is_refused(with_prior):
-    with pytest.raises(UsageError, match="The factor 'f' .* depends on what is learned"):
+    with pytest.raises(UsageError, match=r"The factor 'f' .* depends on what is learned"):
         with_prior(learned_factor)
 
 
@@ -187,8 +187,6 @@ class Twice(dist.Categorical):
         return super().log_prob(value).clamp(min=0) + torch.tensor(2.0).log()
 
 
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [(Scaled, "the model scales site 'z' by 0.5"), (Sure, "a token has the probability 2 under")],
@@ -206,6 +204,7 @@ def test_a_model_that_is_no_density_has_no_bound(make, message):
 
 def test_the_last_alarm_is_a_negative_kl(with_prior, tiny_batch):
     """A prior whose own class is wrong: no look at its program can tell, but its KL is negative."""
+
     def program(self):
         base = dist.Laplace(torch.zeros(self.shape), 1.0).to_event(3)
         return pyro.sample("z", Louder(base))

@@ -83,7 +83,7 @@ def chains(run, texts, size):
 def texts_written(run, texts, size):
     """Only for texts that are given once: a second time a prompt has another text."""
     sampling = Sampling(max_new_tokens=5)
-    found = generate(run, [text for text in dict.fromkeys(texts)], sampling, batch_size=size)
+    found = generate(run, list(dict.fromkeys(texts)), sampling, batch_size=size)
     written = dict(zip(dict.fromkeys(texts), found, strict=True))
     return [hash(written[text]) % 1000 for text in texts]
 
