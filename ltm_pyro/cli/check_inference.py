@@ -25,14 +25,19 @@ STUDY = "ltm_pyro.studies.check_inference"  # by dotted path: the command line i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm check-inference`."""
     parser.add_argument(
-        "run", metavar="RUN", nargs="?", help="run directory or checkpoint: sandwiches the evidence of texts it generates"
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="run directory or checkpoint: sandwiches the evidence of texts it generates",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of data and noise")
     of_run = parser.add_argument_group("with RUN")
     of_run.add_argument("--sequences", type=at_least(2), metavar="N", help="generated texts")
     of_run.add_argument("--chains", type=at_least(1), metavar="S", help="chains per text in each direction")
-    of_run.add_argument("--temperatures", type=at_least(1), metavar="N", help="distributions between q and the posterior")
-    add_device(of_run)
+    of_run.add_argument(
+        "--temperatures", type=at_least(1), metavar="N", help="distributions between q and the posterior"
+    )
+    add_device(parser)
     parser.set_defaults(**OF_RUN)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

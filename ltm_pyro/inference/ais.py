@@ -47,11 +47,6 @@ class Annealing:
                 f"{self.leapfrog}."
             )
 
-    @property
-    def gradients(self) -> int:
-        """Gradients of log p(x, z) that a chain computes."""
-        return (self.temperatures - 1) * (self.leapfrog + 1)
-
 
 class Path(NamedTuple):
     """What the chains of a batch need: the densities at both ends, and the step sizes of the moves between them."""

@@ -30,8 +30,8 @@ class Two(MeanField):
 
 
 @pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "own.py"
+def file(tmp_path, request):
+    path = tmp_path / f"own_{request.node.callspec.params['name'].lower()}.py"
     path.write_text(PRIOR)
     return path
 
