@@ -57,7 +57,7 @@ def sandwich(
 ) -> Sandwich:
     """Annealed importance sampling in both directions, on texts whose thoughts are known because they were simulated.
 
-    The thoughts that generated a text are an exact draw from its posterior, with which the reverse chains begin (Grosse,
+    The thoughts that generated a text are an exact draw from its posterior, where the reverse chains begin (Grosse,
     Ghahramani & Adams 2015, arXiv 1511.02543). It speaks about texts that the model writes, not about others.
 
     Args:

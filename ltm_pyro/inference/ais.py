@@ -6,7 +6,7 @@ Shapes: S chains, B sequences, K temperatures, N unconstrained coordinates of al
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pyro
 import torch
@@ -185,7 +185,7 @@ def _sample_q(
     particles = pyro.plate(PARTICLES, samples, dim=-2)
     with no_param_store(), full_precision(batch.inputs_BT), noise or nullcontext(), particles:
         q = poutine.trace(guide).get_trace(batch, local)
-    return {name: q.nodes[name]["value"] for name in sites}
+    return {name: cast(Tensor, q.nodes[name]["value"]) for name in sites}
 
 
 def _unconstrain(sites: Sites, values: Mapping[str, Tensor]) -> Float[Tensor, "S B N"]:

@@ -395,7 +395,7 @@ def _negative_kl(results: dict[str, NatsAndKL]) -> str | None:
     return None
 
 
-def _concatenate(parts: Sequence[tuple[Tensor | None, ...]]) -> list[Tensor | None]:
+def _concatenate(parts: Sequence[tuple[Tensor | None, ...]]) -> list[Any]:
     columns = zip(*parts, strict=True)
     return [None if x[0] is None else torch.cat(x, dim=-1).double().cpu() for x in columns]
 
@@ -410,7 +410,7 @@ def _summarise(
     if not is_finite_B.any():
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
     tokens_B, bytes_B = tokens_B[is_finite_B], bytes_B[is_finite_B]
-    results = {name: NatsAndKL(*(None if x is None else x[..., is_finite_B] for x in t)) for name, t in results.items()}
+    results = {name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in results.items()}
     has_gain = {"prior", "bound"} <= results.keys()
     return Evaluation(
         tokens=int(tokens_B.sum()),

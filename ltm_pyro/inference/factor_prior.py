@@ -43,7 +43,7 @@ class FactorPrior(PyroModule):
         r"""log C = log E_{p₀}[e^f] from ``samples`` draws, and its standard error; afterwards p(z) is divided by C."""
         with torch.no_grad(), no_param_store(), poutine.trace() as drawn, sequence_plate(samples):
             self.prior()
-        f_S = sum(x.expand(samples) for x in factors_of(drawn.trace).values()).double()
+        f_S = torch.stack([x.expand(samples) for x in factors_of(drawn.trace).values()]).sum(0).double()
         self.log_normaliser.fill_(f_S.logsumexp(0) - math.log(samples))
         weight_S = (f_S - f_S.max()).exp()
         return self.log_normaliser.item(), (weight_S.std() / weight_S.mean() / math.sqrt(samples)).item()
