@@ -131,7 +131,7 @@ class RowNoiseMode(TorchDispatchMode):
             case "normal_", (x, *moments):
                 return x.copy_(self._scaled(_normal, x, *moments, **kwargs))
             case "uniform_", (x, *limits):
-                low, high = (*limits, *(0.0, 1.0)[len(limits) :])
+                low, high = [0.0, 1.0] if not limits else [limits[0], limits[1] if len(limits) > 1 else 1.0]
                 return x.copy_(self._scaled(_uniform, x, low, high - low))
             case "normal", (mean, std) if isinstance(mean, Tensor) or isinstance(std, Tensor):
                 like = torch.add(mean, std) if isinstance(mean, Tensor) else torch.add(std, mean)
