@@ -25,6 +25,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.console import Console
@@ -185,11 +186,13 @@ def calibrate(
     values = []
     with fix_global_draws(model, seed):
         for index, first in enumerate(shown):
-            with seeded(seed, index), torch.no_grad():
-                simulation = simulate(min(BATCH, simulations - first))
-                batch = model.prepare(simulation.batch)
-                state, _ = infer_local(model, guide, batch, inference)
-                drawn = draw_from_guide(model, guide, batch, state.parameters, samples).densities
+            with torch.no_grad():
+                with seeded(seed, index):
+                    simulation = simulate(min(BATCH, simulations - first))
+                batch, keys = model.prepare(simulation.batch), RowKeys.of_batch(simulation.batch, seed)
+                state, _ = infer_local(model, guide, batch, inference, keys=keys)
+                q_keys = keys.fold_in("calibration")
+                drawn = draw_from_guide(model, guide, batch, state.parameters, samples, q_keys).densities
                 truth = log_densities(model, batch, {name: x[None] for name, x in simulation.sites.items()})
             z_RBLKD = torch.cat([truth.z_SBLKD, drawn.z_SBLKD])
             nats_RB = torch.cat([truth.log_likelihood_SBT, drawn.log_likelihood_SBT]).sum(-1)
@@ -208,7 +211,8 @@ def simulate_texts(run: Run) -> Simulate:
 
     def simulate(size: int) -> Simulation:
         trace: Any = poutine.trace(run.model.sample_prior).get_trace(size)
-        rows_BT = write_tokens(run, trace.nodes["_RETURN"]["value"], run.length)
+        keys = RowKeys(torch.randint(2**62, (size,), device=run.device), 0)
+        rows_BT = write_tokens(run, trace.nodes["_RETURN"]["value"], run.length, keys)
         lengths_B = (rows_BT != MISSING).sum(1)
         batch = make_batch(rows_BT.masked_fill(rows_BT == MISSING, run.start_token), lengths_B, run.start_token)
         sites = {name: trace.nodes[name]["value"] for name in prior_sites(run.model, 1)}

@@ -14,9 +14,10 @@ from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
+from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.inference.state import LocalInference
-from ltm_pyro.utils.rng import seeded
 
 DRAWS, FEW = 64, 8  # draws for the KL, and for the nats of the rest of the text
 
@@ -38,10 +39,11 @@ def shift(
     with torch.no_grad():
         batch = model.prepare(batch)
         for length in lengths:
-            with seeded(seed):
-                context = batch.crop(0, length)  # q must not depend on later tokens
-                state, _ = infer_local(model, guide, context, inference)
-                drawn = draw_from_guide(model, guide, context, state.parameters, DRAWS)
+            context = batch.crop(0, length)  # q must not depend on later tokens
+            keys = RowKeys.of_batch(context, seed)
+            with fix_global_draws(model, seed):
+                state, _ = infer_local(model, guide, context, inference, keys=keys)
+                drawn = draw_from_guide(model, guide, context, state.parameters, DRAWS, keys.fold_in("context"))
             z_SBLKD, log_prior_SB, _ = drawn.densities
             means.append(z_SBLKD.mean(0))
             kl.append((drawn.log_q_SB - log_prior_SB).mean(0))

@@ -28,6 +28,7 @@ from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.pareto import pareto_k
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import write
@@ -94,44 +95,53 @@ def draw_posterior(
     shown = track(chunks, "inferring", console=console, transient=True, disable=not console.is_terminal)
     parts = []
     with fix_global_draws(run.model, seed):
-        for index, chunk in enumerate(shown):
-            with seeded(seed, index):
-                rows = [piece.tokens for piece in chunk]
-                batch = batch_of_rows(rows, run.start_token, run.length, run.device, pad_to=length)
-                groups = _batch_groups(run.model, run.guide, batch, run.inference, options)
-                for name, data in _text_groups(run, chunk).items():
-                    groups[name] = groups[name].assign(data)
-                if options.replicas:
-                    z_RBLKD = torch.from_numpy(groups["posterior"]["z"].values[0, : options.replicas]).to(run.device)
-                    tokens = np.stack([_numpy(write_tokens(run, z_BLKD, length)) for z_BLKD in z_RBLKD])[None]
-                    axes = (*SAMPLES, "sequence", "token")
-                    groups["posterior_predictive"] = xr.Dataset({"tokens": (axes, tokens)})
-                parts.append(groups)
+        for chunk in shown:
+            rows = [piece.tokens for piece in chunk]
+            batch = batch_of_rows(rows, run.start_token, run.length, run.device, pad_to=length)
+            groups = _batch_groups(run.model, run.guide, batch, run.inference, options, seed)
+            for name, data in _text_groups(run, chunk).items():
+                groups[name] = groups[name].assign(data)
+            if options.replicas:
+                z_RBLKD = torch.from_numpy(groups["posterior"]["z"].values[0, : options.replicas]).to(run.device)
+                keys = RowKeys.of_batch(batch, seed)
+                tokens = [write_tokens(run, z_BLKD, run.length, keys.fold_in(r)) for r, z_BLKD in enumerate(z_RBLKD)]
+                axes = (*SAMPLES, "sequence", "token")
+                groups["posterior_predictive"] = xr.Dataset({"tokens": (axes, _numpy(torch.stack(tokens))[None])})
+            parts.append(groups)
     attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed, "run": run.source}
     return _concatenate(parts, options.method, attrs)
 
 
 def draw_batch_posterior(
-    model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions | None = None
+    model: Model,
+    guide: Guide,
+    batch: Batch,
+    inference: LocalInference,
+    options: DrawOptions | None = None,
+    seed: int = 0,
 ) -> Posterior:
     """The posterior of each sequence of a batch, for any model and guide; `draw_posterior` adds texts and labels."""
     options = options or DrawOptions()
     alone = [batch.select(torch.tensor([index])) for index in range(batch.size)]
     batches = [batch] if options.method == "guide" else alone
-    with fix_global_draws(model, torch.initial_seed()):
-        parts = [_batch_groups(model, guide, part, inference, options) for part in batches]
+    with fix_global_draws(model, seed):
+        parts = [_batch_groups(model, guide, part, inference, options, seed) for part in batches]
     return _concatenate(parts, options.method)
 
 
-def _batch_groups(model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions) -> Groups:
-    """All groups of a `Posterior` that do not need text."""
+def _batch_groups(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions, seed: int
+) -> Groups:
+    """All groups of a `Posterior` that do not need text; each sequence has a random stream of its own."""
+    keys = RowKeys.of_batch(batch, seed)
     with torch.no_grad():
         batch = batch if batch.stem_BTD is not None else model.prepare(batch)
     if options.method == "guide":
-        groups = _guide_groups(model, guide, batch, inference, options.samples)
+        groups = _guide_groups(model, guide, batch, inference, options.samples, keys)
     else:
-        groups = _chain_groups(model, batch, options)
-    with torch.no_grad():
+        with seeded(int(keys.key_B) % 2**63):
+            groups = _chain_groups(model, batch, options)
+    with torch.no_grad(), seeded(seed):
         prior_SLKD = model.sample_prior(options.samples)
     tokens_BT = batch.targets_BT.masked_fill(~batch.mask_BT, MISSING)
     groups["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), _numpy(tokens_BT))})
@@ -141,10 +151,12 @@ def _batch_groups(model: Model, guide: Guide, batch: Batch, inference: LocalInfe
     return groups
 
 
-def _guide_groups(model: Model, guide: Guide, batch: Batch, inference: LocalInference, samples: int) -> Groups:
+def _guide_groups(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, samples: int, keys: RowKeys
+) -> Groups:
     """Fits q; draws from it, with k-hat, moments and, if log p(z) is known, the bounds and the KL in nats."""
-    state, _ = infer_local(model, guide, batch, inference)
-    q = draw_from_guide(model, guide, batch, state.parameters, samples)
+    state, _ = infer_local(model, guide, batch, inference, keys=keys)
+    q = draw_from_guide(model, guide, batch, state.parameters, samples, keys.fold_in("posterior"))
     sites = {name: x[None] for name, x in q.sites.items()}
     groups = _draw_groups(sites, LogDensities._make(x[None] for x in q.densities), batch)
     stats = groups["sample_stats"]
@@ -225,7 +237,7 @@ def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites) -> Moments:
     site = _thought_site(z_SBLKD, sites) if len(sites) == 1 else None
     if site and (exact := exact_moments(prior_sites(model, z_SBLKD.shape[1])[site])):
         return exact
-    with torch.no_grad():
+    with torch.no_grad(), seeded(0):  # the same for every batch
         return sample_moments(model.sample_prior(1000))
 
 
@@ -255,11 +267,9 @@ def _concatenate(parts: Sequence[Groups], method: str, attrs: dict[str, Any] | N
     return Posterior(tree)
 
 
-def write_tokens(run: Run, z_BLKD: Float[Tensor, "B L K D"], length: int) -> Int[Tensor, "B T"]:
+def write_tokens(run: Run, z_BLKD: Float[Tensor, "B L K D"], length: int, keys: RowKeys) -> Int[Tensor, "B T"]:
     """The tokens of a text generated from each z, at most ``length`` up to the end of text; `MISSING` after it."""
-    seed = int(torch.randint(2**62, ()))
-    keys = [(seed, index) for index in range(len(z_BLKD))]
-    rows = write(run, [[]] * len(keys), z_BLKD, keys, Sampling(max_new_tokens=length))
+    rows = write(run, [[]] * len(z_BLKD), z_BLKD, keys, Sampling(max_new_tokens=length))
     return torch.tensor([[*row, run.start_token, *[MISSING] * length][:length] for row in rows])
 
 

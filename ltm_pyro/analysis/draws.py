@@ -3,6 +3,7 @@
 Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import no_param_store, sum_log_probs
 from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.nn.cross_entropy import token_nats
 from ltm_pyro.nn.token_categorical import TokenCategorical
 
@@ -49,13 +51,20 @@ class GuideDraws(NamedTuple):
         return self.log_ratio_SB + self.densities.log_likelihood_SBT.sum(-1)
 
 
-def draw_from_guide(model: Model, guide: Guide, batch: Batch, local: LocalParameters, samples: int) -> GuideDraws:
-    """S draws z ~ q(z | x), computed in chunks that fit in memory."""
+def draw_from_guide(
+    model: Model, guide: Guide, batch: Batch, local: LocalParameters, samples: int, keys: RowKeys | None = None
+) -> GuideDraws:
+    """S draws z ~ q(z | x), computed in chunks that fit in memory.
+
+    Args:
+        keys: of the sequences' own random streams; by default torch's generator.
+    """
     size = max(1, TOKENS_AT_ONCE // batch.inputs_BT.numel())
     chunks = []
     for done in range(0, samples, size):
         names = prior_sites(model, 1)
-        with torch.no_grad(), no_param_store(), pyro.plate(PARTICLES, min(size, samples - done), dim=-2):
+        noise = RowNoise(keys, done) if keys else nullcontext()
+        with torch.no_grad(), no_param_store(), noise, pyro.plate(PARTICLES, min(size, samples - done), dim=-2):
             q = poutine.trace(guide).get_trace(batch, local)
         sites = {name: cast(Tensor, q.nodes[name]["value"]) for name in names}
         with torch.no_grad():

@@ -17,9 +17,9 @@ from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.contracts import Batch, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.nn.layers import CrossAttention
 from ltm_pyro.runs.run import Run
-from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.statistics import standard_error
 
 DRAWS = 4
@@ -87,8 +87,8 @@ def interpolate(run: Run, posterior: Posterior, first: int, second: int, steps: 
     for share in torch.linspace(0, 1, steps).tolist():
         z_LKD = torch.lerp(ends[0], ends[1], share)
         nats = -token_log_likelihood(run.model, batch, torch.stack([z_LKD, z_LKD])).sum(-1)
-        with seeded(seed):
-            row = write_tokens(run, z_LKD[None], batch.inputs_BT.shape[1])[0]
+        keys = RowKeys.of_batch(batch, seed).select(torch.tensor([0]))  # the same tokens' noise at every point
+        row = write_tokens(run, z_LKD[None], batch.inputs_BT.shape[1], keys)[0]
         path.append(Step(share, decode_row(run, row), *nats.tolist()))
     return path
 

@@ -1,4 +1,4 @@
-"""`ltm check-inference`: every shipped guide against known posteriors and evidences."""
+"""`ltm check-inference [RUN]`: every shipped guide against known posteriors, or a run against the texts it writes."""
 
 import argparse
 import json
@@ -7,19 +7,48 @@ from typing import Any
 
 from rich.table import Table
 
+from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.extras import extra
 
+OF_RUN: dict[str, Any] = {"sequences": 16, "chains": 16, "temperatures": 32, "device": "cpu"}
+NOTES = {
+    "iwae": "the run's importance-weighted bound, with as many draws",
+    "ais": "not below the evidence, in expectation",
+    "reverse_ais": "not above the evidence, in expectation",
+    "gap": "ais - reverse_ais: how far either can be from the evidence",
+}
 STUDY = "ltm_pyro.studies.check_inference"  # by dotted path: the command line imports no model and no guide
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm check-inference`."""
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="run directory or checkpoint: sandwiches the evidence of texts it generates",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of data and noise")
+    of_run = parser.add_argument_group("with RUN")
+    of_run.add_argument("--sequences", type=at_least(2), metavar="N", help="generated texts")
+    of_run.add_argument("--chains", type=at_least(1), metavar="S", help="chains per text in each direction")
+    of_run.add_argument(
+        "--temperatures", type=at_least(1), metavar="N", help="distributions between q and the posterior"
+    )
+    add_device(parser)
+    parser.set_defaults(**OF_RUN)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints truth, estimate and error; returns 0."""
+    if args.run:
+        return _sandwich(args)
+    given = [f"--{name}" for name, default in OF_RUN.items() if getattr(args, name) != default]
+    if given:
+        raise UsageError(f"Without a run {', '.join(given)} would have no effect: give RUN, or leave that out.")
     console = Console(stderr=True)
     with console.status("fitting every guide on the models with known answers …"):
         report = import_module(STUDY).check_inference(args.seed)
@@ -29,6 +58,30 @@ def run(args: argparse.Namespace) -> int:
     for model, guides in report.items():
         for guide, figures in guides.items():
             Console().print(_table(f"{guide} on {model.replace('_', ' ')}", figures))
+    return 0
+
+
+def _sandwich(args: argparse.Namespace) -> int:
+    """The evidence of texts that a run generates, from both sides, and the run's bound between them."""
+    extra("xarray", "analysis", "ltm check-inference RUN")
+    from ltm_pyro.analysis.calibration import simulate_texts
+    from ltm_pyro.analysis.evidence import sandwich
+    from ltm_pyro.inference.ais import Annealing
+    from ltm_pyro.runs.load import load_run
+
+    run, annealing = load_run(args.run, args.device), Annealing(temperatures=args.temperatures)
+    with Console(stderr=True).status("annealing in both directions …"):
+        parts = (run.model, run.guide, run.inference, simulate_texts(run))
+        found = sandwich(*parts, args.sequences, args.chains, annealing, args.seed).as_dict()
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    title = f"{args.run}: {found['sequences']} texts of its own, {found['tokens']:,} tokens"
+    table = Table("-log p(x)", "nats/token", "± s.e.", "", title=title, title_justify="left")
+    for name, note in NOTES.items():
+        error = found["stderr"][name]
+        table.add_row(name, f"{found['nats_per_token'][name]:.4f}", "" if error is None else f"{error:.4f}", note)
+    Console().print(table)
     return 0
 
 

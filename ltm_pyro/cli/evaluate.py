@@ -29,7 +29,9 @@ OF_ESTIMATORS: dict[str, Any] = {
     "estimators": ",".join(DEFAULT),
     "block": 16,
     "normaliser": None,
+    "temperatures": 32,
 }
+CONVERGED = {None: "", True: "yes", False: "not yet"}
 OF_SUITES: dict[str, Any] = {
     "suite_dir": None,
     "source": [],
@@ -55,11 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "write the figures of each document, one JSON object per line, with its id and labels"
     parser.add_argument("--by-document", type=Path, metavar="FILE", help=about)
     parser.add_argument("--estimators", metavar="A,B,…", help=f"any of {', '.join(ESTIMATORS)}")
-    parser.add_argument("--samples", type=at_least(1), default=16, metavar="S", help="draws per sequence after the fit")
+    parser.add_argument(
+        "--samples",
+        type=numbers,
+        default=[16],
+        metavar="S,…",
+        help="draws per sequence after the fit; several: a curve",
+    )
     parser.add_argument(
         "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; by default the recipe's"
     )
     parser.add_argument("--block", type=at_least(1), metavar="N", help="tokens per block of the estimator `causal`")
+    parser.add_argument(
+        "--temperatures", type=at_least(1), metavar="N", help="distributions between q and the posterior, for `ais`"
+    )
     parser.add_argument(
         "--normaliser",
         type=at_least(2),
@@ -113,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         args.seed,
         args.block,
         args.normaliser,
+        args.temperatures,
         args.split,
         args.score,
         args.observe,
@@ -131,9 +143,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         console = Console()
         console.print(_table(evaluation, args.run, exact))
+        if len(args.samples) > 1:
+            console.print(_curve(evaluation))
         if uses is not None:
             console.print(f"This is the test split, and it was scored {uses or 'an unknown number of'} times with it.")
     return 0
+
+
+def numbers(text: str) -> list[int]:
+    """One or more whole numbers above 0, separated by commas."""
+    return [at_least(1)(part) for part in text.split(",")]
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -154,7 +173,7 @@ def _suites(args: argparse.Namespace) -> int:
         directory=args.suite_dir,
         sources=_sources(args.source),
         limit=args.limit,
-        samples=args.samples,
+        samples=max(args.samples),
         fast_steps=args.fast_steps,
         seed=args.seed,
         shots=args.shots,
@@ -185,15 +204,28 @@ def _sources(given: list[str]) -> dict[str, str]:
     return sources
 
 
+def _curve(evaluation: Evaluation) -> Table:
+    """Nats per token by the number of draws, for every estimator that averages importance weights."""
+    curves = {name: score.curve for name, score in evaluation.estimates.items() if score.curve}
+    if not curves:
+        raise UsageError("Only iwae, prior_iwae and ais improve with more samples: name one, or give one number.")
+    table = Table("draws", title="nats/token by draws", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for name in curves:
+        table.add_column(f" {name}", justify="right")
+    for samples in next(iter(curves.values())):
+        table.add_row(f"{samples:,}", *(f"{curve[samples]:.4f}" for curve in curves.values()))
+    return table
+
+
 def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
     e = evaluation
     title = f"{title}: {e.sequences:,} sequences, {e.tokens:,} tokens, {e.bytes:,} bytes"
     table = Table("estimator", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for column in ("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "a bound?"):
+    for column in ("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "a bound?", "converged?"):
         table.add_column(f" {column}", justify="right", no_wrap=True)
     for name, s in e.estimates.items():
         figures = (s.nats_per_token, s.stderr_nats_per_token, s.perplexity, s.bits_per_byte, s.kl_nats_per_token)
-        table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no")
+        table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no", CONVERGED[s.converged])
     if exact:
         table.add_row("exact", f"{exact.rate.nats_per_token:.4f}", f"{exact.rate.stderr_nats_per_token:.4f}")
         for name, x in exact.excess.items():

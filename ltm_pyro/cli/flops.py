@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     model, guide, inference, _ = build_from_recipe(config)
     decoder = model.decoder
     published = flops_per_token_as_published(decoder, decoder.length, inference.steps)
-    spent = flops_per_token(decoder, guide, decoder.length, inference)
+    fresh = inference if config.model.keep_local else inference.from_start()
+    spent = flops_per_token(decoder, guide, decoder.length, fresh)
     figures = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "published_flops_per_token": published.total,

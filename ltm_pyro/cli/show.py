@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from pyro import poutine
 
     from ltm_pyro.contracts import make_batch
-    from ltm_pyro.inference.elbo import no_param_store
+    from ltm_pyro.inference.elbo import check_reparameterised, latent_sites, no_param_store
     from ltm_pyro.inference.local import init
     from ltm_pyro.inference.plate_diagram import plate_diagram
     from ltm_pyro.inference.state import LocalInference
@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     with torch.no_grad(), no_param_store():
         trace = poutine.trace(model).get_trace(batch)
         local = init(model, guide, batch, LocalInference()).parameters
+        if guide.uses_fast_steps:
+            check_reparameterised(latent_sites(poutine.trace(guide).get_trace(batch, local)))
     _write(svg, plate_diagram(model, batch), args.force)
     latent = _latent(model)
     if args.json:

@@ -21,27 +21,31 @@ from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.dataset import Observed, Scored
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import log_weights
+from ltm_pyro.inference.ais import Annealing
+from ltm_pyro.inference.elbo import log_weights, no_param_store
 from ltm_pyro.inference.estimators import DEFAULT, Evaluation, evaluate, fit_problem
+from ltm_pyro.inference.factor_prior import FactorPrior
+from ltm_pyro.inference.global_latents import fix_global_draws
+from ltm_pyro.inference.latent_sites import prior_factors
 from ltm_pyro.inference.pareto import pareto_k
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
 
 BATCH = 32  # sequences fitted together
-TOGETHER = 8  # draws per sequence that are in memory at the same time
 
 
 def evaluate_run(
     run: Run,
     data: str | None = None,
     estimators: Sequence[str] = DEFAULT,
-    samples: int = 16,
+    samples: int | Sequence[int] = 16,
     fast_steps: int | None = None,
     limit: int | None = None,
     seed: int = 0,
     block: int = 16,
     normaliser: int | None = None,
+    temperatures: int = 32,
     split: str = "val",
     score: Scored = "all",
     observe: Observed = "all",
@@ -54,13 +58,14 @@ def evaluate_run(
         data: packed data, or text that is packed here with the run's tokenizer; by default the held-out split of the
             run's own data.
         estimators: names from `ESTIMATORS`.
-        samples: S, draws per sequence after the fit.
+        samples: S, draws per sequence after the fit; of several numbers the largest, and a curve over all of them.
         fast_steps: T_fast; by default the recipe's ``evaluation.steps``.
         limit: only the first ``limit`` sequences.
         seed: random seed.
         block: tokens per block of the estimator ``causal``.
         normaliser: number of draws with which the constant of an unnormalised prior is estimated; figures that use the
             estimate are not bounds.
+        temperatures: K, the number of distributions between q and the posterior for the estimator ``ais``.
         split: of packed data.
         score: what is scored of a document with a prompt: ``all`` of it, or its ``completion``.
         observe: what q is fitted to: ``all`` of the document, or its ``prompt``.
@@ -77,7 +82,8 @@ def evaluate_run(
     console = Console(stderr=True)
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
     on_device = (batch.to(run.device) for batch in shown)
-    return evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block)
+    annealing = Annealing(temperatures=temperatures)
+    return evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing)
 
 
 def with_estimated_normaliser(model: Any, samples: int, seed: int = 0) -> Any:
@@ -87,6 +93,9 @@ def with_estimated_normaliser(model: Any, samples: int, seed: int = 0) -> Any:
     normalised.
     """
     model = deepcopy(model, {id(model.decoder): model.decoder})
+    with seeded(seed), torch.no_grad(), no_param_store(model):
+        if prior_factors(model):
+            model.prior = FactorPrior(model.prior)
     priors = [part for part in model.modules() if hasattr(part, "estimate_normaliser")]
     if not priors:
         raise UsageError("This run's prior is normalised: there is nothing to estimate, leave --normaliser out.")
@@ -102,10 +111,9 @@ def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
     """Pareto k-hat of the first ``sequences`` held-out sequences, from ``draws`` draws of q after the fit: (B,)."""
     dataset = held_out(run)
     batch = dataset.collate([dataset[i] for i in range(min(sequences, len(dataset)))]).to(run.device)
-    problem = fit_problem(run.model, run.guide, batch, run.inference, draws, (seed,))
-    sizes = [min(TOGETHER, draws - done) for done in range(0, draws, TOGETHER)]
-    with seeded(seed), torch.no_grad():
-        parts = [log_weights(run.model, run.guide, problem.batch, problem.state.parameters, n) for n in sizes]
+    problem = fit_problem(run.model, run.guide, batch, run.inference, draws, seed)
+    with fix_global_draws(run.model, seed), torch.no_grad():
+        parts = [log_weights(*problem.fitted, x.particles, x.noise) for x in problem.draws("k-hat")]
     return pareto_k(torch.cat(parts))
 
 

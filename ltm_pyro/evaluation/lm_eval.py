@@ -100,8 +100,8 @@ class LTM(TemplateLM):
             room = min(int(asked.get("max_gen_toks", 256)), self._run.length // 2)
             sampling = Sampling(max_new_tokens=room, stop_strings=stops, **{"do_sample": False} | given)
             kept = [encode_prompt(tokenizer, prompt)[-(self._run.length - room) :] for prompt, _ in group]
-            prompts, seed = decode(self._run, kept), self._scoring.seed + len(texts)
-            written = generate(self._run, prompts, sampling, seed=seed, batch_size=self._scoring.batch_size)
+            prompts, scoring = decode(self._run, kept), self._scoring
+            written = generate(self._run, prompts, sampling, seed=scoring.seed, batch_size=scoring.batch_size)
             texts += [
                 text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))] for text in written
             ]

@@ -16,24 +16,32 @@ from torch.distributions import (
 
 from ltm_pyro.contracts import PARTICLES, SEQUENCES
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.row_noise import RowNoise
 
 
 class Antithetic(Messenger):
     """Draws from a Gaussian guide in antithetic pairs: the second half of the particles is 2μ − z of the first half.
 
     The average over particles of any odd function of z − μ is then exactly 0.
+
+    Args:
+        noise: the sequences' own random streams; by default torch's generator.
     """
+
+    def __init__(self, noise: RowNoise | None = None) -> None:
+        super().__init__()
+        self.noise = noise
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         plates = {frame.name for frame in msg["cond_indep_stack"]}
         if plates >= {PARTICLES, SEQUENCES} and msg["value"] is None:
-            msg["value"] = antithetic_sample(msg["fn"], msg["name"])
+            msg["value"] = antithetic_sample(msg["fn"], msg["name"], self.noise)
 
 
-def antithetic_sample(fn: Distribution, name: str) -> Tensor:
+def antithetic_sample(fn: Distribution, name: str, noise: RowNoise | None = None) -> Tensor:
     """A reparameterised sample whose second half along axis 0 is the first half mirrored at the mean."""
     if isinstance(fn, TransformedDistribution):
-        x = antithetic_sample(fn.base_dist, name)
+        x = antithetic_sample(fn.base_dist, name, noise)
         for transform in fn.transforms:
             x = transform(x)
         return x
@@ -42,5 +50,5 @@ def antithetic_sample(fn: Distribution, name: str) -> Tensor:
         base = base.base_dist
     if not isinstance(base, Normal | MultivariateNormal | LowRankMultivariateNormal):
         raise UsageError(f"Antithetic noise needs a Gaussian guide, but site '{name}' is {base}: use fresh noise.")
-    z = fn.rsample()[: fn.batch_shape[0] // 2]
+    z = (noise.sample(fn, name) if noise else fn.rsample())[: fn.batch_shape[0] // 2]
     return torch.cat([z, 2 * fn.mean[: len(z)] - z])

@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from ltm_pyro.contracts import PARTICLES, SEQUENCES
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import no_param_store
-from ltm_pyro.inference.latent_sites import bijections, prior_sites
+from ltm_pyro.inference.latent_sites import bijections, prior_factors, prior_sites
 from ltm_pyro.utils.rng import seeded
 
 BATCH_SIZES = (5, 7)  # two sizes, so that an axis of fixed length cannot be mistaken for the plate of sequences
@@ -27,7 +27,8 @@ def check_prior(model: Any) -> None:
     """Raises `UsageError` if a prior does not meet the contract `ltm_pyro.contracts.Prior`.
 
     It checks the shape of z, and that every site is inside the plate of sequences, has one event per sequence, is
-    continuous and has a support that can be mapped to the reals. It also checks z with a leading axis of particles.
+    continuous and has a support that can be mapped to the reals. It also checks z with a leading axis of particles, and
+    that p(z) is a density: not scaled, masked or observed, and without a `pyro.factor` that depends on what is learned.
     """
     prior, shape = model.prior, model.decoder.thought_shape
     with seeded(0), torch.no_grad(), no_param_store():
@@ -41,6 +42,13 @@ def check_prior(model: Any) -> None:
         with explain_failure(prior), pyro.plate(PARTICLES, 2, dim=-2):
             trace = poutine.trace(model.sample_prior).get_trace(size)
         _check_thoughts(trace, prior, (2, size, *shape))
+        with torch.enable_grad():
+            learned = [name for name, x in prior_factors(model).items() if x.requires_grad]
+    if learned:
+        raise UsageError(
+            f"The factor '{learned[0]}' ({source_line(prior, 'pyro.factor')}) depends on what is learned, and so does "
+            f"the constant of the prior, whose gradient training leaves out: fix the parameters, or use EnergyPrior."
+        )
 
 
 def _check_sites(trace: Any, prior: Any, size: int) -> None:

@@ -3,7 +3,7 @@
 Shapes: S particles, B sequences.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import reduce
@@ -22,7 +22,10 @@ from torch.distributions import kl_divergence
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.antithetic import Antithetic
+from ltm_pyro.inference.latent_sites import prior_factors
+from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.nn.precision import full_precision
+from ltm_pyro.utils.rng import seeded
 
 AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or a guide wrapped in a Pyro handler
 
@@ -56,12 +59,14 @@ class Draws(NamedTuple):
         kl: ``exact`` uses the closed form of a site's KL if torch has one, else log q − log p at the draw; ``sampled``
             uses log q − log p at every site; ``path`` also detaches q's parameters inside log q (arXiv 1703.09194).
         use_thoughts: if False, the decoder does not use z.
+        noise: the sequences' own random streams; by default torch's generator.
     """
 
     particles: int | None = None
     antithetic: bool = False
     kl: Literal["exact", "sampled", "path"] = "exact"
     use_thoughts: bool = True
+    noise: RowNoise | None = None
 
 
 def elbo_terms(
@@ -79,16 +84,19 @@ def elbo_terms(
     the left of the plate of sequences. Unlike Pyro's own estimators it never synchronises with the device. Source:
     arXiv 2502.01567, equation 4.
     """
-    antithetic = Antithetic() if draws.antithetic else nullcontext()
+    noise = draws.noise or nullcontext()
+    antithetic = Antithetic(draws.noise) if draws.antithetic else nullcontext()
     particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
     with no_param_store(model):
         # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
-        with full_precision(batch.inputs_BT), antithetic, particles, poutine.trace() as q:
+        with full_precision(batch.inputs_BT), noise, antithetic, particles, poutine.trace() as q:
             guide(batch, local)
         with particles, poutine.trace() as p, poutine.replay(trace=q.trace):
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
         prior, posterior = sample_sites(p.trace), latent_sites(q.trace)
         check_sites(posterior, latent_sites(p.trace))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in local.values()):
+            check_reparameterised(posterior)
         log_likelihood_B = sum_log_probs(p.trace, (name for name in prior if name not in posterior))
         with full_precision(batch.inputs_BT):
             if draws.kl == "path":
@@ -102,15 +110,22 @@ def elbo_terms(
 
 
 def log_weights(
-    model: Model, guide: AnyGuide, batch: Batch, local: LocalParameters, particles: int | None = None
+    model: Model,
+    guide: AnyGuide,
+    batch: Batch,
+    local: LocalParameters,
+    particles: int | None = None,
+    noise: RowNoise | None = None,
 ) -> Float[Tensor, "... B"]:
     """log p(x, z) − log q(z | x) at S draws z ~ q, in nats: the log importance weights."""
-    return elbo_terms(model, guide, batch, local, Draws(particles, kl="sampled")).elbo_B
+    return elbo_terms(model, guide, batch, local, Draws(particles, kl="sampled", noise=noise)).elbo_B
 
 
-def prior_log_likelihood(model: Model, batch: Batch, particles: int) -> Float[Tensor, "S B"]:
+def prior_log_likelihood(
+    model: Model, batch: Batch, particles: int, noise: RowNoise | None = None
+) -> Float[Tensor, "S B"]:
     """log p(x | z) at S draws z ~ p(z), in nats."""
-    with no_param_store(model), pyro.plate(PARTICLES, particles, dim=-2):
+    with no_param_store(model), noise or nullcontext(), pyro.plate(PARTICLES, particles, dim=-2):
         p = poutine.trace(model).get_trace(batch)
     return sum_log_probs(p, (name for name, site in sample_sites(p).items() if site["is_observed"]))
 
@@ -126,8 +141,10 @@ def missing_bound(model: Model, guide: Guide) -> str | None:
 
 def normalisers(model: Model) -> list[Tensor]:
     """log C, the log-normaliser of every unnormalised prior of a model; nan if it is not estimated."""
-    values = (getattr(part, "log_normaliser", None) for part in model.modules())
-    return [x for x in values if isinstance(x, Tensor)]
+    values = [getattr(part, "log_normaliser", None) for part in model.modules()]
+    found = [x for x in values if isinstance(x, Tensor)]
+    with seeded(0), torch.no_grad(), no_param_store(model):
+        return found if found or not prior_factors(model) else [torch.tensor(torch.nan)]
 
 
 _model_without_store: ContextVar[object] = ContextVar("model_without_store", default=None)
@@ -168,6 +185,17 @@ def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:
             f"The guide samples '{extra[0]}', which the model does not have; the model's sites are {sorted(model)}. "
             f"Rename it, or remove it from the guide."
         )
+
+
+def check_reparameterised(sites: Mapping[str, Any]) -> None:
+    """Raises `UsageError` if q has a site whose samples have no gradient, which the fast steps need."""
+    for name, site in sites.items():
+        if not site["fn"].has_rsample:
+            raise UsageError(
+                f"The guide's site '{name}' is a {type(site['fn']).__name__} without reparameterised samples "
+                f"(has_rsample is False), so that fast steps would follow a wrong gradient: choose a family that has "
+                f"them, such as pyro.distributions.MixtureOfDiagNormals or FlowGuide."
+            )
 
 
 def sample_sites(trace: Trace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Global latent variables: random variables shared by all sequences, each with a variational posterior."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
 from ltm_pyro.contracts import Model
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.utils.rng import seeded
 
@@ -100,6 +101,17 @@ def fix_global_draws(model: Model, *seed: int) -> Iterator[dict[str, Tensor]]:
         yield {latent.name: draws[latent] for latent in latents}
     finally:
         _fixed.reset(token)
+
+
+def fix_draws_by_keys(model: Model, keys: RowKeys | None) -> AbstractContextManager[Any]:
+    """`fix_global_draws` with the random seed of the keys; nothing without keys."""
+    return nullcontext() if keys is None else fix_global_draws(model, keys.seed)
+
+
+def global_draws(model: Model) -> list[Tensor]:
+    """The values that `fix_global_draws` has set for a model."""
+    fixed = _fixed.get({})
+    return [fixed[part] for part in model.modules() if part in fixed]
 
 
 def global_kl(model: Model) -> Float[Tensor, ""] | float:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, Transform, biject_to, constraints
 
@@ -15,13 +17,14 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import no_param_store
 
 Sites = Mapping[str, Distribution]  # the prior's distribution by site name, batch shape (B,)
+PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)  # torch and Pyro declare their support real
 
 
 def prior_sites(model: Model, size: int) -> Sites:
     """Every latent site inside the plate of sequences, in the order the prior samples it.
 
     While the prior is traced, every site has its mean as its value, so that the distribution of a site that depends on
-    others is the same at every call.
+    others is the same at every call. Raises `UsageError` if p(z) is no density, or one that no guide can reach.
     """
     # the parameters of the prior stay out of Pyro's global store, and outer traces do not record these sites
     with torch.no_grad(), no_param_store(model), poutine.block(), _SubstituteMeans():
@@ -31,6 +34,7 @@ def prior_sites(model: Model, size: int) -> Sites:
         for name, node in nodes.items()
         if node["type"] == "sample" and not node["is_observed"] and _in_sequences(node)
     }
+    _check_density(nodes)
     for name, fn in sites.items():
         if fn.support is not None and fn.support.is_discrete:
             raise UsageError(
@@ -38,6 +42,52 @@ def prior_sites(model: Model, size: int) -> Sites:
                 f"marginalise it inside the prior (see MixtureSameFamily)."
             )
     return sites
+
+
+def _check_density(nodes: dict[str, Any]) -> None:
+    """Refuses what makes p(z) something else than a density on the declared support of its sites."""
+    for name, node in nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
+            continue
+        family, scale, mask = _base(node["fn"]), node["scale"], node["mask"]
+        if isinstance(scale, Tensor) or scale != 1:
+            problem = f"is scaled by {scale} (poutine.scale)"
+        elif (mask is not None and mask is not True) or isinstance(family, dist.MaskedDistribution):
+            problem = "is masked"
+        elif node["is_observed"] and not is_factor(node):
+            problem = "has an observed value (obs=), which would be scored as if it were text"
+        elif isinstance(family, PERIODIC):
+            problem = f"is a {type(family).__name__}, whose values are angles and not the real numbers it declares"
+        else:
+            continue
+        raise UsageError(
+            f"Prior site '{name}' {problem}, so that p(z) is no density and no figure would be a bound: change the "
+            f"site's distribution instead; observe and scale in the model's forward, outside the prior."
+        )
+
+
+def _base(fn: Any) -> Any:
+    """A distribution without its expansions and declarations of event axes."""
+    while isinstance(fn, Independent | dist.torch_distribution.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def is_factor(node: Any) -> bool:
+    """Whether a site is a `pyro.factor`: a number added to the log-density."""
+    return isinstance(_base(node["fn"]), dist.Unit)
+
+
+def prior_factors(model: Model, size: int = 1) -> Mapping[str, Tensor]:
+    """The numbers that each `pyro.factor` of a prior adds to log p(z), by name: (B,), at one draw of z."""
+    with poutine.block():
+        return factors_of(poutine.trace(model.sample_prior).get_trace(size))
+
+
+def factors_of(trace: Any) -> dict[str, Tensor]:
+    """The numbers that each `pyro.factor` of a trace adds to its log-density, by name."""
+    factors = {name: x for name, x in trace.nodes.items() if x["type"] == "sample" and is_factor(x)}
+    return {name: node["fn"].log_prob(node["value"]) for name, node in factors.items()}
 
 
 class _SubstituteMeans(Messenger):

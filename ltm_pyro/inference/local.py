@@ -18,9 +18,11 @@ from ltm_pyro.contracts import Batch, Guide, Init, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.cuda_graphs import graph_cache
 from ltm_pyro.inference.elbo import ElboTerms, elbo_terms, no_param_store
+from ltm_pyro.inference.global_latents import fix_draws_by_keys, global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.learning_rates import Rates
 from ltm_pyro.inference.optimizers import OPTIMIZERS, Rate, Update
+from ltm_pyro.inference.row_noise import RowKeys, keyed
 from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient
 from ltm_pyro.nn.precision import cast_weights
@@ -34,18 +36,22 @@ def infer_local(
     inference: LocalInference,
     state: LocalState | None = None,
     rates: Rates | None = None,
+    keys: RowKeys | None = None,
 ) -> tuple[LocalState, LocalInfo]:
     """Fits q to every sequence of a batch; the model's parameters and their ``.grad`` do not change.
 
     Args:
         state: the state to continue from; by default q is initialised by ``inference.init``.
         rates: optimiser arguments by name of a local parameter, instead of ``inference.rate``.
+        keys: of the sequences' own random streams, so that q of a sequence does not depend on the rest of its batch; by
+            default those of ``state``, else all noise comes from torch's generator.
     """
-    with no_param_store(model):
+    keys = keys or (state and state.keys)
+    with no_param_store(model), fix_draws_by_keys(model, keys):
         with torch.no_grad():
             batch = (batch if batch.stem_BTD is not None else model.prepare(batch)).observed
         with frozen(model):
-            first = initial_state(model, guide, batch, inference, state)
+            first = initial_state(model, guide, batch, inference, state, keys)
             state, terms = driver(inference)(model, guide, batch, inference, first, rates)
             state = finalize(model, guide, batch, inference, state)
     state = state._replace(parameters={name: x.detach() for name, x in state.parameters.items()})
@@ -77,7 +83,8 @@ def training_loss(
     """Runs the fast loop, and returns the loss −Σ ELBO (nats) whose ``backward`` gives the slow step's gradient.
 
     With ``slow_gradient="last"`` it is the loss at the final q, with ``"trajectory"`` the average over the q's before
-    each fast step. Without fast steps, or without local parameters (K = 0), both are the loss at the final q.
+    each fast step (but see `LocalInference.from_start` if there is only one). Without fast steps, or without local
+    parameters (K = 0), both are the loss at the final q.
     """
     if inference.cuda_graph and inference.slow_gradient == "trajectory":
         raise UsageError("A CUDA graph cannot capture the slow gradient of a trajectory: set slow_gradient to last.")
@@ -86,6 +93,7 @@ def training_loss(
             "Where q sees other tokens than are scored, the fast steps' loss is not the slow step's: set "
             "slow_gradient to last."
         )
+    inference = inference.from_start() if state is None else inference
     with no_param_store(model):
         batch = model.prepare(batch)
         stem_BTD = None if batch.stem_BTD is None else batch.stem_BTD.detach()
@@ -104,9 +112,11 @@ def training_loss(
         return TrainingLoss(inference.loss(terms), state, info, terms.detach())
 
 
-def init(model: Model, guide: Guide, batch: Batch, inference: LocalInference) -> LocalState:
+def init(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, keys: RowKeys | None = None
+) -> LocalState:
     """The state before the first fast step: every sequence's q, initialised by ``inference.init``."""
-    with no_param_store(model):
+    with no_param_store(model), fix_draws_by_keys(model, keys), keyed(keys, "init"):
         parameters = guide.init(prior_sites(model, batch.size), inference.init)
     if wrong_shapes := {name: tuple(x.shape) for name, x in parameters.items() if x.shape[:1] != (batch.size,)}:
         raise UsageError(
@@ -115,7 +125,7 @@ def init(model: Model, guide: Guide, batch: Batch, inference: LocalInference) ->
         )
     parameters = {name: x.detach() for name, x in parameters.items()}
     steps_B = torch.zeros(batch.size, dtype=torch.long, device=batch.inputs_BT.device)
-    return LocalState(parameters, OPTIMIZERS[inference.optimizer].init(parameters), steps_B)
+    return LocalState(parameters, OPTIMIZERS[inference.optimizer].init(parameters), steps_B, keys=keys)
 
 
 def step(
@@ -145,7 +155,7 @@ def step(
     q = {name: x.detach().requires_grad_() for name, x in state.parameters.items()}
     global_tensors = trajectory.tensors if trajectory else []
     with torch.enable_grad(), nullcontext() if state.noise is None else seeded(state.noise):
-        terms = elbo_terms(model, guide, batch, q, inference.draws).mean()
+        terms = elbo_terms(model, guide, batch, q, inference.draws_of_step(state)).mean()
         gradients = torch.autograd.grad(inference.loss(terms), [*q.values(), *global_tensors], allow_unused=True)
     if trajectory:
         trajectory.add(gradients[len(q) :])
@@ -243,7 +253,7 @@ def run_cuda_graph(
     rate = torch.full((), inference.rate, device=batch.inputs_BT.device)  # a tensor may change without a new capture
     key = replace(inference, rate=1.0, init=Init()), repr([rates and rates(name) for name in state.parameters])
     modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
-    weights = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    weights = [x for module in modules for x in (*module.parameters(), *module.buffers())] + global_draws(model)
     tensors = batch._replace(parts=None)  # a graph is captured per value of what is no tensor
     return graph_cache(guide, rate.device)(key, run, (tensors, state, steps, rate), weights)
 
@@ -279,20 +289,25 @@ def finalize(model: Model, guide: Guide, batch: Batch, inference: LocalInference
     """The state after `Guide.finalize`; unchanged if ``inference.steps`` is 0 or there are no local parameters."""
     if not inference.steps or not state.has_parameters:
         return state
-    with frozen(model):
+    with frozen(model), keyed(state.keys and state.keys.fold_in(state.steps_B), "finalize"):
         parameters = guide.finalize(model, batch, state.parameters, inference.steps, inference.rate)
     return state._replace(parameters=parameters)
 
 
 def initial_state(
-    model: Model, guide: Guide, batch: Batch, inference: LocalInference, state: LocalState | None
+    model: Model,
+    guide: Guide,
+    batch: Batch,
+    inference: LocalInference,
+    state: LocalState | None,
+    keys: RowKeys | None = None,
 ) -> LocalState:
     """`init`, or the given state without what `finalize` added; raises `UsageError` if it does not fit."""
     if state is None:
-        state = init(model, guide, batch, inference)
+        state = init(model, guide, batch, inference, keys)
     else:
         fast = {name: x for name, x in state.parameters.items() if name in state.moments}
-        state = state._replace(parameters=fast)
+        state = state._replace(parameters=fast, keys=keys)
         with seeded(0):
             one_sequence = guide.init(prior_sites(model, 1), Init())
         expected = {name: (batch.size, *x.shape[1:]) for name, x in one_sequence.items()}
@@ -307,7 +322,7 @@ def initial_state(
                 f"The local state comes from another optimizer than {inference.optimizer}: "
                 f"continue with the one it was fitted with, or fit anew."
             )
-    if inference.noise != "reused":
+    if inference.noise != "reused" or keys:
         return state._replace(noise=None)
     return state if state.noise is not None else state._replace(noise=int(torch.randint(2**62, ())))
 

@@ -3,7 +3,7 @@
 Shapes: B sequences, b of them selected, N fast steps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ltm_pyro.contracts import Init, LocalParameters
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import Draws, ElboTerms
 from ltm_pyro.inference.learning_rates import cosine
+from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 
 Moments = dict[str, Tensor]  # running averages of a parameter's gradient, by name
 
@@ -50,8 +51,8 @@ class LocalInference:
             q's parameters inside log q (sticking the landing, arXiv 1703.09194): its gradient has no noise if q is the
             posterior.
         stop: per-sequence early stopping, which drops converged sequences from the batch; None runs all steps.
-        slow_gradient: the gradient of the global parameters: at the ``last`` q, or averaged over the ``trajectory`` of
-            fast steps.
+        slow_gradient: the gradient of the global parameters: at the ``last`` q, or averaged over the ``trajectory``,
+            the q before each fast step (`from_start` if there is only one).
         kl_weight: multiplies the KL in the objective of q and the decoder; 1 is the ELBO.
         cuda_graph: captures the fast steps as a CUDA graph at the second batch of a shape and replays it for later
             batches, which is faster but keeps the graph's memory; see `ltm_pyro.inference.cuda_graphs`.
@@ -95,6 +96,22 @@ class LocalInference:
         particles = None if self.particles == 1 else self.particles  # one draw needs no particle axis
         return Draws(particles, self.noise == "antithetic", self.kl, self.use_thoughts)
 
+    def draws_of_step(self, state: "LocalState") -> Draws:
+        """`draws` for the next fast step from a state: if it has keys, with new noise at every step unless reused."""
+        if state.keys is None:
+            return self.draws
+        step = () if self.noise == "reused" else (state.steps_B,)
+        return self.draws._replace(noise=RowNoise(state.keys.fold_in("fast step", *step)))
+
+    def from_start(self) -> "LocalInference":
+        """The options of a training step that begins at the initial q.
+
+        The trajectory of one fast step is then the initial q alone, from which the decoder could learn nothing about
+        the fit: the slow gradient is that of the ``last`` q instead.
+        """
+        alone = self.steps == 1 and self.slow_gradient == "trajectory"
+        return replace(self, slow_gradient="last") if alone else self
+
     def loss(self, terms: ElboTerms) -> Float[Tensor, ""]:
         """The objective to minimise: −Σ (log p(x | z) − kl_weight · KL), in nats."""
         return (self.kl_weight * terms.kl_B - terms.log_likelihood_B).sum()
@@ -107,13 +124,15 @@ class LocalInference:
 class LocalState(NamedTuple):
     """The state of a fit, by sequence: q's parameters, and the optimiser's moments and step counts.
 
-    ``noise`` is the random seed of reused noise.
+    ``noise`` is the random seed of reused noise. ``keys`` are those of the sequences' own random streams; without them
+    all noise comes from torch's generator.
     """
 
     parameters: LocalParameters
     moments: dict[str, Moments]
     steps_B: Int[Tensor, " B"]
     noise: int | None = None
+    keys: RowKeys | None = None
 
     @property
     def has_parameters(self) -> bool:
@@ -129,7 +148,8 @@ class LocalState(NamedTuple):
         """The sequences at the given indices."""
         moments = {name: {k: x[index_b] for k, x in m.items()} for name, m in self.moments.items()}
         parameters = {name: x[index_b] for name, x in self.parameters.items()}
-        return self._replace(parameters=parameters, moments=moments, steps_B=self.steps_B[index_b])
+        keys = self.keys and self.keys.select(index_b)
+        return self._replace(parameters=parameters, moments=moments, steps_B=self.steps_B[index_b], keys=keys)
 
     def put(self, index_b: Int[Tensor, " b"], state: "LocalState") -> "LocalState":
         """A copy in which the sequences at the given indices are replaced by those of ``state``."""
@@ -141,7 +161,7 @@ class LocalState(NamedTuple):
             name: {k: replaced(self.moments[name][k], x) for k, x in m.items()} for name, m in state.moments.items()
         }
         parameters = {name: replaced(self.parameters[name], x) for name, x in state.parameters.items()}
-        return LocalState(parameters, moments, replaced(self.steps_B, state.steps_B), state.noise)
+        return LocalState(parameters, moments, replaced(self.steps_B, state.steps_B), state.noise, self.keys)
 
 
 class LocalInfo(NamedTuple):

@@ -1,23 +1,24 @@
 """Generation: z first, then tokens one by one; on request z is inferred again while the text grows.
 
-A text depends on the random seed and on its position among the texts, not on the other texts of its batch.
+A text depends on its prompt, on the random seed and on how often its prompt was given before, not on the other prompts.
 Shapes: B rows, T tokens, N new tokens, V vocabulary, L layers, K thoughts per layer, D width.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ltm_pyro.data.encode import Tokens, encode_document, encode_prompt
+from ltm_pyro.data.encode import Tokens, batch_of_rows, encode_document, encode_prompt
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.runs.run import Run
-from ltm_pyro.text.row_noise import Key, uniform
 from ltm_pyro.text.sampling import Sampling, choose, penalise
 from ltm_pyro.text.streaming import Streamer, TextDecoder, token_texts
-from ltm_pyro.text.thoughts import TOKENS, ThoughtSampler, ThoughtSampling
+from ltm_pyro.text.thoughts import ThoughtSampler, ThoughtSampling
 
 
 def generate(
@@ -52,12 +53,16 @@ def generate(
         raise UsageError(f"A streamer takes one text, but {len(rows) * copies} are asked for: ask for one at a time.")
     if generator:
         seed = int(torch.randint(2**62, (), generator=generator))
-    keys, size = [(seed, index) for index in range(len(rows))], max(1, batch_size // copies)
+    given = Counter[tuple[int, ...]]()
+    size = max(1, batch_size // copies)
     texts: list[str] = []
     for first in range(0, len(rows), size):
-        chunk = slice(first, first + size)
-        sampler = ThoughtSampler(run, rows[chunk], keys[chunk], thought_sampling, copies)
-        repeated = [row for row in rows[chunk] for _ in range(copies)]
+        chunk, times = rows[first : first + size], []
+        for row in chunk:
+            times.append(given[tuple(row)])  # a prompt that is given twice has two different texts
+            given[tuple(row)] += 1
+        sampler = ThoughtSampler(run, chunk, prompt_keys(run, chunk, seed, times), thought_sampling, copies)
+        repeated = [row for row in chunk for _ in range(copies)]
         z_BLKD = sampler.sample()
         texts += decode(run, write(run, repeated, z_BLKD, sampler.keys, sampling, sampler, streamer, compile))
     return texts
@@ -81,12 +86,19 @@ def interpolate(
     """
     if steps < 2:
         raise UsageError(f"An interpolation needs both ends: ask for at least 2 texts, not {steps}.")
-    rows, keys = [encode_document(run.tokenizer, text) for text in texts], [(seed, 0), (seed, 1)]
+    rows = [encode_document(run.tokenizer, text) for text in texts]
+    keys = prompt_keys(run, rows, seed, range(2))
     first_LKD, second_LKD = ThoughtSampler(run, rows, keys, thought_sampling or ThoughtSampling()).sample()
     angles_S = torch.linspace(0, math.pi / 2, steps, device=first_LKD.device)[:, None, None, None]
     z_SLKD = angles_S.cos() * first_LKD + angles_S.sin() * second_LKD
-    written = write(run, [[]] * steps, z_SLKD, keys[:1] * steps, sampling or Sampling(), compile=compile)
-    return decode(run, written)
+    same_keys = prompt_keys(run, [[]] * steps, seed)
+    return decode(run, write(run, [[]] * steps, z_SLKD, same_keys, sampling or Sampling(), compile=compile))
+
+
+def prompt_keys(run: Run, rows: Sequence[Tokens], seed: int, numbers: Sequence[int] | None = None) -> RowKeys:
+    """The keys of rows of tokens; ``numbers`` tell equal rows apart."""
+    keys = RowKeys.of_batch(batch_of_rows(rows, run.start_token, run.length, run.device), seed)
+    return keys if numbers is None else keys.fold_in(torch.tensor(numbers, device=keys.key_B.device))
 
 
 @torch.no_grad()
@@ -94,7 +106,7 @@ def write(
     run: Run,
     rows: Sequence[Tokens],
     z_BLKD: Float[Tensor, "B L K D"],
-    keys: Sequence[Key],
+    keys: RowKeys,
     sampling: Sampling,
     sampler: ThoughtSampler | None = None,
     streamer: Streamer | None = None,
@@ -107,7 +119,7 @@ def write(
         sampler: draws z again along the way, as its `ThoughtSampling` says.
     """
     decoder, buffer = run.model.decoder, _TokenBuffer(run, rows, sampling)
-    uniform_BN = uniform(keys, TOKENS, sampling.max_new_tokens).to(z_BLKD.device)
+    uniform_BN = keys.fold_in("tokens").uniform(sampling.max_new_tokens)
     refit_every = sampler.thought_sampling.refit_every if sampler else 0
     lengths_B: Tensor | None
     cache, (tokens_BT, lengths_B) = decoder.init_cache(z_BLKD), buffer.padded()

@@ -5,7 +5,6 @@ Shapes: B rows, T tokens, U tokens of a continuation, V vocabulary, S draws of z
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +17,10 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import check_estimators, estimate, fit_problem, unavailable
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.thoughts import draw_thoughts
-from ltm_pyro.utils.rng import seeded
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MB in float32
 
@@ -110,15 +109,15 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
         )
     for index in sorted(whole):
         model: Any = run.model
-        model, tokens, seed = model.with_long_documents(), documents[index], (scoring.seed, index)
+        model, tokens = model.with_long_documents(), documents[index]
         batch = batch_of_rows([tokens], run.start_token, len(tokens), run.device)
-        problem = fit_problem(model, run.guide, batch, inference, scoring.samples, seed, scoring.block)
-        nats[index] = estimate(problem, scoring.estimator, seed).nats_B.item()
-    for number, first in enumerate(range(0, len(rows), scoring.batch_size)):
-        chunk, seed = rows[first : first + scoring.batch_size], (scoring.seed, number)
+        problem = fit_problem(model, run.guide, batch, inference, scoring.samples, scoring.seed, scoring.block)
+        nats[index] = estimate(problem, scoring.estimator).nats_B.item()
+    for first in range(0, len(rows), scoring.batch_size):
+        chunk = rows[first : first + scoring.batch_size]
         batch = batch_of_rows([row for _, row in chunk], run.start_token, run.length, run.device)
-        problem = fit_problem(run.model, run.guide, batch, inference, scoring.samples, seed, scoring.block)
-        for (index, _), row_nats in zip(chunk, estimate(problem, scoring.estimator, seed).nats_B.tolist(), strict=True):
+        problem = fit_problem(run.model, run.guide, batch, inference, scoring.samples, scoring.seed, scoring.block)
+        for (index, _), row_nats in zip(chunk, estimate(problem, scoring.estimator).nats_B.tolist(), strict=True):
             nats[index] += row_nats
     return [TextScore(n, len(x), len(text.encode())) for n, x, text in zip(nats, documents, texts, strict=True)]
 
@@ -131,7 +130,8 @@ def score_continuations(
     .. math:: -\log \frac{\sum_s w_s \, p(y_{\le u} \mid x, z_s)}{\sum_s w_s \, p(y_{<u} \mid x, z_s)},
         \qquad z_s \sim q(z \mid x)
 
-    ``iwae`` has :math:`w_s = p(x, z_s) / q(z_s \mid x)`, ``causal`` and ``reused_noise`` equal weights; ``causal`` fits
+    ``iwae`` has :math:`w_s = p(x, z_s) / q(z_s \mid x)`, ``prior_iwae`` draws from p(z) and has :math:`w_s =
+    p(x \mid z_s)`, ``causal`` and ``reused_noise`` equal weights; ``causal`` fits
     q again to what came before each block. ``bound`` and ``prior`` average −log p(y_u | x, z_s) instead, over draws
     from q and from p(z). None of these bounds −log p(y | x): they are predictive scores.
 
@@ -156,18 +156,21 @@ def score_tokens(
                 f"{run.length}: shorten the context."
             )
     scoring, scores = scoring or Scoring(), []
+    if scoring.estimator == "ais":
+        raise UsageError("The estimator ais scores whole texts, not continuations: choose iwae.")
     longest = max((len(tokens) for _, tokens in pairs), default=1)
     size = max(1, min(scoring.batch_size, LOGITS_AT_ONCE // (longest * run.model.decoder.vocabulary)))
-    for index, first in enumerate(range(0, len(pairs), size)):
+    for first in range(0, len(pairs), size):
         with fix_global_draws(run.model, scoring.seed):  # z and its weight belong to one draw of the global latents
-            scores += _score_batch(run, pairs[first : first + size], scoring, (scoring.seed, index))
+            scores += _score_batch(run, pairs[first : first + size], scoring)
     return scores
 
 
-def _score_batch(
-    run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scoring, seed: tuple[int, int]
-) -> list[ContinuationScore]:
-    """Block by block under ``causal``, where q continues from block to block; else all tokens at once."""
+def _score_batch(run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scoring) -> list[ContinuationScore]:
+    """Block by block under ``causal``, where q continues from block to block; else all tokens at once.
+
+    The random streams depend on the tokens before a block and on nothing after them.
+    """
     name, inference = scoring.estimator, scoring.inference or run.inference
     samples = scoring.samples
     if name == "reused_noise":  # its only draw is the one that q was fitted with
@@ -181,18 +184,22 @@ def _score_batch(
         rows, state = rows[unfinished], state and state.select(unfinished)
         known = [[*pairs[row][0], *pairs[row][1][:first]] for row in rows]
         targets = [pairs[row][1][first : first + block] for row in rows]
-        context = batch_of_rows(
-            [[] for _ in known] if name == "prior" else known, run.start_token, run.length, run.device
-        )
-        with seeded(*seed, first), torch.no_grad():
-            state, _ = infer_local(run.model, run.guide, context, inference, state)
+        context = batch_of_rows(known, run.start_token, run.length, run.device)
+        keys = RowKeys.of_batch(context, scoring.seed)
+        if name in ("prior", "prior_iwae"):
+            context = batch_of_rows([[] for _ in known], run.start_token, run.length, run.device)
+        with torch.no_grad():
+            state, _ = infer_local(run.model, run.guide, context, inference, state, keys=keys)
         average = _PredictiveAverage(run, known, targets)
         chunk = max(1, LOGITS_AT_ONCE // average.numerator_BUV.numel())  # draws that fit in memory
-        with seeded(*seed, first, *name.encode()), torch.no_grad():
-            for done in range(0, samples, chunk):
-                with nullcontext() if state.noise is None else seeded(state.noise):
-                    z_SBLKD, log_weight_SB = draw_thoughts(run, context, state, min(chunk, samples - done))
-                average.add(z_SBLKD, log_weight_SB * (name == "iwae"))
+        for done in range(0, samples, chunk):
+            noise = inference.draws_of_step(state).noise if name == "reused_noise" else None
+            z_SBLKD, log_weight_SB = draw_thoughts(run, context, state, min(chunk, samples - done), keys, done, noise)
+            if name == "prior_iwae":  # what p(z | context) weighs draws of p(z) with
+                with torch.no_grad():
+                    batch = batch_of_rows(known, run.start_token, run.length, run.device)
+                    log_weight_SB = run.model.observation(z_SBLKD, batch).log_prob(run.model.observed(batch))
+            average.add(z_SBLKD, log_weight_SB * (name in ("iwae", "prior_iwae")))
         nats_BU = average.mean_nats_BU() if name in ("bound", "prior") else average.nats_BU()
         found = zip(rows.tolist(), targets, nats_BU.tolist(), average.likeliest_BU().tolist(), strict=True)
         for row, tokens, nats_U, likeliest_U in found:

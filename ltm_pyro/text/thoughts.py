@@ -1,12 +1,12 @@
 """Thoughts for generation: q is fitted to the tokens of each row, and z is drawn from it.
 
-Each row has random streams of its own (`row_noise`), so that its thoughts do not depend on the other rows of the batch.
+Each row has random streams of its own (`RowKeys`), so that its thoughts do not depend on the other rows of the batch.
 Shapes: B rows, L layers, K thoughts per layer, D width.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyro
@@ -19,15 +19,13 @@ from ltm_pyro.contracts import PARTICLES, Batch
 from ltm_pyro.data.encode import Tokens, batch_of_rows
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import log_weights, no_param_store
-from ltm_pyro.inference.global_latents import fix_global_draws
-from ltm_pyro.inference.local import infer_local, init
+from ltm_pyro.inference.global_latents import fix_draws_by_keys
+from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.runs.run import Run
-from ltm_pyro.text.row_noise import Key, RowNoise, RowNoiseMode, uniform
 from ltm_pyro.text.sampling import Sampling, choose
-
-START, FIT, DRAW, CHOICE, TOKENS = range(5)  # each purpose has a random stream of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,45 +73,36 @@ class WeightedThoughts(NamedTuple):
     log_weight_B: Float[Tensor, "... B"]
 
 
-def infer_rows(
-    run: Run, batch: Batch, inference: LocalInference, keys: Sequence[Key], state: LocalState | None = None
-) -> LocalState:
-    """q of every row, with the random streams of the row's key; continues from ``state`` when given.
-
-    Early stopping is switched off, because it would move rows to other positions of the batch.
-    """
-    inference = replace(inference, stop=None)
-    with fix_global_draws(run.model, keys[0][0]), RowNoiseMode([(START, *key) for key in keys]):
-        state = state or init(run.model, run.guide, batch, inference)
-    with _row_noise(run, FIT, keys):
-        return infer_local(run.model, run.guide, batch, inference, state)[0]
-
-
 def draw_thoughts(
-    run: Run, batch: Batch, state: LocalState, particles: int | None = None, keys: Sequence[Key] | None = None
+    run: Run,
+    batch: Batch,
+    state: LocalState,
+    particles: int | None = None,
+    keys: RowKeys | None = None,
+    first: int = 0,
+    noise: RowNoise | None = None,
 ) -> WeightedThoughts:
     """One z per row, or S of them: from q if the row has tokens, from the prior (with weight 1) if it has none.
 
     Args:
         keys: of the rows' random streams; torch's default generator when not given.
+        first: the number of the first of the S draws.
+        noise: of q, instead of that of the keys.
     """
-    with torch.no_grad(), no_param_store(run.model), _row_noise(run, DRAW, keys) if keys else nullcontext():
-        plate = nullcontext() if particles is None else pyro.plate(PARTICLES, particles, dim=-2)
-        with full_precision(batch.inputs_BT), plate:
+    noise = noise or (keys and RowNoise(keys.fold_in("q"), first))
+    prior_noise = keys and RowNoise(keys.fold_in("prior"), first)
+    plate = nullcontext() if particles is None else pyro.plate(PARTICLES, particles, dim=-2)
+    with torch.no_grad(), no_param_store(run.model), fix_draws_by_keys(run.model, keys):
+        with full_precision(batch.inputs_BT), noise or nullcontext(), plate:
             q = poutine.trace(run.guide).get_trace(batch, state.parameters)
         replayed = poutine.replay(run.guide, trace=q)
         log_weight_B = log_weights(run.model, replayed, batch, state.parameters, particles)
-        z_BLKD = poutine.replay(run.model.sample_prior, trace=q)(batch.size)
-        prior_BLKD = run.model.sample_prior(log_weight_B.numel()).view(z_BLKD.shape)
+        with plate:
+            z_BLKD = poutine.replay(run.model.sample_prior, trace=q)(batch.size)
+        with prior_noise or nullcontext(), plate:
+            prior_BLKD = run.model.sample_prior(batch.size)
     has_tokens_B = batch.tokens_B > 0
     return WeightedThoughts(z_BLKD.where(has_tokens_B[:, None, None, None], prior_BLKD), log_weight_B * has_tokens_B)
-
-
-@contextmanager
-def _row_noise(run: Run, purpose: int, keys: Sequence[Key]) -> Iterator[None]:
-    """Each row's noise from its own key; global latents from the random seed that all keys begin with."""
-    with fix_global_draws(run.model, keys[0][0]), RowNoise([(purpose, *key) for key in keys]):
-        yield
 
 
 class ThoughtSampler:
@@ -127,45 +116,42 @@ class ThoughtSampler:
         self,
         run: Run,
         prompts: Sequence[Tokens],
-        keys: Sequence[Key],
+        keys: RowKeys,
         thought_sampling: ThoughtSampling,
         copies: int = 1,
     ) -> None:
         self.run, self.prompts, self.thought_sampling, self.copies = run, prompts, thought_sampling, copies
         self.inference = thought_sampling.inference or run.inference
-        self.prompt_keys, self.keys = keys, [(*key, copy) for key in keys for copy in range(copies)]
+        prompt_B = torch.arange(len(prompts), device=keys.key_B.device).repeat_interleave(copies)
+        copy_B = torch.arange(copies, device=keys.key_B.device).repeat(len(prompts))
+        self.prompt_keys, self.keys, self.prompt_B = keys, keys.select(prompt_B).fold_in(copy_B), prompt_B
         self.fits = 0
         self.state: LocalState | None = None
 
     def sample(self) -> Float[Tensor, "B L K D"]:
         """One z per text, given its prompt; q is fitted once per prompt."""
         batch = batch_of_rows(self.prompts, self.run.start_token, self.run.length, self.run.device)
-        state = infer_rows(self.run, batch, self.inference, self.prompt_keys)
-        prompt_B = torch.arange(batch.size, device=batch.inputs_BT.device).repeat_interleave(self.copies)
-        return self._draw(batch.select(prompt_B), state.select(prompt_B))
+        state, _ = infer_local(self.run.model, self.run.guide, batch, self.inference, keys=self.prompt_keys)
+        return self._draw(batch.select(self.prompt_B), state.select(self.prompt_B))
 
     def resample(self, rows: Sequence[Tokens]) -> Float[Tensor, "B L K D"]:
         """One z per text, given prompt and everything written so far; q continues from its last state."""
         batch = batch_of_rows(rows, self.run.start_token, self.run.length, self.run.device)
-        return self._draw(batch, infer_rows(self.run, batch, self.inference, self._fit_keys(), self.state))
+        keys = self.keys.fold_in(self.fits)
+        return self._draw(
+            batch, infer_local(self.run.model, self.run.guide, batch, self.inference, self.state, keys=keys)[0]
+        )
 
     def _draw(self, batch: Batch, state: LocalState) -> Float[Tensor, "B L K D"]:
         """Sampling importance resampling: the candidates, and one of them per text by its weight."""
         self.fits, self.state = self.fits + 1, state
-        keys = self._fit_keys()
-        drawn = [
-            draw_thoughts(self.run, batch, state, keys=[(*key, candidate) for key in keys])
-            for candidate in range(self.thought_sampling.candidates)
-        ]
+        keys, candidates = self.keys.fold_in(self.fits), range(self.thought_sampling.candidates)
+        drawn = [draw_thoughts(self.run, batch, state, keys=keys, first=candidate) for candidate in candidates]
         z_BLKD = drawn[0].z_BLKD
         if len(drawn) > 1:
             log_weight_BC = torch.stack([x.log_weight_B for x in drawn], dim=-1)
-            uniform_B = uniform(keys, CHOICE, 1)[:, 0].to(log_weight_BC.device)
+            uniform_B = keys.fold_in("candidate").uniform(1)[:, 0]
             chosen_B = choose(log_weight_BC, uniform_B, Sampling())
             z_BCLKD = torch.stack([x.z_BLKD for x in drawn], dim=1)
             z_BLKD = z_BCLKD[torch.arange(batch.size, device=chosen_B.device), chosen_B]
         return self.thought_sampling.mask_layers(z_BLKD)
-
-    def _fit_keys(self) -> list[Key]:
-        """Of each text's random streams, different ones after every fit."""
-        return [(*key, self.fits) for key in self.keys]

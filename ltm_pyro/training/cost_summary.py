@@ -23,13 +23,14 @@ def cost_summary(module: LTMModule, config: Namespace, ranks: int) -> Table:
     """The cost as a table; a curriculum that changes local inference is left out of account."""
     decoder, length = module.model.decoder, read_manifest(config.data.directory).seq_len
     tokens = config.data.batch_size * length * config.trainer.accumulate_grad_batches * ranks
-    fast, slow = flops_per_token(decoder, module.guide, length, module.inference)
+    inference = module.inference if module.keep_local else module.inference.from_start()
+    fast, slow = flops_per_token(decoder, module.guide, length, inference)
     table = Table("plan", "", title=str(config.run), title_justify="left")
     for part, count in parameters(module).items():
         table.add_row(part, f"{count:,}")
     table.add_row("precision", str(config.trainer.precision or "32-true"))
     table.add_row("thoughts per sequence (L x K x D)", " x ".join(map(str, decoder.thought_shape)))
-    table.add_row("fast steps, slow gradient", f"{module.inference.steps}, {module.inference.slow_gradient}")
+    table.add_row("fast steps, slow gradient", f"{inference.steps}, {inference.slow_gradient}")
     table.add_row("FLOPs per token, fast + slow", f"{fast / 1e6:,.1f} M + {slow / 1e6:,.1f} M")
     table.add_row("FLOPs per step, fast + slow", f"{fast * tokens / 1e12:,.3f} T + {slow * tokens / 1e12:,.3f} T")
     table.add_row("tokens per step", f"{tokens:,}" + (f" on {ranks} ranks" if ranks > 1 else ""))

@@ -78,6 +78,8 @@ def flops_per_token_as_published(decoder: Decoder, length: int, steps: int) -> F
 def flops_per_token(decoder: Decoder, guide: Guide, length: int, inference: LocalInference) -> Flops:
     """What `ltm_pyro.inference.local.training_loss` spends per token of a sequence of ``length`` tokens.
 
+    From a fresh start it follows ``inference.from_start()``.
+
     A backward pass costs a projection once for its input and once for its weights, an attention product once for each
     factor; if the embedding learns, the logits are computed twice. The stem is computed once per batch. With
     ``slow_gradient="last"`` a fast step needs no gradient of the weights, and the slow step covers everything; with

@@ -19,11 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.cuda_graphs import check_device
-from ltm_pyro.inference.elbo import elbo_terms, missing_bound
-from ltm_pyro.inference.global_latents import global_kl
+from ltm_pyro.inference.elbo import Draws, elbo_terms, missing_bound
+from ltm_pyro.inference.global_latents import fix_global_draws, global_kl
 from ltm_pyro.inference.learning_rates import parameter_groups, slow_parameters, warmup_cosine
 from ltm_pyro.inference.local import infer_local, init, training_loss
 from ltm_pyro.inference.local_store import LocalStore
+from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.model_config import build_model
@@ -140,6 +141,8 @@ class LTMModule(pl.LightningModule):
         inference = self.curriculum.at(self.progress, self.inference, cost)
         if not self.model.decoder.thought_shape.thoughts:  # K = 0: there are none to leave out
             inference = replace(inference, use_thoughts=True)
+        if self.store is None:
+            inference = inference.from_start()
         self.flops += slots * cost(inference)
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             stored = None
@@ -230,9 +233,11 @@ class LTMModule(pl.LightningModule):
         """Logs the KL and, if prior and guide have one, the bound: one draw from the final q."""
         if torch.is_inference_mode_enabled():
             raise UsageError("Validation fits q and needs gradients: build the Trainer with `inference_mode=False`.")
-        with seeded(self.seed, index, self.global_rank):
-            state, _ = infer_local(self.model, self.guide, batch, self.evaluation)
-            terms = elbo_terms(self.model, self.guide, batch, state.parameters)
+        keys = RowKeys.of_batch(batch, self.seed)
+        with fix_global_draws(self.model, self.seed):
+            state, _ = infer_local(self.model, self.guide, batch, self.evaluation, keys=keys)
+            draws = Draws(noise=RowNoise(keys.fold_in("validation")))
+            terms = elbo_terms(self.model, self.guide, batch, state.parameters, draws)
         tokens = int(batch.mask_BT.sum())
         figures: dict[str, Any] = {"val/kl": terms.kl_B.sum() / tokens, "step": float(self.global_step - 1)}
         if missing_bound(self.model, self.guide) is None:

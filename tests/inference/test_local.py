@@ -259,3 +259,22 @@ def test_the_documents_quote_algorithm_1(function):
     documents = Path(__file__).resolve().parents[2] / "docs" / "local-inference.md"
     assert quoted in documents.read_text("utf-8")
     assert quoted.count("\n") <= 40
+
+
+def test_one_fast_step_shows_the_decoder_a_fitted_q(tiny_model, tiny_batch):
+    """From the initial q the trajectory of one step holds nothing of the text; from a stored q it stays Pyro's SVI."""
+    model, batch = tiny_model(), tiny_batch()
+    guide, options = MeanField(model), LocalInference(steps=1, slow_gradient="trajectory", init=Init(log_var=-3.0))
+
+    def gradient(inference, state=None):
+        torch.manual_seed(1)
+        return torch.autograd.grad(training_loss(model, guide, batch, inference, state).loss, list(model.parameters()))
+
+    slow, fast = (gradient(replace(options, rate=rate)) for rate in (0.05, 5.0))
+    assert not all(torch.allclose(x, y) for x, y in zip(slow, fast, strict=True)), "the fast rate has no effect"
+    torch.testing.assert_close(slow, gradient(replace(options, rate=0.05, slow_gradient="last")))
+    stored = init(model, guide, batch, options)
+    kept, other = (gradient(replace(options, rate=rate), stored) for rate in (0.05, 5.0))
+    torch.testing.assert_close(kept, other)
+    many = [gradient(replace(options, steps=3, rate=rate)) for rate in (0.05, 5.0)]
+    assert not all(torch.allclose(x, y) for x, y in zip(*many, strict=True))

@@ -12,7 +12,7 @@ from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import SparsePrior
 from ltm_pyro.text import generation, thoughts
-from ltm_pyro.text.generation import decode, generate, interpolate
+from ltm_pyro.text.generation import decode, generate, interpolate, prompt_keys
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.streaming import TextDecoder, TextStreamer, token_texts
 from ltm_pyro.text.thoughts import ThoughtSampler, ThoughtSampling, draw_thoughts
@@ -110,9 +110,9 @@ def fitted(monkeypatch):
     """The batches that q is fitted to from now on."""
     batches, infer_local = [], thoughts.infer_local
 
-    def spy(model, guide, batch, *rest):
+    def spy(model, guide, batch, *rest, **options):
         batches.append(batch)
-        return infer_local(model, guide, batch, *rest)
+        return infer_local(model, guide, batch, *rest, **options)
 
     monkeypatch.setattr(thoughts, "infer_local", spy)
     return batches
@@ -144,7 +144,8 @@ def test_without_a_prompt_z_comes_from_the_prior(run, written):
 def test_candidates_come_from_the_posterior(run):
     """q left at the prior, 50 candidates: the mean of z is that of the posterior that importance weights give."""
     prompt, still = encode_prompt(run.tokenizer, PROMPTS[2]), LocalInference(steps=0)
-    sampler = ThoughtSampler(run, [prompt], [(0, 0)], ThoughtSampling(candidates=50, inference=still), copies=100)
+    keys = prompt_keys(run, [prompt], 0)
+    sampler = ThoughtSampler(run, [prompt], keys, ThoughtSampling(candidates=50, inference=still), copies=100)
     found = sampler.sample()
     batch = batch_of_rows([prompt], run.start_token, run.length)
     drawn = draw_thoughts(run, batch, sampler.state.select(torch.tensor([0])), 10_000)

@@ -30,7 +30,7 @@ def run(tiny_run):
 
 def packed(run):
     data = pack_texts([TEXT], run.tokenizer, run.length)
-    estimators.fit_problem(run.model, run.guide, data.collate([data[0]]), run.inference, 2, (0,))
+    estimators.fit_problem(run.model, run.guide, data.collate([data[0]]), run.inference, 2)
 
 
 WHOLE = {
@@ -48,17 +48,17 @@ BEGUN = {
 
 @pytest.fixture
 def fitted(monkeypatch):
-    """Every batch that q is fitted to, and the q that one random seed gives for its first sequence."""
+    """Every batch that q is fitted to, and the q of its first sequence alone, without keys."""
     found = []
 
-    def spy(model, guide, batch, inference, *rest):
+    def spy(model, guide, batch, inference, *rest, **options):
         with torch.no_grad():
             one = model.prepare(batch.select(torch.tensor([0])))
         with seeded(3), poutine.block():  # the caller may have noise of its own
             found.append((batch, infer_local(model, guide, one, inference)[0].parameters))
-        return infer_local(model, guide, batch, inference, *rest)
+        return infer_local(model, guide, batch, inference, *rest, **options)
 
-    for module in (estimators, scoring, thoughts, import_module("ltm_pyro.analysis.draw_posterior")):
+    for module in (estimators, scoring, thoughts, features, import_module("ltm_pyro.analysis.draw_posterior")):
         monkeypatch.setattr(module, "infer_local", spy)
     return found
 

@@ -102,7 +102,9 @@ def test_a_leak_would_be_seen(run, monkeypatch):
     """The test above has the power to fail: with z fitted to the whole text, earlier figures change."""
     draw = scoring.draw_thoughts
     whole = {}
-    monkeypatch.setattr(scoring, "infer_local", lambda m, g, context, *rest: whole["fit"](m, g, whole["batch"], *rest))
+    monkeypatch.setattr(
+        scoring, "infer_local", lambda m, g, context, *rest, **keys: whole["fit"](m, g, whole["batch"], *rest, **keys)
+    )
     context, tokens = encode(run, CONTEXTS[2]), encode(run, CONTINUATIONS[2])
     found = []
     for last in (tokens[-1], tokens[-1] + 5):
@@ -116,7 +118,9 @@ def test_a_leak_would_be_seen(run, monkeypatch):
 def test_causal_fits_again_to_what_came_before(run, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        scoring, "infer_local", lambda m, g, context, *rest: seen.append(context) or infer_local(m, g, context, *rest)
+        scoring,
+        "infer_local",
+        lambda m, g, context, *rest, **keys: seen.append(context) or infer_local(m, g, context, *rest, **keys),
     )
     pairs = [(encode(run, "the old"), encode(run, " model")), ([], encode(run, " words about time"))]
     found = nats(run, pairs, "causal", block=3)

@@ -47,7 +47,7 @@ def test_ours_is_what_torch_counts(tiny_model, tiny_batch, shape, steps, slow_gr
     batch = tiny_batch(size=2, length=shape["length"], vocabulary=50)
     inference = LocalInference(steps=steps, slow_gradient=slow_gradient)
     guide = MeanField(model)
-    flops = flops_per_token(model.decoder, guide, shape["length"], inference)
+    flops = flops_per_token(model.decoder, guide, shape["length"], inference.from_start())
     assert flops.total == pytest.approx(counted_per_token(model, guide, batch, inference), rel=0.02)
 
 

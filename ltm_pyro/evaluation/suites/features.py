@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ltm_pyro.data.encode import batch_of_rows, encode_document
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
-from ltm_pyro.text.thoughts import draw_thoughts, infer_rows
+from ltm_pyro.text.thoughts import draw_thoughts
 from ltm_pyro.utils.extras import extra
 
 CONFIG = "config.json"  # a folder with this file is a Hugging Face model
@@ -43,8 +45,9 @@ def run_extractor(run: Run, batch_size: int = BATCH) -> Extractor:
             batch = batch_of_rows(rows[first : first + batch_size], run.start_token, run.length, run.device)
             with torch.no_grad():
                 batch = run.model.prepare(batch)
-                keys = [(seed, first + row) for row in range(batch.size)]
-                z_BLKD = draw_thoughts(run, batch, infer_rows(run, batch, run.inference, keys), keys=keys).z_BLKD
+                keys = RowKeys.of_batch(batch, seed)
+                state, _ = infer_local(run.model, run.guide, batch, run.inference, keys=keys)
+                z_BLKD = draw_thoughts(run, batch, state, keys=keys).z_BLKD
                 hidden_BTD = run.model.decoder(cast(Tensor, batch.stem_BTD), z_BLKD)
             found.append(hidden_BTD[torch.arange(batch.size), batch.tokens_B - 1])
         return torch.cat(found).double().cpu().numpy()

@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, Subset
 from ltm_pyro.contracts import Batch
 from ltm_pyro.evaluation.evaluate import BATCH, held_out
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part
+from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.runs.run import Run
-from ltm_pyro.text.thoughts import ThoughtSampling, draw_thoughts, infer_rows
+from ltm_pyro.text.thoughts import ThoughtSampling, draw_thoughts
 from ltm_pyro.utils.statistics import ratio_standard_error
 
 
@@ -34,11 +36,11 @@ def token_accuracy(options: Options, run: Run) -> Figures:
         Subset(dataset, range(len(dataset))[: options.limit]), batch_size=BATCH, collate_fn=dataset.collate
     )
     found, sizes = [], []
-    for index, batch in enumerate(batches):
+    for batch in batches:
         with torch.no_grad():
             batch = run.model.prepare(batch.to(run.device))
-            keys = [(options.seed, index, row) for row in range(batch.size)]
-            state = infer_rows(run, batch, options.inference(run), keys)
+            keys = RowKeys.of_batch(batch, options.seed)
+            state, _ = infer_local(run.model, run.guide, batch, options.inference(run), keys=keys)
             z_BLKD = draw_thoughts(run, batch, state, keys=keys).z_BLKD
             hits = [_hits(run, batch, z_BLKD, last) for last in range(layers + 1)]
         found.append(torch.stack(hits, dim=-1))
