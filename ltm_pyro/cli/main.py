@@ -5,7 +5,6 @@ import warnings
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
-from pathlib import Path
 
 from ltm_pyro.utils.malloc import keep_freed_memory
 
@@ -43,8 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items()))
         sys.exit(0)
     name, rest = _split(arguments)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last, so that a recipe can name the user's own modules
     from ltm_pyro.errors import UsageError
 
     keep_freed_memory()
