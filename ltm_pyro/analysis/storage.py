@@ -36,11 +36,14 @@ def read_tree(path: str | Path, kind: str) -> xr.DataTree:
     path = Path(path)
     if not path.exists():
         raise UsageError(f"There is no {kind} at {path}: write one first (see `ltm --help`).")
+    how: dict[str, Any] = {}
     try:
         if path.suffix == ".zarr":  # format 3, as `write_tree` writes; filters of format 2 may unpickle
-            elsewhere, how = _outside_folder(path), {"engine": "zarr", "consolidated": False, "zarr_format": 3}
+            elsewhere = _outside_folder(path)
+            how |= {"engine": "zarr", "consolidated": False, "zarr_format": 3}
         else:
-            elsewhere, how = _outside_file(path), {"engine": "h5netcdf"}
+            elsewhere = _outside_file(path)
+            how |= {"engine": "h5netcdf"}
         tree = None
         if elsewhere is None:
             with xr.open_datatree(path, **how) as stored:

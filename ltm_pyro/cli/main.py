@@ -1,5 +1,6 @@
 """`ltm COMMAND …`: finds and runs the command; a user's error becomes one sentence and exit code 2."""
 
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     from ltm_pyro.errors import UsageError
 
     keep_freed_memory()
+    os.environ["PYTHONSAFEPATH"] = "1"  # or a Python that a library starts would import from the current folder
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")

@@ -101,12 +101,14 @@ def _check_stored(arguments: list[str], own: bool) -> None:
     """Refuses code of others in recipes that are not the user's own, and in options that are not."""
     trust = "--trust" in arguments
     for key, value in option_values(arguments):
+        if not value:
+            continue
         if key == "config" and (not own or _is_stored(Path(value))):
             try:
                 text = Path(value).read_text("utf-8")
                 content = yaml.safe_load(text)
             except (OSError, ValueError, YAMLError):  # which the parser says better
-                return
+                continue
             check_code(of_code(content), text, value, trust)
         elif not own:
             check_code(of_code({key: value}), "", f"the option --{key}", trust)

@@ -158,8 +158,9 @@ def check_classes(parts: Mapping[str, Any], source: object, free: bool) -> None:
                 raise UsageError(f"`model.{name}` of {source} names {path}, which is no class: name a class.")
             if not free and cls not in (*_exported().values(), *_registered):
                 raise UsageError(f"`model.{name}` of {source} names {path}, which is not ltm_pyro's: add --trust.")
-        if not free and (extra := list(_beyond_signature(part))):
-            raise UsageError(f"`model.{name}` of {source} has arguments that it does not take: {', '.join(extra)}.")
+        if extra := list(_beyond_signature(part, free)):
+            names = ", ".join(map(_printable, extra))
+            raise UsageError(f"`model.{name}` of {source} has arguments that its class does not take: {names}.")
 
 
 def _class_paths(value: Any) -> Iterator[str]:
@@ -173,20 +174,21 @@ def _class_paths(value: Any) -> Iterator[str]:
             yield from _class_paths(inner)
 
 
-def _beyond_signature(value: Any) -> Iterator[str]:
-    """Arguments of a parsed part that are not in the signature of its class, and values that are functions."""
+def _beyond_signature(value: Any, free: bool) -> Iterator[str]:
+    """Arguments of a parsed part that are not in the signature of its class; unless ``free``, functions as well."""
     if isinstance(value, Mapping):
         if "class_path" in value:
             known = signature(resolve_name(value["class_path"])).parameters
-            yield from (str(key) for key in value.get("init_args") or {} if key not in known)
-            yield from map(str, value.get("dict_kwargs") or {})
+            given = [*(value.get("init_args") or {}), *(value.get("dict_kwargs") or {})]
+            takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
+            yield from (str(key) for key in given if not takes_any and key not in known)
         for inner in value.values():
-            yield from _beyond_signature(inner)
+            yield from _beyond_signature(inner, free)
     elif isinstance(value, list | tuple | set):
         for inner in value:
-            yield from _beyond_signature(inner)
-    elif callable(value):
-        yield _printable(str(value))
+            yield from _beyond_signature(inner, free)
+    elif callable(value) and not free:
+        yield str(value)
 
 
 def _description(name: str, trained: Mapping[str, str]) -> str:
