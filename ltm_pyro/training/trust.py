@@ -26,7 +26,7 @@ from ltm_pyro.training.plugins import IN_FILE, PARTS, is_installed, locate, modu
 CLASS_KEYS = {"class_path", "callbacks", "logger", "plugins", *PARTS}  # of a recipe: their values name classes
 SOURCE = re.compile(r"^# sha256 of (?P<file>.*): (?P<digest>[0-9a-f]{64})$", re.MULTILINE)  # ends a recipe
 STORE = Path("ltm_pyro") / "trusted.jsonl"  # in the user's data folder: one line for each recipe trained here
-Class = TypeVar("Class", bound=type)
+Class = TypeVar("Class")
 
 _registered: list[type] = []
 _own: dict[str, dict[str, str]] = {}  # recipes trained in this process: digest to the files they use, with digests
