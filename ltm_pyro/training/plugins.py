@@ -100,8 +100,8 @@ def module_file(dotted: str) -> Path | None:
             break
         name = f"{name}.{below.pop(0)}"
         spec = PathFinder.find_spec(name, spec.submodule_search_locations or [])
-    loaded = getattr(sys.modules.get(dotted.rpartition(".")[0]), "__file__", None)
-    return Path(file or loaded).resolve() if file or loaded else None
+    file = file or getattr(sys.modules.get(dotted.rpartition(".")[0]), "__file__", None)
+    return Path(file).resolve() if file else None
 
 
 def _find_top(name: str) -> ModuleSpec | None:

@@ -33,7 +33,7 @@ from ltm_pyro.training.run_directory import (
     read_checkpoint,
     write_run,
 )
-from ltm_pyro.training.trust import remember
+from ltm_pyro.training.trust import remember_recipe
 from ltm_pyro.utils.console import Console
 
 NOISE = (  # Lightning's warnings that no user can do anything about
@@ -83,7 +83,7 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
     if first:
         shown = cost_summary(module, config, trainer.world_size)
         write_run(run, recipe, text, keep)
-        remember(recipe)
+        remember_recipe(recipe)
         log.resume()
         Console(stderr=True).print(shown)
     with warnings.catch_warnings():

@@ -236,7 +236,7 @@ def may_read_data(place: str, recipe: str, trust: bool = False) -> bool:
     return "://" not in place and "::" not in place and Path(place).resolve().is_relative_to(Path.cwd())
 
 
-def remember(recipe: str) -> None:
+def remember_recipe(recipe: str) -> None:
     """Notes, for this process and in the user's data folder, that the user has trained a recipe here.
 
     What is noted are the digest of the recipe, and those of the files of the user's that the training has imported.

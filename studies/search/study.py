@@ -28,7 +28,7 @@ from ltm_pyro.studies.search.storage import (
 )
 from ltm_pyro.studies.search.watch import Watch
 from ltm_pyro.training.recipe import dump_recipe
-from ltm_pyro.training.trust import remember, remember_file
+from ltm_pyro.training.trust import remember_file, remember_recipe
 from ltm_pyro.utils.files import writing
 
 BASE = "base.yaml"
@@ -91,7 +91,7 @@ def run_study(
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
         study.set_user_attr(trials.SOURCE, definition.source)
-        remember(plan.recipe)  # the user's own from here on, for `ltm study best` and `ltm study report`
+        remember_recipe(plan.recipe)  # the user's own from here on, for `ltm study best` and `ltm study report`
         if definition.source.endswith(".py"):
             remember_file(Path(definition.source))
         with writing(resources.out):
