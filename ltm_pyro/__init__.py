@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ltm_pyro.text.scoring import Scoring, score, score_continuations
     from ltm_pyro.text.streaming import TextStreamer
     from ltm_pyro.text.thoughts import ThoughtSampling
+    from ltm_pyro.training.trust import register_class
 
     __version__: str
 
@@ -57,6 +58,7 @@ __all__ = [
     "interpolate",
     "load_run",
     "make_batch",
+    "register_class",
     "score",
     "score_continuations",
     "training_loss",
@@ -80,6 +82,7 @@ _PUBLIC = {  # module -> its public names
     "text.scoring": ("Scoring", "score", "score_continuations"),
     "text.streaming": ("TextStreamer",),
     "text.thoughts": ("ThoughtSampling",),
+    "training.trust": ("register_class",),
 }
 
 

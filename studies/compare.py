@@ -77,6 +77,7 @@ class Comparison:
         samples: S, draws per sequence for the bounds.
         limit: held-out sequences that are scored; all when not given.
         options: further options of ``ltm fit``.
+        trust: lets the recipe of a run or of an export name code of others.
     """
 
     config: str
@@ -87,6 +88,7 @@ class Comparison:
     samples: int = 16
     limit: int | None = None
     options: Sequence[str] = ()
+    trust: bool = False
 
     @property
     def pairs(self) -> list[Pair]:
@@ -161,7 +163,8 @@ class Comparison:
     def _configure(self, pair: Pair, *options: str) -> Namespace:
         """A pair's recipe, which ends when the time is up and for no other reason."""
         settings = as_options(pair.settings | self.budget.settings)
-        return read_recipe(["--config", self.config, *self.options, *settings, *options])
+        trust = ["--trust"] if self.trust else []
+        return read_recipe(["--config", self.config, *self.options, *settings, *options, *trust])
 
     def _score(self, run: Run) -> dict[str, Any]:
         """The bounds on held-out sequences (nats per token), what thinking is worth, and Pareto k-hat.

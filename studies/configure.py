@@ -22,6 +22,16 @@ def as_options(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
-def configure(recipe: str, settings: Mapping[str, Any]) -> Namespace:
-    """A recipe with some keys changed; `UsageError` names a key that it does not have."""
-    return read_recipe(["--config", recipe, *as_options(settings)])
+def configure(recipe: str, settings: Mapping[str, Any], own: bool = True, trust: bool = False) -> Namespace:
+    """A recipe with some keys changed.
+
+    Args:
+        recipe: a file.
+        settings: dotted key to value.
+        own: False if recipe and settings come from a storage or a file, not from the user.
+        trust: lets what is not the user's own name any code, as ``ltm fit --trust`` does.
+
+    Raises:
+        UsageError: the recipe does not have one of the keys, or code of others is named without trust.
+    """
+    return read_recipe(["--config", recipe, *as_options(settings), *(["--trust"] if trust else [])], own)

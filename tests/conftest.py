@@ -1,13 +1,17 @@
 """The ground every test stands on: shapes checked at every call, one seed, float64, and no flag left changed."""
 
+import os
 import random
 import sys
+import tempfile
 import warnings
 
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning as OldSpelling
 from jaxtyping import install_import_hook
 
 assert "ltm_pyro" not in sys.modules, "ltm_pyro was imported before its shape checks were on"
+
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp()  # the recipes trained in tests are not the user's own
 
 warnings.simplefilter("ignore", OldSpelling)  # Pyro's distributions inherit from old spellings of `typing`
 install_import_hook("ltm_pyro", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")  # int is a float

@@ -4,6 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import h5py
 import xarray as xr
 
 from ltm_pyro.errors import UsageError
@@ -38,18 +39,57 @@ def read_tree(path: str | Path, kind: str) -> xr.DataTree:
     path = local_path(path, kind)
     if not path.exists():
         raise UsageError(f"There is no {kind} at {path}: write one first (see `ltm --help`).")
+    how: dict[str, Any] = {}
     try:
-        how = {"engine": "zarr", "consolidated": False} if path.suffix == ".zarr" else {"engine": "h5netcdf"}
-        with xr.open_datatree(path, **how) as stored:
-            tree = stored.load()
+        if path.suffix == ".zarr":  # format 3, as `write_tree` writes; filters of format 2 may unpickle
+            elsewhere = _outside_folder(path)
+            how |= {"engine": "zarr", "consolidated": False, "zarr_format": 3}
+        else:
+            elsewhere = _outside_file(path)
+            how |= {"engine": "h5netcdf"}
+        tree = None
+        if elsewhere is None:
+            with xr.open_datatree(path, **how) as stored:
+                tree = stored.load()
     except Exception:  # the exception depends on the engine
         raise UsageError(f"{path} cannot be read as netCDF or zarr: give a file that ltm wrote.") from None
+    if tree is None:
+        raise UsageError(f"{path} has {elsewhere} in another file, which is not read: give a file that ltm wrote.")
     found = tree.attrs.get(f"ltm_pyro_{kind}")
     if found is None:
         raise UsageError(f"{path} is not a {kind} of ltm_pyro: give a file that ltm wrote.")
     if found != FORMAT:
         raise UsageError(f"{path} has format {found}, and this version reads {FORMAT}: write it again.")
     return tree
+
+
+def _outside_folder(store: Path) -> str | None:
+    """The first part of a zarr store that is a link out of its folder."""
+    home = store.resolve()
+    return next((x.name for x in store.rglob("*") if not x.resolve().is_relative_to(home)), None)
+
+
+def _outside_file(path: Path) -> str | None:
+    """The first part of an HDF5 file that is in another one: external links and storage, and virtual data sets."""
+    with h5py.File(path, "r") as file:
+        waiting: list[Any] = [file]
+        seen: set[int] = set()
+        while waiting:
+            group = waiting.pop()
+            for name in group:
+                link = group.get(name, getlink=True)
+                if isinstance(link, h5py.ExternalLink):
+                    return f"{group.name}/{name}"
+                if isinstance(link, h5py.SoftLink):  # to a part of this file, which is seen at its own place
+                    continue
+                part = group[name]
+                if isinstance(part, h5py.Dataset) and (part.external or part.is_virtual):
+                    return str(part.name)
+                place = h5py.h5o.get_info(part.id).addr
+                if isinstance(part, h5py.Group) and place not in seen:
+                    seen.add(place)
+                    waiting.append(part)
+    return None
 
 
 def stamp(kind: str) -> dict[str, Any]:

@@ -60,6 +60,12 @@ def positive(text: str) -> float:
     return value
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--trust``."""
+    about = "import and execute code that is not ltm_pyro's, and read data anywhere, if asked to; lists the code first"
+    parser.add_argument("--trust", action="store_true", help=about)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device``."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.cli.arguments import add_device, add_trust, at_least
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--picture", type=Path, metavar="FILE", help="plot rank histogram, ECDF and coverage (.png, .svg, …)"
     )
     add_device(parser)
+    add_trust(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
     from ltm_pyro.runs.load import load_run
 
-    trained = load_run(args.run, args.device)
+    trained = load_run(args.run, args.device, args.trust)
     inference = trained.inference
     if args.fast_steps is not None:
         inference = replace(inference, steps=args.fast_steps)

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import at_least, positive
+from ltm_pyro.cli.arguments import add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="score only the first N held-out sequences")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of `ltm fit`; repeatable")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         limit=args.limit,
         options=[f"--{option}" for option in args.option],
+        trust=args.trust,
     )
     comparison.check()
     comparison.write_settings()

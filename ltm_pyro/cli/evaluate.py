@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.cli.arguments import add_device, add_trust, at_least
 from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, Evaluation, check_estimators
@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N sequences")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     add_device(parser)
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     suites = parser.add_argument_group("suites: the paper's evaluation table")
     suites.add_argument(
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use
     from ltm_pyro.runs.load import load_run
 
-    trained = load_run(args.run, args.device)
+    trained = load_run(args.run, args.device, args.trust)
     uses = None
     if args.split == "test":
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
@@ -180,6 +181,7 @@ def _suites(args: argparse.Namespace) -> int:
         attempts=args.attempts,
         features=args.features,
         judge=args.baseline,
+        trust=args.trust,
     )
     run = Path(args.run)
     out = args.out or (run if run.is_dir() else run.parent) / "suites"

@@ -3,12 +3,15 @@
 import argparse
 import json
 
+from ltm_pyro.cli.arguments import add_trust
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm export`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in that folder")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -16,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes the folder and prints its files; returns 0."""
     from ltm_pyro.runs.export import save_pretrained
 
-    folder = save_pretrained(args.run, args.out, force=args.force)
+    folder = save_pretrained(args.run, args.out, force=args.force, trust=args.trust)
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     if args.json:
         print(json.dumps({"out": str(folder), "files": sizes}))

@@ -2,25 +2,36 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from rich.table import Table
 
+from ltm_pyro.cli.arguments import add_trust
+from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm flops`."""
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe (YAML)")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints parameters and FLOPs per token; returns 0."""
     from ltm_pyro.training.flops import flops_per_token, flops_per_token_as_published
-    from ltm_pyro.training.model_config import build_from_recipe
-    from ltm_pyro.training.recipe import read_recipe, take_vocabulary
+    from ltm_pyro.training.model_config import build_from_recipe, read_model_recipe
+    from ltm_pyro.training.recipe import take_vocabulary
+    from ltm_pyro.training.trust import may_read_data
 
-    config = read_recipe(["--config", args.config])
+    config = read_model_recipe(args.config, args.trust)
+    place = config.data.directory
+    if config.model.vocabulary is None and not may_read_data(place, Path(args.config).read_text("utf-8"), args.trust):
+        raise UsageError(
+            f"The recipe gives no vocabulary, and its data, {place}, are outside the current folder and not read "
+            f"unasked: add `model.vocabulary` to the recipe, or --trust."
+        )
     take_vocabulary(config)
     model, guide, inference, _ = build_from_recipe(config)
     decoder = model.decoder

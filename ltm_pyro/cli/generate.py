@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.cli.arguments import add_device, add_trust, at_least
 from ltm_pyro.errors import UsageError
 
 
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "compile the decoder: half a minute first, then single texts are generated twice as fast"
     parser.add_argument("--compile", action="store_true", help=about)
     add_device(parser)
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     tokens = parser.add_argument_group("tokens, as in Hugging Face's generate")
     tokens.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N", help="tokens after the prompt")
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         num_return_sequences=1 if args.interpolate else args.num_samples,
         stop_strings=tuple(args.stop),
     )
-    trained = load_run(args.run, args.device)
+    trained = load_run(args.run, args.device, args.trust)
     try:
         texts = _texts(trained, args, sampling)
     except RuntimeError as error:

@@ -1,11 +1,11 @@
 """`ltm COMMAND …`: finds and runs the command; a user's error becomes one sentence and exit code 2."""
 
+import os
 import sys
 import warnings
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
-from pathlib import Path
 
 from ltm_pyro.utils.malloc import keep_freed_memory
 
@@ -43,12 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items()))
         sys.exit(0)
     name, rest = _split(arguments)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last, so that a recipe can name the user's own modules
     from ltm_pyro.errors import UsageError
     from ltm_pyro.utils.files import DISK_IS_FULL
 
     keep_freed_memory()
+    os.environ["PYTHONSAFEPATH"] = "1"  # or a Python that a library starts would import from the current folder
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")

@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> int:
     module = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", args.name).lower()
     title = "".join(part[:1].upper() + part[1:] for part in args.name.split("_"))
     templates = {name: (TEMPLATES / f"{name}.txt").read_text("utf-8") for name in (args.kind, f"{args.kind}_test")}
-    _check_name(args.name, module, title, "".join(templates.values()))
     path, test = written = (args.out / f"{module}.py", args.out / f"test_{module}.py")
     for file in written:
         if file.exists():
             raise UsageError(f"{file} exists already: choose another NAME or --out.")
+    _check_name(args.name, module, title, "".join(templates.values()))
     try:
         with new_folder(args.out), ExitStack() as whole:
             for file, text in zip(written, templates.values(), strict=True):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.cli.arguments import add_device, add_trust, at_least
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import check_file, local_path, writing
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chains", type=at_least(2), default=2, metavar="C", help="Markov chains per sequence")
     parser.add_argument("--warmup", type=at_least(1), default=200, metavar="N", help="discarded steps of each chain")
     add_device(parser)
+    add_trust(parser)
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     chains = ChainOptions(chains=args.chains, warmup=args.warmup)
     options = DrawOptions(method=args.method, samples=args.samples, chains=chains, replicas=args.replicas)
     texts = read_texts(args.input)[: args.limit]
-    trained = load_run(args.run, args.device)
+    trained = load_run(args.run, args.device, args.trust)
     posterior = draw_posterior(trained, texts, options, args.fast_steps, longer=args.longer, seed=args.seed)
     posterior.save(args.out)
     figures = summary(posterior)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         Console().print(_table(figures, str(args.out)))
         given = args.out if args.method == "guide" else f"POSTERIOR --reference {args.out}"
-        print(f"Next: ltm report {given} --out report.html", file=sys.stderr)
+        print(f"Next: ltm report {given} --run {args.run} --out report.html", file=sys.stderr)
     return 0
 
 

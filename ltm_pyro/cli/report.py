@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ltm_pyro.cli.arguments import add_trust
 from ltm_pyro.cli.posterior import check_out
 
 
@@ -11,11 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm report`."""
     parser.add_argument("posterior", metavar="POSTERIOR", help="a file that `ltm posterior` wrote")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page (.html)")
-    parser.add_argument("--run", metavar="RUN", help="the run; by default the one named in the posterior")
+    parser.add_argument("--run", metavar="RUN", help="the run that the posterior is from, for sections that need it")
     parser.add_argument("--calibration", metavar="FILE", help="a file that `ltm calibrate --out` wrote")
     parser.add_argument(
         "--reference", metavar="FILE", help="a file that `ltm posterior --method nuts` wrote for some of the texts"
     )
+    add_trust(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
 
@@ -30,17 +32,16 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.runs.load import load_run
 
     posterior = Posterior.load(args.posterior)
-    stored = str(posterior.attrs.get("run", ""))
-    place = args.run or (stored if stored and Path(stored).exists() else None)
-    if place is None:
-        missing = f"There is no run at {stored}" if stored else "The posterior names no run"
-        print(f"{missing}: sections that need it are left out; give --run.", file=sys.stderr)
     inputs = ReportInputs(
         posterior=posterior,
-        run=load_run(place) if place else None,
+        run=None if args.run is None else load_run(args.run, trust=args.trust),
         calibration=Calibration.load(args.calibration) if args.calibration else None,
         reference=Posterior.load(args.reference) if args.reference else None,
     )
+    stored = str(posterior.attrs.get("run", ""))
+    if args.run is None:  # the file may come from anybody, so the run that it names is not loaded unasked
+        named = f"The posterior names the run {stored!r}" if stored else "The posterior names no run"
+        print(f"{named}: sections that need it are left out; give --run.", file=sys.stderr)
     write_report(inputs, args.out)
     print(f"Written: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
     return 0

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ltm_pyro.cli.arguments import add_trust
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.files import atomic_write, check_file, local_path, writing
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_CONFIG", help="run directory, checkpoint, or recipe (YAML)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="plate diagram; by default NAME.svg")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     svg = local_path(args.svg or Path(Path(args.source).stem + ".svg"), "--svg")
     check_file(svg, "--svg")
-    model, guide = _parts(args.source)
+    model, guide = _parts(args.source, args.trust)
     tokens_BT = torch.ones(SEQUENCES, min(TOKENS, model.decoder.length), dtype=torch.long)
     batch = make_batch(tokens_BT, torch.full((SEQUENCES,), tokens_BT.shape[1]), start_token=0)
     with torch.no_grad(), no_param_store():
@@ -62,16 +64,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parts(source: str) -> tuple[Any, Any]:
+def _parts(source: str, trust: bool) -> tuple[Any, Any]:
     if not source.endswith((".yaml", ".yml")):
         from ltm_pyro.runs.load import load_run
 
-        trained = load_run(source)
+        trained = load_run(source, trust=trust)
         return trained.model, trained.guide
-    from ltm_pyro.training.model_config import build_from_recipe
-    from ltm_pyro.training.recipe import read_recipe
+    from ltm_pyro.training.model_config import build_from_recipe, read_model_recipe
 
-    config = read_recipe(["--config", source])
+    config = read_model_recipe(source, trust)
     config.model.vocabulary = config.model.vocabulary or VOCABULARY
     built = build_from_recipe(config)
     return built.model, built.guide

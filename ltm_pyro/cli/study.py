@@ -11,7 +11,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import at_least, positive
+from ltm_pyro.cli.arguments import add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console
 
@@ -55,6 +55,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=at_least(2), default=64, metavar="N", help="score only the first N held-out sequences")
     add("--seed", type=at_least(0), default=0, metavar="N", help="random seed of the search and of every training")
     add("--out", metavar="DIR", help="where the trials' runs go; runs/studies/S by default")
+    add_trust(parser)
 
 
 def _study_name_argument(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,7 @@ def _best_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="the recipe to write; S-best.yaml by default")
     parser.add_argument("--trial", type=at_least(0), metavar="N", help="this trial instead of the recommended one")
     parser.add_argument("--force", action="store_true", help="replace the file")
+    add_trust(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -75,6 +77,7 @@ def _run(args: argparse.Namespace) -> int:
         args.base_config,
         {key: _value(key, text) for key, text in _pairs("--set", args.set)},
         budget=args.budget,
+        trust=args.trust,
         minimise=tuple(name.strip() for name in args.minimise.split(",")),
         at_most={figure: _number("--at-most", value) for figure, value in _pairs("--at-most", args.at_most)},
         samples=args.samples,
@@ -166,7 +169,7 @@ def _cell(value: Any) -> str:
 
 def _best(args: argparse.Namespace) -> int:
     written = import_module(f"{SEARCH}.study").write_best(
-        args.storage, args.study_name, args.out and Path(args.out), args.trial, args.force
+        args.storage, args.study_name, args.out and Path(args.out), args.trial, args.force, args.trust
     )
     if args.json:
         print(json.dumps(written))
@@ -181,11 +184,12 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     _study_name_argument(parser)
     parser.add_argument("--out", metavar="DIR", help="folder to write; S-report by default")
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
+    add_trust(parser)
 
 
 def _report(args: argparse.Namespace) -> int:
     written = import_module(f"{SEARCH}.report").write_report(
-        args.storage, args.study_name, args.out and Path(args.out), args.force
+        args.storage, args.study_name, args.out and Path(args.out), args.force, args.trust
     )
     if args.json:
         print(json.dumps(written))

@@ -118,7 +118,12 @@ def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
 
 
 def held_out(run: Run, split: str = "val", score: Scored = "all", observe: Observed = "all") -> PackedDataset:
-    """A held-out split of the data that the run was trained on."""
+    """A held-out split of the data that the run was trained on; `UsageError` if they may not, or cannot, be read."""
+    if not run.may_read_data:
+        raise UsageError(
+            f"The run names its own data, {run.data}, which are outside the current folder and are not read unasked: "
+            f"give them or others with --data, or add --trust (in Python trust=True)."
+        )
     if not is_pack(run.data):
         raise UsageError(f"The run's own data is no longer at {run.data}: give packed data or a text with --data.")
     return load_text_or_pack(run.data, run.tokenizer, run.length, split, score, observe)

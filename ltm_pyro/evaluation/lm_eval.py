@@ -32,6 +32,7 @@ class LTM(TemplateLM):
         samples: S, draws per text after the fit.
         batch_size: texts per batch.
         seed: random seed.
+        trust: lets the run's recipe name code of others, as in `load_run`.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class LTM(TemplateLM):
         samples: int = 16,
         batch_size: int | str = 32,
         seed: int = 0,
+        trust: bool = False,
         **ignored: Any,  # the harness passes device and the like
     ) -> None:
         super().__init__()
-        self._run, self._path = load_run(run), run
+        self._run, self._path = load_run(run, trust=trust is True), run
         self._scoring = Scoring(estimator=estimator, samples=int(samples), batch_size=int(batch_size), seed=int(seed))
 
     def get_model_info(self) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.runs.load import SAFETENSORS, WEIGHTS, build_run, is_export
+from ltm_pyro.runs.load import SAFETENSORS, build_run, is_export
 from ltm_pyro.runs.run import Run
-from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, read_checkpoint
+from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, WEIGHTS, read_checkpoint
 from ltm_pyro.utils.extras import extra
 from ltm_pyro.utils.files import atomic_write, check_folder, local_path, new_folder, writing
 
@@ -16,19 +16,24 @@ CARD = "README.md"
 
 
 def save_pretrained(
-    run: str | Path, folder: str | Path, figures: Mapping[str, Any] | None = None, force: bool = False
+    run: str | Path,
+    folder: str | Path,
+    figures: Mapping[str, Any] | None = None,
+    force: bool = False,
+    trust: bool = False,
 ) -> Path:
     """Writes a run's checkpoint as a folder that `load_run` takes, and that can be put on the Hugging Face hub.
 
     Args:
         figures: name to number, for the card's table.
         force: replaces such a folder; other files are never touched.
+        trust: as in `load_run`.
     """
     torch_file, folder = extra(*SAFETENSORS), local_path(folder, "--out")
     check_folder(folder, "--out")
     checkpoint = read_checkpoint(run)
     texts = checkpoint["ltm_pyro"]
-    loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run)
+    loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run, trust)
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not is_export(folder):
         raise UsageError(f"{folder} exists and is no export, because it has no {WEIGHTS}: choose another --out.")

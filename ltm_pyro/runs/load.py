@@ -11,26 +11,37 @@ from ltm_pyro.data.tokenizer import load_tokenizer
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.run import Run
 from ltm_pyro.training.model_config import build_from_recipe, parse_model
-from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, load_weights, read_checkpoint
+from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, WEIGHTS, load_weights, read_checkpoint
+from ltm_pyro.training.trust import may_read_data
 from ltm_pyro.utils.extras import extra
 from ltm_pyro.utils.rng import seeded
 
-WEIGHTS = "model.safetensors"  # of an exported run
 SAFETENSORS = ("safetensors.torch", "hub", "Sharing a model")
 UNSAFE = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # what may hold a pickle
 
 
-def load_run(path: str | Path, device: str = "cpu") -> Run:
+def load_run(path: str | Path, device: str = "cpu", trust: bool = False) -> Run:
     """A run directory, a checkpoint or a folder that `ltm export` wrote, in evaluation mode.
 
-    Nothing in it is unpickled, but its recipe names prior and guide by dotted path, and those modules are imported.
+    Nothing in it is unpickled. Its recipe names prior, guide, decoder and joint model; they are built if they are
+    classes of `ltm_pyro.models` and `ltm_pyro.guides`, classes that `ltm_pyro.register_class` has registered, or those
+    of a recipe that this user has trained on this machine, its files unchanged.
+
+    Args:
+        path: the run.
+        device: where the model is put.
+        trust: lets the recipe name any other class as well, whose module is then imported and executed, and lets the
+            run's own data be read wherever they are. The code is listed on stderr first.
+
+    Raises:
+        UsageError: the run names code of others and is not trusted, or it cannot be loaded.
     """
     if is_export(path):
-        run = from_pretrained(path)
+        run = from_pretrained(path, trust)
     else:
         checkpoint = read_checkpoint(path)
         texts = checkpoint["ltm_pyro"]
-        run = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], path)
+        run = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], path, trust)
     return run.to(device)._replace(source=str(Path(path).resolve()))
 
 
@@ -39,9 +50,11 @@ def is_export(path: str | Path) -> bool:
     return (Path(path) / WEIGHTS).is_file()
 
 
-def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], source: str | Path) -> Run:
+def build_run(
+    recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], source: str | Path, trust: bool = False
+) -> Run:
     """A run from its parts; the weights must be those of the recipe's model, name by name."""
-    config = parse_model(recipe, source)
+    config = parse_model(recipe, source, trust)
     config.model.compile = False  # that was for training: one line of text need not wait for the compiler
     with seeded(0):  # the weights that are drawn are replaced, and torch's global generator stays as it was
         built = build_from_recipe(config)
@@ -57,14 +70,14 @@ def build_run(recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], 
         inference=replace(built.evaluation, cuda_graph=False),  # that too, and it may be loaded onto a CPU
         data=config.data.directory,
         length=config.model.decoder.init_args.length,
+        may_read_data=may_read_data(config.data.directory, recipe, trust),
     )
 
 
-def from_pretrained(folder: str | Path) -> Run:
+def from_pretrained(folder: str | Path, trust: bool = False) -> Run:
     """A folder that `save_pretrained` wrote, in evaluation mode on the CPU, its weights the recipe's name by name.
 
-    Nothing is unpickled, and a folder that holds what could be is refused. The recipe names prior and guide by dotted
-    path, and those modules are imported.
+    Nothing is unpickled, and a folder that holds what could be is refused. ``trust`` is that of `load_run`.
     """
     folder = Path(folder)
     if unsafe := sorted(path.name for path in folder.iterdir() if path.suffix in UNSAFE):
@@ -79,4 +92,4 @@ def from_pretrained(folder: str | Path) -> Run:
         recipe, tokenizer = ((folder / name).read_text("utf-8") for name in (RECIPE, TOKENIZER))
     except Exception as error:  # safetensors raises its own, which is no ValueError
         raise UsageError(f"{folder} cannot be read ({error}): export the run again.") from None
-    return build_run(recipe, tokenizer, weights, folder)
+    return build_run(recipe, tokenizer, weights, folder, trust)

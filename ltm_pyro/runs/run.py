@@ -22,6 +22,7 @@ class Run(NamedTuple):
     data: str  # the packed directory it was trained on
     length: int  # T, the longest sequence
     source: str = ""  # where it was loaded from
+    may_read_data: bool = True  # False if `data` is outside the current folder and nobody has asked for it
 
     @property
     def start_token(self) -> int:

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 from pyro.nn import PyroModule
 from torch import nn
@@ -15,6 +17,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training import plugins
 from ltm_pyro.training.old_recipe_keys import dotted_keys, refuse_old_keys
+from ltm_pyro.training.trust import check_classes, check_code, known_class
 
 DEFAULTS = {  # by dotted path: this room imports no model and no guide
     "model.decoder": {"class_path": "ltm_pyro.models.Decoder"},
@@ -75,26 +78,44 @@ def build_from_recipe(config: Namespace) -> BuiltModel:
     return build_model(**vars(_model_parser().instantiate(part).model))
 
 
-def parse_model(recipe: str, source: object) -> Namespace:
+def parse_model(recipe: str, source: object, trust: bool = False) -> Namespace:
     """The keys `model` and ``data.directory`` of a run's recipe; those that only training reads are left out.
+
+    Nothing is imported but our own models and guides, unless the recipe is trusted or the user's own.
 
     Args:
         recipe: as `ltm_pyro.training.recipe.dump_recipe` wrote it.
         source: the run, for error messages.
+        trust: lets the recipe name any code, which is listed first (see `ltm_pyro.training.trust`).
 
     Raises:
-        UsageError: a key has been renamed or is not known, or a class or file that the recipe names is missing.
+        UsageError: the recipe names code of others and is not trusted, a key has been renamed or is not known, or a
+            class or file that the recipe names is missing.
     """
     try:
-        content = plugins.load(recipe)
+        content = yaml.safe_load(recipe)
         refuse_old_keys(dotted_keys(content), source)
         model = {name: value for name, value in content["model"].items() if name not in TRAINING_KEYS}
-        return _model_parser().parse_object({"model": model, "data": {"directory": content["data"]["directory"]}})
+        free = check_code({"model": model}, recipe, source, trust)
+        model = plugins.resolve(model, "model", known_class)
+        config = _model_parser().parse_object({"model": model, "data": {"directory": content["data"]["directory"]}})
+        check_classes(_parts(config), source, free)
+        return config
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
     except (YAMLError, AttributeError, KeyError, TypeError) as error:
         problem = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UsageError(f"The recipe of {source} cannot be read ({problem}): give a run that is whole.") from None
+
+
+def check_parts(config: Namespace, source: object = "the recipe") -> None:
+    """Refuses a configuration in which a part of the model is a function, of which a run could not be loaded again."""
+    check_classes(_parts(config), source, free=True)
+
+
+def _parts(config: Namespace) -> dict[str, Any]:
+    values = ((name, config.model[name]) for name in plugins.PARTS)
+    return {name: value.as_dict() if isinstance(value, Namespace) else value for name, value in values}
 
 
 def _model_parser() -> ArgumentParser:
@@ -107,10 +128,19 @@ def _model_parser() -> ArgumentParser:
 
 
 def load_recipe(text: str) -> Any:
-    """YAML in which every ``file.py:Name`` is imported; `UsageError` for old keys."""
+    """YAML in which every ``file.py:Name`` that stands for a class is imported; `UsageError` for old keys."""
     content = plugins.load(text)
     refuse_old_keys(dotted_keys(content))
     return content
+
+
+def read_model_recipe(file: str, trust: bool = False) -> Namespace:
+    """`parse_model` of a recipe's file; `UsageError` if it cannot be read."""
+    try:
+        text = Path(file).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The recipe {file} cannot be read as text ({error}); give a YAML file in UTF-8.") from None
+    return parse_model(text, file, trust)
 
 
 def complaint(message: str) -> str:

@@ -45,13 +45,19 @@ def dotted_keys(recipe: Any, above: str = "") -> Iterator[str]:
 
 def option_keys(words: Iterable[str]) -> Iterator[str]:
     """The dotted keys of options, ``--KEY VALUE`` or ``--KEY=VALUE``, and those inside a value that is a mapping."""
+    for key, value in option_values(words):
+        yield key
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:
+            content = None
+        yield from dotted_keys(content, f"{key}.")
+
+
+def option_values(words: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The dotted key and the value of each option, ``--KEY VALUE`` or ``--KEY=VALUE``; empty where there is none."""
     key = ""
     for word in words:
         name, equals, value = word.partition("=") if word.startswith("--") else (f"--{key}", "=", word)
         key = name.removeprefix("--")
-        yield key
-        try:
-            content = yaml.safe_load(value) if equals and key else None
-        except yaml.YAMLError:
-            content = None
-        yield from dotted_keys(content, f"{key}.")
+        yield key, value if equals and key else ""

@@ -23,10 +23,11 @@ from ltm_pyro.training.callbacks import check_callbacks
 from ltm_pyro.training.checkpoints import LocalFile, Saving
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.metrics import COLUMNS
-from ltm_pyro.training.model_config import complaint, load_recipe
+from ltm_pyro.training.model_config import check_parts, complaint, load_recipe
 from ltm_pyro.training.module import LTMModule
-from ltm_pyro.training.old_recipe_keys import option_keys, refuse_old_keys
-from ltm_pyro.training.run_directory import CHECKPOINT, RECIPE, TOKENIZER
+from ltm_pyro.training.old_recipe_keys import option_keys, option_values, refuse_old_keys
+from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, RECIPE, TOKENIZER, WEIGHTS
+from ltm_pyro.training.trust import check_code, of_code, source_lines
 from ltm_pyro.utils.files import local_path
 
 DEFAULTS = {
@@ -71,6 +72,8 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="a recipe (YAML)")
     parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
     parser.add_argument("--force", action="store_true", help="replace an existing run directory")
+    about = "import and execute what the recipe of a run or an export names; lists it first"
+    parser.add_argument("--trust", action="store_true", help=about)
     resume = "resume from this checkpoint; `last` is the run's own, if there is one already"
     parser.add_argument("--ckpt_path", type=str | None, default=None, help=resume)
     parser.add_argument("--checkpoints", type=Saving, default=Saving(), help="how often the training is saved")
@@ -87,11 +90,25 @@ def recipe_parser() -> ArgumentParser:
     return parser
 
 
-def read_recipe(arguments: list[str]) -> Namespace:
-    """The options as one configuration; `UsageError` names the key that is wrong."""
+def read_recipe(arguments: list[str], own: bool = True) -> Namespace:
+    """The options as one configuration.
+
+    What the user writes may name any class: options, and recipes of the user's own. A recipe that is stored with a run
+    or an export may come from anybody, and so may name only known classes unless the user has trained it here, or
+    ``--trust`` is among the options (see `ltm_pyro.training.trust`).
+
+    Args:
+        arguments: of `ltm fit`.
+        own: False if recipes and options are not the user's, but from a database or a file.
+
+    Raises:
+        UsageError: a key is wrong, which is named, or code of others is named without trust.
+    """
     refuse_old_keys(option_keys(arguments))
+    _check_stored(arguments, own)
     try:
-        config = recipe_parser().parse_args([plugins.resolve_argument(word) for word in arguments])
+        config = recipe_parser().parse_args(plugins.resolve_arguments(arguments))
+        check_parts(config)
         return _expand_paths(config, arguments)
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
@@ -142,6 +159,29 @@ def _leaves(content: Any, above: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in content.items():
         yield from _leaves(value, f"{above}{key}.")
+
+
+def _check_stored(arguments: list[str], own: bool) -> None:
+    """Refuses code of others in recipes that are not the user's own, and in options that are not."""
+    trust = "--trust" in arguments
+    for key, value in option_values(arguments):
+        if not value:
+            continue
+        if key == "config" and (not own or _is_stored(Path(value))):
+            try:
+                text = Path(value).read_text("utf-8")
+                content = yaml.safe_load(text)
+            except (OSError, ValueError, YAMLError):  # which the parser says better
+                continue
+            check_code(of_code(content), text, value, trust)
+        elif not own:
+            check_code(of_code({key: value}), "", f"the option --{key}", trust)
+
+
+def _is_stored(recipe: Path) -> bool:
+    """Whether a recipe lies in the folder of a run or of an export, or is a link into one."""
+    folders = (recipe.absolute().parent, recipe.resolve().parent)
+    return any((folder / name).exists() for folder in folders for name in (CHECKPOINT.parent, METRICS, WEIGHTS))
 
 
 def check_budget(config: Namespace) -> None:
@@ -282,7 +322,8 @@ def lightning_complaint(error: Exception) -> str:
 
 
 def dump_recipe(config: Namespace) -> str:
-    """The configuration as YAML, every default written out."""
+    """The configuration as YAML, every default written out; last the SHA-256 of every file of others' that it names."""
     config = config.clone()
-    config.ckpt_path, config.force, config.config = None, False, None
-    return plugins.name_files(recipe_parser().dump(config, skip_unset=False, format="yaml"))
+    config.ckpt_path, config.force, config.trust, config.config = None, False, False, None
+    recipe = plugins.name_files(recipe_parser().dump(config, skip_unset=False, format="yaml"))
+    return recipe + source_lines(recipe)

@@ -20,6 +20,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 RECIPE = "config.yaml"
 METRICS = "metrics.csv"
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "model.safetensors"  # of an exported run
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

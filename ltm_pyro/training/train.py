@@ -32,6 +32,7 @@ from ltm_pyro.training.run_directory import (
     read_checkpoint,
     write_run,
 )
+from ltm_pyro.training.trust import remember_recipe
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import DISK_IS_FULL, local_path, lock_folder
 from ltm_pyro.utils.processes import end_with_parent
@@ -83,6 +84,7 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
 
     def start_run() -> None:
         write_run(run, recipe, text, keep)
+        remember_recipe(recipe)
         log.resume()
         console = Console(stderr=True)
         console.print(costs)

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,11 @@ class Definition:
         """The points that are fixed beforehand, or the example."""
         return self.points or (self.example,)
 
+    def has(self, point: Values) -> bool:
+        """Whether a point, which may be from a storage that others write to, is one of the space."""
+        known = point.keys() <= self.space.keys()
+        return known and all(_within(value, self.space[name]) for name, value in point.items())
+
     def options(self, point: Values) -> Values:
         """A point as recipe settings; `UsageError` if the study's own function fails."""
         try:
@@ -110,11 +116,19 @@ def _module(source: str) -> ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise UsageError(f"There is no study file at {path}: give one that defines `space`.")
     module = importlib.util.module_from_spec(spec)
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))  # for files beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UsageError(f"The study file {path} cannot be run: {type(error).__name__}: {error}; fix it.") from None
     return module
+
+
+def _within(value: Any, distribution: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    return isinstance(value, int | float) and distribution.low <= value <= distribution.high
 
 
 def _lowest(distribution: Any) -> Any:

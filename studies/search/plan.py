@@ -82,9 +82,12 @@ def _short(value: Any) -> str:
     return text if len(text := str(value).strip()) < 60 else f"{text[:57]}…"
 
 
-def base_recipe(recipe: str, changes: Values) -> tuple[str, str]:
-    """The text of a base recipe with some keys changed, complete and ready to train; and its data's digest."""
-    config = configure(recipe, changes)
+def base_recipe(recipe: str, changes: Values, trust: bool = False) -> tuple[str, str]:
+    """The text of a base recipe with some keys changed, complete and ready to train; and its data's digest.
+
+    ``trust`` lets the recipe of a run or of an export name code of others.
+    """
+    config = configure(recipe, changes, trust=trust)
     if not is_pack(config.data.directory):
         raise UsageError(
             f"There is no packed data at {config.data.directory}: name some with --set data.directory=DIR, "

@@ -13,6 +13,7 @@ from ltm_pyro.studies.search.charts import charts, embedded
 from ltm_pyro.studies.search.definition import Row, load_definition
 from ltm_pyro.studies.search.storage import open_existing
 from ltm_pyro.studies.search.study import describe
+from ltm_pyro.training.trust import is_own_file, list_file
 from ltm_pyro.utils.files import atomic_write, new_folder, writing
 
 PAGE = """<!doctype html>
@@ -42,8 +43,12 @@ img {{ max-width: none; width: 36rem }} }}
 """
 
 
-def write_report(url: str, name: str | None, out: Path | None, force: bool) -> dict[str, Any]:
-    """Writes ``report.html``, ``trials.csv`` and a PNG for every picture; returns their names and the findings."""
+def write_report(url: str, name: str | None, out: Path | None, force: bool, trust: bool = False) -> dict[str, Any]:
+    """Writes ``report.html``, ``trials.csv`` and a PNG for every picture; returns their names and the findings.
+
+    The file that the storage names as the study's is executed for its own analysis if it is one that this user has run
+    a study of, unchanged, or with ``trust``.
+    """
     found = describe(url, name)
     out = out or Path(f"{found['study']}-report")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
@@ -51,7 +56,7 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool) -> d
     with open_existing(url) as storage:
         study = trials.load_study(storage, found["study"])
         pictures = charts(study, found["minimise"], trials.current_trials(study))
-    own, sentences = _analysis(study.user_attrs[trials.SOURCE], found["trials"])
+    own, sentences = _analysis(str(study.user_attrs[trials.SOURCE]), found["trials"], trust)
     pictures = own | pictures
     with writing(out), new_folder(out), ExitStack() as whole:
         for title, image in pictures.items():
@@ -62,10 +67,14 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool) -> d
     return {"report": str(out / "report.html"), "files": sorted(p.name for p in out.iterdir()), "findings": sentences}
 
 
-def _analysis(source: str, rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
+def _analysis(source: str, rows: list[Row], trust: bool) -> tuple[dict[str, bytes], list[str]]:
     """The charts and sentences that the study's own file adds."""
     if source.endswith(".py") and not Path(source).is_file():
         return {}, [f"The study's file {source} is not on this machine: its own analysis is left out."]
+    if source.endswith(".py") and trust:
+        list_file(Path(source), "the study")
+    elif source.endswith(".py") and not is_own_file(Path(source)):
+        return {}, [f"The study's own analysis is left out, because it is code in {source}: read it, then add --trust."]
     analyse = load_definition(source).analyse
     return analyse(rows) if analyse and any(row["state"] == "complete" for row in rows) else ({}, [])
 

@@ -148,9 +148,13 @@ class Worker:
             parameters = {name: trials.suggest(trial, name, d) for name, d in self.definition.space.items()}
             return self.definition.options(parameters), parameters
         attributes = trial.user_attrs
+        point = self.study.get_trials(deepcopy=False)[attributes["of"]].params
+        if not self.definition.has(point):  # others may write to the storage, and settings may name code
+            raise UsageError(f"The storage has trial {attributes['of']} at a point outside the study's space: {point}.")
+        settings = self.definition.options(point)
         if attributes["role"] == "baseline":
-            return ar_baseline(attributes["settings of"]), {"baseline of": attributes["of"]}
-        return attributes["settings of"], {"repeat of": attributes["of"]}
+            return ar_baseline(settings), {"baseline of": attributes["of"]}
+        return settings, {"repeat of": attributes["of"]}
 
     def _seed(self, study: optuna.Study, trial: optuna.Trial) -> int:
         """The training's random seed; a trial that was interrupted keeps its own."""

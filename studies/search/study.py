@@ -28,6 +28,7 @@ from ltm_pyro.studies.search.storage import (
 )
 from ltm_pyro.studies.search.watch import Watch
 from ltm_pyro.training.recipe import dump_recipe
+from ltm_pyro.training.trust import remember_file, remember_recipe
 from ltm_pyro.utils.files import atomic_write, new_folder, writing
 
 BASE = "base.yaml"
@@ -36,7 +37,7 @@ TRIALS = 20  # if neither the user nor a grid says how many
 
 
 def prepare(
-    source: str, recipe: str | None, changes: Values, budget: str | None, **planned: Any
+    source: str, recipe: str | None, changes: Values, budget: str | None, trust: bool = False, **planned: Any
 ) -> tuple[Definition, Plan]:
     """A study's definition and plan, checked before anything is written.
 
@@ -44,11 +45,12 @@ def prepare(
         source: a shipped study's name, or a Python file.
         recipe, changes: the base recipe (the study's own when not given), and what is changed in it.
         budget: what each trial may spend; `BUDGET` when not given.
+        trust: lets the recipe of a run or of an export name code of others; the trials then train what it names.
         planned: the further fields of `Plan`.
     """
     definition = load_definition(source)
     check_changes(definition, changes, budget)
-    text, pack = base_recipe(recipe or definition.recipe, changes)
+    text, pack = base_recipe(recipe or definition.recipe, changes, trust)
     plan = Plan(
         study=Path(source).stem,
         question=definition.question,
@@ -89,6 +91,9 @@ def run_study(
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
         study.set_user_attr(trials.SOURCE, definition.source)
+        remember_recipe(plan.recipe)  # the user's own from here on, for `ltm study best` and `ltm study report`
+        if definition.source.endswith(".py"):
+            remember_file(Path(definition.source))
         with writing(resources.out), new_folder(resources.out), atomic_write(resources.out / BASE) as new:
             new.write_text(plan.recipe, "utf-8")
         trials.enqueue(study, trials.first_points(definition, total))
@@ -195,8 +200,13 @@ def only_name(storage: RDBStorage, name: str | None) -> str:
     return name or names[0]
 
 
-def write_best(url: str, name: str | None, file: Path | None, number: int | None, force: bool) -> dict[str, Any]:
-    """Writes the recommended (or the numbered) trial as a recipe that ``ltm fit`` runs; returns its row."""
+def write_best(
+    url: str, name: str | None, file: Path | None, number: int | None, force: bool, trust: bool = False
+) -> dict[str, Any]:
+    """Writes the recommended (or the numbered) trial as a recipe that ``ltm fit`` runs; returns its row.
+
+    Others may have written to the storage: code of theirs that its recipe names needs ``trust``.
+    """
     with open_existing(url) as storage:
         study = trials.load_study(storage, only_name(storage, name))
         plan = trials.plan_of(study)
@@ -212,7 +222,7 @@ def write_best(url: str, name: str | None, file: Path | None, number: int | None
     place = {"run": f"runs/{name}-best", "seed_everything": chosen.user_attrs[trials.SEED]}
     options = parse_budget(plan.budget).settings | chosen.user_attrs[trials.SETTINGS] | place
     with base_file(plan) as base:
-        text = dump_recipe(configure(str(base), options))
+        text = dump_recipe(configure(str(base), options, own=False, trust=trust))
     title = f"# Trial {chosen.number} of the study '{name}': {plan.minimise[0]} {chosen.values[0]:.4f}."
     with writing(file), new_folder(file.parent), atomic_write(file) as new:
         new.write_text(f"{title}\n{text}", "utf-8")

@@ -102,8 +102,7 @@ def ensure_checks(checks: optuna.Study, chosen: FrozenTrial, roles: Sequence[Val
     found = existing_checks(checks, chosen)
     missing = [role for role in roles if (role["role"], role.get("repeat")) not in found]
     for role in missing:
-        about = {"of": chosen.number, "settings of": chosen.user_attrs[SETTINGS]}
-        checks.enqueue_trial({}, user_attrs=role | about)
+        checks.enqueue_trial({}, user_attrs=role | {"of": chosen.number})
     return list((existing_checks(checks, chosen) if missing else found).values())
 
 

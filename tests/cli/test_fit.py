@@ -219,11 +219,14 @@ def test_a_read_only_folder(corpus, recipe, refused, small_disk):
     assert "Read-only" in refused("fit", "--config", recipe, "--run", disk / "run")
 
 
-def test_flops_counts_what_the_recipe_costs(run, recipe, packed, ltm, refused, tmp_path):
+def test_flops_counts_what_the_recipe_costs(run, recipe, packed, ltm, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     parameters = sum(p.numel() for p in load_run(run).model.parameters())
-    for config in (run / "config.yaml", recipe):  # whose vocabulary is the data's
-        code, out, _ = ltm("flops", "--config", config, "--json")
-        assert (code, json.loads(out)["parameters"]) == (0, parameters)
+    for words in ((run / "config.yaml",), (recipe, "--trust")):  # the second's vocabulary is the data's
+        code, out, err = ltm("flops", "--config", *words, "--json")
+        assert code == 0, err
+        assert json.loads(out)["parameters"] == parameters
+    assert "are outside the current folder and not read unasked" in refused("flops", "--config", recipe)
     moved = tmp_path / "moved.yaml"
     moved.write_text(recipe.read_text().replace(str(packed), "nowhere"))
     assert "no pack at nowhere to take one from: add `model.vocabulary`" in refused("flops", "--config", moved)

@@ -32,8 +32,8 @@ def posterior(run, corpus, ltm, tmp_path):
 
 
 @pytest.fixture
-def page(posterior, ltm, tmp_path):
-    code, _, err = ltm("report", posterior, "--out", tmp_path / "report.html")
+def page(posterior, run, ltm, tmp_path):
+    code, _, err = ltm("report", posterior, "--run", run, "--out", tmp_path / "report.html")
     assert code == 0, err
     return tmp_path / "report.html"
 
@@ -51,12 +51,9 @@ def test_a_page_that_stands_alone(page, posterior):
 
 
 def test_without_the_run_or_with_another(posterior, recipe, ltm, refused, tmp_path):
-    found = Posterior.load(posterior)
-    found.tree.attrs["run"] = "/nowhere"
-    found.save(tmp_path / "lost.nc")
-    code, _, err = ltm("report", tmp_path / "lost.nc", "--out", tmp_path / "lost.html")
+    code, _, err = ltm("report", posterior, "--out", tmp_path / "lost.html")  # names a run, which is not loaded unasked
     assert code == 0
-    assert "/nowhere" in err
+    assert f"names the run '{Posterior.load(posterior).attrs['run']}'" in err
     assert (tmp_path / "lost.html").read_text().count("Needs the run") == 3
     quick = ("--trainer.max_steps", 1, "--trainer.limit_val_batches", 0, "--model.decoder.init_args.thoughts", 1)
     assert ltm("fit", "--config", recipe, "--run", tmp_path / "other", *quick)[0] == 0

@@ -29,10 +29,15 @@ Extractor = Callable[[Sequence[str], int], Float[np.ndarray, "N F"]]  # (texts, 
 
 
 @cache
-def load_extractor(place: str) -> Extractor:
-    """A function from texts to the last layer's hidden state at each text's last token; long texts are cut."""
+def load_extractor(place: str, trust: bool = False) -> Extractor:
+    """A function from texts to the last layer's hidden state at each text's last token; long texts are cut.
+
+    Args:
+        place: a folder with a Hugging Face model, or a run.
+        trust: of the run, as in `load_run`.
+    """
     is_hugging_face = (Path(place) / CONFIG).is_file()
-    return hugging_face_extractor(place) if is_hugging_face else run_extractor(load_run(place))
+    return hugging_face_extractor(place) if is_hugging_face else run_extractor(load_run(place, trust=trust))
 
 
 def run_extractor(run: Run, batch_size: int = BATCH) -> Extractor:

@@ -75,9 +75,9 @@ def text_figures(texts: list[str], others: list[str], options: Options) -> Figur
     figures["self_bleu_4"], figures["self_bleu_4_stderr"] = _mean(self_bleu(words))
     figures["compression_ratio"] = compression_ratio(texts)
     if options.judge:
-        figures |= judge_scores(_load_judge(options.judge), texts, options.seed)
+        figures |= judge_scores(_load_judge(options.judge, trust=options.trust), texts, options.seed)
     if options.features:
-        features = load_extractor(options.features)
+        features = load_extractor(options.features, options.trust)
         p_NF, q_MF = features(texts, options.seed), features(others, options.seed)
         figures["mauve"] = mauve(p_NF, q_MF, options.seed)
     return {**figures, "texts": len(texts), "blank": blank, "words": sum(map(len, words))}

@@ -31,6 +31,7 @@ class Options:
         attempts: answers per question of GSM8K.
         features: a run, or a folder with a Hugging Face model, whose hidden states are MAUVE's features.
         judge: the run that scores generated texts.
+        trust: as in `load_run`, for the run and for those of ``features`` and ``judge``.
     """
 
     directory: Path | None = None
@@ -43,6 +44,7 @@ class Options:
     attempts: int = 5
     features: str | None = None
     judge: str | None = None
+    trust: bool = False
 
     def find(self, name: str, *patterns: str) -> str | None:
         """The path of a data set: its source, or the first file in ``directory`` that matches the first pattern."""

@@ -10,8 +10,8 @@ from typing import Any
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites import generation, gsm8k, multilingual, reconstruction, zero_shot
 from ltm_pyro.evaluation.suites.suite import Options, Part, Suite
-from ltm_pyro.runs.load import WEIGHTS, is_export, load_run
-from ltm_pyro.training.run_directory import checkpoint_path
+from ltm_pyro.runs.load import is_export, load_run
+from ltm_pyro.training.run_directory import WEIGHTS, checkpoint_path
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import atomic_write, check_folder, new_folder, writing
 
@@ -87,10 +87,11 @@ def evaluate_suites(
             raise UsageError(f"Unknown suite '{name}': choose from {', '.join(SUITES)}.")
     plan = [(name, part) for name in dict.fromkeys(names) for part in SUITES[name].parts(options)]
     paths = {"model": run, **({"baseline": baseline} if baseline else {})}
-    runs = {column: load_run(path, device) for column, path in paths.items()}
+    runs = {column: load_run(path, device, options.trust) for column, path in paths.items()}
     weights = {name: Path(x) / WEIGHTS if is_export(x) else checkpoint_path(x) for name, x in paths.items()}
     digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in weights.items()}
-    settings = json.loads(json.dumps({**asdict(options), **paths, "sha256": digests}, default=str))
+    asked = {name: value for name, value in asdict(options).items() if name != "trust"}  # which changes no figure
+    settings = json.loads(json.dumps({**asked, **paths, "sha256": digests}, default=str))
     results = _ResultsFile(out, settings, force)
     console = Console(stderr=True)
     for index, (name, part) in enumerate(plan, 1):

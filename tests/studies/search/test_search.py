@@ -131,7 +131,7 @@ def test_of_two_baselines_made_at_once_the_first_counts(run, study_file, tmp_pat
     with open_storage(url) as storage:
         checks = trials.load_study(storage, found["study"] + trials.CHECKS)
         (baseline,) = trials.current_trials(checks)
-        about = {key: baseline.user_attrs[key] for key in ("of", "settings of", "role")}
+        about = {key: baseline.user_attrs[key] for key in ("of", "role")}
         checks.enqueue_trial({}, user_attrs=about)
     again = search.describe(url, found["study"])
     assert [row["state"] for row in again["trials"] if row["role"] == "baseline"] == ["complete"]
