@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import no_param_store, sum_log_probs
+from ltm_pyro.inference.elbo import sum_log_probs
 from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.nn.cross_entropy import token_nats
 from ltm_pyro.nn.token_categorical import TokenCategorical

@@ -18,8 +18,9 @@ from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.two_sample import Discrepancy, mmd
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, Model, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import no_param_store, sum_log_probs
+from ltm_pyro.inference.elbo import sum_log_probs
 from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.utils.statistics import standard_error
 
 ACTIVE = 0.01  # variance of posterior means over prior variance (Burda et al. 2016, arXiv 1509.00519)

@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> int:
     from pyro import poutine
 
     from ltm_pyro.contracts import make_batch
-    from ltm_pyro.inference.elbo import check_reparameterised, latent_sites, no_param_store
+    from ltm_pyro.inference.elbo import check_reparameterised, latent_sites
     from ltm_pyro.inference.local import init
+    from ltm_pyro.inference.param_store import no_param_store
     from ltm_pyro.inference.plate_diagram import plate_diagram
     from ltm_pyro.inference.state import LocalInference
 

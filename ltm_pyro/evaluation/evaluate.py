@@ -22,11 +22,12 @@ from ltm_pyro.data.dataset import Observed, Scored
 from ltm_pyro.data.manifest import is_pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.ais import Annealing
-from ltm_pyro.inference.elbo import log_weights, no_param_store
+from ltm_pyro.inference.elbo import log_weights
 from ltm_pyro.inference.estimators import DEFAULT, Evaluation, evaluate, fit_problem
 from ltm_pyro.inference.factor_prior import FactorPrior
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_factors
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.pareto import pareto_k
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.console import Console

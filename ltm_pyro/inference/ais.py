@@ -17,9 +17,10 @@ from torch.distributions import Distribution, Transform
 
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import no_param_store, sample_sites, sum_log_probs
+from ltm_pyro.inference.elbo import sample_sites, sum_log_probs
 from ltm_pyro.inference.latent_sites import bijections, prior_sites
 from ltm_pyro.inference.local import frozen
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.nn.precision import full_precision
 

@@ -16,8 +16,8 @@ from pyro.poutine.util import site_is_subsample
 
 from ltm_pyro.contracts import PARTICLES, SEQUENCES
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import no_param_store
 from ltm_pyro.inference.latent_sites import bijections, prior_factors, prior_sites
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.utils.rng import seeded
 
 BATCH_SIZES = (5, 7)  # two sizes, so that an axis of fixed length cannot be mistaken for the plate of sequences

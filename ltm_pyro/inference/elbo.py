@@ -3,9 +3,8 @@
 Shapes: S particles, B sequences.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +22,7 @@ from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.antithetic import Antithetic
 from ltm_pyro.inference.latent_sites import prior_factors
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.utils.rng import seeded
@@ -145,31 +145,6 @@ def normalisers(model: Model) -> list[Tensor]:
     found = [x for x in values if isinstance(x, Tensor)]
     with seeded(0), torch.no_grad(), no_param_store(model):
         return found if found or not prior_factors(model) else [torch.tensor(torch.nan)]
-
-
-_model_without_store: ContextVar[object] = ContextVar("model_without_store", default=None)
-
-
-@contextmanager
-def no_param_store(model: object = None) -> Iterator[None]:
-    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
-
-    Validation synchronises with the device at every site, and lets one sequence's non-finite parameters stop all the
-    others.
-
-    Args:
-        model: inside another `no_param_store` of the same model this one does nothing, because Pyro registers every
-            parameter anew in a new scope; another model must not find parameters of the same name.
-    """
-    if model is not None and _model_without_store.get() is model:
-        yield
-        return
-    token = _model_without_store.set(model)
-    try:
-        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
-            yield
-    finally:
-        _model_without_store.reset(token)
 
 
 def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:

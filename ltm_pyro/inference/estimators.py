@@ -22,7 +22,6 @@ from ltm_pyro.inference.elbo import (
     elbo_terms,
     log_weights,
     missing_bound,
-    no_param_store,
     normalisers,
     prior_log_likelihood,
     sample_sites,
@@ -30,6 +29,7 @@ from ltm_pyro.inference.elbo import (
 from ltm_pyro.inference.global_latents import fix_draws_by_keys
 from ltm_pyro.inference.latent_sites import prior_factors
 from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.pareto import TRUSTED, pareto_k
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.state import LocalInference, LocalState
@@ -168,7 +168,9 @@ def causal(problem: Problem) -> NatsAndKL:
     for first in range(0, length, problem.block):
         if first:
             before, inference = batch.crop(0, first), replace(problem.inference, init=Init())
-            before_keys = keys and RowKeys.of_batch(before, keys.seed)  # not of the whole text: q may not see the rest
+            before_keys = keys and RowKeys.of_batch(
+                before.observed, keys.seed
+            )  # not of the whole text: q may not see the rest
             state, _ = infer_local(problem.model, problem.guide, before, inference, state, keys=before_keys)
         last = min(first + problem.block, length)
         block = replace(problem, batch=batch.crop(first, last), state=state or problem.state)
@@ -292,7 +294,7 @@ def fit_problem(
     """Fits q to a batch; each sequence has a random stream of its own, which depends on the seed and its tokens."""
     with torch.no_grad():
         batch = model.prepare(batch)
-        state, _ = infer_local(model, guide, batch, inference, keys=RowKeys.of_batch(batch, seed))
+        state, _ = infer_local(model, guide, batch, inference, keys=RowKeys.of_batch(batch.observed, seed))
     return Problem(
         model=model,
         guide=guide,

@@ -10,8 +10,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from ltm_pyro.contracts import sequence_plate
-from ltm_pyro.inference.elbo import no_param_store
 from ltm_pyro.inference.latent_sites import factors_of
+from ltm_pyro.inference.param_store import no_param_store
 
 
 class FactorPrior(PyroModule):

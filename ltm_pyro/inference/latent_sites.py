@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily, Tr
 
 from ltm_pyro.contracts import SEQUENCES, Model
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import no_param_store
+from ltm_pyro.inference.param_store import no_param_store
 
 Sites = Mapping[str, Distribution]  # the prior's distribution by site name, batch shape (B,)
 PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)  # torch and Pyro declare their support real

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ltm_pyro.contracts import Batch, Guide, Init, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.cuda_graphs import graph_cache
-from ltm_pyro.inference.elbo import ElboTerms, elbo_terms, no_param_store
+from ltm_pyro.inference.elbo import ElboTerms, elbo_terms
 from ltm_pyro.inference.global_latents import fix_draws_by_keys, global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.learning_rates import Rates
 from ltm_pyro.inference.optimizers import OPTIMIZERS, Rate, Update
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, keyed
 from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient

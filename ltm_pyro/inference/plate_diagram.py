@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from pyro.infer.inspect import get_model_relations
 
 from ltm_pyro.contracts import SEQUENCES, Batch
-from ltm_pyro.inference.elbo import no_param_store
 from ltm_pyro.inference.global_latents import GlobalLatent
+from ltm_pyro.inference.param_store import no_param_store
 
 WIDTH, HEIGHT, GAP = 150, 44, 40  # of an ellipse, and the space between ellipses, in pixels
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from ltm_pyro.contracts import PARTICLES, Batch
 from ltm_pyro.data.encode import Tokens, batch_of_rows
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.elbo import log_weights, no_param_store
+from ltm_pyro.inference.elbo import log_weights
 from ltm_pyro.inference.global_latents import fix_draws_by_keys
 from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.nn.precision import full_precision

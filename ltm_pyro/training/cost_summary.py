@@ -10,8 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ltm_pyro.contracts import make_batch
 from ltm_pyro.data import read_manifest
-from ltm_pyro.inference.elbo import elbo_terms, no_param_store
+from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.local import init
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.utils.rng import seeded

@@ -233,7 +233,7 @@ class LTMModule(pl.LightningModule):
         """Logs the KL and, if prior and guide have one, the bound: one draw from the final q."""
         if torch.is_inference_mode_enabled():
             raise UsageError("Validation fits q and needs gradients: build the Trainer with `inference_mode=False`.")
-        keys = RowKeys.of_batch(batch, self.seed)
+        keys = RowKeys.of_batch(batch.observed, self.seed)
         with fix_global_draws(self.model, self.seed):
             state, _ = infer_local(self.model, self.guide, batch, self.evaluation, keys=keys)
             draws = Draws(noise=RowNoise(keys.fold_in("validation")))

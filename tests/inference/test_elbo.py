@@ -14,8 +14,9 @@ from pyro.nn import PyroModule, PyroParam
 from ltm_pyro.contracts import Init, ThoughtShape, make_batch, sequence_plate
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FullCovariance, MeanField
-from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights, no_param_store
+from ltm_pyro.inference.elbo import Draws, elbo_terms, log_weights
 from ltm_pyro.inference.local import infer_local, init
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel, LinearGaussianModel, TwoModesModel
