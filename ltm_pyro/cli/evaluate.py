@@ -221,7 +221,8 @@ def _curve(evaluation: Evaluation) -> Table:
 
 def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
     e = evaluation
-    title = f"{title}: {e.sequences:,} sequences, {e.tokens:,} tokens, {e.bytes:,} bytes"
+    what = f"{e.sequences:,} sequences" + (f" of {e.documents:,} documents" if e.documents else "")
+    title = f"{title}: {what}, {e.tokens:,} tokens, {e.bytes:,} bytes"
     table = Table("estimator", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for column in ("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "a bound?", "converged?"):
         table.add_column(f" {column}", justify="right", no_wrap=True)

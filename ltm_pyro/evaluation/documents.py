@@ -71,6 +71,8 @@ def exact_figure(evaluation: Evaluation) -> Exact | None:
     exact_B, tokens_B = torch.tensor(known, dtype=torch.float64), rows.tokens_B
 
     def rate(nats_B: torch.Tensor) -> Rate:
-        return Rate((nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B).item())
+        return Rate(
+            (nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B).item()
+        )  # one row each
 
     return Exact(rate(exact_B), {name: rate(result.nats_B - exact_B) for name, result in rows.scores.items()})

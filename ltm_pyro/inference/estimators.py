@@ -209,7 +209,9 @@ DEFAULT = ("bound", "iwae", "prior", "reused_noise")  # without causal, which ne
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One estimator's results over a whole text; ``stderr`` is over sequences, perplexity is exp(nats per token).
+    """One estimator's results over a whole text; perplexity is exp(nats per token).
+
+    ``stderr`` is over documents, whose pieces are not independent; over sequences if the data do not tell them.
 
     ``converged`` says whether an average of importance weights can be trusted, None for other estimators: k-hat is
     below min(1 − 1 / log10 S, 0.7) for nearly all sequences (Vehtari et al. 2024, arXiv 1507.02646), or `ais` agrees
@@ -235,10 +237,17 @@ class RowScores(NamedTuple):
     tokens_B: Tensor
     scores: dict[str, NatsAndKL]
 
+    @property
+    def documents_B(self) -> Tensor:
+        """A number for each sequence: that of its document, or its own id if it is not a piece of one document."""
+        if self.parts is None or any(len(parts) != 1 for parts in self.parts):
+            return self.ids_B
+        return torch.tensor([parts[0].number for parts in self.parts])
+
 
 @dataclass(frozen=True)
 class Rate:
-    """Nats per token over a whole text, and the standard error over sequences."""
+    """Nats per token over a whole text, and the standard error over documents (or sequences: see `Score`)."""
 
     nats_per_token: float
     stderr_nats_per_token: float
@@ -255,6 +264,7 @@ class Evaluation:
     """
 
     tokens: int
+    documents: int | None  # None if the data do not tell them
     sequences: int
     bytes: int
     excluded: tuple[int, ...]
@@ -355,15 +365,16 @@ def evaluate(
             not_normalised = _likelihood_problem(problem)
     nats_and_kl = {name: NatsAndKL(*_concatenate(parts)) for name, parts in results.items()}
     tokens_B, bytes_B, ids_B = _concatenate(counts)
-    evaluation = _summarise(nats_and_kl, tokens_B, bytes_B, ids_B, points)
+    documents = None if None in parts else tuple(row for found in parts for row in found or ())
+    rows = RowScores(ids_B, documents, tokens_B, nats_and_kl)
+    evaluation = _summarise(rows, bytes_B, points)
     not_normalised = not_normalised or _negative_kl(nats_and_kl)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
     if normalisers(model) or not_normalised:  # an estimated normaliser: no score is known to be a bound
         scores = {name: replace(score, is_bound=False) for name, score in evaluation.estimates.items()}
         evaluation = replace(evaluation, estimates=scores)
-    documents = None if None in parts else tuple(row for found in parts for row in found or ())
-    return replace(evaluation, unavailable=missing, rows=RowScores(ids_B, documents, tokens_B, nats_and_kl))
+    return replace(evaluation, unavailable=missing, rows=rows)
 
 
 def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[str, str]:
@@ -417,30 +428,38 @@ def _concatenate(parts: Sequence[tuple[Tensor | None, ...]]) -> list[Any]:
     return [None if x[0] is None else torch.cat(x, dim=-1).double().cpu() for x in columns]
 
 
-def _summarise(
-    results: dict[str, NatsAndKL], tokens_B: Tensor, bytes_B: Tensor, ids_B: Tensor, points: Sequence[int]
-) -> Evaluation:
-    is_finite_B = torch.stack([t.nats_B.isfinite() for t in results.values()]).all(0)
-    excluded = tuple(int(x) for x in ids_B[~is_finite_B])
+def _summarise(rows: RowScores, bytes_B: Tensor, points: Sequence[int]) -> Evaluation:
+    is_finite_B = torch.stack([t.nats_B.isfinite() for t in rows.scores.values()]).all(0)
+    excluded = tuple(int(x) for x in rows.ids_B[~is_finite_B])
     if excluded:
         warnings.warn(f"No finite score for the sequences {list(excluded)}: they are left out.", stacklevel=3)
     if not is_finite_B.any():
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
-    tokens_B, bytes_B = tokens_B[is_finite_B], bytes_B[is_finite_B]
-    results = {name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in results.items()}
+    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, bytes_B, rows.documents_B))
+    results = {
+        name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
+    }
+    rates = {name: _rate(t.nats_B, tokens_B, documents_B) for name, t in results.items()}
     has_gain = {"prior", "bound"} <= results.keys()
     return Evaluation(
         tokens=int(tokens_B.sum()),
+        documents=None if rows.documents_B is rows.ids_B else len(documents_B.unique()),
         sequences=len(tokens_B),
         bytes=int(bytes_B.sum()),
         excluded=excluded,
-        estimates={name: _score(name, t, tokens_B, bytes_B, points, results.get("ais")) for name, t in results.items()},
-        thinking_gain=_rate(results["prior"].nats_B - results["bound"].nats_B, tokens_B) if has_gain else None,
+        estimates={
+            name: _score(name, t, rates[name], tokens_B, bytes_B, points, results.get("ais"))
+            for name, t in results.items()
+        },
+        thinking_gain=_rate(results["prior"].nats_B - results["bound"].nats_B, tokens_B, documents_B)
+        if has_gain
+        else None,
     )
 
 
-def _rate(nats_B: Tensor, tokens_B: Tensor) -> Rate:
-    return Rate((nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B).item())
+def _rate(nats_B: Tensor, tokens_B: Tensor, documents_B: Tensor) -> Rate:
+    error = ratio_standard_error(nats_B, tokens_B, documents_B).item()
+    return Rate((nats_B.sum() / tokens_B.sum()).item(), error)
 
 
 def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:
@@ -461,6 +480,7 @@ def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:
 def _score(
     name: str,
     result: NatsAndKL,
+    rate: Rate,
     tokens_B: Tensor,
     bytes_B: Tensor,
     points: Sequence[int],
@@ -468,7 +488,6 @@ def _score(
 ) -> Score:
     nats_B, kl_B, samples = result.nats_B, result.kl_B, max(points)
     has_weights = result.log_weights_SB is not None
-    rate = _rate(nats_B, tokens_B)
     total_bytes = bytes_B.sum().item()
     return Score(
         nats_per_token=rate.nats_per_token,

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Values = Tensor | np.ndarray
@@ -27,7 +28,7 @@ def standard_error(values: Values, axis: int = 0) -> Any:
     return _standard_deviation(values, axis) / math.sqrt(values.shape[axis])
 
 
-def ratio_standard_error(numerators: Values, denominators: Values) -> Any:
+def ratio_standard_error(numerators: Values, denominators: Values, clusters: Values | None = None) -> Any:
     r"""The standard error of a ratio of two sums over N independent examples, by linearisation.
 
     .. math:: R = \frac{\sum_n a_n}{\sum_n b_n}, \qquad
@@ -38,15 +39,29 @@ def ratio_standard_error(numerators: Values, denominators: Values) -> Any:
     Args:
         numerators: a, (N, …); with further axes, every ratio has a standard error of its own.
         denominators: b, (N,), above 0.
+        clusters: (N,), the same number for examples that are not independent of each other, such as the pieces of one
+            document: their numerators and denominators are summed first, and N counts the clusters.
 
     Returns:
         Of the same library, in the shape of one numerator and in the ratio's unit; NaN if N is 1. Source: Cochran,
         Sampling Techniques (1977), section 2.11.
     """
+    if clusters is not None:
+        numerators, denominators = (_sums(x, clusters) for x in (numerators, denominators))
     total = denominators.sum()
     ratio = numerators.sum(0) / total
     residuals = numerators - ratio * denominators.reshape(-1, *[1] * (numerators.ndim - 1))
     return _standard_deviation(residuals, 0) * math.sqrt(len(numerators)) / total
+
+
+def _sums(values: Values, clusters: Values) -> Any:
+    """The sums of the values of each cluster."""
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    if isinstance(values, np.ndarray):
+        sums = np.zeros((index.max() + 1, *values.shape[1:]), np.result_type(values, np.float64))
+        np.add.at(sums, index, values)
+        return sums
+    return values.new_zeros(index.max() + 1, *values.shape[1:]).index_add(0, torch.from_numpy(index), values)
 
 
 def _standard_deviation(values: Values, axis: int) -> Any:

@@ -66,3 +66,24 @@ def test_both_match_the_spread_of_many_repetitions():
     errors = [ratio_standard_error(*pair) for pair in zip(totals, sizes, strict=True)]
     assert np.mean(errors) == pytest.approx(spread, rel=0.05)
     assert standard_error(totals, axis=1).mean() == pytest.approx(totals.mean(1).std(), rel=0.05)
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_examples_of_one_cluster_count_as_one(make):
+    """Pieces of one document: their sums are the independent examples, and one document alone has no error."""
+    draw = np.random.default_rng(0)
+    clusters, sizes = draw.integers(0, 7, 40), draw.integers(1, 9, 40).astype(float)
+    values = draw.normal(size=(40, 2))
+    sums = [np.array([x[clusters == n].sum(0) for n in range(7)]) for x in (values, sizes)]
+    found = ratio_standard_error(make(values), make(sizes), make(clusters))
+    assert found.tolist() == pytest.approx(ratio_standard_error(*sums).tolist(), rel=1e-12)
+    assert math.isnan(ratio_standard_error(make(values[:, 0]), make(sizes), make([3] * 40)))
+
+
+def test_copies_of_a_document_do_not_shrink_its_error():
+    draw = np.random.default_rng(1)
+    values, sizes = draw.normal(size=30), np.ones(30)
+    once = ratio_standard_error(values, sizes)
+    copies = [np.repeat(x, 4) for x in (values, sizes, np.arange(30))]
+    assert ratio_standard_error(*copies) == pytest.approx(once)
+    assert ratio_standard_error(*copies[:2]) == pytest.approx(once / 2, rel=0.03)
