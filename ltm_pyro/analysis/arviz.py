@@ -26,8 +26,12 @@ def inference_data(tree: xr.DataTree) -> Any:
 
 
 def rhat(x_CSn: np.ndarray) -> np.ndarray:
-    """Rank-normalised split R-hat of every coordinate (Vehtari et al. 2021, arXiv 1903.08008)."""
-    return arviz.rhat(_named(x_CSn))["x"].values
+    """Rank-normalised split R-hat of every coordinate (Vehtari et al. 2021, arXiv 1903.08008).
+
+    It is infinite where no chain has moved.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return arviz.rhat(_named(x_CSn))["x"].values
 
 
 def ess(x_CSn: np.ndarray) -> np.ndarray:

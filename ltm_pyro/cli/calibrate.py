@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         args.out = check_out(args.out, args.force)
     if args.picture:
-        args.picture = check_out(args.picture, args.force, "--picture")
         canvas = extra("matplotlib.backend_bases", "plots", "A picture").FigureCanvasBase
         formats = sorted(canvas.get_supported_filetypes())
         if args.picture.suffix.lower().removeprefix(".") not in formats:
             raise UsageError(f"No picture can be written as {args.picture}: end its name in .{', .'.join(formats)}.")
+        args.picture = check_out(args.picture, args.force, "--picture")
     from dataclasses import replace
 
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts

@@ -14,7 +14,7 @@ from ltm_pyro.errors import UsageError
 
 RECORDS = [{"text": "one", "kind": "a", "year": 1}, {"text": " "}, {"text": "two", "more": []}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
-LABELS = [{"kind": "a", "year": "1"}, {}]
+LABELS = [{"kind": "a", "year": 1}, {}]
 STORED = ["a.b", "Größe", " ", "..x", "_id", "token", "z", "documents"]
 REFUSED = ["", ".", "..", "a/b", "a\\b", "a\0b", "\ud800", "document", "sequence"]
 
@@ -28,7 +28,7 @@ def test_labels_come_along(tmp_path, pack):
     (tmp_path / "a.jsonl.txt").write_bytes(LINES)
     found = read_texts(tmp_path)
     assert [text.labels for text in found] == [{}, *LABELS]
-    assert [text.document for text in found] == ["a.jsonl.txt:0", f"{file.name}:0", f"{file.name}:1"]
+    assert [text.document for text in found] == ["a.jsonl.txt:1", f"{file.name}:1", f"{file.name}:3"]
 
 
 @pytest.mark.parametrize("name", ["posterior.nc", "posterior.zarr"])
