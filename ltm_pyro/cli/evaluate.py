@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         type=numbers,
-        default=[16],
+        default="16",
         metavar="S,…",
         help="draws per sequence after the fit; several: a curve",
     )
@@ -221,18 +221,20 @@ def _curve(evaluation: Evaluation) -> Table:
 
 def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
     e = evaluation
-    what = f"{e.sequences:,} sequences" + (f" of {e.documents:,} documents" if e.documents else "")
+    what = f"{e.sequences:,} sequences" + (f" ({e.documents:,} documents)" if e.documents else "")
     title = f"{title}: {what}, {e.tokens:,} tokens, {e.bytes:,} bytes"
-    table = Table("estimator", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for column in ("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "a bound?", "converged?"):
-        table.add_column(f" {column}", justify="right", no_wrap=True)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("estimator", no_wrap=True)
+    for column in ("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "bound?", "settled?"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, s in e.estimates.items():
         figures = (s.nats_per_token, s.stderr_nats_per_token, s.perplexity, s.bits_per_byte, s.kl_nats_per_token)
         table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no", CONVERGED[s.converged])
+        if exact:
+            above = exact.excess[name]
+            table.add_row("  - exact", f"{above.nats_per_token:.4f}", f"{above.stderr_nats_per_token:.4f}")
     if exact:
         table.add_row("exact", f"{exact.rate.nats_per_token:.4f}", f"{exact.rate.stderr_nats_per_token:.4f}")
-        for name, x in exact.excess.items():
-            table.add_row(f"{name} - exact", f"{x.nats_per_token:.4f}", f"{x.stderr_nats_per_token:.4f}")
     if e.thinking_gain:
         gain = (e.thinking_gain.nats_per_token, e.thinking_gain.stderr_nats_per_token)
         table.add_row("prior - bound", *(f"{x:.4f}" for x in gain))

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import yaml
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust
@@ -36,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     model, guide, inference, _ = build_from_recipe(config)
     decoder = model.decoder
     published = flops_per_token_as_published(decoder, decoder.length, inference.steps)
-    fresh = inference if config.model.keep_local else inference.from_start()
+    keeps = yaml.safe_load(Path(args.config).read_text("utf-8"))["model"].get("keep_local")  # a key of training only
+    fresh = inference if keeps else inference.from_start()
     spent = flops_per_token(decoder, guide, decoder.length, fresh)
     figures = {
         "parameters": sum(p.numel() for p in model.parameters()),

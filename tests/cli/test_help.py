@@ -46,7 +46,7 @@ def test_every_command_has_help(ltm, name):
 
 @pytest.mark.parametrize(
     ("name", "option", "default"),
-    [("evaluate", "--samples S", "16"), ("data pack", "--seq-len N", "128"), ("posterior", "--seed N", "0")],
+    [("evaluate", "--samples S,…", "16"), ("data pack", "--seq-len N", "128"), ("posterior", "--seed N", "0")],
 )
 def test_help_says_defaults_once_and_only_where_there_are_any(ltm, name, option, default):
     help_of = dict(
