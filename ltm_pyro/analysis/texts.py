@@ -50,8 +50,10 @@ def label_values(labels: Sequence[Mapping[str, Label]], name: str) -> np.ndarray
     """
     values = [found.get(name) for found in labels]
     present = [x for x in values if x is not None]
-    if present and all(isinstance(x, int | float) and not isinstance(x, bool) for x in present):
-        whole = len(present) == len(values) and all(isinstance(x, int) and abs(x) < 2**53 for x in present)
+    numbers = [x for x in present if isinstance(x, int | float) and not isinstance(x, bool)]
+    exact = all(isinstance(x, float) or abs(x) < 2**53 for x in numbers)  # larger ones are not all different as floats
+    if present and exact and len(numbers) == len(present):
+        whole = len(present) == len(values) and all(isinstance(x, int) for x in present)
         return np.array([math.nan if x is None else x for x in values], int if whole else float)
     plain = all(isinstance(x, str) for x in present)
     return np.array(["" if x is None else x if plain else json.dumps(x) for x in values], dtype=object)

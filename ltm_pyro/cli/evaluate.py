@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, add_trust, at_least
+from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, Evaluation, check_estimators
@@ -95,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suites.add_argument("--attempts", type=at_least(1), metavar="N", help="generated answers per question of gsm8k")
     suites.add_argument("--features", metavar="DIR", help="run or Hugging Face model for MAUVE's features")
     suites.add_argument("--out", type=Path, metavar="DIR", help="results and report; by default RUN/suites")
-    suites.add_argument("--force", action="store_true", help="replace results of other settings")
+    suites.add_argument(
+        "--force", action="store_true", help="replace results of other settings, or the file of --by-document"
+    )
     parser.set_defaults(**OF_ESTIMATORS, **OF_SUITES)
 
 
@@ -106,15 +109,14 @@ def run(args: argparse.Namespace) -> int:
         return _suites(args)
     estimators = args.estimators.split(",")
     check_estimators(estimators)
-    from ltm_pyro.evaluation.documents import document_scores, exact_figure
+    from ltm_pyro.evaluation.documents import check_documents, document_scores, exact_figure
     from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use
     from ltm_pyro.runs.load import load_run
 
     trained = load_run(args.run, args.device, args.trust)
-    uses = None
-    if args.split == "test":
-        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-        uses = record_test_use(folder, args.data or trained.data)
+    if args.by_document:
+        args.by_document = check_out(args.by_document, args.force, "--by-document")
+        check_documents(args.data or trained.data)
     evaluation = evaluate_run(
         trained,
         args.data,
@@ -130,11 +132,12 @@ def run(args: argparse.Namespace) -> int:
         args.score,
         args.observe,
     )
+    uses = record_test_use(Path(args.run), args.data or trained.data) if args.split == "test" else None
     if args.by_document:
         with atomic_write(args.by_document) as new:
             lines = (json.dumps(found.as_dict(), ensure_ascii=False) + "\n" for found in document_scores(evaluation))
             new.write_text("".join(lines), "utf-8")
-    exact = exact_figure(evaluation)
+    exact = exact_figure(evaluation) if args.score == "all" else None  # it is that of the whole sequence
     if args.json:
         found = evaluation.as_dict() | {"split": args.split, "score": args.score, "observe": args.observe}
         found |= {
@@ -160,6 +163,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses options that would have no effect."""
     ignored = OF_ESTIMATORS if args.suite else OF_SUITES
     given = [f"--{name.replace('_', '-')}" for name, default in ignored.items() if getattr(args, name) != default]
+    if args.by_document and "--force" in given:
+        given.remove("--force")
     if given and args.suite:
         raise UsageError(f"The suites choose their own data and estimators: leave out {', '.join(given)}.")
     if given:

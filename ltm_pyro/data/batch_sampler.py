@@ -100,12 +100,14 @@ class PaddedIds(NamedTuple):
 
 
 class TokenBudgetSampler(Sampler[PaddedIds]):
-    """Batches of like length, of at most ``tokens`` tokens with padding per rank and step, one epoch per iteration.
+    """Batches of like length, of at most R · ``tokens`` tokens with padding in a step of all ranks.
 
     Every sequence appears once per epoch, on one rank; all ranks have equally many steps, and each step has at least
-    one sequence for every rank. Lengths are rounded up to `bounds`, a tenth apart, so that a batch that is not the last
-    of its length is padded by a tenth at most. Shards are mixed `MIXED` at a time, in groups that ``seed`` fixes: the
-    number of batches is then the same in every epoch. The order does not depend on the number of worker processes.
+    one sequence for every rank (for which the last step of a group may exceed the budget by up to R − 1 sequences).
+    Lengths are rounded up to `bounds`, a tenth apart, so that a batch whose sequences have one bound is padded by a
+    tenth at most; where lengths change within a batch, and that is often in a small corpus, by more. Shards are mixed
+    `MIXED` at a time, in groups that ``seed`` fixes: the number of batches is then the same in every epoch. The order
+    does not depend on the number of worker processes.
 
     Args:
         shards: the ids of each shard.
@@ -187,7 +189,7 @@ class TokenBudgetSampler(Sampler[PaddedIds]):
         cuts, first = [], 0
         while first < len(bucket_n):
             length = int(self._bounds[bucket_n[first]])
-            last = min(first + self._tokens // length * self.ranks, len(bucket_n))
+            last = min(first + max(self._tokens * self.ranks // length, self.ranks), len(bucket_n))
             if len(bucket_n) - last < self.ranks:  # too few for a batch of their own
                 last = len(bucket_n)
             cuts.append((first, last, length))

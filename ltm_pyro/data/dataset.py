@@ -65,6 +65,12 @@ class PackedDataset(Dataset[Row]):
                 raise UsageError(f"{name} is {value!r}: choose from {', '.join(known)}.")
             if value != "all":
                 manifest.need_documents(place, f"`{name}: {value}`")
+                documents = manifest.dropped + sum(part.documents for part in manifest.splits.values())
+                if manifest.prompts < documents:
+                    raise UsageError(
+                        f"{documents - manifest.prompts} of {documents} documents have no prompt, which `{name}: "
+                        f'{value}` needs: give "prompt" and "completion" in every record.'
+                    )
         self._cache, self._start_token = cache, end_of_text(tokenizer)
         self.shards: tuple[Shard, ...] = manifest.split(split, place).shards
         self._ends = [*accumulate(shard.sequences for shard in self.shards)]
@@ -137,10 +143,10 @@ class PackedDataset(Dataset[Row]):
             batch = batch._replace(parts=tuple(row.parts for row in rows))
         if self.score == self.observe == "all":
             return batch
-        if unknown := [row.parts[0].document.id for row in rows if row.prompt is None]:
+        if cut := [row for row in rows if row.parts[0].offset or row.prompt == len(row.tokens_T)]:
             raise UsageError(
-                f"document {unknown[0]} has no prompt, which `score: completion` and `observe: prompt` need: give "
-                f'"prompt" and "completion" in every record.'
+                f"document {cut[0].parts[0].document.id} is longer than a row of {self.manifest.seq_len} tokens, and "
+                f"its later pieces would know nothing of the prompt: pack with a larger --seq-len."
             )
         prompt_BT = torch.arange(length) < torch.tensor([row.prompt for row in rows])[:, None]
         return batch._replace(

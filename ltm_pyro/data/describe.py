@@ -23,14 +23,23 @@ def describe(place: str | Path, split: str, samples: int, seed: int) -> Descript
     dataset = PackedDataset.open(place, split)
     end, before = end_of_text(dataset.tokenizer), -1
     lengths: Counter[int] = Counter()
+    open_document, tokens = -1, 0  # whose pieces come now, and how long they are together
     sources: Counter[str] = Counter()
     for number in range(len(dataset.shards)):
         rows = dataset.read_shard(number)
-        ends = np.flatnonzero(rows.tokens_M == end)
-        lengths.update(np.diff(ends, prepend=before).tolist())
-        before = before if not len(ends) else int(ends[-1])
-        before -= len(rows.tokens_M)
+        if dataset.manifest.rows == "stream":
+            ends = np.flatnonzero(rows.tokens_M == end)
+            lengths.update(np.diff(ends, prepend=before).tolist())
+            before = before if not len(ends) else int(ends[-1])
+            before -= len(rows.tokens_M)
+        else:
+            for (part,), size in zip(rows.parts, rows.lengths_N.tolist(), strict=True):
+                if part.number != open_document:
+                    lengths.update([tokens] * (tokens > 0))
+                    open_document, tokens = part.number, 0
+                tokens += size
         sources.update(source for parts in rows.parts for source in {part.document.source for part in parts})
+    lengths.update([tokens] * (tokens > 0))
     chosen = np.random.default_rng(seed).choice(len(dataset), min(samples, len(dataset)), replace=False)
     return Description(_by_powers(lengths), dict(sources.most_common()), [_sample(dataset, int(i)) for i in chosen])
 

@@ -2,9 +2,12 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ltm_pyro.data.formats import EXTENSIONS, Record, file_format, read_hub, read_records
 from ltm_pyro.errors import UsageError
@@ -16,7 +19,8 @@ Label = str | int | float | bool | None  # None: missing
 class Document(NamedTuple):
     """One text of the corpus.
 
-    ``id`` is ``"file:line"``, the line counted from 1 with blank lines, or the value of a field; ``source`` is the
+    ``id`` is ``"file:line"``, the line counted from 1 with blank lines (with the path where two inputs have one name),
+    or the value of a field; ``source`` is the
     record's value of ``"source"``, else the file's name. The first ``prompt`` characters of ``text`` are its prompt;
     None if it has none. ``exact_nats`` is −log p(text), if the text was generated and that is known.
     """
@@ -47,32 +51,43 @@ def read_documents(inputs: Iterable[str | Path], fields: Fields = Fields()) -> I
     white space only are dropped. Raises `UsageError` for input that cannot be read in its format, for a label that is
     no single value, and for a document without the field that was named as its id.
     """
-    for given in inputs:
-        for origin, name, records in _origins(given):
-            found = False
-            for record in records:
-                if record.text.strip():
-                    found = True
-                    yield _document(record, name, f"{origin} line {record.line}", fields)
-            if not found:
-                raise UsageError(f"{origin} holds no documents; remove it from the input or give it some text.")
+    origins = [origin for given in inputs for origin in _origins(given)]
+    counts, places = Counter(name for _, name, _ in origins), Counter(origin for origin, _, _ in origins)
+    if twice := [origin for origin, n in places.items() if n > 1]:
+        raise UsageError(f"{twice[0]} is in the input {places[twice[0]]} times: give it once.")
+    for origin, name, records in origins:
+        name, line, part, found = name if counts[name] == 1 else origin, 0, 0, False
+        for record in records:
+            if record.text.strip():
+                part = part + 1 if record.line == line else 0  # of a line that is cut
+                line, found = record.line, True
+                yield _document(record, name, f"{line}.{part}" if part else str(line), f"{origin} line {line}", fields)
+        if not found:
+            raise UsageError(f"{origin} holds no documents; remove it from the input or give it some text.")
 
 
-def _document(record: Record, name: str, where: str, fields: Fields) -> Document:
-    source, id = record.fields.get("source"), f"{name}:{record.line}"
+def _document(record: Record, name: str, line: str, where: str, fields: Fields) -> Document:
+    source, id = record.fields.get("source"), f"{name}:{line}"
     if fields.id is not None:
         value = record.fields.get(fields.id)
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise UsageError(f"{where} has no string or whole number under {fields.id!r}, which was named as the id.")
         id = str(value)
     if fields.labels is None:
-        labels: dict[str, Label] = {key: x for key, x in record.fields.items() if isinstance(x, str | int | float)}
+        labels = {
+            key: check_label(x, "")
+            for key, x in record.fields.items()
+            if x is None or (isinstance(x, str | int | float) and abs(x if isinstance(x, float) else 0) != math.inf)
+        }
     else:
-        labels = {key: _label(record.fields.get(key), f"{where} has under {key!r}") for key in fields.labels}
+        labels = {key: check_label(record.fields.get(key), f"{where} has under {key!r}") for key in fields.labels}
     return Document(id, record.text, source if isinstance(source, str) else name, name, record.prompt, labels, None)
 
 
-def _label(value: Any, where: str) -> Label:
+def check_label(value: Any, where: str) -> Label:
+    """A value as a label; `UsageError`, which begins with ``where``, if it is none."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and math.isnan(value):
         return None
     if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
@@ -110,7 +125,9 @@ def left_out(given: str | Path) -> list[str]:
 
 
 def _is_packed(file: Path) -> bool:
-    return file.name.endswith(EXTENSIONS) or file_format(file) in (".jsonl", ".parquet")
+    if not file.is_file():  # a link that leads nowhere
+        return False
+    return file.name.lower().endswith(EXTENSIONS) or file_format(file) in (".jsonl", ".parquet")
 
 
 def _visible(folder: Path) -> list[tuple[Path, str]]:
@@ -118,10 +135,13 @@ def _visible(folder: Path) -> list[tuple[Path, str]]:
     found, seen = [], set()
     for here, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real not in seen:
-            paths = (Path(here, name) for name in files if not name.startswith("."))
-            found += [(path, path.relative_to(folder).as_posix()) for path in paths if path.is_file()]
+        if real in seen:
+            folders[:] = []
+            continue
+        visible = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(visible, key=lambda name: (Path(here, name).is_symlink(), name))  # real ones before links
+        paths = (Path(here, name) for name in files if not name.startswith("."))
+        found += [(path, path.relative_to(folder).as_posix()) for path in paths]
         seen.add(real)
     return sorted(found, key=lambda pair: pair[0])
 

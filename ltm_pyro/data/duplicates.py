@@ -20,9 +20,9 @@ def signature(text: str) -> UInt[np.ndarray, " B"]:
     minima_P = np.full(BANDS * ROWS, 2**64 - 1, np.uint64)
     shingles_m = _shingles(text)
     for i in range(0, len(shingles_m), _AT_ONCE):
-        hashed_mP = _mix(shingles_m[i : i + _AT_ONCE, None] * _ODD_P + _SHIFT_P)
+        hashed_mP = mix_bits(shingles_m[i : i + _AT_ONCE, None] * _ODD_P + _SHIFT_P)
         minima_P = np.minimum(minima_P, hashed_mP.min(0))
-    return _mix(minima_P * _ODD_P).reshape(BANDS, ROWS).sum(1, dtype=np.uint64)
+    return mix_bits(minima_P * _ODD_P).reshape(BANDS, ROWS).sum(1, dtype=np.uint64)
 
 
 def repeats(signatures_NB: UInt[np.ndarray, "N B"]) -> Bool[np.ndarray, " N"]:
@@ -44,6 +44,7 @@ def groups(signatures_NB: UInt[np.ndarray, "N B"]) -> Int[np.ndarray, " N"]:
             lowest = np.full(len(values), len(first_N))
             np.minimum.at(lowest, group_N, first_N)
             first_N = lowest[group_N]
+        first_N = first_N[first_N]  # which halves the length of chains
         if np.array_equal(before_N, first_N):
             return first_N
 
@@ -53,10 +54,10 @@ def _shingles(text: str) -> UInt[np.ndarray, " m"]:
     data = np.frombuffer(f" {words}{' ' * _WIDTH}".encode(), np.uint8)
     starts_m = np.flatnonzero(data[:-_WIDTH] == ord(" ")) + 1
     parts_m3 = np.lib.stride_tricks.sliding_window_view(data, _WIDTH)[starts_m].view(np.uint64)
-    return np.unique(_mix(_mix(_mix(parts_m3[:, 0]) + parts_m3[:, 1]) + parts_m3[:, 2]))
+    return np.unique(mix_bits(mix_bits(mix_bits(parts_m3[:, 0]) + parts_m3[:, 1]) + parts_m3[:, 2]))
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix_bits(x: np.ndarray) -> np.ndarray:
     """Spreads every bit over all others (the finaliser of MurmurHash3)."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     return x ^ (x >> np.uint64(33))

@@ -49,14 +49,14 @@ def file_format(file: Path) -> str | None:
 
     Content that is text, but not JSON lines, is ``.txt``.
     """
-    named = Path(file.stem if file.suffix in (".gz", ".zst") else file).suffix
+    named = Path(file.stem if file.suffix.lower() in (".gz", ".zst") else file).suffix.lower()
     if named in _READERS:
         return named
     with _opened(file) as raw:
         if raw.read(4) == _PARQUET:
             return ".parquet"
     try:
-        head = next(_chunks(file), b"")[:_HEAD]
+        head = next(_chunks(file), b"")[:_HEAD].removeprefix(codecs.BOM_UTF8)
     except UsageError:
         return None
     first, _, rest = head.lstrip().partition(b"\n")
@@ -154,11 +154,14 @@ def _parquet(file: Path) -> Iterator[Record]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    pending = ""
+    pending: list[str] = []
     for chunk in _decoded(file):
-        *lines, pending = (pending + chunk).split("\n")
-        yield from lines
-    yield pending
+        first, *rest = chunk.split("\n")
+        pending.append(first)
+        for line in rest:
+            yield "".join(pending)
+            pending = [line]
+    yield "".join(pending)
 
 
 def _decoded(file: Path) -> Iterator[str]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import UInt8, UInt64
+from jaxtyping import Int, UInt8, UInt64
 from tokenizers import Tokenizer
 
 from ltm_pyro.data.documents import Document, Fields, input_files, left_out, read_documents
-from ltm_pyro.data.duplicates import groups, repeats, signature
+from ltm_pyro.data.duplicates import groups, mix_bits, repeats, signature
 from ltm_pyro.data.encode import encode_documents, text_pieces
 from ltm_pyro.data.manifest import (
     FORMAT,
@@ -101,6 +101,14 @@ def pack(
             splits=splits,
         )
         write_manifest(manifest, staging.folder)
+    wanted = {"val": val_fraction, "test": test_fraction}
+    if empty := [
+        name for name, fraction in wanted.items() if fraction and name not in splits and len(corpus.sides_N) > 2
+    ]:
+        warnings.warn(
+            f"no document is in {' and in '.join(empty)}: there are too few groups of documents that are not similar",
+            stacklevel=2,
+        )
     if skipped := [f"{given}/{name}" for given in inputs for name in left_out(given)]:
         names = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
         warnings.warn(f"left out, because neither name nor content says that they are data: {names}", stacklevel=2)
@@ -183,10 +191,8 @@ def _survey(
     if drop_duplicates:
         kept_N = ~repeats(near_NB if drop_duplicates == "near" else exact_N1)
     group_N = groups(near_NB if keep_together == "near" else exact_N1)
-    lowest_N = np.full(len(digests_N), 2**64 - 1, np.uint64)
-    np.minimum.at(lowest_N, group_N, digests_N)
     sides_N = np.zeros(len(digests_N), np.uint8)
-    sides_N[kept_N] = split_by_hash(lowest_N[group_N][kept_N], val_fraction, test_fraction)
+    sides_N[kept_N] = split_by_hash(_group_digests(digests_N, group_N)[kept_N], val_fraction, test_fraction)
     sizes_N = np.where(sides_N == _SIDES["train"], np.frombuffer(bytes(sizes), np.uint32), 0)
     chance = SAMPLE / max(int(sizes_N.sum(dtype=np.int64)), 1)
     sampled_N = (sizes_N > 0) & ((digests_N & np.uint64(2**16 - 1)) < chance * 2**16)
@@ -199,6 +205,15 @@ def _survey(
         sides_N=sides_N,
         sampled_N=sampled_N,
     )
+
+
+def _group_digests(digests_N: UInt64[np.ndarray, " N"], group_N: Int[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
+    """One digest per group, whatever the order of its members and, unlike their lowest, whatever their number."""
+    lowest_N, highest_N = np.full(len(digests_N), 2**64 - 1, np.uint64), np.zeros(len(digests_N), np.uint64)
+    np.minimum.at(lowest_N, group_N, digests_N)
+    np.maximum.at(highest_N, group_N, digests_N)
+    low_N, high_N = lowest_N[group_N], highest_N[group_N]
+    return np.where(low_N == high_N, low_N, mix_bits(mix_bits(low_N)))
 
 
 def describe_label(values: Iterable[Any]) -> Label:
@@ -234,8 +249,8 @@ def split_by_hash(
     groups = np.unique(shares_N)
     if val_fraction and len(shares_N) > 1 and len(groups) == 1:
         raise UsageError(
-            f"all {len(shares_N)} documents are the same or similar, so none can be held out; add others, set "
-            f"keep_together to exact, or set val_fraction and test_fraction to 0."
+            f"all {len(shares_N)} documents are the same or similar, so none can be held out; add others, keep only "
+            f"equal ones together (--keep-together exact), or set val_fraction and test_fraction to 0."
         )
     val = int((groups < val_fraction).sum())
     test = int((groups >= 1 - test_fraction).sum()) if test_fraction else 0

@@ -4,10 +4,12 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ltm_pyro.contracts import DocumentInfo, Part
+from ltm_pyro.data.documents import check_label
 from ltm_pyro.data.manifest import FORMAT, SPLITS, TOKENIZER, Label, Manifest, Shard, Split, write_manifest
 from ltm_pyro.data.pack import SHARD_ROWS, describe_label, split_by_hash
 from ltm_pyro.data.rows import NO_PROMPT, Rows
@@ -24,7 +26,7 @@ def pack_sequences(
     *,
     exact_nats: Sequence[float] | None = None,
     prompts: Sequence[int] | None = None,
-    labels: Mapping[str, Sequence[str | int | float | bool | None]] | None = None,
+    labels: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
     val_fraction: float = 0.02,
     test_fraction: float = 0.02,
     seed: int = 0,
@@ -41,8 +43,12 @@ def pack_sequences(
         prompts: how many tokens at the start of each sequence are its prompt.
         labels: by name, one value per sequence; None where it is missing.
     """
-    found = [np.asarray(tokens) for tokens in sequences]
-    labels, tokenizer = labels or {}, number_tokenizer(vocabulary)
+    found, tokenizer = [np.asarray(tokens) for tokens in sequences], number_tokenizer(vocabulary)
+    labels = {
+        name: [check_label(x, f"The label {name!r} has") for x in values] for name, values in (labels or {}).items()
+    }
+    if not found:
+        raise UsageError("No sequence was given to pack: give at least one.")
     columns = {"exact_nats": exact_nats, "prompts": prompts, **labels}
     if wrong := {name: len(x) for name, x in columns.items() if x is not None and len(x) != len(found)}:
         raise UsageError(f"There are {len(found)} sequences, but {wrong} values: give one value per sequence.")
@@ -51,6 +57,8 @@ def pack_sequences(
             raise UsageError(f"Sequence {number} is no list of at least one whole number.")
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise UsageError(f"Sequence {number} has a token outside of 0 to {vocabulary - 1}.")
+        if prompts is not None and not 0 <= prompts[number] <= len(tokens):
+            raise UsageError(f"Sequence {number} has {len(tokens)} tokens and a prompt of {prompts[number]} of them.")
     if exact_nats is not None and not all(map(math.isfinite, exact_nats)):
         raise UsageError("exact_nats has a value that is not finite: -log p(x) of a sequence that occurs is.")
     digests_N = [hashlib.sha256(b"%d\n" % seed + x.astype("<i8").tobytes()).digest()[:8] for x in found]

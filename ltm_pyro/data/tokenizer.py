@@ -106,6 +106,8 @@ def token_bytes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     """UTF-8 bytes of each token, 0 for special tokens; the sum over the tokens of a text is its length in bytes."""
     added = tokenizer.get_added_tokens_decoder()
     bytes_V = np.zeros(vocabulary_size(tokenizer), np.int64)
+    if isinstance(tokenizer.model, models.WordLevel):  # of a `number_tokenizer`: no text
+        return bytes_V
     for token, index in tokenizer.get_vocab().items():
         if index not in added:
             bytes_V[index] = len(token)  # one letter of the byte-level alphabet for each byte

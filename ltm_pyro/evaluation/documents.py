@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ltm_pyro.contracts import DocumentInfo
+from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import Evaluation, Rate
 from ltm_pyro.utils.statistics import ratio_standard_error
@@ -30,6 +31,12 @@ class DocumentScore(NamedTuple):
         figures = {f"{name}_nats": x for name, x in self.nats.items()} | {f"{n}_kl": x for n, x in self.kl.items()}
         found = {"id": info.id, "file": info.file, "labels": dict(info.labels)}
         return found | {"pieces": self.pieces, "tokens": self.tokens} | exact | figures
+
+
+def check_documents(place: str) -> None:
+    """Raises `UsageError` before anything is scored if the rows of a pack do not know their documents."""
+    if is_pack(place):
+        read_manifest(place).need_documents(place, "A figure for each document")
 
 
 def document_scores(evaluation: Evaluation) -> list[DocumentScore]:

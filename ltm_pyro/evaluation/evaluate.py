@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.dataset import Observed, Scored
-from ltm_pyro.data.manifest import is_pack
+from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.ais import Annealing
 from ltm_pyro.inference.elbo import log_weights
@@ -30,6 +30,7 @@ from ltm_pyro.inference.latent_sites import prior_factors
 from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.pareto import pareto_k
 from ltm_pyro.runs.run import Run
+from ltm_pyro.training.run_directory import RECIPE
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
 
@@ -73,6 +74,8 @@ def evaluate_run(
     """
     model = with_estimated_normaliser(run.model, normaliser) if normaliser else run.model
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
+    if data is not None and split != "val" and not is_pack(data):
+        raise UsageError(f"{data} is text, which has no split {split}: leave --split out, or pack the text.")
     if data is None:
         dataset = held_out(run, split, score, observe)
     else:
@@ -134,12 +137,16 @@ TEST_USES = "test-uses.jsonl"  # in a run's folder
 
 
 def record_test_use(run: Path, data: str) -> int:
-    """Notes in the run's folder that its test split is scored now; returns how often it was, this time included.
+    """Notes in a run's folder that the test split of a pack was scored; returns how often it was, 0 if unknown.
 
-    The note is written before there is a figure: a figure that was looked at and thrown away has been used as well.
+    Args:
+        run: its folder, or one of its checkpoints.
+        data: the pack, which is told from others by the digest of its manifest.
     """
-    with suppress(OSError), (run / TEST_USES).open("a+", encoding="utf-8") as file:  # a run may not be writable
-        file.write(json.dumps({"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "data": data}) + "\n")
+    folder = next((place for place in (run, *run.parents) if (place / RECIPE).is_file()), run.parent)
+    use = {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "data": str(data), "digest": read_manifest(data).digest}
+    with suppress(OSError), (folder / TEST_USES).open("a+", encoding="utf-8") as file:  # a run may not be writable
+        file.write("\n" + json.dumps(use) + "\n")  # on a line of its own, even if the last one was cut
         file.seek(0)
-        return sum(json.loads(line)["data"] == data for line in file)
+        return file.read().count(f'"digest": "{use["digest"]}"')
     return 0

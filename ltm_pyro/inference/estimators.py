@@ -305,6 +305,10 @@ def fit_problem(
     with torch.no_grad():
         batch = model.prepare(batch)
         state, _ = infer_local(model, guide, batch, inference, keys=RowKeys.of_batch(batch.observed, seed))
+        if (
+            batch.observed_BT is not None
+        ):  # draws for the figure are of the whole row: equal prompts are not equal texts
+            state = state._replace(keys=RowKeys.of_batch(batch, seed))
     return Problem(
         model=model,
         guide=guide,

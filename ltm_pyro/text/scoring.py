@@ -53,6 +53,8 @@ class Scoring:
         check_estimators([self.estimator], self.samples)
         if self.block < 1 or self.batch_size < 1:
             raise UsageError(f"Scoring needs block and batch_size ≥ 1, got {self.block} and {self.batch_size}.")
+        if self.longer not in ("split", "whole"):
+            raise UsageError(f"A longer text cannot be scored as {self.longer!r}: choose split or whole.")
 
 
 class TextScore(NamedTuple):

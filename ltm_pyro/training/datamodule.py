@@ -56,6 +56,7 @@ class PackedData(pl.LightningDataModule):
         self.on_damage, self.cache = on_damage, Path(cache) if cache else None
         self._skipped: set[int] = set()  # numbers of damaged shards
         self._position = (0, 0)  # epoch and step from which a training is resumed
+        self._steps = 0  # of an epoch, known once its order is
 
     @property
     def sequences(self) -> int:
@@ -100,6 +101,7 @@ class PackedData(pl.LightningDataModule):
         sound = [ids for number, ids in enumerate(dataset.ranges()) if number not in self._skipped]
         order = self._sampler(dataset, sound, *self._ranks)
         order.resume(*self._position)
+        self._steps = len(order)
         return DataLoader(
             BatchDataset(dataset),
             batch_size=None,
@@ -133,11 +135,20 @@ class PackedData(pl.LightningDataModule):
         """The position in the training data after the last finished batch."""
         loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
         epoch, step = divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))
-        return {"epoch": epoch, "step": step, **self._identity(self._ranks[1])}
+        steps = {"steps_per_epoch": self._steps, "skipped_shards": sorted(self._skipped)}
+        return {"epoch": epoch, "step": step, **steps, **self._identity(self._ranks[1])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues with the next batch."""
         self.check(state, self._ranks[1])
+        self.train_dataloader()
+        now = {"steps_per_epoch": self._steps, "skipped_shards": sorted(self._skipped)}
+        for name, value in now.items():
+            if state.get(name, value) != value:  # earlier checkpoints do not have them
+                raise UsageError(
+                    f"The checkpoint was trained with {name.replace('_', ' ')} {state[name]}, but now it is {value}: "
+                    f"some sequences would come twice, others never. Resume with the same data, ranks and settings."
+                )
         self._position = state["epoch"], state["step"]
 
     def check(self, state: dict[str, Any], ranks: int) -> None:

@@ -78,7 +78,9 @@ def test_the_table_says_what_is_no_bound(run, ltm):
     code, out, _ = ltm("evaluate", run, "--limit", 2, "--samples", 1, "--estimators", ",".join(ESTIMATORS))
     assert code == 0
     assert "2 sequences (1 documents), 32 tokens" in " ".join(out.split())
-    rows = {words[0]: words[6] for words in map(str.split, out.splitlines()) if words[:1] and words[0] in ESTIMATORS}
+    rows = {
+        words[0]: words[6] for words in map(str.split, out.splitlines()) if len(words) > 6 and words[0] in ESTIMATORS
+    }
     assert rows == {name: "yes" if estimator.is_bound else "no" for name, estimator in ESTIMATORS.items()}
 
 
@@ -166,7 +168,7 @@ def test_each_documents_figures_are_joined_with_it_on_its_id(run, ltm, tmp_path)
     assert (code, list(scores)) == (0, [f"a.jsonl:{2 * n + 1}" for n in range(4)])
     for n, record in enumerate(records):
         found = scores[f"a.jsonl:{2 * n + 1}"]
-        expected = {name: x for name, x in record.items() if name in ("year", "kind", "good") and x is not None}
+        expected = {name: x for name, x in record.items() if name in ("year", "kind", "good")}
         assert found["labels"] == expected
         assert {name: type(x) for name, x in found["labels"].items()} == {k: type(x) for k, x in expected.items()}
         assert found["tokens"] > found["pieces"] > 0
@@ -192,7 +194,7 @@ def test_an_evaluation_on_the_test_split_is_marked_and_counted(run, ltm):
 
 
 def test_what_is_observed_changes_the_fit_and_what_is_scored_the_figure(run, ltm, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "the people ", "completion": "read a text"}) + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "the ", "completion": "people"}) + "\n")
     figures = {}
     for score in ("all", "completion"):
         for observe in ("all", "prompt"):

@@ -102,7 +102,7 @@ def test_numbers_are_numbers(tmp_path):
 @pytest.mark.parametrize(("score", "observe"), [("all", "prompt"), ("completion", "all"), ("completion", "prompt")])
 def test_what_is_scored_and_what_is_observed(tmp_path, score, observe):
     records = [{"prompt": "ab " * n, "completion": "é" * n, "n": n} for n in range(1, 9)]
-    place = make_pack(tmp_path, records, seq_len=12, labels=["n"])
+    place = make_pack(tmp_path, records, seq_len=64, labels=["n"])
     dataset = PackedDataset.open(place, score=score, observe=observe)
     batch = dataset.collate([*dataset])
     tokens, seen, size = defaultdict(int), defaultdict(int), defaultdict(int)
@@ -120,7 +120,7 @@ def test_what_is_scored_and_what_is_observed(tmp_path, score, observe):
         assert tokens[n] == completion + 1 + (score == "all") * prompt
         assert seen[n] == prompt + (observe == "all") * (completion + 1)
         assert size[n] == 2 * n + (score == "all") * 3 * n
-    text = load_text_or_pack(tmp_path / "a.jsonl", dataset.tokenizer, 12, score=score, observe=observe)
+    text = load_text_or_pack(tmp_path / "a.jsonl", dataset.tokenizer, 64, score=score, observe=observe)
     assert torch.equal(text.collate([*text]).mask_BT, batch.mask_BT)
 
 
@@ -129,8 +129,11 @@ def test_what_needs_documents_says_so(tmp_path):
     with pytest.raises(UsageError, match="`score: completion` needs rows of documents, and those of the pack"):
         PackedDataset.open(place, score="completion")
     place = make_pack(tmp_path, [{"text": "ab"}, {"prompt": "a", "completion": "b"}], seq_len=4, force=True)
-    dataset = PackedDataset.open(place, observe="prompt")
-    with pytest.raises(UsageError, match=r"document a.jsonl:1 has no prompt, which"):
+    with pytest.raises(UsageError, match="1 of 2 documents have no prompt, which `observe: prompt` needs"):
+        PackedDataset.open(place, observe="prompt")
+    place = make_pack(tmp_path, [{"prompt": "a" * 9, "completion": "b"}] * 2, seq_len=4, force=True)
+    dataset = PackedDataset.open(place, score="completion")
+    with pytest.raises(UsageError, match=r"document a.jsonl:1 is longer than a row of 4 tokens"):
         dataset.collate([*dataset])
 
 
@@ -193,3 +196,48 @@ def test_ids_are_lines_of_the_file(tmp_path):
     lines = (tmp_path / "a.jsonl").read_text().split("\n")
     for document in read_documents([tmp_path / "a.jsonl"], Fields()):
         assert json.loads(lines[int(document.id.split(":")[1]) - 1])["text"] == document.text
+
+
+def test_a_group_of_similar_documents_is_in_any_split_as_often_as_a_single_one(tmp_path):
+    """Its size must not decide: of many members the lowest hash is low, so that it says nothing about the group."""
+    words = [[f"w{n}x{k}" for k in range(40)] for n in range(60)]
+    texts = [" ".join([*group, f"end{i}"]) for group in words for i in range(12)]
+    where = {"train": 0, "val": 0, "test": 0}
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        options = {"val_fraction": 0.2, "test_fraction": 0.2, "keep_together": "near", "seed": seed}
+        manifest = read_manifest(make_pack(folder, [{"text": x} for x in texts], seq_len=512, **options))
+        for name, split in manifest.splits.items():
+            assert split.documents % 12 == 0
+            where[name] += split.documents // 12
+    assert sum(where.values()) == 240
+    assert 25 < where["val"] < 71  # 48 expected; 4 standard deviations are 24
+    assert 25 < where["test"] < 71
+
+
+def test_ids_are_unique_where_names_are_not(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("one line\n")
+    found = [document.id for document in read_documents([tmp_path / "a/x.txt", tmp_path / "b/x.txt"])]
+    assert found == [f"{tmp_path}/a/x.txt:1", f"{tmp_path}/b/x.txt:1"]
+    with pytest.raises(UsageError, match=r"a/x.txt is in the input 2 times: give it once"):
+        [*read_documents([tmp_path / "a/x.txt", tmp_path / "a"])]
+    monkeypatch.setattr("ltm_pyro.data.formats.LONGEST", 4)
+    assert [document.id for document in read_documents([tmp_path / "a"])] == ["x.txt:1", "x.txt:1.1"]
+
+
+def test_another_number_of_ranks_goes_on_only_if_no_sequence_is_lost(packed):
+    one, two = PackedData(str(packed), batch_size=8), PackedData(str(packed), batch_size=4)
+    whole = [{*batch.ids_B.tolist()} for batch in read(one, 0, 1)]
+    both = [[{*batch.ids_B.tolist()} for batch in read(two, rank, 2)] for rank in (0, 1)]
+    if len(both[0]) == len(whole):
+        assert [a | b for a, b in zip(*both, strict=True)] == whole
+    state = {"epoch": 0, "step": 3, "steps_per_epoch": len(whole) + 1, "skipped_shards": [], **one._identity(1)}
+    with pytest.raises(UsageError, match=r"trained with steps per epoch \d+, but now it is \d+: some sequences"):
+        one.load_state_dict(state)
+    with pytest.raises(UsageError, match=r"trained with skipped shards \[1\], but now it is \[\]: some sequences"):
+        one.load_state_dict(state | {"steps_per_epoch": len(whole), "skipped_shards": [1]})
+    one.load_state_dict(state | {"steps_per_epoch": len(whole)})
+    assert one._position == (0, 3)
