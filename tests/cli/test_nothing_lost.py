@@ -122,9 +122,12 @@ class KillWorker(Callback):
             time.sleep(0.5)
 
 
-def test_a_killed_worker_of_the_data_costs_no_finished_step(recipe, whole, ltm, tmp_path):
-    options = map(str, ("--config", recipe, "--run", tmp_path / "run", *SIX, "--data.workers", 2))
-    sentence = r"^A worker process of the data was killed at step \d, .*: lower `data.workers`, and resume with"
+def test_a_killed_worker_of_the_data_costs_no_finished_step(recipe, ltm, tmp_path):
+    more = (*SIX, "--trainer.max_steps", 20)  # than the workers have prefetched when one is killed
+    whole = tmp_path / "whole"
+    assert ltm("fit", "--config", recipe, "--run", whole, *more)[0] == 0
+    options = map(str, ("--config", recipe, "--run", tmp_path / "run", *more, "--data.workers", 2))
+    sentence = r"^A worker process of the data was killed at step \d+, .*: lower `data.workers`, and resume with"
     with pytest.raises(UsageError, match=sentence):
         train(read_recipe([*options, "--checkpoints.every", "100"]), callbacks=[KillWorker()])
     assert step(tmp_path / "run") >= 4

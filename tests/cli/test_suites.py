@@ -21,7 +21,7 @@ def data(tmp_path_factory):
     (folder / "eval" / "lambada_test.jsonl").write_text("\n".join(lines))
     (folder / "multilingual").mkdir()
     (folder / "multilingual" / "genesis.english.txt").write_text(TEXT)
-    (folder / "multilingual" / "genesis.french.txt").write_text("Au commencement, la forêt était déjà là. " * 3)
+    (folder / "multilingual" / "genesis.french.txt").write_text("the old day\n\n\néèêëîôû\n\n\nlong")
     return folder
 
 
