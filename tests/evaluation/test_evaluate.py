@@ -24,7 +24,7 @@ def energy_run(tiny_run):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("the old model reads a long text about time. " * 3)
+    path.write_text("\n\n\n".join(["the old model reads a long text about time."] * 3))
     return str(path)
 
 

@@ -16,6 +16,7 @@ from ltm_pyro.text import scoring
 from ltm_pyro.text.scoring import Scoring, score, score_continuations, score_tokens
 
 CONTEXTS = ["the old", "", "a long text and"]
+OF_CONTINUATIONS = [name for name in ESTIMATORS if name != "ais"]  # which scores whole texts
 CONTINUATIONS = [" model reads", "short", " words about time"]
 
 
@@ -56,7 +57,7 @@ def test_a_long_text_is_the_sum_of_its_pieces(tiny_run):
     assert whole.nats == pytest.approx(sum(map(sum, nats(run, pieces, "iwae"))))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", OF_CONTINUATIONS)
 def test_without_thoughts_it_is_the_likelihood(tiny_run, estimator):
     run = tiny_run(thoughts=0)
     context, tokens = encode(run, CONTEXTS[2]), encode(run, CONTINUATIONS[2])
@@ -86,7 +87,7 @@ def test_draws_are_averaged_as_the_formula_says(run, monkeypatch):
     assert log_weight.std() > 0.1
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", OF_CONTINUATIONS)
 def test_the_future_does_not_leak(run, estimator, monkeypatch):
     """Other tokens from position n on leave every figure before n as it was."""
     pairs = [(encode(run, c), encode(run, y)) for c, y in zip(CONTEXTS, CONTINUATIONS, strict=True)]
@@ -169,7 +170,9 @@ def test_refusals(run, message, call):
 
 def test_without_a_density_there_is_no_bound(run):
     run = run._replace(guide=Point(run.model))
-    with pytest.raises(UsageError, match="No figure for bound: Point has no density; ask for prior, causal"):
+    with pytest.raises(
+        UsageError, match="No figure for bound: Point has no density; ask for prior, prior_iwae, causal"
+    ):
         score(run, ["short"], Scoring(estimator="bound"))
     assert score(run, ["short"], Scoring(estimator="causal"))[0].nats > 0
 
@@ -184,3 +187,8 @@ def test_a_long_text_is_scored_under_one_z_as_in_one_long_row(tiny_run):
         (one,), (other,) = score(short, [text], whole), score(long, [text], whole)
         assert one.nats == pytest.approx(other.nats, rel=1e-9)
         assert score(short, [text], replace(whole, longer="split"))[0].nats != pytest.approx(one.nats)
+
+
+def test_annealing_is_for_whole_texts(run):
+    with pytest.raises(UsageError, match="The estimator ais scores whole texts, not continuations: choose iwae"):
+        nats(run, [([1], [2])], "ais")

@@ -39,7 +39,8 @@ def recipe(tmp_path_factory):
     draw = random.Random(0)
     texts = [" ".join(draw.choices(["some", "words", "come", "over", "and", "over"], k=40)) for _ in range(60)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    pack([folder / "text.jsonl"], folder / "data", tokenizer="bpe:270", seq_len=16, val_fraction=0.2)
+    options = {"rows": "stream", "test_fraction": 0.0}  # every step has as many tokens
+    pack([folder / "text.jsonl"], folder / "data", tokenizer="bpe:270", seq_len=16, val_fraction=0.2, **options)
     content = {
         "model": {
             "decoder": {"class_path": "ltm_pyro.models.Decoder", "init_args": DECODER},
