@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -240,9 +241,8 @@ class RowScores(NamedTuple):
     @property
     def documents_B(self) -> Tensor:
         """A number for each sequence: that of its document, or its own id if it is not a piece of one document."""
-        if self.parts is None or any(len(parts) != 1 for parts in self.parts):
-            return self.ids_B
-        return torch.tensor([parts[0].number for parts in self.parts])
+        known = self.parts and all(len(parts) == 1 for parts in self.parts)
+        return torch.tensor([parts[0].number for parts in self.parts or ()]) if known else self.ids_B
 
 
 @dataclass(frozen=True)
@@ -443,27 +443,21 @@ def _summarise(rows: RowScores, bytes_B: Tensor, points: Sequence[int]) -> Evalu
     results = {
         name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
     }
-    rates = {name: _rate(t.nats_B, tokens_B, documents_B) for name, t in results.items()}
-    has_gain = {"prior", "bound"} <= results.keys()
+    rate = partial(_rate, tokens_B, documents_B)
+    has_gain, ais = {"prior", "bound"} <= results.keys(), results.get("ais")
     return Evaluation(
         tokens=int(tokens_B.sum()),
         documents=None if rows.documents_B is rows.ids_B else len(documents_B.unique()),
         sequences=len(tokens_B),
         bytes=int(bytes_B.sum()),
         excluded=excluded,
-        estimates={
-            name: _score(name, t, rates[name], tokens_B, bytes_B, points, results.get("ais"))
-            for name, t in results.items()
-        },
-        thinking_gain=_rate(results["prior"].nats_B - results["bound"].nats_B, tokens_B, documents_B)
-        if has_gain
-        else None,
+        estimates={n: _score(n, t, rate(t.nats_B), tokens_B, bytes_B, points, ais) for n, t in results.items()},
+        thinking_gain=rate(results["prior"].nats_B - results["bound"].nats_B) if has_gain else None,
     )
 
 
-def _rate(nats_B: Tensor, tokens_B: Tensor, documents_B: Tensor) -> Rate:
-    error = ratio_standard_error(nats_B, tokens_B, documents_B).item()
-    return Rate((nats_B.sum() / tokens_B.sum()).item(), error)
+def _rate(tokens_B: Tensor, documents_B: Tensor, nats_B: Tensor) -> Rate:
+    return Rate((nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B, documents_B).item())
 
 
 def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:
