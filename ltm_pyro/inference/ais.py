@@ -74,7 +74,7 @@ def annealed_path(
     with frozen(model), torch.no_grad():
         sites = bijections(prior_sites(model, 1))
         u_SBN = _unconstrain(sites, _sample_q(sites, guide, batch, local, 64, noise))
-        scale_BN = u_SBN.std(0).clamp(min=1e-6)
+        scale_BN = (u_SBN.std(0) if u_SBN.numel() else u_SBN[0]).clamp(min=1e-6)  # without thoughts (K = 0) it is empty
         start = u_SBN.new_full(size, u_SBN.shape[-1] ** -0.25 if u_SBN.shape[-1] else 1.0)
         path = Path(model, guide, batch, local, annealing, sites, scale_BN, start)
         for _ in range(WARMUP_PASSES):

@@ -183,6 +183,7 @@ def test_a_model_part_that_names_code_is_refused_by_every_command(exported, tmp_
     assert_harmless(audited(cases, tmp_path), exported.parent)
 
 
+@pytest.mark.slow
 def test_what_only_training_reads_is_not_built_to_load_a_model(exported, tmp_path):
     cases = []
     for number, (label, change) in enumerate(TRAINER.items()):
@@ -424,7 +425,7 @@ print(json.dumps(sorted(set(names))))
 """
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(3000, marks=pytest.mark.slow)])
 def test_no_importable_callable_is_called(exported, tmp_path, count):
     found = subprocess.run([sys.executable, "-P", "-c", FITTING], capture_output=True, text=True, check=True)
     names = json.loads(found.stdout)

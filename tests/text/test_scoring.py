@@ -33,7 +33,9 @@ def nats(run, pairs, estimator, **options):
     return [found.nats_U for found in score_tokens(run, pairs, Scoring(estimator=estimator, samples=3, **options))]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    "estimator", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ais")) for name in ESTIMATORS]
+)
 def test_texts_cost_what_the_estimator_says(run, estimator):
     """One row of packed data, as `evaluate` scores it, and the same tokens as a text."""
     text = "writes short words"
