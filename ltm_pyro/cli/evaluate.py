@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,15 +235,21 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for name, s in e.estimates.items():
         figures = (s.nats_per_token, s.stderr_nats_per_token, s.perplexity, s.bits_per_byte, s.kl_nats_per_token)
-        table.add_row(name, *(f"{x:.4f}" for x in figures), "yes" if s.is_bound else "no", CONVERGED[s.converged])
+        table.add_row(name, *map(_figure, figures), "yes" if s.is_bound else "no", CONVERGED[s.converged])
         if exact:
             above = exact.excess[name]
-            table.add_row("  - exact", f"{above.nats_per_token:.4f}", f"{above.stderr_nats_per_token:.4f}")
+            table.add_row("  - exact", _figure(above.nats_per_token), _figure(above.stderr_nats_per_token))
     if exact:
-        table.add_row("exact", f"{exact.rate.nats_per_token:.4f}", f"{exact.rate.stderr_nats_per_token:.4f}")
+        table.add_row("exact", _figure(exact.rate.nats_per_token), _figure(exact.rate.stderr_nats_per_token))
     if e.thinking_gain:
         gain = (e.thinking_gain.nats_per_token, e.thinking_gain.stderr_nats_per_token)
-        table.add_row("prior - bound", *(f"{x:.4f}" for x in gain))
-    reasons = (f"{name}: unavailable, because {reason}." for name, reason in e.unavailable.items())
+        table.add_row("prior - bound", *map(_figure, gain))
+    reasons = [f"{name}: unavailable, because {reason}." for name, reason in e.unavailable.items()]
+    if 1 in (e.documents, e.sequences):
+        reasons.append("One document has no standard error, because its pieces are not independent of each other.")
     table.caption = " ".join(reasons) or None
     return table
+
+
+def _figure(x: float) -> str:
+    return f"{x:.4f}" if math.isfinite(x) else "-"

@@ -78,6 +78,7 @@ def test_the_table_says_what_is_no_bound(run, ltm):
     code, out, _ = ltm("evaluate", run, "--limit", 2, "--samples", 1, "--estimators", ",".join(ESTIMATORS))
     assert code == 0
     assert "2 sequences (1 documents), 32 tokens" in " ".join(out.split())
+    assert "One document has no standard error" in " ".join(out.split())
     rows = {
         words[0]: words[6] for words in map(str.split, out.splitlines()) if len(words) > 6 and words[0] in ESTIMATORS
     }
