@@ -83,12 +83,12 @@ def interpolate(run: Run, posterior: Posterior, first: int, second: int, steps: 
         raise UsageError(f"An interpolation needs at least 2 steps, got {steps}.")
     pair = posterior.select([first, second])
     ends, batch = torch.from_numpy(pair.stats["mean"].values), observed_batch(pair, run.start_token)
+    ends_keys = RowKeys.of_batch(batch, seed)
+    keys = ends_keys._replace(key_B=ends_keys.key_B.sum(0, keepdim=True))  # one noise for all points, both ways
     path = []
     for share in torch.linspace(0, 1, steps).tolist():
         z_LKD = torch.lerp(ends[0], ends[1], share)
         nats = -token_log_likelihood(run.model, batch, torch.stack([z_LKD, z_LKD])).sum(-1)
-        ends_keys = RowKeys.of_batch(batch, seed)
-        keys = ends_keys._replace(key_B=ends_keys.key_B.sum(0, keepdim=True))  # one noise for all points, both ways
         row = write_tokens(run, z_LKD[None], batch.inputs_BT.shape[1], keys)[0]
         path.append(Step(share, decode_row(run, row), *nats.tolist()))
     return path

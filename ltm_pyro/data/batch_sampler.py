@@ -3,8 +3,9 @@
 Shapes: N sequences.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -15,7 +16,29 @@ from ltm_pyro.errors import UsageError
 MIXED = 16  # shards that are shuffled together, and so are in memory together
 
 
-class DistributedBatchSampler(Sampler[list[int]]):
+Step = TypeVar("Step")
+
+
+class ResumableSampler(Sampler[Step]):
+    """The steps of one rank, one epoch per iteration, from step ``start`` of ``epoch`` on."""
+
+    epoch = start = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Steps of a whole epoch, also if it is resumed in its middle."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the first step of an epoch, unless it is the current one."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def resume(self, epoch: int, step: int) -> None:
+        """Continues at one step of an epoch."""
+        self.epoch, self.start = (epoch, step) if step < len(self) else (epoch + 1, 0)
+
+
+class DistributedBatchSampler(ResumableSampler[list[int]]):
     """The ids of one rank's batches, one epoch per iteration; every sequence appears once per epoch, on one rank.
 
     In each step all ranks together take the same R · B ids for every R, and all ranks have equally many steps. The last
@@ -42,7 +65,6 @@ class DistributedBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
     ) -> None:
         self.shards, self.rank, self.ranks, self.seed, self.shuffle = shards, rank, ranks, seed, shuffle
-        self.epoch = self.start = 0
         self.sequences, self.whole = sum(map(len, shards)), batch_size * ranks
         if self.sequences < self.whole:
             raise UsageError(
@@ -51,7 +73,6 @@ class DistributedBatchSampler(Sampler[list[int]]):
             )
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, also if it is resumed in its middle."""
         full, rest = divmod(self.sequences, self.whole)
         return full + (rest >= self.ranks)
 
@@ -65,15 +86,6 @@ class DistributedBatchSampler(Sampler[list[int]]):
                 pending, step = pending[self.whole :], step + 1
         if step < len(self):
             yield pending[self.rank :: self.ranks].tolist()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the first step of an epoch, unless it is the current one."""
-        if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
-
-    def resume(self, epoch: int, step: int) -> None:
-        """Continues at one step of an epoch."""
-        self.epoch, self.start = (epoch, step) if step < len(self) else (epoch + 1, 0)
 
     def _ids(self, first: int) -> Iterator[Int[np.ndarray, " N"]]:
         """The epoch's ids from a position on, one group of shards at a time."""
@@ -99,7 +111,7 @@ class PaddedIds(NamedTuple):
     length: int
 
 
-class TokenBudgetSampler(Sampler[PaddedIds]):
+class TokenBudgetSampler(ResumableSampler[PaddedIds]):
     """Batches of like length, of at most R · ``tokens`` tokens with padding in a step of all ranks.
 
     Every sequence appears once per epoch, on one rank; all ranks have equally many steps, and each step has at least
@@ -134,7 +146,6 @@ class TokenBudgetSampler(Sampler[PaddedIds]):
         if tokens < longest:
             raise UsageError(f"A budget of {tokens} tokens has no room for a sequence of {longest}: raise data.tokens.")
         self.rank, self.ranks, self.seed, self.shuffle, self._tokens = rank, ranks, seed, shuffle, tokens
-        self.epoch = self.start = 0
         self.sequences = sum(map(len, shards))
         if self.sequences < ranks:
             raise UsageError(f"There are {self.sequences} sequences, fewer than {ranks} ranks: pack more text.")
@@ -150,7 +161,6 @@ class TokenBudgetSampler(Sampler[PaddedIds]):
         self._cuts = [self._cut(np.sort(bucket_n)[::-1]) for _, bucket_n in self._groups]
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, also if it is resumed in its middle."""
         return sum(len(cuts) for cuts in self._cuts)
 
     def __iter__(self) -> Iterator[PaddedIds]:
@@ -174,15 +184,6 @@ class TokenBudgetSampler(Sampler[PaddedIds]):
                 first, last, length = cuts[batch]
                 yield PaddedIds(ids[first:last][self.rank :: self.ranks].tolist(), length)
             skipped = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the first step of an epoch, unless it is the current one."""
-        if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
-
-    def resume(self, epoch: int, step: int) -> None:
-        """Continues at one step of an epoch."""
-        self.epoch, self.start = (epoch, step) if step < len(self) else (epoch + 1, 0)
 
     def _cut(self, bucket_n: Int[np.ndarray, " n"]) -> list[tuple[int, int, int]]:
         """First, last and length of each batch of a group that is sorted from the longest to the shortest."""

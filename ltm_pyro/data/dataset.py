@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ltm_pyro.contracts import Batch, make_batch
-from ltm_pyro.data.batch_sampler import MIXED, PaddedIds
+from ltm_pyro.data.batch_sampler import MIXED, DistributedBatchSampler, PaddedIds, TokenBudgetSampler
 from ltm_pyro.data.documents import Document, Fields, read_documents
 from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, is_pack, read_manifest
 from ltm_pyro.data.remote import read_file
@@ -117,12 +116,34 @@ class PackedDataset(Dataset[Row]):
         """The ids of each shard's rows."""
         return [range(end - shard.sequences, end) for end, shard in zip(self._ends, self.shards, strict=True)]
 
-    def lengths_N(self) -> Int[np.ndarray, " N"]:
-        """The tokens of every row, known without reading one; in a stream the last row counts as a full one."""
-        split = self.manifest.splits[self.split]
-        if split.lengths is None:
-            return np.full(len(self), self.manifest.seq_len)
-        return read_lengths(self.place, self.split, split, self.manifest.seq_len)
+    def sampler(
+        self,
+        batch_size: int,
+        tokens: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        shards: Sequence[range] | None = None,
+    ) -> TokenBudgetSampler | DistributedBatchSampler:
+        """The order of one rank's batches: documents with others of like length, or rows of a stream.
+
+        Args:
+            batch_size: B, sequences per step and rank; of documents, as many as would fill B rows of full length.
+            tokens: the most tokens per step and rank, with padding, instead of ``batch_size``.
+            rank, ranks, seed, shuffle: as for the samplers.
+            shards: the ids of each shard that is read; all of them by default.
+        """
+        longest, shards = self.manifest.seq_len, self.ranges() if shards is None else shards
+        if self.manifest.rows == "documents":
+            budget = batch_size * longest if tokens is None else tokens
+            lengths_N = read_lengths(self.place, self.split, self.manifest.splits[self.split], longest)
+            return TokenBudgetSampler(shards, lengths_N, budget, longest, rank, ranks, seed, shuffle)
+        size = batch_size if tokens is None else tokens // longest
+        if size < 1:
+            raise UsageError(f"`data.tokens` is {tokens}, fewer than one row of {longest} tokens: raise it.")
+        size = size if shuffle else min(size, len(self) // ranks)
+        return DistributedBatchSampler(shards, size, rank, ranks, seed=seed, shuffle=shuffle)
 
     def collate(self, rows: Sequence[Row], length: int = 0) -> Batch:
         """The batch of B ``rows``, padded to the longest or to ``length``, with `END_OF_TEXT` as start token.
@@ -149,14 +170,11 @@ class PackedDataset(Dataset[Row]):
                 f"its later pieces would know nothing of the prompt: pack with a larger --seq-len."
             )
         prompt_BT = torch.arange(length) < torch.tensor([row.prompt for row in rows])[:, None]
-        return batch._replace(
-            mask_BT=batch.mask_BT & ~prompt_BT if self.score == "completion" else batch.mask_BT,
-            bytes_B=self._completion_bytes(rows) if self.score == "completion" else batch.bytes_B,
-            observed_BT=batch.mask_BT & prompt_BT if self.observe == "prompt" else batch.mask_BT,
-        )
-
-    def _completion_bytes(self, rows: Sequence[Row]) -> Int[Tensor, " B"]:
-        return torch.tensor([int(self._bytes_V[row.tokens_T[row.prompt :]].sum()) for row in rows])
+        observed_BT = batch.mask_BT & prompt_BT if self.observe == "prompt" else batch.mask_BT
+        if self.score == "completion":
+            bytes_B = torch.tensor([int(self._bytes_V[row.tokens_T[row.prompt :]].sum()) for row in rows])
+            batch = batch._replace(mask_BT=batch.mask_BT & ~prompt_BT, bytes_B=bytes_B)
+        return batch._replace(observed_BT=observed_BT)
 
     @cached_property
     def _bytes_V(self) -> Int[np.ndarray, " V"]:
@@ -231,9 +249,6 @@ class _InMemory(PackedDataset):
 
     def read_shard(self, number: int) -> Rows:
         return self._rows
-
-    def lengths_N(self) -> Int[np.ndarray, " N"]:
-        return self._rows.lengths_N
 
 
 def _pack_documents(

@@ -36,7 +36,7 @@ from ltm_pyro.utils.files import atomic_write
 SHARD_ROWS = 4096
 SAMPLE = 2**27  # bytes of text that a tokenizer learns from; more does not improve its vocabulary
 Progress = Callable[[int], None]
-_SIDES = {name: side for side, name in enumerate(SPLITS, start=1)}  # 0: dropped
+SIDES = {name: side for side, name in enumerate(SPLITS, start=1)}  # as `split_by_hash` numbers them; 0: dropped
 
 
 def pack(
@@ -63,8 +63,8 @@ def pack(
     ``"stream"`` the documents of a split are one sequence that is cut into rows of ``seq_len`` tokens. A document keeps
     its id (``file:line``, or the field ``id``), the fields ``labels`` and the length of its prompt.
 
-    Documents that are equal or similar (``keep_together``, `groups`) are in the same split, which the lowest hash of
-    ``seed`` and a text decides: test below ``test_fraction`` from the top, val below ``val_fraction`` from the bottom.
+    Documents that are equal or similar (``keep_together``, `groups`) are in the same split, which a hash of ``seed``
+    and their texts decides: test below ``test_fraction`` from the top, val below ``val_fraction`` from the bottom.
     With as many groups as splits, each split has at least one. With ``drop_duplicates`` only the first of several
     ``exact`` or ``near`` duplicates is kept. ``tokenizer`` is ``"bpe:SIZE"``, trained on a sample of the training
     documents, or the path of a `tokenizer.json`.
@@ -136,7 +136,7 @@ class _Corpus:
     sampled_N: np.ndarray
 
     def count(self, split: str) -> int:
-        return int((self.sides_N == _SIDES[split]).sum())
+        return int((self.sides_N == SIDES[split]).sum())
 
     def documents(self) -> Iterator[tuple[int, Document]]:
         number = -1
@@ -193,7 +193,7 @@ def _survey(
     group_N = groups(near_NB if keep_together == "near" else exact_N1)
     sides_N = np.zeros(len(digests_N), np.uint8)
     sides_N[kept_N] = split_by_hash(_group_digests(digests_N, group_N)[kept_N], val_fraction, test_fraction)
-    sizes_N = np.where(sides_N == _SIDES["train"], np.frombuffer(bytes(sizes), np.uint32), 0)
+    sizes_N = np.where(sides_N == SIDES["train"], np.frombuffer(bytes(sizes), np.uint32), 0)
     chance = SAMPLE / max(int(sizes_N.sum(dtype=np.int64)), 1)
     sampled_N = (sizes_N > 0) & ((digests_N & np.uint64(2**16 - 1)) < chance * 2**16)
     labels = {name: describe_label(found.values()) for name, found in values.items()}
@@ -239,12 +239,11 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
 def split_by_hash(
     digests_N: UInt64[np.ndarray, " N"], val_fraction: float, test_fraction: float
 ) -> UInt8[np.ndarray, " N"]:
-    """The split of each document, 1 train, 2 val, 3 test: of all hashes the lowest are val, and the highest test.
+    """The split of each document (`SIDES`): of all hashes the lowest are val, and the highest test.
 
     Equal hashes are in one split. The bounds move to the nearest hash where a split would have none; a test split
     takes a third hash.
     """
-    check_fractions(val_fraction, test_fraction)
     shares_N = (digests_N >> np.uint64(16)) / 2**48
     groups = np.unique(shares_N)
     if val_fraction and len(shares_N) > 1 and len(groups) == 1:
@@ -261,7 +260,7 @@ def split_by_hash(
     val, test = (val, min(test, len(groups) - val - 1)) if len(groups) > 1 else (0, 0)
     rank_N = np.searchsorted(groups, shares_N)
     low_N, high_N = rank_N < val, rank_N >= len(groups) - test
-    return np.select([low_N, high_N], [_SIDES["val"], _SIDES["test"]], _SIDES["train"]).astype(np.uint8)
+    return np.select([low_N, high_N], [SIDES["val"], SIDES["test"]], SIDES["train"]).astype(np.uint8)
 
 
 def _tokenizer(path: Path, spec: int | Path, corpus: _Corpus) -> Tokenizer:
@@ -288,26 +287,26 @@ class _Writer:
         progress: Progress | None,
     ) -> None:
         self._corpus, self._tokenizer, self._staging, self._progress = corpus, tokenizer, staging, progress
-        self._shards: dict[str, list[Shard]] = {split: [] for split in _SIDES}
-        self._lengths: dict[str, list[int]] = {split: [] for split in _SIDES}
+        self._shards: dict[str, list[Shard]] = {split: [] for split in SIDES}
+        self._lengths: dict[str, list[int]] = {split: [] for split in SIDES}
         self._layout = layout
-        positions = dict.fromkeys(_SIDES, (0, 0))
+        positions = dict.fromkeys(SIDES, (0, 0))
         for entry in staging.entries:
             self._finished(entry["split"], Shard(**entry["shard"]), entry["lengths"])
             positions[entry["split"]] = tuple(entry["position"])
         rows = {split: sum(shard.sequences for shard in shards) for split, shards in self._shards.items()}
-        self._cutters = {s: Cutter(tokenizer, seq_len, shard_rows, positions[s], rows[s], layout) for s in _SIDES}
+        self._cutters = {s: Cutter(tokenizer, seq_len, shard_rows, positions[s], rows[s], layout) for s in SIDES}
 
     def write(self) -> dict[str, Split]:
         """Writes the missing shards; the splits "val" and "test" exist only if they have documents."""
-        sides = {side: split for split, side in _SIDES.items()}
+        sides = {side: split for split, side in SIDES.items()}
         for piece in encode_documents(self._unwritten(), self._tokenizer):
             split = sides[int(self._corpus.sides_N[piece.number])]
             self._add(split, self._cutters[split].add(piece))
         for split, cutter in self._cutters.items():
             self._add(split, cutter.finish())
         splits = {}
-        for split in _SIDES:
+        for split in SIDES:
             if documents := self._corpus.count(split):
                 path, lengths_N = self._staging.folder / lengths_file(split), np.array(self._lengths[split])
                 lengths = write_lengths(lengths_N, path) if self._layout == "documents" else None
@@ -315,8 +314,8 @@ class _Writer:
         return splits
 
     def _unwritten(self) -> Iterator[tuple[int, Document]]:
-        first = np.zeros(1 + len(_SIDES), int)  # document by side
-        for split, side in _SIDES.items():
+        first = np.zeros(1 + len(SIDES), int)  # document by side
+        for split, side in SIDES.items():
             first[side] = self._cutters[split].position[0]
         for number, document in self._corpus.documents():
             side = self._corpus.sides_N[number]

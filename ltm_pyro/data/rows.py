@@ -5,6 +5,7 @@ Shapes: N rows, M tokens of them all, T tokens of one, V vocabulary.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -47,22 +48,24 @@ class Rows:
     prompts_N: Int[np.ndarray, " N"]  # `NO_PROMPT` without one
     parts: list[list[Part]]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_ends_N", np.cumsum(self.lengths_N))
-
     def __len__(self) -> int:
         return len(self.lengths_N)
+
+    @cached_property
+    def _ends_N(self) -> Int[np.ndarray, " N"]:
+        """Where each row ends in ``tokens_M``."""
+        return np.cumsum(self.lengths_N)
 
     def row(self, id: int) -> Row:
         """The row of this id."""
         i = id - self.first
-        end, prompt = int(self._ends_N[i]), int(self.prompts_N[i])  # type: ignore[attr-defined]
+        end, prompt = int(self._ends_N[i]), int(self.prompts_N[i])
         tokens_T = self.tokens_M[end - int(self.lengths_N[i]) : end]
         return Row(id, tokens_T, int(self.bytes_N[i]), None if prompt < 0 else prompt, tuple(self.parts[i]))
 
     def blocks(self, size: int) -> Iterator["Rows"]:
         """The same rows, ``size`` at a time."""
-        starts_N = np.concatenate([[0], self._ends_N])  # type: ignore[attr-defined]
+        starts_N = np.concatenate([[0], self._ends_N])
         for i in range(0, len(self), size):
             last = min(i + size, len(self))
             yield Rows(

@@ -10,8 +10,8 @@ import numpy as np
 
 from ltm_pyro.contracts import DocumentInfo, Part
 from ltm_pyro.data.documents import check_label
-from ltm_pyro.data.manifest import FORMAT, SPLITS, TOKENIZER, Label, Manifest, Shard, Split, write_manifest
-from ltm_pyro.data.pack import SHARD_ROWS, describe_label, split_by_hash
+from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Label, Manifest, Shard, Split, write_manifest
+from ltm_pyro.data.pack import SHARD_ROWS, SIDES, check_fractions, describe_label, split_by_hash
 from ltm_pyro.data.rows import NO_PROMPT, Rows
 from ltm_pyro.data.shards import lengths_file, write_lengths, write_shard
 from ltm_pyro.data.staging import staged
@@ -61,25 +61,23 @@ def pack_sequences(
             raise UsageError(f"Sequence {number} has {len(tokens)} tokens and a prompt of {prompts[number]} of them.")
     if exact_nats is not None and not all(map(math.isfinite, exact_nats)):
         raise UsageError("exact_nats has a value that is not finite: -log p(x) of a sequence that occurs is.")
+    check_fractions(val_fraction, test_fraction)
     digests_N = [hashlib.sha256(b"%d\n" % seed + x.astype("<i8").tobytes()).digest()[:8] for x in found]
     sides_N = split_by_hash(np.frombuffer(b"".join(digests_N), ">u8").astype(np.uint64), val_fraction, test_fraction)
     settings = {"sequences": hashlib.sha256(b"".join(digests_N)).hexdigest(), "seed": seed}
     with staged(out, force, settings) as staging:
         (staging.folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
         splits = {}
-        for side, name in enumerate(SPLITS, start=1):
+        for name, side in SIDES.items():
             numbers = np.flatnonzero(sides_N == side).tolist()
             shards: list[Shard] = []
             for first in range(0, len(numbers), SHARD_ROWS):
                 chosen = numbers[first : first + SHARD_ROWS]
-                parts = [
-                    Part(n, 0, 0, DocumentInfo(f"sequence:{n}", labels={k: x[n] for k, x in labels.items()}))
-                    for n in chosen
-                ]
-                if exact_nats is not None:
-                    parts = [
-                        x._replace(document=x.document._replace(exact_nats=float(exact_nats[x.number]))) for x in parts
-                    ]
+                parts = []
+                for n in chosen:
+                    known = {key: values[n] for key, values in labels.items()}
+                    exact = None if exact_nats is None else float(exact_nats[n])
+                    parts.append(Part(n, 0, 0, DocumentInfo(f"sequence:{n}", labels=known, exact_nats=exact)))
                 rows = Rows(
                     first=first,
                     tokens_M=np.concatenate([found[n] for n in chosen]).astype(token_dtype(tokenizer)),

@@ -3,11 +3,9 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
-from ltm_pyro.data.batch_sampler import DistributedBatchSampler, TokenBudgetSampler
 from ltm_pyro.data.dataset import BatchDataset, PackedDataset
 from ltm_pyro.utils.processes import end_with_parent
 
@@ -17,10 +15,7 @@ def reading_speed(
 ) -> float:
     """Tokens of text per second over one epoch of training: shuffled, checked and in batches."""
     dataset = PackedDataset.open(place)
-    longest = dataset.manifest.seq_len
-    order: Sampler[Any] = DistributedBatchSampler(dataset.ranges(), batch_size)
-    if dataset.manifest.rows == "documents":
-        order = TokenBudgetSampler(dataset.ranges(), dataset.lengths_N(), batch_size * longest, longest)
+    order = dataset.sampler(batch_size)
     began = clock()
     batches = DataLoader(
         BatchDataset(dataset), batch_size=None, sampler=order, num_workers=workers, worker_init_fn=end_with_parent

@@ -11,8 +11,7 @@ import torch
 from ltm_pyro.contracts import DocumentInfo
 from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.estimators import Evaluation, Rate
-from ltm_pyro.utils.statistics import ratio_standard_error
+from ltm_pyro.inference.estimators import Evaluation, Rate, rate_of
 
 
 class DocumentScore(NamedTuple):
@@ -42,17 +41,18 @@ def check_documents(place: str) -> None:
 def document_scores(evaluation: Evaluation) -> list[DocumentScore]:
     """The figures of every document that was scored, in the order of the corpus."""
     rows = evaluation.rows
-    if rows is None or rows.parts is None or any(len(parts) != 1 for parts in rows.parts):
+    pieces = rows and rows.pieces
+    if rows is None or pieces is None:
         raise UsageError(
             "These rows do not know their documents, because they are cut out of a stream: pack the text again with "
             "--rows documents."
         )
     of: dict[int, list[int]] = {}
-    for index, (part,) in enumerate(rows.parts):
-        of.setdefault(part.number, []).append(index)
+    for index, piece in enumerate(pieces):
+        of.setdefault(piece.number, []).append(index)
     scores = []
     for _, found in sorted(of.items()):
-        info = rows.parts[found[0]][0].document
+        info = pieces[found[0]].document
         nats = {name: float(result.nats_B[found].sum()) for name, result in rows.scores.items()}
         kl = {name: float(result.kl_B[found].sum()) for name, result in rows.scores.items()}
         scores.append(DocumentScore(info, len(found), int(rows.tokens_B[found].sum()), nats, kl))
@@ -69,17 +69,12 @@ class Exact(NamedTuple):
 def exact_figure(evaluation: Evaluation) -> Exact | None:
     """The exact nats per token; None unless −log p(x) of every document is known, and each fills one row."""
     rows = evaluation.rows
-    if rows is None or rows.parts is None or any(len(parts) != 1 for parts in rows.parts):
+    pieces = rows and rows.pieces
+    if rows is None or pieces is None or len({piece.number for piece in pieces}) < len(pieces):
         return None
-    documents = [parts[0].document for parts in rows.parts]
-    known = [info.exact_nats for info in documents if info.exact_nats is not None]
-    if len(known) < len(documents) or len({parts[0].number for parts in rows.parts}) < len(documents):
+    known = [x for piece in pieces if (x := piece.document.exact_nats) is not None]
+    if len(known) < len(pieces):
         return None
-    exact_B, tokens_B = torch.tensor(known, dtype=torch.float64), rows.tokens_B
-
-    def rate(nats_B: torch.Tensor) -> Rate:
-        return Rate(
-            (nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B).item()
-        )  # one row each
-
-    return Exact(rate(exact_B), {name: rate(result.nats_B - exact_B) for name, result in rows.scores.items()})
+    exact_B = torch.tensor(known, dtype=torch.float64)
+    excess = {name: rate_of(result.nats_B - exact_B, rows.tokens_B) for name, result in rows.scores.items()}
+    return Exact(rate_of(exact_B, rows.tokens_B), excess)

@@ -169,9 +169,7 @@ def causal(problem: Problem) -> NatsAndKL:
     for first in range(0, length, problem.block):
         if first:
             before, inference = batch.crop(0, first), replace(problem.inference, init=Init())
-            before_keys = keys and RowKeys.of_batch(
-                before.observed, keys.seed
-            )  # not of the whole text: q may not see the rest
+            before_keys = keys and RowKeys.of_batch(before.observed, keys.seed)  # q may not see the rest of the text
             state, _ = infer_local(problem.model, problem.guide, before, inference, state, keys=before_keys)
         last = min(first + problem.block, length)
         block = replace(problem, batch=batch.crop(first, last), state=state or problem.state)
@@ -239,10 +237,9 @@ class RowScores(NamedTuple):
     scores: dict[str, NatsAndKL]
 
     @property
-    def documents_B(self) -> Tensor:
-        """A number for each sequence: that of its document, or its own id if it is not a piece of one document."""
-        known = self.parts and all(len(parts) == 1 for parts in self.parts)
-        return torch.tensor([parts[0].number for parts in self.parts or ()]) if known else self.ids_B
+    def pieces(self) -> list[Part] | None:
+        """The document of each sequence, or the piece of one; None if a sequence is not of one document alone."""
+        return [x[0] for x in self.parts] if self.parts and all(len(x) == 1 for x in self.parts) else None
 
 
 @dataclass(frozen=True)
@@ -439,15 +436,17 @@ def _summarise(rows: RowScores, bytes_B: Tensor, points: Sequence[int]) -> Evalu
         warnings.warn(f"No finite score for the sequences {list(excluded)}: they are left out.", stacklevel=3)
     if not is_finite_B.any():
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
-    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, bytes_B, rows.documents_B))
+    pieces = rows.pieces
+    numbers_B = rows.ids_B if pieces is None else torch.tensor([piece.number for piece in pieces])
+    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, bytes_B, numbers_B))
     results = {
         name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
     }
-    rate = partial(_rate, tokens_B, documents_B)
+    rate = partial(rate_of, tokens_B=tokens_B, documents_B=documents_B)
     has_gain, ais = {"prior", "bound"} <= results.keys(), results.get("ais")
     return Evaluation(
         tokens=int(tokens_B.sum()),
-        documents=None if rows.documents_B is rows.ids_B else len(documents_B.unique()),
+        documents=None if pieces is None else len(documents_B.unique()),
         sequences=len(tokens_B),
         bytes=int(bytes_B.sum()),
         excluded=excluded,
@@ -456,7 +455,8 @@ def _summarise(rows: RowScores, bytes_B: Tensor, points: Sequence[int]) -> Evalu
     )
 
 
-def _rate(tokens_B: Tensor, documents_B: Tensor, nats_B: Tensor) -> Rate:
+def rate_of(nats_B: Tensor, tokens_B: Tensor, documents_B: Tensor | None = None) -> Rate:
+    """Nats per token of all sequences; ``documents_B`` has the same number for the pieces of one document."""
     return Rate((nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B, documents_B).item())
 
 

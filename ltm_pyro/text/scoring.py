@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, U tokens of a continuation, V vocabulary, S draws of z
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -109,11 +109,11 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
             f"Text {min(whole)} is longer than the model's {run.length} tokens, and {type(run.model).__name__} has no "
             f"`with_long_documents`: score it split."
         )
+    long: Any = cast(Any, run.model).with_long_documents() if whole else None
     for index in sorted(whole):
-        model: Any = run.model
-        model, tokens = model.with_long_documents(), documents[index]
+        tokens = documents[index]
         batch = batch_of_rows([tokens], run.start_token, len(tokens), run.device)
-        problem = fit_problem(model, run.guide, batch, inference, scoring.samples, scoring.seed, scoring.block)
+        problem = fit_problem(long, run.guide, batch, inference, scoring.samples, scoring.seed, scoring.block)
         nats[index] = estimate(problem, scoring.estimator).nats_B.item()
     for first in range(0, len(rows), scoring.batch_size):
         chunk = rows[first : first + scoring.batch_size]

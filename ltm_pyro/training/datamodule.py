@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from ltm_pyro.data import PackedDataset, read_manifest
-from ltm_pyro.data.batch_sampler import DistributedBatchSampler, TokenBudgetSampler
+from ltm_pyro.data.batch_sampler import ResumableSampler
 from ltm_pyro.data.dataset import BatchDataset, Observed, Scored
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.processes import end_with_parent
@@ -56,7 +56,6 @@ class PackedData(pl.LightningDataModule):
         self.on_damage, self.cache = on_damage, Path(cache) if cache else None
         self._skipped: set[int] = set()  # numbers of damaged shards
         self._position = (0, 0)  # epoch and step from which a training is resumed
-        self._steps = 0  # of an epoch, known once its order is
 
     @property
     def sequences(self) -> int:
@@ -95,13 +94,16 @@ class PackedData(pl.LightningDataModule):
     def _open(self, split: str) -> PackedDataset:
         return PackedDataset.open(self.directory, split, self.cache, self.score, self.observe)
 
+    def _train_order(self) -> tuple[PackedDataset, ResumableSampler[Any]]:
+        """The training data without damaged shards, and their order on this rank."""
+        dataset, (rank, ranks) = self._open("train"), self._ranks
+        sound = [ids for number, ids in enumerate(dataset.ranges()) if number not in self._skipped]
+        return dataset, dataset.sampler(self.batch_size, self.tokens, rank, ranks, self.seed, shards=sound)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Every training sequence once an epoch."""
-        dataset = self._open("train")
-        sound = [ids for number, ids in enumerate(dataset.ranges()) if number not in self._skipped]
-        order = self._sampler(dataset, sound, *self._ranks)
+        dataset, order = self._train_order()
         order.resume(*self._position)
-        self._steps = len(order)
         return DataLoader(
             BatchDataset(dataset),
             batch_size=None,
@@ -114,35 +116,22 @@ class PackedData(pl.LightningDataModule):
         """Every held-out sequence once; if there are fewer than ranks, all of them on every rank."""
         dataset = self._open("val")
         rank, ranks = self._ranks if len(dataset) >= self._ranks[1] else (0, 1)
-        order = self._sampler(dataset, dataset.ranges(), rank, ranks, shuffle=False)
+        order = dataset.sampler(self.batch_size, self.tokens, rank, ranks, self.seed, shuffle=False)
         return DataLoader(BatchDataset(dataset), batch_size=None, sampler=order)
-
-    def _sampler(
-        self, dataset: PackedDataset, shards: list[range], rank: int, ranks: int, shuffle: bool = True
-    ) -> TokenBudgetSampler | DistributedBatchSampler:
-        longest = dataset.manifest.seq_len
-        if dataset.manifest.rows == "documents":
-            budget = self.batch_size * longest if self.tokens is None else self.tokens
-            lengths_N = dataset.lengths_N()
-            return TokenBudgetSampler(shards, lengths_N, budget, longest, rank, ranks, self.seed, shuffle)
-        size = self.batch_size if self.tokens is None else self.tokens // longest
-        if size < 1:
-            raise UsageError(f"`data.tokens` is {self.tokens}, fewer than one row of {longest} tokens: raise it.")
-        size = size if shuffle else min(size, len(dataset) // ranks)
-        return DistributedBatchSampler(shards, size, rank, ranks, seed=self.seed, shuffle=shuffle)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data after the last finished batch."""
-        loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
+        trainer: Any = self.trainer
+        loop = trainer.fit_loop
         epoch, step = divmod(loop.epoch_loop.batch_progress.total.processed, int(loop.max_batches))
-        steps = {"steps_per_epoch": self._steps, "skipped_shards": sorted(self._skipped)}
+        steps = {"steps_per_epoch": len(trainer.train_dataloader), "skipped_shards": sorted(self._skipped)}
         return {"epoch": epoch, "step": step, **steps, **self._identity(self._ranks[1])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues with the next batch."""
         self.check(state, self._ranks[1])
-        self.train_dataloader()
-        now = {"steps_per_epoch": self._steps, "skipped_shards": sorted(self._skipped)}
+        _, order = self._train_order()
+        now = {"steps_per_epoch": len(order), "skipped_shards": sorted(self._skipped)}
         for name, value in now.items():
             if state.get(name, value) != value:  # earlier checkpoints do not have them
                 raise UsageError(

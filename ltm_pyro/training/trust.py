@@ -163,32 +163,29 @@ def check_classes(parts: Mapping[str, Any], source: object, free: bool) -> None:
             raise UsageError(f"`model.{name}` of {source} has arguments that its class does not take: {names}.")
 
 
-def _class_paths(value: Any) -> Iterator[str]:
+def _nested(value: Any) -> Iterator[Any]:
+    """A parsed part and everything inside it, the outermost first."""
+    yield value
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple | set) else ()
+    for inner in inside:
+        yield from _nested(inner)
+
+
+def _class_paths(part: Any) -> Iterator[str]:
     """The class paths of a parsed part, the outermost first."""
-    if isinstance(value, Mapping):
-        yield from (value[key] for key in value if key == "class_path")
-        for inner in value.values():
-            yield from _class_paths(inner)
-    elif isinstance(value, list | tuple | set):
-        for inner in value:
-            yield from _class_paths(inner)
+    yield from (x["class_path"] for x in _nested(part) if isinstance(x, Mapping) and "class_path" in x)
 
 
-def _beyond_signature(value: Any, free: bool) -> Iterator[str]:
+def _beyond_signature(part: Any, free: bool) -> Iterator[str]:
     """Arguments of a parsed part that are not in the signature of its class; unless ``free``, functions as well."""
-    if isinstance(value, Mapping):
-        if "class_path" in value:
+    for value in _nested(part):
+        if isinstance(value, Mapping) and "class_path" in value:
             known = signature(resolve_name(value["class_path"])).parameters
             given = [*(value.get("init_args") or {}), *(value.get("dict_kwargs") or {})]
             takes_any = any(each.kind is each.VAR_KEYWORD for each in known.values())
             yield from (str(key) for key in given if not takes_any and key not in known)
-        for inner in value.values():
-            yield from _beyond_signature(inner, free)
-    elif isinstance(value, list | tuple | set):
-        for inner in value:
-            yield from _beyond_signature(inner, free)
-    elif callable(value) and not free:
-        yield str(value)
+        elif callable(value) and not isinstance(value, Mapping | list | tuple | set) and not free:
+            yield str(value)
 
 
 def _description(name: str, trained: Mapping[str, str]) -> str:

@@ -32,19 +32,24 @@ def test_every_sequence_comes_once_an_epoch_on_one_rank(sizes, ranks, batch_size
     assert all(len(batch) == batch_size for rank in steps for batch in rank[:-1])
 
 
-@given(sizes, st.integers(1, 3), st.integers(1, 5), st.data())
-def test_an_epoch_goes_on_at_any_step(sizes, ranks, batch_size, data):
-    assume(sum(sizes) >= ranks * batch_size)
-    order = DistributedBatchSampler(shards(sizes), batch_size, ranks - 1, ranks)
+def check_resumption(make, data):
+    """An epoch that is resumed at any step goes on as the undisturbed one, and so does the next."""
+    order = make()
     order.set_epoch(2)
     whole, step = list(order), data.draw(st.integers(0, len(order)))
-    resumed = DistributedBatchSampler(shards(sizes), batch_size, ranks - 1, ranks)
+    resumed = make()
     resumed.resume(2, step)
     assert len(resumed) == len(order)
     assert list(resumed) == whole[step:] or resumed.epoch == 3
     order.set_epoch(3)
     resumed.set_epoch(3)
     assert list(resumed) == list(order)
+
+
+@given(sizes, st.integers(1, 3), st.integers(1, 5), st.data())
+def test_an_epoch_goes_on_at_any_step(sizes, ranks, batch_size, data):
+    assume(sum(sizes) >= ranks * batch_size)
+    check_resumption(lambda: DistributedBatchSampler(shards(sizes), batch_size, ranks - 1, ranks), data)
 
 
 def test_ranks_take_the_same_sequences_in_a_step_as_one_process_does():
@@ -105,16 +110,7 @@ def test_every_document_comes_once_an_epoch_within_the_budget(corpus, ranks, tok
 @given(documents(), st.integers(1, 3), st.integers(LONGEST, 120), st.data())
 def test_an_epoch_of_documents_goes_on_at_any_step(corpus, ranks, tokens, data):
     assume(len(corpus[1]) >= ranks)
-    order = TokenBudgetSampler(*corpus, tokens, LONGEST, ranks - 1, ranks)
-    order.set_epoch(2)
-    whole, step = list(order), data.draw(st.integers(0, len(order)))
-    resumed = TokenBudgetSampler(*corpus, tokens, LONGEST, ranks - 1, ranks)
-    resumed.resume(2, step)
-    assert len(resumed) == len(order)
-    assert list(resumed) == whole[step:] or resumed.epoch == 3
-    order.set_epoch(3)
-    resumed.set_epoch(3)
-    assert list(resumed) == list(order)
+    check_resumption(lambda: TokenBudgetSampler(*corpus, tokens, LONGEST, ranks - 1, ranks), data)
 
 
 def test_documents_of_like_length_are_batched_with_little_padding():
