@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -P -m
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 PYTHON_FILES := ltm_pyro models guides studies tests $(wildcard benchmarks examples)
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
@@ -24,10 +25,10 @@ quickstart: $(STAMP)  ## Train, score and sample a small model on this machine.
 	$(RUN) ltm_pyro.studies.quickstart
 
 test: $(STAMP)  ## Run the tests that take seconds.
-	$(RUN) pytest -m "not slow and not gpu"
+	$(RUN) pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-slow: $(STAMP)  ## Run the tests that take minutes.
-	$(RUN) pytest -m slow
+	$(RUN) pytest $(PARALLEL) -m slow
 
 test-gpu: $(STAMP)  ## Run the tests that need a CUDA device.
 	$(RUN) pytest -m gpu

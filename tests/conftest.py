@@ -11,6 +11,7 @@ from jaxtyping import install_import_hook
 
 assert "ltm_pyro" not in sys.modules, "ltm_pyro was imported before its shape checks were on"
 
+os.environ["OMP_NUM_THREADS"] = "1"  # in children too: `make test` has a process for every core
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp()  # the recipes trained in tests are not the user's own
 
 warnings.simplefilter("ignore", OldSpelling)  # Pyro's distributions inherit from old spellings of `typing`

@@ -23,7 +23,7 @@ def test_a_tutorial_runs(path, tmp_path):
     script = tmp_path / f"{path.stem}.py"
     script.write_text("\n\n".join(cells(path, "code")))
     strict = [option for warning in WARNINGS for option in ("-W", warning)]
-    quiet = os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
+    quiet = os.environ | {"MPLBACKEND": "agg"}
     done = subprocess.run(
         [sys.executable, *strict, "-P", script], cwd=tmp_path, env=quiet, capture_output=True, text=True, timeout=300
     )

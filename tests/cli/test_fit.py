@@ -133,10 +133,9 @@ def test_epochs_move_the_schedules_too(recipe, ltm, tmp_path):
 def test_ctrl_c_saves_a_checkpoint_that_resumes(recipe, tmp_path, ltm):
     path = tmp_path / "run"
     long = ("--trainer.max_steps", "-1", "--trainer.max_time", "00:00:10:00", "--trainer.limit_val_batches", "0")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*LTM, "fit", "--config", str(recipe), "--run", str(path), *long]
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeded)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeded)
     try:
         wait_for(lambda: (path / "metrics.csv").exists() and len(rows(path)) > 5, process)
         process.send_signal(signal.SIGINT)

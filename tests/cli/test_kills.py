@@ -1,7 +1,6 @@
 """Commands that are killed at random moments and given again: the same result, and no child outlives them."""
 
 import json
-import os
 import random
 import signal
 import sqlite3
@@ -30,9 +29,8 @@ space = {"model.inference.rate": FloatDistribution(0.05, 0.5, log=True)}
 
 def start(command, folder):
     words = [str(word).replace("{}", str(folder)) for word in command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-P", "-m", "ltm_pyro.cli", *words], cwd=folder, env=environment, **quiet)
+    return subprocess.Popen([sys.executable, "-P", "-m", "ltm_pyro.cli", *words], cwd=folder, **quiet)
 
 
 def finish(command, folder):

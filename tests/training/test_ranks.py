@@ -47,7 +47,7 @@ def recipe(packed, tmp_path):
 
 
 def call(*command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment = os.environ | {"PYTHONPATH": ""}
     done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     return done.stderr.decode()
