@@ -9,7 +9,7 @@ PYTHON_FILES := ltm_pyro models guides studies tests $(wildcard benchmarks examp
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-gpu lint types bench clean
+.PHONY: help install quickstart test test-slow test-gpu lint types bench figures clean
 
 help:  ## List the verbs.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ types: $(STAMP)  ## Check types, strictly.
 bench: $(STAMP)  ## Run every benchmark.
 	@$(if $(BENCHMARKS),,echo "There is no benchmarks/bench_*.py.")
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(VENV)/bin/python -P "$$file"; done
+
+figures: $(STAMP)  ## Make the tables of README and docs again (ONLY="quickstart", DATA=folder of the suites).
+	$(VENV)/bin/python -P benchmarks/figures.py $(ONLY) $(if $(DATA),--data "$(DATA)")
 
 clean:  ## Remove what was built and cached; .venv and runs stay.
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

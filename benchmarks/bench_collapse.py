@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ltm_pyro.evaluation.evaluate import evaluate_run
+from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
+from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.studies.quickstart import precision, prepare, train_quickstart
 
@@ -55,13 +56,17 @@ def main() -> None:
     for guide in GUIDES:
         words = ("--model.guide", f"ltm_pyro.guides.{guide}", "--data.batch_size", "8", *budget, *checks)
         path = train_quickstart(options.out / guide, packed, *words, "--trainer.precision", precision()).path
-        scores = evaluate_run(load_run(path), estimators=["bound", "prior"], samples=8, limit=32).estimates
+        run = load_run(path)
+        found = evaluate_run(run, estimators=["bound", *GAIN], samples=64, limit=32, block=coarse_block(run))
+        scores, gain = found.estimates, found.predictive_gain
+        assert gain is not None
         curves[guide] = curve(path)
         figures[guide] = {
             "bound": scores["bound"].nats_per_token,
             "stderr": scores["bound"].stderr_nats_per_token,
             "kl": scores["bound"].kl_nats_per_token,
-            "thinking_gain": scores["prior"].nats_per_token - scores["bound"].nats_per_token,
+            "predictive_gain": gain.nats_per_token,
+            "predictive_gain_stderr": gain.stderr_nats_per_token,
         }
         print(json.dumps({guide: figures[guide]}), flush=True)
     plot_curves(curves, options.figure)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ltm_pyro.errors import UsageError
     from ltm_pyro.evaluation.evaluate import evaluate_run
     from ltm_pyro.inference.elbo import ElboTerms, elbo_terms
-    from ltm_pyro.inference.estimators import Evaluation, evaluate
+    from ltm_pyro.inference.estimators import evaluate
     from ltm_pyro.inference.global_latents import GlobalLatent
     from ltm_pyro.inference.local import infer_local, training_loss
     from ltm_pyro.inference.pyro_guide import LocalPosterior
@@ -69,7 +69,7 @@ _PUBLIC = {  # module -> its public names
     "errors": ("UsageError",),
     "evaluation.evaluate": ("evaluate_run",),
     "inference.elbo": ("ElboTerms", "elbo_terms"),
-    "inference.estimators": ("Evaluation", "evaluate"),
+    "inference.estimators": ("evaluate",),
     "inference.global_latents": ("GlobalLatent",),
     "inference.local": ("infer_local", "training_loss"),
     "inference.pyro_guide": ("LocalPosterior",),

@@ -5,7 +5,6 @@
 
 import csv
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from jsonargparse import Namespace
 
 from ltm_pyro.data import read_manifest
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.evaluate import evaluate_run, k_hat
+from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
 from ltm_pyro.inference.elbo import missing_bound
+from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
@@ -30,6 +30,7 @@ from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.recipe import check_data, read_recipe
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
+from ltm_pyro.utils.console import finite
 from ltm_pyro.utils.files import atomic_write, new_folder
 
 RESULT, SETTINGS = "result.json", "compare.json"
@@ -154,7 +155,7 @@ class Comparison:
         measured = self._score(load_run(run)) | _pace(run)
         figures = {
             **{"name": pair.name, "prior": _short(pair.prior), "guide": _short(pair.guide), "asked": asked},
-            **{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()},
+            **finite(measured),
         }
         with atomic_write(result) as temp_path:
             temp_path.write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
@@ -167,16 +168,18 @@ class Comparison:
         return read_recipe(["--config", self.config, *self.options, *settings, *options, *trust])
 
     def _score(self, run: Run) -> dict[str, Any]:
-        """The bounds on held-out sequences (nats per token), what thinking is worth, and Pareto k-hat.
+        """The bounds on held-out sequences (nats per token), the predictive gain, and Pareto k-hat.
 
         Without a bound there is the score under thoughts from the prior only; without thoughts there is no k-hat.
         """
         no_bound = missing_bound(run.model, run.guide)
-        estimators = ["prior"] if no_bound else ["bound", "iwae", "prior"]
-        found = evaluate_run(run, estimators=estimators, samples=self.samples, limit=self.limit)
+        estimators = ["prior", *GAIN] if no_bound else ["bound", "iwae", "prior", *GAIN]
+        found = evaluate_run(
+            run, estimators=estimators, samples=self.samples, limit=self.limit, block=coarse_block(run)
+        )
         prior, bound, iwae = (found.estimates.get(name) for name in ("prior", "bound", "iwae"))
         assert prior is not None
-        gain, k_B = found.thinking_gain, None
+        gain, k_B = found.predictive_gain, None
         if not no_bound and run.model.decoder.thought_shape.thoughts:
             k_B = k_hat(run, K_HAT_SEQUENCES, K_HAT_DRAWS)
         return {
@@ -184,8 +187,8 @@ class Comparison:
             "iwae": iwae and iwae.nats_per_token,
             "without_thinking": prior.nats_per_token,
             "stderr": (bound or prior).stderr_nats_per_token,
-            "thinking_gain": gain and gain.nats_per_token,
-            "thinking_gain_stderr": gain and gain.stderr_nats_per_token,
+            "predictive_gain": gain and gain.nats_per_token,
+            "predictive_gain_stderr": gain and gain.stderr_nats_per_token,
             "kl": bound and bound.kl_nats_per_token,
             "k_hat": None if k_B is None else k_B.median().item(),
             "trusted": None if k_B is None else (k_B < TRUSTED).double().mean().item(),  # share of the sequences

@@ -24,7 +24,7 @@ SEEDS = 2
 recipe = recipe_file("scaling.yaml")
 checks = False  # the baseline is on the grid
 space = {"width": CategoricalDistribution(WIDTHS), "steps": CategoricalDistribution(TRAINED)}
-figures = tuple(f"bound_at_{steps}" for steps in TESTED)
+figures = tuple(f"{figure}_at_{steps}" for figure, steps in product(("bound", "gain"), TESTED))
 points = tuple({"width": width, "steps": steps} for _, width, steps in product(range(SEEDS), WIDTHS, TRAINED))
 
 
@@ -34,11 +34,17 @@ def settings(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def objective(setting: Setting) -> dict[str, float]:
-    """Those of `train_and_score`, and the bound after each number of fast steps at test time (``bound_at_16``)."""
+    """Those of `train_and_score`; after each number of fast steps at test time the bound and the predictive gain.
+
+    They are ``bound_at_16``, ``gain_at_16`` and so on.
+    """
     figures = train_and_score(setting)
     run = load_run(setting.run)
     tested = TESTED if setting.parameters["steps"] and "bound" in figures else ()
-    return figures | {f"bound_at_{steps}": score(run, setting, steps)["bound"] for steps in tested}
+    for steps in tested:
+        found = score(run, setting, steps)
+        figures |= {f"bound_at_{steps}": found["bound"], f"gain_at_{steps}": found["predictive_gain"]}
+    return figures
 
 
 Grid = dict[int, dict[int, list[Values]]]  # width, T_fast: the figures of every seed
@@ -81,11 +87,11 @@ def _training(grid: Grid) -> bytes:
 
 
 def _testing(grid: Grid) -> bytes:
-    """How far the bound falls below the score under z from the prior."""
-    figure, *panels = _axes("fast steps at test time", "thinking gain, nats per held-out token", len(grid))
+    """What z is worth for predicting the next block, from the text before it."""
+    figure, *panels = _axes("fast steps at test time", "predictive gain, nats per held-out token", len(grid))
     for axes, (width, trained) in zip(panels, sorted(grid.items()), strict=True):
         for steps, points in sorted((t, p) for t, p in trained.items() if t):
-            gains = [_mean(points, "prior") - _mean(points, f"bound_at_{t}") for t in TESTED]
+            gains = [_mean(points, f"gain_at_{t}") for t in TESTED]
             axes.plot(TESTED, gains, "o-", color=f"C{TRAINED.index(steps)}", label=f"trained with {steps}")
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_title(f"width {width}")

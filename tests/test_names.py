@@ -68,6 +68,7 @@ RENAMED = {  # old -> new; CHANGELOG.md has the same for users
     "Learned": "TrainingLoss",
     "infer": "draw_posterior",
     "infer_batch": "draw_batch_posterior",
+    "thinking_gain": "predictive_gain",
 }
 DEFINED = {"definition", "import", "attribute"}
 ONLY_AS = {  # English words, and names of others' functions: the kinds of place where the word would be ours
@@ -75,7 +76,7 @@ ONLY_AS = {  # English words, and names of others' functions: the kinds of place
     "learn": DEFINED,
     "begin": DEFINED,
     "start": {"option", "our keyword", "our attribute", "recipe key"},  # range.start, enumerate(start=1)
-    "thinking": DEFINED | {"argument", "keyword"},  # `thinking_gain` stays: what inference is worth
+    "thinking": DEFINED | {"argument", "keyword"},
     "heard": DEFINED | {"argument", "keyword"},
     "gradients": {"method"},
     "natural": {"method"},  # the optimizer "natural" stays

@@ -1,7 +1,6 @@
 """`ltm bench`: what a training step, attention and generation cost here, beside the published structure."""
 
 import argparse
-import json
 import time
 from collections.abc import Collection, Iterable
 from importlib import import_module
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, finite, print_json
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STUDY = "ltm_pyro.studies.bench.suites"  # by dotted path: the command line imports no model and no guide
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the report; returns 0."""
     if args.data:
-        print(json.dumps(_measure_reading(args.data, args.clock)))
+        print_json(_measure_reading(args.data, args.clock))
         return 0
     study = import_module(STUDY)
     chosen = args.suites or ["steps", "pyro", "attention", "generation"]
@@ -56,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
         report = study.bench(chosen, how, args.settings, tell)
     if args.json:
-        print(json.dumps(report))
+        print_json(report)
     else:
-        Console().print_json(data=report, indent=2)
+        Console().print_json(data=finite(report), indent=2)
     return 0
 
 

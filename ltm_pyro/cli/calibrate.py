@@ -1,7 +1,6 @@
 """`ltm calibrate RUN`: simulation-based calibration of q on texts that the model generates."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from rich.table import Table
 from ltm_pyro.cli.arguments import add_device, add_trust, at_least
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 from ltm_pyro.utils.extras import extra
 from ltm_pyro.utils.files import atomic_write, writing
 
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         with writing(args.picture, "--picture"), atomic_write(args.picture) as new:
             plot_calibration(found).savefig(new, dpi=150, format=args.picture.suffix.lower().removeprefix("."))
     figures = summary(found)
-    print(json.dumps(figures)) if args.json else Console().print(_table(figures, args.run))
+    print_json(figures) if args.json else Console().print(_table(figures, args.run))
     return 0
 
 

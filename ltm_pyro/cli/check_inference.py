@@ -1,7 +1,6 @@
 """`ltm check-inference [RUN]`: every shipped guide against known posteriors, or a run against the texts it writes."""
 
 import argparse
-import json
 from importlib import import_module
 from typing import Any
 
@@ -9,7 +8,7 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, at_least
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 from ltm_pyro.utils.extras import extra
 
 OF_RUN: dict[str, Any] = {"sequences": 16, "chains": 16, "temperatures": 32, "device": "cpu"}
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     with console.status("fitting every guide on the models with known answers …"):
         report = import_module(STUDY).check_inference(args.seed)
     if args.json:
-        print(json.dumps(report))
+        print_json(report)
         return 0
     for model, guides in report.items():
         for guide, figures in guides.items():
@@ -74,7 +73,7 @@ def _sandwich(args: argparse.Namespace) -> int:
         parts = (run.model, run.guide, run.inference, simulate_texts(run))
         found = sandwich(*parts, args.sequences, args.chains, annealing, args.seed).as_dict()
     if args.json:
-        print(json.dumps(found))
+        print_json(found)
         return 0
     title = f"{args.run}: {found['sequences']} texts of its own, {found['tokens']:,} tokens"
     table = Table("-log p(x)", "nats/token", "± s.e.", "", title=title, title_justify="left")

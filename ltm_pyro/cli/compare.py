@@ -1,7 +1,6 @@
 """`ltm compare`: priors and guides trained for the same time and scored side by side."""
 
 import argparse
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 
 STUDY = "ltm_pyro.studies.compare"  # by dotted path: the command line imports no study
 COLUMNS = {  # figure to head, and the figure that is its standard error
     "bound": ("bound", "stderr"),
     "iwae": ("iwae", None),
-    "thinking_gain": ("thinking\ngain", "thinking_gain_stderr"),
+    "predictive_gain": ("predictive\ngain", "predictive_gain_stderr"),
     "kl": ("kl", None),
     "k_hat": ("k-hat", None),
     "seconds_per_step": ("s/step", None),
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
     if args.json:
-        print(json.dumps({"minutes": args.minutes, "out": str(args.out), "rows": rows}))
+        print_json({"minutes": args.minutes, "out": str(args.out), "rows": rows})
     else:
         Console().print(_table(rows, args.minutes))
     return 0

@@ -1,7 +1,6 @@
 """`ltm data pack`: packs text into shards of tokens."""
 
 import argparse
-import json
 from typing import Any
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -10,7 +9,7 @@ from rich.table import Table
 from ltm_pyro.cli.arguments import at_least, names
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import pack
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 
 INPUTS = ".txt, .jsonl (also .gz and .zst) or .parquet file, a folder of them, or hf:NAME[:CONFIG]"
 
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             progress=lambda tokens: bar.advance(task, tokens),
         )
     if args.json:
-        print(json.dumps(summary(manifest, args.out)))
+        print_json(summary(manifest, args.out))
     else:
         Console().print(counts(manifest, args.out))
     return 0

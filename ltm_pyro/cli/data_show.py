@@ -1,7 +1,6 @@
 """`ltm data show DIR`: counts, document lengths and sample sequences of a packed corpus."""
 
 import argparse
-import json
 
 from rich.panel import Panel
 from rich.table import Table
@@ -11,7 +10,7 @@ from ltm_pyro.cli.arguments import at_least
 from ltm_pyro.cli.data import counts, summary
 from ltm_pyro.data.describe import Description, describe
 from ltm_pyro.data.manifest import read_manifest
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 
 _BAR = 40  # characters of the longest bar
 
@@ -30,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.pack)
     found = describe(args.pack, args.split, args.samples, args.seed)
     if args.json:
-        print(json.dumps(summary(manifest, args.pack) | {"split": args.split, **found._asdict()}, ensure_ascii=False))
+        print_json(summary(manifest, args.pack) | {"split": args.split, **found._asdict()})
         return 0
     console = Console()
     console.print(counts(manifest, args.pack))

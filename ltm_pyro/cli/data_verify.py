@@ -1,14 +1,13 @@
 """`ltm data verify DIR`: compares every shard with size and checksum in the manifest."""
 
 import argparse
-import json
 
 from rich.progress import track
 
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.data.shards import damage
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     )
     damaged = {file: problem for _, file, problem in found if problem}
     if args.json:
-        print(json.dumps({"pack": args.pack, "files": files, "damaged": damaged}))
+        print_json({"pack": args.pack, "files": files, "damaged": damaged})
     else:
         for problem in damaged.values():
             print(problem)

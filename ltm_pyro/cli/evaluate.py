@@ -14,8 +14,9 @@ from ltm_pyro.cli.arguments import add_device, add_trust, at_least
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, Evaluation, check_estimators
-from ltm_pyro.utils.console import Console
+from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, check_estimators
+from ltm_pyro.inference.scores import Evaluation
+from ltm_pyro.utils.console import Console, finite, print_json
 from ltm_pyro.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; by default the recipe's"
     )
-    parser.add_argument("--block", type=at_least(1), metavar="N", help="tokens per block of the estimator `causal`")
+    parser.add_argument(
+        "--block", type=at_least(1), metavar="N", help="tokens per block of `causal` and `causal_prior`"
+    )
     parser.add_argument(
         "--temperatures", type=at_least(1), metavar="N", help="distributions between q and the posterior, for `ais`"
     )
@@ -136,7 +139,9 @@ def run(args: argparse.Namespace) -> int:
     uses = record_test_use(Path(args.run), args.data or trained.data) if args.split == "test" else None
     if args.by_document:
         with atomic_write(args.by_document) as new:
-            lines = (json.dumps(found.as_dict(), ensure_ascii=False) + "\n" for found in document_scores(evaluation))
+            lines = (
+                json.dumps(finite(found.as_dict()), ensure_ascii=False) + "\n" for found in document_scores(evaluation)
+            )
             new.write_text("".join(lines), "utf-8")
     exact = exact_figure(evaluation) if args.score == "all" else None  # it is that of the whole sequence
     if args.json:
@@ -144,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         found |= {
             "exact": exact and {"rate": asdict(exact.rate), "excess": {n: asdict(x) for n, x in exact.excess.items()}}
         }
-        print(json.dumps(found | {"test_uses": uses}))
+        print_json(found | {"test_uses": uses})
     else:
         console = Console()
         console.print(_table(evaluation, args.run, exact))
@@ -192,7 +197,7 @@ def _suites(args: argparse.Namespace) -> int:
     run = Path(args.run)
     out = args.out or (run if run.is_dir() else run.parent) / "suites"
     content = evaluate_suites(args.run, args.suite.split(","), options, out, args.baseline, args.force, args.device)
-    print(json.dumps(content) if args.json else markdown(content))
+    print_json(content) if args.json else print(markdown(content))
     return 0
 
 
@@ -213,15 +218,25 @@ def _sources(given: list[str]) -> dict[str, str]:
 
 
 def _curve(evaluation: Evaluation) -> Table:
-    """Nats per token by the number of draws, for every estimator that averages importance weights."""
+    """Nats per token by the number of draws and by what they cost, for every estimator that averages over draws."""
     curves = {name: score.curve for name, score in evaluation.estimates.items() if score.curve}
     if not curves:
-        raise UsageError("Only iwae, prior_iwae and ais improve with more samples: name one, or give one number.")
+        raise UsageError("bound, prior and reused_noise do not improve with more samples: give one number.")
     table = Table("draws", title="nats/token by draws", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for name in curves:
+    for name, curve in curves.items():
         table.add_column(f" {name}", justify="right")
+        table.add_column("± s.e.", justify="right")
+        if next(iter(curve.values())).passes is not None:
+            table.add_column("passes", justify="right")
     for samples in next(iter(curves.values())):
-        table.add_row(f"{samples:,}", *(f"{curve[samples]:.4f}" for curve in curves.values()))
+        points = [curve[samples] for curve in curves.values()]
+        cells = [
+            (_figure(x.nats_per_token), _figure(x.stderr_nats_per_token), None if x.passes is None else f"{x.passes:,}")
+            for x in points
+        ]
+        table.add_row(f"{samples:,}", *(cell for row in cells for cell in row if cell is not None))
+    if any(point.passes is not None for curve in curves.values() for point in curve.values()):
+        table.caption = "A pass is a sequence through the decoder, forward with one z or back to it."
     return table
 
 
@@ -241,9 +256,9 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
             table.add_row("  - exact", _figure(above.nats_per_token), _figure(above.stderr_nats_per_token))
     if exact:
         table.add_row("exact", _figure(exact.rate.nats_per_token), _figure(exact.rate.stderr_nats_per_token))
-    if e.thinking_gain:
-        gain = (e.thinking_gain.nats_per_token, e.thinking_gain.stderr_nats_per_token)
-        table.add_row("prior - bound", *map(_figure, gain))
+    if e.predictive_gain:
+        gain = (e.predictive_gain.nats_per_token, e.predictive_gain.stderr_nats_per_token)
+        table.add_row("predictive gain", *map(_figure, gain))
     reasons = [f"{name}: unavailable, because {reason}." for name, reason in e.unavailable.items()]
     if 1 in (e.documents, e.sequences):
         reasons.append("One document has no standard error, because its pieces are not independent of each other.")

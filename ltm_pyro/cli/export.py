@@ -1,9 +1,9 @@
 """`ltm export RUN --out DIR`: writes a trained model as safetensors, recipe, tokenizer and model card."""
 
 import argparse
-import json
 
 from ltm_pyro.cli.arguments import add_trust
+from ltm_pyro.utils.console import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     folder = save_pretrained(args.run, args.out, force=args.force, trust=args.trust)
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     if args.json:
-        print(json.dumps({"out": str(folder), "files": sizes}))
+        print_json({"out": str(folder), "files": sizes})
     else:
         print("\n".join(f"{folder / name}  {size:,} bytes" for name, size in sizes.items()))
     return 0

@@ -1,7 +1,6 @@
 """`ltm flops --config FILE`: FLOPs per trained token, by the paper's formula and as this code computes."""
 
 import argparse
-import json
 from pathlib import Path
 
 import yaml
@@ -9,7 +8,7 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         "slow_flops_per_token": spent.slow,
     }
     if args.json:
-        print(json.dumps(figures))
+        print_json(figures)
     else:
         table = Table("", "", title=args.config)
         for name, value in figures.items():

@@ -1,12 +1,12 @@
 """`ltm generate RUN`: generates text from the prior, after a prompt, or between two texts."""
 
 import argparse
-import json
 from dataclasses import replace
 from typing import Any
 
 from ltm_pyro.cli.arguments import add_device, add_trust, at_least
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.console import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--compile does not work on this machine ({first}): leave it out.") from None
     if args.json:
         given = {"interpolate": args.interpolate} if args.interpolate else {"prompt": args.prompt}
-        print(json.dumps({**given, "samples": texts}, ensure_ascii=False))
+        print_json({**given, "samples": texts})
     elif args.stream:
         print()
     else:

@@ -1,7 +1,6 @@
 """`ltm posterior RUN`: draws from the posterior of every text's thoughts, as netCDF for ArviZ and `ltm report`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, add_trust, at_least
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 from ltm_pyro.utils.files import check_file, local_path, writing
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     posterior.save(args.out)
     figures = summary(posterior)
     if args.json:
-        print(json.dumps({"out": str(args.out)} | figures))
+        print_json({"out": str(args.out)} | figures)
     else:
         Console().print(_table(figures, str(args.out)))
         given = args.out if args.method == "guide" else f"POSTERIOR --reference {args.out}"

@@ -1,13 +1,13 @@
 """`ltm show RUN_OR_CONFIG`: latent sites, shapes, the guide's local parameters and the plate diagram of a model."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ltm_pyro.cli.arguments import add_trust
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.console import print_json
 from ltm_pyro.utils.files import atomic_write, check_file, local_path, writing
 
 SEQUENCES, TOKENS = 2, 8  # of the batch whose shapes are shown
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     _write(svg, plate_diagram(model, batch), args.force)
     latent = _latent(model)
     if args.json:
-        print(json.dumps({"latent": latent, **_summary(trace, local, batch), "svg": str(svg)}, ensure_ascii=False))
+        print_json({"latent": latent, **_summary(trace, local, batch), "svg": str(svg)})
         return 0
     print(f"Latent sites of {type(model.prior).__name__}: name, shape, prior")
     for name, site in latent.items():

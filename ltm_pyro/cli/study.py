@@ -1,7 +1,6 @@
 """`ltm study run|list|show|report|best`: which setting is best at a fixed budget?"""
 
 import argparse
-import json
 import math
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, print_json
 
 SEARCH = "ltm_pyro.studies.search"  # by dotted path: the command line imports no study
 STORAGE = "sqlite:///runs/studies.db"
@@ -126,7 +125,7 @@ def _number(option: str, text: str) -> float:
 def _list(args: argparse.Namespace) -> int:
     found = import_module(f"{SEARCH}.study").summaries(args.storage)
     if args.json:
-        print(json.dumps(found))
+        print_json(found)
         return 0
     table = Table("study", "trials", "complete", "failed", "pruned", "best", "budget", box=box.SIMPLE_HEAD)
     for row in found:
@@ -142,7 +141,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _print(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
         return
     console = Console()
     console.print(_table(found))
@@ -153,10 +152,10 @@ def _table(found: dict[str, Any]) -> Table:
     parameters = list(dict.fromkeys(name for row in found["trials"] for name in row["parameters"]))
     title = f"{found['study']}: {found['question']} Every trial trains for {found['each']}."
     short = [name.rsplit(".", 1)[-1] for name in parameters]
-    columns = ("trial", *short, *found["minimise"], "thinking gain", "")
+    columns = ("trial", *short, *found["minimise"], "predictive gain", "")
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for row in found["trials"]:
-        figures = [row["figures"].get(name) for name in (*found["minimise"], "thinking_gain")]
+        figures = [row["figures"].get(name) for name in (*found["minimise"], "predictive_gain")]
         given = [row["parameters"].get(name) for name in parameters]
         label = str(row["number"]) if row["role"] == "trial" else row["role"]
         table.add_row(label, *map(_cell, given), *map(_cell, figures), row["reason"] or row["state"])
@@ -172,7 +171,7 @@ def _best(args: argparse.Namespace) -> int:
         args.storage, args.study_name, args.out and Path(args.out), args.trial, args.force, args.trust
     )
     if args.json:
-        print(json.dumps(written))
+        print_json(written)
     else:
         print(
             f"Written: {written['recipe']}, from trial {written['number']}. Next: ltm fit --config {written['recipe']}"
@@ -192,7 +191,7 @@ def _report(args: argparse.Namespace) -> int:
         args.storage, args.study_name, args.out and Path(args.out), args.force, args.trust
     )
     if args.json:
-        print(json.dumps(written))
+        print_json(written)
     else:
         print(
             "\n".join(

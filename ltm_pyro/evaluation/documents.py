@@ -11,7 +11,7 @@ import torch
 from ltm_pyro.contracts import DocumentInfo
 from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.estimators import Evaluation, Rate, rate_of
+from ltm_pyro.inference.scores import Evaluation, Rate, rate_of
 
 
 class DocumentScore(NamedTuple):

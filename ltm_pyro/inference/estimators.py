@@ -3,12 +3,10 @@
 Shapes: B sequences, S posterior samples.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,39 +29,13 @@ from ltm_pyro.inference.global_latents import fix_draws_by_keys
 from ltm_pyro.inference.latent_sites import prior_factors
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.param_store import no_param_store
-from ltm_pyro.inference.pareto import TRUSTED, pareto_k
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
+from ltm_pyro.inference.scores import Evaluation, NatsAndKL, RowScores, summarise
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.utils.rng import seeded
-from ltm_pyro.utils.statistics import ratio_standard_error, standard_error
+from ltm_pyro.utils.statistics import standard_error
 
 TOKENS_AT_ONCE = 8_192  # tokens x draws in one decoder pass: the logits of a small vocabulary stay in cache
-
-
-class NatsAndKL(NamedTuple):
-    """An estimate of −log p(x) for each sequence, and its KL term, in nats.
-
-    ``kl_stderr_B`` is the Monte Carlo error of the KL, and ``log_weights_SB`` are the weights whose log-mean-exp the
-    estimate is; None where an estimator has none.
-    """
-
-    nats_B: Float[Tensor, " B"]
-    kl_B: Float[Tensor, " B"]
-    kl_stderr_B: Float[Tensor, " B"] | None = None
-    log_weights_SB: Float[Tensor, "S B"] | None = None
-
-    @classmethod
-    def of_weights(cls, log_weights_SB: Float[Tensor, "S B"], kl_B: Float[Tensor, " B"]) -> "NatsAndKL":
-        """−log (1/S) Σ_s w_s."""
-        nats_B = math.log(len(log_weights_SB)) - log_weights_SB.logsumexp(0)
-        return cls(nats_B, kl_B, log_weights_SB=log_weights_SB)
-
-    def curve(self, samples: int) -> Float[Tensor, " B"]:
-        """The estimate with fewer samples, averaged over disjoint parts of the weights."""
-        assert self.log_weights_SB is not None
-        parts = self.log_weights_SB.split(samples)
-        whole = torch.stack([part for part in parts if len(part) == samples])
-        return (math.log(samples) - whole.logsumexp(1)).mean(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +90,12 @@ def iwae(problem: Problem) -> NatsAndKL:
     r"""−log (1/S) Σ_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x) (Burda et al. 2016, arXiv 1509.00519)."""
     log_weights_SB = torch.cat([log_weights(*problem.fitted, x.particles, x.noise) for x in problem.draws("iwae")])
     kl_B = elbo_terms(*problem.fitted, next(problem.draws("kl"))._replace(particles=None)).kl_B
-    return NatsAndKL.of_weights(log_weights_SB, kl_B)
+    return NatsAndKL.of_weights(log_weights_SB[:, None], kl_B)
 
 
 def prior_iwae(problem: Problem) -> NatsAndKL:
     r"""−log (1/S) Σ_s p(x | z_s), z_s ~ p(z): `iwae` with the prior as q, so without inference."""
-    log_weights_SB = _prior_log_likelihood(problem, "prior_iwae")
-    return NatsAndKL.of_weights(log_weights_SB, torch.zeros_like(log_weights_SB[0]))
+    return NatsAndKL.of_weights(_prior_log_likelihood(problem, "prior_iwae")[:, None])
 
 
 def ais(problem: Problem) -> NatsAndKL:
@@ -132,7 +103,7 @@ def ais(problem: Problem) -> NatsAndKL:
     keys = problem.state.keys
     path = annealed_path(*problem.fitted, problem.annealing, keys)
     log_weights_SB = torch.cat([forward_ais(path, x.particles or 1, x.noise) for x in problem.draws("ais")])
-    return NatsAndKL.of_weights(log_weights_SB, torch.zeros_like(log_weights_SB[0]))
+    return NatsAndKL.of_weights(log_weights_SB[:, None])
 
 
 def prior(problem: Problem) -> NatsAndKL:
@@ -157,17 +128,21 @@ def reused_noise(problem: Problem) -> NatsAndKL:
     return NatsAndKL(-terms.elbo_B, terms.kl_B)
 
 
-def causal(problem: Problem) -> NatsAndKL:
+def causal(problem: Problem, infer: bool = True) -> NatsAndKL:
     r"""−Σ_j log (1/S) Σ_s p(x_j | x_{<j}, z_s), z_s ~ q(z | x_{<j}): q is fitted only to the blocks before block j.
 
     It is the negative log-likelihood of a valid autoregressive model, but not a bound on the −log p(x) of the given
     model, because that autoregressive model is another distribution over texts. For the first block z is drawn from the
     prior. Each fit of q starts from the previous one.
+
+    Args:
+        infer: if False, z comes from the prior for every block (`causal_prior`).
     """
     batch, length, keys = problem.batch, problem.batch.inputs_BT.shape[1], problem.state.keys
-    nats_B, state = torch.zeros_like(batch.tokens_B, dtype=torch.get_default_dtype()), None
+    log_likelihoods: list[Float[Tensor, "S B"]] = []
+    state: LocalState | None = None
     for first in range(0, length, problem.block):
-        if first:
+        if first and infer:
             before, inference = batch.crop(0, first), replace(problem.inference, init=Init())
             before_keys = keys and RowKeys.of_batch(before.observed, keys.seed)  # q may not see the rest of the text
             state, _ = infer_local(problem.model, problem.guide, before, inference, state, keys=before_keys)
@@ -179,8 +154,13 @@ def causal(problem: Problem) -> NatsAndKL:
         else:
             terms = [elbo_terms(*block.fitted, draws) for draws in block.draws("causal", keys=block_keys)]
             log_likelihood_SB = torch.cat([x.log_likelihood_B for x in terms])
-        nats_B = nats_B + math.log(problem.samples) - log_likelihood_SB.logsumexp(0)
-    return NatsAndKL(nats_B, torch.zeros_like(nats_B))
+        log_likelihoods.append(log_likelihood_SB)
+    return NatsAndKL.of_weights(torch.stack(log_likelihoods, 1))
+
+
+def causal_prior(problem: Problem) -> NatsAndKL:
+    r"""−Σ_j log (1/S) Σ_s p(x_j | x_{<j}, z_s), z_s ~ p(z): `causal` without inference, in the same blocks."""
+    return causal(problem, infer=False)
 
 
 class Estimator(NamedTuple):
@@ -199,84 +179,12 @@ ESTIMATORS = {
     "ais": Estimator(ais, True, "annealed importance sampling from q to the posterior: the tightest, and slow"),
     "reused_noise": Estimator(reused_noise, False, "the published code's figure: one draw for fit and score, no bound"),
     "causal": Estimator(causal, False, "predictive: q is fitted only to the text before"),
+    "causal_prior": Estimator(causal_prior, False, "causal without inference; less causal: the predictive gain"),
 }
 NEED_DENSITY = ("bound", "iwae", "ais", "reused_noise")  # the normalised densities of q and of the prior
-NEED_NONE = ("prior", "prior_iwae", "causal")  # only draws, of the prior among others
-NEARLY_ALL = 0.95  # the share of sequences whose k-hat has to be good
+NEED_NONE = ("prior", "prior_iwae", "causal", "causal_prior")  # only draws, of the prior among others
 DEFAULT = ("bound", "iwae", "prior", "reused_noise")  # without causal, which needs a fit per block
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One estimator's results over a whole text; perplexity is exp(nats per token).
-
-    ``stderr`` is over documents, whose pieces are not independent; over sequences if the data do not tell them.
-
-    ``converged`` says whether an average of importance weights can be trusted, None for other estimators: k-hat is
-    below min(1 − 1 / log10 S, 0.7) for nearly all sequences (Vehtari et al. 2024, arXiv 1507.02646), or `ais` agrees
-    within its error. ``curve`` has the nats per token by number of samples.
-    """
-
-    nats_per_token: float
-    perplexity: float
-    bits_per_byte: float
-    stderr_nats_per_token: float
-    kl_nats_per_token: float
-    samples: int
-    is_bound: bool
-    converged: bool | None = None
-    curve: dict[int, float] = field(default_factory=dict)
-
-
-class RowScores(NamedTuple):
-    """Every sequence's id, documents (None if not known), tokens, and nats and KL by estimator."""
-
-    ids_B: Tensor
-    parts: tuple[tuple[Part, ...], ...] | None
-    tokens_B: Tensor
-    scores: dict[str, NatsAndKL]
-
-    @property
-    def pieces(self) -> list[Part] | None:
-        """The document of each sequence, or the piece of one; None if a sequence is not of one document alone."""
-        return [x[0] for x in self.parts] if self.parts and all(len(x) == 1 for x in self.parts) else None
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Nats per token over a whole text, and the standard error over documents (or sequences: see `Score`)."""
-
-    nats_per_token: float
-    stderr_nats_per_token: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The size of the text that was scored, and the score of every estimator.
-
-    ``thinking_gain`` is ``prior`` − ``bound``, the improvement by inference; None if one of them was not requested.
-    ``excluded`` are the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an
-    estimator's name to the reason why it is not defined for this model and guide. ``rows`` are the figures of every
-    sequence.
-    """
-
-    tokens: int
-    documents: int | None  # None if the data do not tell them
-    sequences: int
-    bytes: int
-    excluded: tuple[int, ...]
-    estimates: dict[str, Score]
-    thinking_gain: Rate | None = None
-    unavailable: dict[str, str] = field(default_factory=dict)
-    rows: "RowScores | None" = field(default=None, compare=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dictionaries for JSON, without ``rows``; non-finite numbers become None."""
-        result = asdict(replace(self, rows=None))
-        del result["rows"]
-        for score in (*result["estimates"].values(), result["thinking_gain"] or {}):
-            score.update({k: None for k, v in score.items() if isinstance(v, float) and not math.isfinite(v)})
-        return result
+GAIN = ("causal", "causal_prior")  # whose difference is the predictive gain
 
 
 def check_estimators(names: Sequence[str], samples: int = 1) -> None:
@@ -343,7 +251,7 @@ def evaluate(
     Args:
         samples: S, draws of z per sequence; of several numbers the largest, and the others are points of
             `Score.curve`.
-        block: tokens per block of `causal`.
+        block: tokens per block of `causal` and `causal_prior`.
         annealing: the path of `ais`.
     """
     points = [samples] if isinstance(samples, int) else [*samples]
@@ -364,11 +272,13 @@ def evaluate(
         parts.append(batch.parts)
         if not_normalised is None:
             not_normalised = _likelihood_problem(problem)
-    nats_and_kl = {name: NatsAndKL(*_concatenate(parts)) for name, parts in results.items()}
-    tokens_B, bytes_B, ids_B = _concatenate(counts)
+    nats_and_kl = {name: NatsAndKL.concatenate(found) for name, found in results.items()}
+    tokens_B, bytes_B, ids_B = (torch.cat(column).double().cpu() for column in zip(*counts, strict=True))
     documents = None if None in parts else tuple(row for found in parts for row in found or ())
     rows = RowScores(ids_B, documents, tokens_B, nats_and_kl)
-    evaluation = _summarise(rows, bytes_B, points)
+    fit_passes = 2 * inference.steps * inference.particles if guide.uses_fast_steps else 0  # forward and backward
+    are_bounds = {name: ESTIMATORS[name].is_bound for name in estimators}
+    evaluation = summarise(rows, bytes_B, points, are_bounds, fit_passes)
     not_normalised = not_normalised or _negative_kl(nats_and_kl)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
@@ -422,79 +332,3 @@ def _negative_kl(results: dict[str, NatsAndKL]) -> str | None:
         if kl < -4 * error - 1e-4 * len(result.kl_B):
             return f"the KL is {kl:.4g} nats, which no density has (standard error {error:.2g})"
     return None
-
-
-def _concatenate(parts: Sequence[tuple[Tensor | None, ...]]) -> list[Any]:
-    columns = zip(*parts, strict=True)
-    return [None if x[0] is None else torch.cat(x, dim=-1).double().cpu() for x in columns]
-
-
-def _summarise(rows: RowScores, bytes_B: Tensor, points: Sequence[int]) -> Evaluation:
-    is_finite_B = torch.stack([t.nats_B.isfinite() for t in rows.scores.values()]).all(0)
-    excluded = tuple(int(x) for x in rows.ids_B[~is_finite_B])
-    if excluded:
-        warnings.warn(f"No finite score for the sequences {list(excluded)}: they are left out.", stacklevel=3)
-    if not is_finite_B.any():
-        raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
-    pieces = rows.pieces
-    numbers_B = rows.ids_B if pieces is None else torch.tensor([piece.number for piece in pieces])
-    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, bytes_B, numbers_B))
-    results = {
-        name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
-    }
-    rate = partial(rate_of, tokens_B=tokens_B, documents_B=documents_B)
-    has_gain, ais = {"prior", "bound"} <= results.keys(), results.get("ais")
-    return Evaluation(
-        tokens=int(tokens_B.sum()),
-        documents=None if pieces is None else len(documents_B.unique()),
-        sequences=len(tokens_B),
-        bytes=int(bytes_B.sum()),
-        excluded=excluded,
-        estimates={n: _score(n, t, rate(t.nats_B), tokens_B, bytes_B, points, ais) for n, t in results.items()},
-        thinking_gain=rate(results["prior"].nats_B - results["bound"].nats_B) if has_gain else None,
-    )
-
-
-def rate_of(nats_B: Tensor, tokens_B: Tensor, documents_B: Tensor | None = None) -> Rate:
-    """Nats per token of all sequences; ``documents_B`` has the same number for the pieces of one document."""
-    return Rate((nats_B.sum() / tokens_B.sum()).item(), ratio_standard_error(nats_B, tokens_B, documents_B).item())
-
-
-def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:
-    """Whether an average of importance weights can be trusted, as `Score.converged` says."""
-    log_weights_SB = cast(Tensor, result.log_weights_SB)
-    samples = len(log_weights_SB)
-    if samples >= 25:
-        limit = min(1 - 1 / math.log10(samples), TRUSTED)
-        if (pareto_k(log_weights_SB) < limit).double().mean() >= NEARLY_ALL:
-            return True
-    if reference is None or reference is result or len(cast(Tensor, reference.log_weights_SB)) < 2:
-        return False
-    weights_SB = cast(Tensor, reference.log_weights_SB).softmax(0) * len(cast(Tensor, reference.log_weights_SB))
-    error = standard_error(weights_SB).square().sum().sqrt()
-    return bool((result.nats_B.sum() - reference.nats_B.sum()).abs() < 2 * error)
-
-
-def _score(
-    name: str,
-    result: NatsAndKL,
-    rate: Rate,
-    tokens_B: Tensor,
-    bytes_B: Tensor,
-    points: Sequence[int],
-    reference: NatsAndKL | None,
-) -> Score:
-    nats_B, kl_B, samples = result.nats_B, result.kl_B, max(points)
-    has_weights = result.log_weights_SB is not None
-    total_bytes = bytes_B.sum().item()
-    return Score(
-        nats_per_token=rate.nats_per_token,
-        perplexity=math.exp(rate.nats_per_token) if rate.nats_per_token < 709 else math.inf,
-        bits_per_byte=nats_B.sum().item() / math.log(2) / total_bytes if total_bytes else math.nan,
-        stderr_nats_per_token=rate.stderr_nats_per_token,
-        kl_nats_per_token=(kl_B.sum() / tokens_B.sum()).item(),
-        samples=1 if name == "reused_noise" else samples,
-        is_bound=ESTIMATORS[name].is_bound,
-        converged=is_converged(result, reference) if has_weights else None,
-        curve={n: (result.curve(n).sum() / tokens_B.sum()).item() for n in sorted(points)} if has_weights else {},
-    )

@@ -54,6 +54,21 @@ def ratio_standard_error(numerators: Values, denominators: Values, clusters: Val
     return _standard_deviation(residuals, 0) * math.sqrt(len(numerators)) / total
 
 
+def t_interval(value: float, stderr: float, examples: int, level: float = 0.95) -> tuple[float, float]:
+    r"""The interval of a mean or a ratio over N independent examples (or clusters), by Student's t with N − 1 degrees.
+
+    .. math:: R \pm t_{N - 1, (1 + \mathrm{level}) / 2} \; \mathrm{se}(R)
+
+    With few examples it is wider than the normal's: 1.4 times at N = 5. NaN if N is 1.
+    """
+    if examples < 2:
+        return math.nan, math.nan
+    from scipy.special import stdtrit  # here, because it takes a tenth of a second to import
+
+    half = float(stdtrit(examples - 1, (1 + level) / 2)) * stderr
+    return value - half, value + half
+
+
 def _sums(values: Values, clusters: Values) -> Any:
     """The sums of the values of each cluster."""
     _, index = np.unique(np.asarray(clusters), return_inverse=True)

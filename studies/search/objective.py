@@ -15,7 +15,8 @@ from jsonargparse import Namespace
 
 from ltm_pyro.data import read_manifest
 from ltm_pyro.data.dataset import open_pack
-from ltm_pyro.evaluation.evaluate import evaluate_run, k_hat
+from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
+from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.budget import Budget
@@ -28,9 +29,10 @@ from ltm_pyro.training.train import train
 
 Figures = dict[str, float]
 RUNGS = (1 / 9, 1 / 3)  # fractions of the budget after which a trial may be given up; Hyperband's with a factor of 3
-NEED_BOUND = ("bound", "bound_stderr", "kl", "thinking_gain", "k_hat")
+NEED_BOUND = ("bound", "bound_stderr", "kl", "k_hat")
+PREDICTIVE = ("predictive_gain", "predictive_gain_stderr")
 COSTS = ("flops", "tokens", "flops_per_token", "inference_flops_per_token", "parameters", "peak_memory_mib")
-RECORDED = (*NEED_BOUND, "prior", *COSTS)  # what `train_and_score` returns
+RECORDED = (*NEED_BOUND, "prior", *PREDICTIVE, *COSTS)  # what `train_and_score` returns
 K_HAT_SEQUENCES, K_HAT_DRAWS = 8, 256
 
 
@@ -74,10 +76,10 @@ def train_and_score(setting: Setting) -> Figures:
     """Trains as the setting says, then scores the honest bound.
 
     Returns:
-        ``bound`` (nats per token, noise drawn after q is final), ``bound_stderr``, ``prior`` (no inference),
-        ``thinking_gain`` = prior − bound, ``kl``; ``flops``, ``tokens`` and ``flops_per_token`` of training;
-        ``inference_flops_per_token`` of fitting q and scoring once; ``parameters``; ``peak_memory_mib``. The figures of
-        `NEED_BOUND` are left out if prior and guide have no bound.
+        ``bound`` (nats per token, noise drawn after q is final), ``bound_stderr``, ``prior`` (no inference), ``kl``;
+        ``predictive_gain`` (see `Evaluation`; in four blocks) and ``predictive_gain_stderr``; ``flops``, ``tokens`` and
+        ``flops_per_token`` of training; ``inference_flops_per_token`` of fitting q and scoring once; ``parameters``;
+        ``peak_memory_mib``. The figures of `NEED_BOUND` are left out if prior and guide have no bound.
     """
     config = configure(setting.recipe, setting.options)
     config.force = True  # a retried trial replaces the run of the attempt that died
@@ -90,20 +92,25 @@ def train_and_score(setting: Setting) -> Figures:
 
 
 def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
-    """The bound and what thinking is worth, nats per held-out token; ``fast_steps`` when not the recipe's own."""
-    samples, limit = setting.samples, setting.limit
-    scores = evaluate_run(
-        run, estimators=("bound", "prior"), samples=samples, fast_steps=fast_steps, limit=limit
-    ).estimates
-    bound, prior = scores.get("bound"), scores["prior"]
+    """The bound and the predictive gain, nats per held-out token; ``fast_steps`` when not the recipe's own."""
+    found = evaluate_run(
+        run,
+        estimators=("bound", "prior", *GAIN),
+        samples=setting.samples,
+        fast_steps=fast_steps,
+        limit=setting.limit,
+        block=coarse_block(run),
+    )
+    bound, prior, gain = found.estimates.get("bound"), found.estimates["prior"], found.predictive_gain
+    figures = {"prior": prior.nats_per_token}
+    if gain:
+        figures |= {"predictive_gain": gain.nats_per_token, "predictive_gain_stderr": gain.stderr_nats_per_token}
     if bound is None:
-        return {"prior": prior.nats_per_token}
-    figures = {
+        return figures
+    figures |= {
         "bound": bound.nats_per_token,
         "bound_stderr": bound.stderr_nats_per_token,
         "kl": bound.kl_nats_per_token,
-        "prior": prior.nats_per_token,
-        "thinking_gain": prior.nats_per_token - bound.nats_per_token,
     }
     return figures | ({"k_hat": k_hat(run, K_HAT_SEQUENCES, K_HAT_DRAWS).median().item()} if setting.k_hat else {})
 

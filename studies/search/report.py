@@ -11,6 +11,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.charts import charts, embedded
 from ltm_pyro.studies.search.definition import Row, load_definition
+from ltm_pyro.studies.search.objective import PREDICTIVE
 from ltm_pyro.studies.search.storage import open_existing
 from ltm_pyro.studies.search.study import describe
 from ltm_pyro.training.trust import is_own_file, list_file
@@ -130,7 +131,7 @@ def _plan(found: dict[str, Any]) -> dict[str, Any]:
 
 def _table(rows: list[Row], found: dict[str, Any]) -> str:
     searched = list(dict.fromkeys(name for row in rows if row["role"] == "trial" for name in row["parameters"]))
-    first = [*searched, *found["minimise"], "bound_stderr", "thinking_gain"]
+    first = [*searched, *found["minimise"], "bound_stderr", *PREDICTIVE]
     names = list(dict.fromkeys([*first, *(name for row in rows for name in row["figures"])]))
     body = [[_label(row), *(_cell((row["figures"] | row["parameters"]).get(name)) for name in names)] for row in rows]
     best = next((i for i, row in enumerate(rows) if (row["role"], row["number"]) == ("trial", found["best"])), None)

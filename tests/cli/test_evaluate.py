@@ -56,17 +56,31 @@ def test_one_sequence_has_no_standard_error(run, ltm):
     found = json.loads(ltm("evaluate", run, "--limit", 1, "--estimators", "bound", "--json")[1])
     assert list(found["estimates"]) == ["bound"]
     assert found["estimates"]["bound"]["stderr_nats_per_token"] is None
-    assert found["thinking_gain"] is None
-    found = json.loads(ltm("evaluate", run, "--limit", 1, "--estimators", "bound,prior", "--json")[1])
-    bound, prior = (found["estimates"][name]["nats_per_token"] for name in ("bound", "prior"))
-    assert found["thinking_gain"] == {"nats_per_token": prior - bound, "stderr_nats_per_token": None}
+    assert found["predictive_gain"] is None
+    found = json.loads(ltm("evaluate", run, "--limit", 1, "--estimators", "causal,causal_prior", "--json")[1])
+    with_q, without_q = (found["estimates"][name]["nats_per_token"] for name in ("causal", "causal_prior"))
+    assert found["predictive_gain"] == {
+        "nats_per_token": without_q - with_q,
+        "stderr_nats_per_token": None,
+        "interval": [None, None],
+    }
 
 
 def test_what_thinking_is_worth_has_the_error_of_a_difference(run, ltm):
-    options = ("--limit", 30, "--fast-steps", 0, "--samples", 400, "--estimators", "bound,prior", "--json")
-    found = json.loads(ltm("evaluate", run, *options)[1])
-    gain, bound = found["thinking_gain"], found["estimates"]["bound"]
-    assert 0 < gain["stderr_nats_per_token"] < bound["stderr_nats_per_token"] / 5
+    options = ("--limit", 30, "--samples", 40, "--block", 8, "--estimators", "causal,causal_prior")
+    found = json.loads(ltm("evaluate", run, *options, "--json")[1])
+    gain, causal = found["predictive_gain"], found["estimates"]["causal"]
+    assert 0 < gain["stderr_nats_per_token"] < causal["stderr_nats_per_token"]
+    assert gain["interval"][0] < gain["nats_per_token"] < gain["interval"][1]
+    row = next(line.split() for line in ltm("evaluate", run, *options)[1].splitlines() if "predictive gain" in line)
+    assert float(row[2]) == pytest.approx(gain["nats_per_token"], abs=1e-4)
+
+
+def test_a_curve_is_printed_with_its_cost(run, ltm):
+    options = ("--limit", 4, "--fast-steps", 3, "--estimators", "iwae,prior_iwae", "--samples", "1,4")
+    lines = [line.split() for line in ltm("evaluate", run, *options)[1].splitlines()]
+    row = next(line for line in lines if len(line) == 7 and line[0] == "4")
+    assert (row[3], row[6]) == ("10", "4"), "3 fast steps forward and back, and 4 draws; or 4 draws alone"
 
 
 def test_no_fast_steps_leave_q_at_the_prior(run, ltm):

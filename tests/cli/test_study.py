@@ -39,7 +39,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
     assert all(row["state"] == "complete" for row in found["trials"])
     assert "trial 1: bound" in err
     best = found["trials"][found["best"]]
-    assert found["trials"][2]["figures"]["thinking_gain"] == pytest.approx(0, abs=1e-5)
+    assert found["trials"][2]["figures"]["predictive_gain"] == pytest.approx(0, abs=1e-5)
     assert not list(tmp_path.rglob("*.ckpt"))
 
     code, out, _ = ltm("study", "list", "--json")

@@ -44,8 +44,8 @@ def test_every_suite_end_to_end(run, ltm, data, tmp_path):
     ptb, french = found["zero-shot"]["ptb"], found["multilingual"]["french"]["model"]
     assert ptb["paper"]["LTM-Medium"] == 32.06
     nats = {name: score["nats_per_token"] for name, score in ptb["model"]["estimates"].items()}
-    assert ptb["model"]["thinking_gain"] == pytest.approx(nats["prior"] - nats["bound"], abs=1e-6)
-    assert 0 < french["thinking_gain_stderr"] < french["stderr"], "in bits per byte, and of a difference"
+    assert ptb["model"]["predictive_gain"] == pytest.approx(nats["causal_prior"] - nats["causal"], abs=1e-6)
+    assert 0 < french["predictive_gain_stderr"] < french["stderr"], "in bits per byte, and of a difference"
     assert found["zero-shot"]["lambada last word"]["model"]["passages"] == 3
     curve = found["reconstruction"]["held-out"]["model"]
     assert [f"accuracy_{layer}" in curve for layer in range(4)] == [True, True, True, False]
@@ -115,8 +115,9 @@ def test_a_run_without_a_bound_says_so(run, recipe, ltm, data, tmp_path):
     found = json.loads(out)["results"]
     for name, part, figure in (("zero-shot", "ptb", "perplexity"), ("multilingual", "french", "bits_per_byte")):
         row = found[name][part]
-        assert row["baseline"][figure] is row["baseline"]["thinking_gain"] is None
+        assert row["baseline"][figure] is None
         assert row["model"][figure] > 1
+        assert row["baseline"]["predictive_gain"] is not None, "it needs draws only"
     report = (tmp_path / "out" / REPORT).read_text()
     assert report.count("\nbaseline: bound, iwae, reused_noise unavailable, because Point has no density.\n") == 1
     assert "judged_bits_per_byte unavailable, because the judge has no bound (Point has no density)." in report

@@ -187,7 +187,8 @@ def test_compare_puts_pairs_side_by_side_and_goes_on_where_it_was(recipe, ltm, r
     assert list(rows) == ["autoregressive", "GaussianPrior-MeanField", "GaussianPrior-Point"]
     assert "# Prüfung" in (tmp_path / "out" / "compare.json").read_text("utf-8")
     thinking = rows["GaussianPrior-MeanField"]
-    assert thinking["thinking_gain"] == pytest.approx(thinking["without_thinking"] - thinking["bound"])
+    assert thinking["predictive_gain"] != 0
+    assert rows["autoregressive"]["predictive_gain"] == pytest.approx(0, abs=1e-6)
     assert thinking["k_hat"] is not None
     assert rows["GaussianPrior-Point"]["no_bound"] == "Point has no density"
 

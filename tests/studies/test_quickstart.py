@@ -10,7 +10,19 @@ import torch
 from ltm_pyro.data import pack
 from ltm_pyro.studies import quickstart
 
-NATS = ("bound", "iwae", "prior", "reused_noise", "autoregressive", "unigram", "thinking_gain", "bound_stderr")
+NATS = (
+    "bound",
+    "iwae",
+    "prior",
+    "reused_noise",
+    "autoregressive",
+    "unigram",
+    "causal",
+    "causal_prior",
+    "predictive_gain",
+    "predictive_gain_stderr",
+    "bound_stderr",
+)
 
 
 @pytest.fixture
@@ -46,13 +58,13 @@ def test_a_few_seconds_of_everything(float32, tmp_path, monkeypatch, capsys):
     quickstart.main()
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     figures = (*NATS, "tokens_per_second", "train_seconds")
-    assert set(summary) == {*figures, "parameters", "samples", "continuation"}
+    assert set(summary) == {*figures, "documents", "tokens", "parameters", "samples", "continuation"}
     assert all(isinstance(summary[name], float) and math.isfinite(summary[name]) for name in figures)
     assert isinstance(summary["parameters"], int)
     assert len(summary["samples"]) == 3
     texts = [*summary["samples"], summary["continuation"]]
     assert not [text for text in texts if not isinstance(text, str) or "\N{REPLACEMENT CHARACTER}" in text]
     assert summary["continuation"].startswith(quickstart.PROMPT)
-    assert summary["thinking_gain"] == pytest.approx(summary["prior"] - summary["bound"])
+    assert summary["predictive_gain"] == pytest.approx(summary["causal_prior"] - summary["causal"])
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert "thinking gain" in capsys.readouterr().out
+    assert "predictive gain" in capsys.readouterr().out

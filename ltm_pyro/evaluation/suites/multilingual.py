@@ -5,9 +5,10 @@ from pathlib import Path
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, no_data, score_text
+from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.runs.run import Run
 
-ESTIMATORS = ("bound", "iwae", "prior")
+ESTIMATORS = ("bound", "iwae", "prior", *GAIN)
 
 
 def parts(options: Options) -> list[Part]:
@@ -22,7 +23,7 @@ def parts(options: Options) -> list[Part]:
 
 
 def bits_per_byte(place: str, options: Options, run: Run) -> Figures:
-    """Bits per UTF-8 byte, which do not depend on the tokenizer, and the thinking gain in the same unit.
+    """Bits per UTF-8 byte, which do not depend on the tokenizer, and the predictive gain in the same unit.
 
     Figures that need a bound are None if the run has none.
     """
@@ -35,8 +36,8 @@ def bits_per_byte(place: str, options: Options, run: Run) -> Figures:
         "bits_per_byte": bits.get("bound"),
         "stderr": stderr and stderr * scale,
         "iwae": bits.get("iwae"),
-        "thinking_gain": gain_bits,
-        "thinking_gain_stderr": gain_stderr,
+        "predictive_gain": gain_bits,
+        "predictive_gain_stderr": gain_stderr,
         "bytes_per_token": counts["bytes"] / counts["tokens"],
         **counts,
     }

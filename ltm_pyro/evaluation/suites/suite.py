@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.evaluate import evaluate_run
+from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 
@@ -87,19 +87,19 @@ class Suite(NamedTuple):
 
 
 class TextScores(NamedTuple):
-    """A run's scores on one text: figures by estimator, the thinking gain ({} if unavailable), counts and reasons."""
+    """A run's scores on one text: figures by estimator, the predictive gain ({} if unavailable), counts and reasons."""
 
     estimates: dict[str, Figures]
-    thinking_gain: Figures
+    predictive_gain: Figures
     counts: Figures
 
 
 def score_text(run: Run, place: str, estimators: Sequence[str], options: Options) -> TextScores:
     """Evaluates a run on a text file; an estimator that needs a bound is missing if the run has none."""
     found = evaluate_run(
-        run, place, estimators, options.samples, options.fast_steps, options.limit, options.seed
+        run, place, estimators, options.samples, options.fast_steps, options.limit, options.seed, coarse_block(run)
     ).as_dict()
-    return TextScores(found.pop("estimates"), found.pop("thinking_gain") or {}, counts=found)
+    return TextScores(found.pop("estimates"), found.pop("predictive_gain") or {}, counts=found)
 
 
 def no_data(suite: str, expected: str, options: Options) -> UsageError:

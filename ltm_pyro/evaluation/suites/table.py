@@ -12,7 +12,7 @@ from ltm_pyro.evaluation.suites import generation, gsm8k, multilingual, reconstr
 from ltm_pyro.evaluation.suites.suite import Options, Part, Suite
 from ltm_pyro.runs.load import is_export, load_run
 from ltm_pyro.training.run_directory import WEIGHTS, checkpoint_path
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.console import Console, finite
 from ltm_pyro.utils.files import atomic_write, check_folder, new_folder, writing
 
 SUITES = {
@@ -24,16 +24,16 @@ SUITES = {
             "nats_per_token",
             "stderr",
             "iwae",
-            "thinking_gain",
-            "thinking_gain_stderr",
+            "predictive_gain",
+            "predictive_gain_stderr",
             "accuracy",
             "tokens",
         ),
     ),
     "multilingual": Suite(
         multilingual.parts,
-        "bits per byte and thinking gain in bits per byte, by language",
-        ("bits_per_byte", "stderr", "iwae", "thinking_gain", "thinking_gain_stderr", "bytes_per_token", "tokens"),
+        "bits per byte and predictive gain in bits per byte, by language",
+        ("bits_per_byte", "stderr", "iwae", "predictive_gain", "predictive_gain_stderr", "bytes_per_token", "tokens"),
     ),
     "gsm8k": Suite(
         gsm8k.parts,
@@ -141,7 +141,7 @@ class _ResultsFile:
         row[column] = figures
         if part.paper:
             row["paper"] = dict(part.paper)
-        results = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
+        results = json.dumps(finite(self.content), indent=2, ensure_ascii=False) + "\n"
         with writing(self.out), new_folder(self.out):
             for name, text in {RESULTS: results, REPORT: markdown(self.content)}.items():
                 with atomic_write(self.out / name) as new:

@@ -10,6 +10,7 @@ from ltm_pyro.data.documents import read_documents
 from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, no_data, score_text
+from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_continuations
 from ltm_pyro.utils.statistics import standard_error
@@ -29,7 +30,7 @@ PAPER = {  # perplexity as the paper prints it, scored with the noise of the fit
     "wikitext-2": {"GPT-2-Large": 30.09, "LTM-Medium": 17.39, "LTM-Large": 3.66},
     "lm1b": {"GPT-2-Large": 45.61, "LTM-Medium": 25.16, "LTM-Large": 3.92},
 }
-ESTIMATORS = ("bound", "iwae", "prior", "reused_noise")
+ESTIMATORS = ("bound", "iwae", "prior", "reused_noise", *GAIN)
 
 
 def parts(options: Options) -> list[Part]:
@@ -58,8 +59,8 @@ def perplexity(place: str, options: Options, run: Run) -> Figures:
         "stderr": bound.get("stderr_nats_per_token"),
         "iwae": iwae.get("nats_per_token"),
         "bits_per_byte": bound.get("bits_per_byte"),
-        "thinking_gain": gain.get("nats_per_token"),
-        "thinking_gain_stderr": gain.get("stderr_nats_per_token"),
+        "predictive_gain": gain.get("nats_per_token"),
+        "predictive_gain_stderr": gain.get("stderr_nats_per_token"),
         **counts,
         "estimates": estimates,
     }

@@ -90,7 +90,8 @@ def test_inference_steps_says_what_its_points_say():
             "state": "complete",
             "parameters": p,
             "figures": {"bound": 4 + 0.01 * p["steps"], "prior": 5.0}
-            | {f"bound_at_{t}": 5 - 0.01 * t for t in inference_steps.TESTED},
+            | {f"bound_at_{t}": 5 - 0.01 * t for t in inference_steps.TESTED}
+            | {f"gain_at_{t}": 0.01 * t for t in inference_steps.TESTED},
         }
         for p in inference_steps.points
     ]

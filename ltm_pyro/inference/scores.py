@@ -1,0 +1,254 @@
+"""Estimates of −log p(x) of each sequence, and the figures of a whole text with their errors.
+
+Shapes: B sequences, S samples, J averages over the samples in one estimate.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ltm_pyro.contracts import Part
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.pareto import TRUSTED, pareto_k
+from ltm_pyro.utils.console import finite
+from ltm_pyro.utils.statistics import ratio_standard_error, standard_error, t_interval
+
+NEARLY_ALL = 0.95  # the share of sequences whose k-hat has to be good
+SETTLED = 1e-3  # nats per token that more samples may still take away from a sum of averages
+
+
+class NatsAndKL(NamedTuple):
+    """An estimate of −log p(x) for each sequence, and its KL term, in nats.
+
+    ``kl_stderr_B`` is the Monte Carlo error of the KL, and ``log_weights_SJB`` are the weights whose averages the
+    estimate is made of (`of_weights`); None where an estimator has none. An estimate of the whole text has one average,
+    one block by block has an average for each block.
+    """
+
+    nats_B: Float[Tensor, " B"]
+    kl_B: Float[Tensor, " B"]
+    kl_stderr_B: Float[Tensor, " B"] | None = None
+    log_weights_SJB: Float[Tensor, "S J B"] | None = None
+
+    @classmethod
+    def of_weights(
+        cls, log_weights_SJB: Float[Tensor, "S J B"], kl_B: Float[Tensor, " B"] | None = None
+    ) -> "NatsAndKL":
+        """−Σ_j log (1/S) Σ_s w_sj."""
+        nats_B = (math.log(len(log_weights_SJB)) - log_weights_SJB.logsumexp(0)).sum(0)
+        return cls(nats_B, torch.zeros_like(nats_B) if kl_B is None else kl_B, log_weights_SJB=log_weights_SJB)
+
+    @classmethod
+    def concatenate(cls, batches: Sequence["NatsAndKL"]) -> "NatsAndKL":
+        """The estimates of several batches, in float64; a shorter batch has further averages of weights that are 1."""
+        columns = []
+        for parts in zip(*batches, strict=True):
+            averages = max((part.shape[1] for part in parts if part is not None and part.dim() == 3), default=0)
+            columns.append(None if parts[0] is None else torch.cat([_pad(x, averages) for x in parts], -1))
+        return cls._make(columns)
+
+    def curve(self, samples: int) -> Float[Tensor, " B"]:
+        """The estimate with fewer samples, averaged over disjoint parts of the weights."""
+        assert self.log_weights_SJB is not None
+        parts = self.log_weights_SJB.split(samples)
+        whole = torch.stack([part for part in parts if len(part) == samples])
+        return (math.log(samples) - whole.logsumexp(1)).mean(0).sum(0)
+
+
+def _pad(x: Tensor, averages: int) -> Tensor:
+    short = averages - x.shape[1] if x.dim() == 3 else 0
+    return torch.nn.functional.pad(x.double().cpu(), (0, 0, 0, short)) if short else x.double().cpu()
+
+
+class RowScores(NamedTuple):
+    """Every sequence's id, documents (None if not known), tokens, and nats and KL by estimator."""
+
+    ids_B: Tensor
+    parts: tuple[tuple[Part, ...], ...] | None
+    tokens_B: Tensor
+    scores: dict[str, NatsAndKL]
+
+    @property
+    def pieces(self) -> list[Part] | None:
+        """The document of each sequence, or the piece of one; None if a sequence is not of one document alone."""
+        return [x[0] for x in self.parts] if self.parts and all(len(x) == 1 for x in self.parts) else None
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Nats per token over a whole text.
+
+    The standard error is over documents, whose pieces are not independent of each other (over sequences if the data do
+    not tell documents); ``interval`` is the 95 % interval by Student's t. Both are NaN for one document.
+    """
+
+    nats_per_token: float
+    stderr_nats_per_token: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Point(Rate):
+    """An estimate with a certain number of samples, and the passes through the decoder that it costs.
+
+    A pass is one sequence forward with one z, or back from its ELBO to z. None for other estimators than `iwae` and
+    `prior_iwae`; at most so many if fast steps may stop early.
+    """
+
+    passes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One estimator's results over a whole text; perplexity is exp(nats per token).
+
+    ``stderr`` is over documents, whose pieces are not independent; over sequences if the data do not tell them.
+
+    ``converged`` says whether an average over samples can be trusted, None for other estimators. For a weighted average
+    k-hat is below min(1 − 1 / log10 S, 0.7) for nearly all sequences (Vehtari et al. 2024, arXiv 1507.02646), or `ais`
+    agrees within its error. For `causal` and `causal_prior`, a quarter of the samples gives less than 0.003 nats per
+    token more: Jensen's gap falls as 1 / S, so about 0.001 of it is left. ``curve`` has the figure by number of
+    samples.
+    """
+
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    stderr_nats_per_token: float
+    kl_nats_per_token: float
+    samples: int
+    is_bound: bool
+    converged: bool | None = None
+    curve: dict[int, Point] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    r"""The size of the text that was scored, and the score of every estimator.
+
+    ``predictive_gain`` is ``causal_prior`` − ``causal``: what having thought about the past is worth for predicting
+    what comes,
+
+    .. math:: \sum_b \big[ -\log E_{p(z)}\, p(x_b \mid x_{<b}, z) \big]
+        - \big[ -\log E_{q(z \mid x_{<b})}\, p(x_b \mid x_{<b}, z) \big]
+
+    in nats per token; None if one of the two was not requested. Unlike a difference of bounds it is 0 for a decoder
+    that does not use z, and for thoughts of another text it is below 0.
+
+    ``excluded`` are the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an
+    estimator's name to the reason why it is not defined for this model and guide. ``rows`` are the figures of every
+    sequence.
+    """
+
+    tokens: int
+    documents: int | None  # None if the data do not tell them
+    sequences: int
+    bytes: int
+    excluded: tuple[int, ...]
+    estimates: dict[str, Score]
+    predictive_gain: Rate | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
+    rows: RowScores | None = field(default=None, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries for JSON, without ``rows``; non-finite numbers become None."""
+        result = asdict(replace(self, rows=None))
+        del result["rows"]
+        return cast(dict[str, Any], finite(result))
+
+
+def rate_of(nats_B: Tensor, tokens_B: Tensor, documents_B: Tensor | None = None) -> Rate:
+    """Nats per token of all sequences; ``documents_B`` has the same number for the pieces of one document."""
+    value = (nats_B.sum() / tokens_B.sum()).item()
+    stderr = ratio_standard_error(nats_B, tokens_B, documents_B).item()
+    independent = len(nats_B) if documents_B is None else len(documents_B.unique())
+    return Rate(value, stderr, t_interval(value, stderr, independent))
+
+
+def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:
+    """Whether a weighted average can be trusted, as `Score.converged` says."""
+    log_weights_SB = cast(Tensor, result.log_weights_SJB).flatten(1)
+    samples = len(log_weights_SB)
+    if samples >= 25:
+        limit = min(1 - 1 / math.log10(samples), TRUSTED)
+        if (pareto_k(log_weights_SB) < limit).double().mean() >= NEARLY_ALL:
+            return True
+    if reference is None or reference is result or len(cast(Tensor, reference.log_weights_SJB)) < 2:
+        return False
+    reference_SB = cast(Tensor, reference.log_weights_SJB).flatten(1)
+    error = standard_error(reference_SB.softmax(0) * len(reference_SB)).square().sum().sqrt()
+    return bool((result.nats_B.sum() - reference.nats_B.sum()).abs() < 2 * error)
+
+
+def is_settled(result: NatsAndKL, tokens_B: Tensor) -> bool:
+    """Whether more samples would hardly change a sum of averages, as `Score.converged` says."""
+    samples = len(cast(Tensor, result.log_weights_SJB))
+    if samples < 4:
+        return False
+    fallen = result.curve(samples // 4) - result.nats_B
+    return bool(fallen.sum() / tokens_B.sum() < 3 * SETTLED)
+
+
+def summarise(
+    rows: RowScores, bytes_B: Tensor, points: Sequence[int], are_bounds: Mapping[str, bool], fit_passes: int
+) -> Evaluation:
+    """The figures of a text from those of its sequences.
+
+    Args:
+        points: numbers of samples, for `Score.curve`; the largest one made the estimates.
+        are_bounds: whether an estimator is an upper bound in expectation.
+        fit_passes: passes through the decoder that fit q to a sequence.
+    """
+    is_finite_B = torch.stack([t.nats_B.isfinite() for t in rows.scores.values()]).all(0)
+    excluded = tuple(int(x) for x in rows.ids_B[~is_finite_B])
+    if excluded:
+        warnings.warn(f"No finite score for the sequences {list(excluded)}: they are left out.", stacklevel=3)
+    if not is_finite_B.any():
+        raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
+    pieces = rows.pieces
+    numbers_B = rows.ids_B if pieces is None else torch.tensor([piece.number for piece in pieces])
+    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, bytes_B, numbers_B))
+    results = {
+        name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
+    }
+    rate = partial(rate_of, tokens_B=tokens_B, documents_B=documents_B)
+
+    def score(name: str, result: NatsAndKL) -> Score:
+        nats, total_bytes, by_block = rate(result.nats_B), bytes_B.sum().item(), name in ("causal", "causal_prior")
+        converged, curve = None, {}
+        if result.log_weights_SJB is not None:
+            fit = {"iwae": fit_passes, "prior_iwae": 0}.get(name)
+            converged = is_settled(result, tokens_B) if by_block else is_converged(result, results.get("ais"))
+            for n in sorted(points):
+                at = rate(result.curve(n))
+                passes = None if fit is None else fit + n
+                curve[n] = Point(at.nats_per_token, at.stderr_nats_per_token, at.interval, passes)
+        return Score(
+            nats_per_token=nats.nats_per_token,
+            perplexity=math.exp(nats.nats_per_token) if nats.nats_per_token < 709 else math.inf,
+            bits_per_byte=result.nats_B.sum().item() / math.log(2) / total_bytes if total_bytes else math.nan,
+            stderr_nats_per_token=nats.stderr_nats_per_token,
+            kl_nats_per_token=(result.kl_B.sum() / tokens_B.sum()).item(),
+            samples=1 if name == "reused_noise" else max(points),
+            is_bound=are_bounds[name],
+            converged=converged,
+            curve=curve,
+        )
+
+    with_q, without_q = results.get("causal"), results.get("causal_prior")
+    return Evaluation(
+        tokens=int(tokens_B.sum()),
+        documents=None if pieces is None else len(documents_B.unique()),
+        sequences=len(tokens_B),
+        bytes=int(bytes_B.sum()),
+        excluded=excluded,
+        estimates={name: score(name, result) for name, result in results.items()},
+        predictive_gain=rate(without_q.nats_B - with_q.nats_B) if with_q and without_q else None,
+    )
