@@ -5,7 +5,7 @@ samples (particles), N fast steps. A tensor carries its axes as a suffix: ``z_BL
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -70,6 +70,11 @@ class Part(NamedTuple):
     piece: int | None
     offset: int
     document: DocumentInfo
+
+
+def whole_pieces(parts: Sequence[tuple[Part, ...]] | None) -> list[Part] | None:
+    """The piece of a document that each row is; None if that is not known, or a row is not of one document alone."""
+    return [row[0] for row in parts] if parts and all(len(row) == 1 for row in parts) else None
 
 
 class Batch(NamedTuple):

@@ -8,24 +8,30 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
+from scipy.special import stdtr
 
+from ltm_pyro.analysis.arviz import ess
 from ltm_pyro.analysis.classifiers import c2st
 from ltm_pyro.analysis.draws import evenly_spaced
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.errors import UsageError
 
 FEWEST = 25  # draws for the classifier, at least
-CONVERGED = 1.05  # largest R-hat of converged chains
+CONVERGED = 1.01  # largest R-hat of converged chains (Vehtari et al. 2021, arXiv 1903.08008)
+EFFECTIVE = 400  # draws that R-hat and ess need to be believed (the same source)
+SHIFTED, NARROW, WIDE = 0.2, 0.9, 1 / 0.9  # of the mean in sd, and of the scale: smaller differences do not matter
 
 
 def compare(q: Posterior, reference: Posterior) -> xr.Dataset:
     r"""Compares q with Markov chains, for the sequences of the reference.
 
-    Per coordinate: ``mean_error``, (μ_q − μ) / σ, and ``scale_ratio``, σ_q / σ, which is below 1 if q is too narrow.
-    Per sequence: ``correlation`` (chains) and ``correlation_q``, the root mean square correlation of two coordinates;
-    ``c2st``, the classifier's accuracy, and ``c2st_stderr``; ``r_hat`` (the largest) and ``ess`` (the smallest).
-    Correlation and classifier assume independent draws, so the chains are thinned to their effective sample size.
-    Raises `UsageError` if the reference has no chains, or sequences that q does not have.
+    Per coordinate: ``mean_error``, (μ_q − μ) / σ, and ``scale_ratio``, σ_q / σ, which is below 1 if q is too narrow and
+    above 1 if it is too wide; ``mean_p`` and ``scale_p``, two-sided p-values of no difference, from the effective
+    sample sizes of the chains' mean and standard deviation. Per sequence: ``correlation`` (chains) and
+    ``correlation_q``, the root mean square correlation of two coordinates; ``c2st``, the classifier's accuracy,
+    ``c2st_stderr`` and ``c2st_p``; ``r_hat`` (the largest), ``ess`` and ``ess_tail`` (the smallest). Correlation and
+    classifier assume independent draws, so the chains are thinned to their effective sample size. Raises `UsageError`
+    if the reference has no chains, or sequences that q does not have.
     """
     if "r_hat" not in reference.stats:
         raise UsageError("The reference is not a Markov chain: write one with `ltm posterior --method nuts`.")
@@ -35,18 +41,49 @@ def compare(q: Posterior, reference: Posterior) -> xr.Dataset:
     except KeyError:
         raise UsageError("The reference has a sequence that the posterior does not have: use the same input.") from None
     axes = ("sequence", *THOUGHTS)
-    mean, sd = (x.transpose(*axes).values for x in (reference.z.mean(SAMPLES), reference.z.std(SAMPLES)))
+    z, stats = reference.z.transpose(*SAMPLES, *axes), reference.stats
+    mean, sd = z.mean(SAMPLES).values, z.std(SAMPLES).values
+    of_q = {name: q.stats[name].transpose(*axes).values for name in ("mean", "sd", "mcse_mean")}
+    mean_error, ratio = (of_q["mean"] - mean) / sd, of_q["sd"] / sd
+    bulk, for_sd = stats.ess.transpose(*axes).values, ess(z.values, "sd")
+    kurtosis = np.maximum((((z.values - mean) / sd) ** 4).mean((0, 1)), 3)  # 3 is the normal's
+    exact = (of_q["mcse_mean"] == 0).all()  # q's moments are known, not estimated from its draws
+    own = 0 if exact else 1 / (2 * q.z.sizes["draw"])
+    z_mean = mean_error / np.sqrt(1 / bulk + (of_q["mcse_mean"] / sd) ** 2)
+    with np.errstate(divide="ignore"):  # a point has no scale
+        z_scale = np.log(ratio) / np.sqrt((kurtosis - 1) / (4 * for_sd) + own)
     found = xr.Dataset(
         {
-            "mean_error": (axes, (q.stats["mean"].transpose(*axes).values - mean) / sd),
-            "scale_ratio": (axes, q.stats["sd"].transpose(*axes).values / sd),
-            "r_hat": ("sequence", reference.stats.r_hat.max(THOUGHTS).values),
-            "ess": ("sequence", reference.stats.ess.min(THOUGHTS).values),
-        }
+            "mean_error": (axes, mean_error),
+            "mean_p": (axes, 2 * stdtr(bulk, -np.abs(z_mean))),
+            "scale_ratio": (axes, ratio),
+            "scale_p": (axes, 2 * stdtr(for_sd, -np.abs(z_scale))),
+            "r_hat": ("sequence", stats.r_hat.max(THOUGHTS).values),
+            "ess": ("sequence", stats.ess.min(THOUGHTS).values),
+            "ess_tail": ("sequence", (stats.ess_tail if "ess_tail" in stats else stats.ess).min(THOUGHTS).values),
+        },
+        {name: reference.z.coords[name] for name in ("layer", "thought") if name in reference.z.coords},
     )
     pairs = zip(q.draws.values, reference.draws.values, found["ess"].values, strict=True)
     rows = [compare_draws(a, b, ess) for a, b, ess in pairs]
     return found.assign({name: ("sequence", [row[name] for row in rows]) for name in rows[0]})
+
+
+def differences(found: xr.Dataset, size: float) -> dict[str, int]:
+    """How many coordinates of q are shifted, narrow or wide, and from how many sequences' chains q can be told apart.
+
+    Each is a difference that matters, and one that the chains' own errors do not explain: ``size`` is the probability
+    that an exact q has any of them (Bonferroni over the three kinds of tests and over coordinates and sequences).
+    """
+    level, coordinates = size / 3, found["mean_p"].size
+    off = ~(found["mean_p"] >= level / coordinates)  # so that NaN is a difference
+    scaled = ~(found["scale_p"] >= level / coordinates)
+    return {
+        "shifted": int((off & ~(abs(found["mean_error"]) <= SHIFTED)).sum()),
+        "narrow": int((scaled & (found["scale_ratio"] < NARROW)).sum()),
+        "wide": int((scaled & (found["scale_ratio"] > WIDE)).sum()),
+        "told apart": int((~(found["c2st_p"] >= level / found.sizes["sequence"])).sum()),
+    }
 
 
 def _token_rows(posterior: Posterior) -> list[np.ndarray]:
@@ -57,12 +94,13 @@ def _token_rows(posterior: Posterior) -> list[np.ndarray]:
 def compare_draws(q_SN: Float[np.ndarray, "s N"], chain_SN: Float[np.ndarray, "S N"], ess: float) -> dict[str, Any]:
     """Correlations and classifier accuracy for one sequence; ``ess`` is the chains' effective sample size."""
     chain_SN = thin(chain_SN, max(FEWEST, min(len(q_SN), int(ess))))
-    accuracy = c2st(q_SN, chain_SN)
+    found = c2st(q_SN, chain_SN)
     return {
         "correlation": rms_correlation(chain_SN),
         "correlation_q": rms_correlation(q_SN),
-        "c2st": accuracy.mean,
-        "c2st_stderr": accuracy.stderr,
+        "c2st": found.mean,
+        "c2st_stderr": found.stderr,
+        "c2st_p": found.p_value,
     }
 
 
@@ -81,12 +119,6 @@ def rms_correlation(x_SN: Float[np.ndarray, "S N"]) -> float:
     if not squares.size:
         return 0.0
     return float(max(squares.mean() - 1 / (len(x_SN) - 1), 0) ** 0.5)
-
-
-def narrow_rows(found: xr.Dataset, below: float = 0.9) -> list[dict[str, Any]]:
-    """The thoughts whose scale ratio (geometric mean over coordinates) is less than ``below``, smallest first."""
-    ratio = geometric_mean(found["scale_ratio"], ("dim",)).to_dataframe("ratio").reset_index()
-    return ratio[ratio.ratio < below].sort_values("ratio").to_dict("records")
 
 
 def geometric_mean(x: xr.DataArray, axes: tuple[str, ...]) -> xr.DataArray:

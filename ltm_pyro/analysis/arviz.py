@@ -5,7 +5,7 @@ Shapes: C chains, S draws, n any further axes.
 
 import warnings
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -34,9 +34,9 @@ def rhat(x_CSn: np.ndarray) -> np.ndarray:
         return arviz.rhat(_named(x_CSn))["x"].values
 
 
-def ess(x_CSn: np.ndarray) -> np.ndarray:
-    """Bulk effective sample size of every coordinate (Vehtari et al. 2021)."""
-    return arviz.ess(_named(x_CSn))["x"].values
+def ess(x_CSn: np.ndarray, method: Literal["bulk", "tail", "sd"] = "bulk") -> np.ndarray:
+    """Effective sample size of every coordinate, in the bulk, in the tails or for its scale (Vehtari et al. 2021)."""
+    return arviz.ess(_named(x_CSn), method=method)["x"].values
 
 
 def _named(x_CSn: np.ndarray) -> xr.Dataset:

@@ -109,6 +109,8 @@ def draw_posterior(
                 groups["posterior_predictive"] = xr.Dataset({"tokens": (axes, _numpy(torch.stack(tokens))[None])})
             parts.append(groups)
     attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed, "run": run.source}
+    if options.method != "guide":
+        attrs |= {"chains": options.chains.chains, "warmup": options.chains.warmup, "thin": options.chains.thin}
     return _concatenate(parts, options.method, attrs)
 
 
@@ -182,7 +184,7 @@ def _guide_groups(
 
 
 def _chain_groups(model: Model, batch: Batch, options: DrawOptions) -> Groups:
-    """Runs Markov chains for a batch of one sequence; their draws, moments, R-hat and effective sample sizes."""
+    """Runs Markov chains for a batch of one sequence; their draws, moments, and how they went (`ChainDraws`)."""
     chains = run_chains(model, batch, options.method, options.samples, options.chains)
     groups = _draw_groups(chains.sites, chains.densities, batch)
     stats = groups["sample_stats"]
@@ -191,6 +193,8 @@ def _chain_groups(model: Model, batch: Batch, options: DrawOptions) -> Groups:
     _add_moments(stats, sample_moments(z_SBLKD, torch.from_numpy(chains.diagnostics["ess"])), prior)
     for name, x_BLKD in chains.diagnostics.items():
         stats[name] = (("sequence", *THOUGHTS), x_BLKD)
+    for name, x_CS in chains.steps.items():
+        stats[name] = ((*SAMPLES, "sequence"), x_CS[..., None])
     return groups
 
 

@@ -20,7 +20,7 @@ from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
-from ltm_pyro.utils.statistics import ratio_standard_error
+from ltm_pyro.utils.statistics import clustered_ratio
 
 
 class Sandwich(NamedTuple):
@@ -35,11 +35,10 @@ class Sandwich(NamedTuple):
         """Nats per token of all texts together, and the standard errors over texts."""
         gap_B, total = self.upper_B - self.lower_B, self.tokens_B.sum()
         figures = {"ais": self.upper_B, "reverse_ais": self.lower_B, "iwae": self.iwae_B, "gap": gap_B}
-        rates = {name: (x_B.sum() / total).item() for name, x_B in figures.items()}
-        errors = {name: ratio_standard_error(x_B, self.tokens_B).item() for name, x_B in figures.items()}
+        found = {name: clustered_ratio(x_B, self.tokens_B) for name, x_B in figures.items()}
         return {
-            "nats_per_token": rates,
-            "stderr": {name: error if math.isfinite(error) else None for name, error in errors.items()},
+            "nats_per_token": {name: x.value for name, x in found.items()},
+            "stderr": {name: x.stderr if math.isfinite(x.stderr) else None for name, x in found.items()},
             "sequences": len(gap_B),
             "tokens": int(total),
         }

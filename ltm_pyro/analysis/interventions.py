@@ -20,7 +20,7 @@ from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.nn.layers import CrossAttention
 from ltm_pyro.runs.run import Run
-from ltm_pyro.utils.statistics import standard_error
+from ltm_pyro.utils.statistics import clustered_mean
 
 DRAWS = 4
 
@@ -31,7 +31,7 @@ def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int 
     .. math:: E_q[\log p(x \mid z)] - E_q[\log p(x \mid z_{\setminus k}, \tilde z_k)], \qquad \tilde z_k \sim p(z_k)
 
     The ablated thoughts are drawn from the prior instead of q. ``by_layer`` and ``by_thought`` are averages over
-    sequences and ``draws`` draws, ``*_stderr`` their standard errors over sequences, NaN for a single sequence.
+    sequences and ``draws`` draws, ``*_stderr`` their standard errors over documents, NaN for a single one.
     """
     z_SBLKD = torch.from_numpy(posterior.z.values[0, :draws])
     prior_SLKD = torch.from_numpy(posterior.group("prior")["z"].values[0])
@@ -50,10 +50,11 @@ def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int 
     by_layer = torch.stack([lost[layer, None] for layer in range(layers)])
     by_thought = torch.stack([torch.stack([lost[layer, k] for k in range(thoughts)]) for layer in range(layers)])
     axes = ("layer", "thought")
+    documents = np.array(posterior.labels["document"])
     found = {"by_layer": (axes[:1], by_layer), "by_thought": (axes, by_thought)}
-    means = {name: (at, x.mean(-1).numpy()) for name, (at, x) in found.items()}
-    errors = {f"{name}_stderr": (at, standard_error(x, axis=-1).numpy()) for name, (at, x) in found.items()}
-    return xr.Dataset(means | errors)
+    figures = {name: (at, clustered_mean(x.movedim(-1, 0), documents)) for name, (at, x) in found.items()}
+    means = {name: (at, x.value) for name, (at, x) in figures.items()}
+    return xr.Dataset(means | {f"{name}_stderr": (at, x.stderr) for name, (at, x) in figures.items()})
 
 
 def _log_likelihood(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:

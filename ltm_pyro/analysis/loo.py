@@ -1,4 +1,4 @@
-"""PSIS-LOO: leave-one-out predictive densities by Pareto-smoothed importance sampling, by token and by sequence.
+"""PSIS-LOO: leave-one-out predictive densities by Pareto-smoothed importance sampling, by factor and by sequence.
 
 Shapes: S draws, N sequences, T tokens.
 """
@@ -21,17 +21,20 @@ class Loo(NamedTuple):
     unit: str
 
 
-def loo_by_token(posterior: Posterior) -> Loo:
-    r"""Leaves one token out; all other tokens of its sequence, before and after it, are kept.
+def loo_by_factor(posterior: Posterior) -> Loo:
+    r"""Leaves the factor of one token out of its sequence's likelihood, and predicts the token without it.
 
-    .. math:: \log E_{p(z \mid x_{-t})}[p(x_t \mid x_{<t}, z)], \qquad
+    .. math:: \log E_{p_t(z)}[p(x_t \mid x_{<t}, z)], \qquad
+        p_t(z) \propto p(z) \prod_{u \ne t} p(x_u \mid x_{<u}, z), \qquad
         w_s \propto \frac{p(x, z_s)}{q(z_s \mid x)\, p(x_t \mid x_{<t}, z_s)}
 
-    The weights also correct q (Magnusson et al. 2019, arXiv 1904.10679). Padding is NaN.
+    The token is still in the contexts of the factors after it, so this is not log p(x_t | all other tokens), which
+    would need a fit for every token of the vocabulary; the two agree where tokens are independent given z. The weights
+    also correct q (Magnusson et al. 2019, arXiv 1904.10679). Padding is NaN.
     """
     by_token = _rows(posterior.group("log_likelihood")["by_token"])
     weights = _rows(posterior.log_weights())[:, None]
-    return _loo(weights - by_token, by_token, ("sequence", "token"), "a token, given all others of its sequence")
+    return _loo(weights - by_token, by_token, ("sequence", "token"), "a token's factor p(x_t | x_<t, z)")
 
 
 def loo_by_sequence(posterior: Posterior) -> Loo:

@@ -11,6 +11,7 @@ import xarray as xr
 
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.statistics import clustered_mean
 
 Row = Any  # the tokens of one text, without padding
 
@@ -29,25 +30,31 @@ STATISTICS: dict[str, Callable[[Row], float]] = {
 
 
 def check(posterior: Posterior, statistics: dict[str, Callable[[Row], float]] | None = None) -> xr.Dataset:
-    """Compares statistics of the texts with those of their replicas (Gelman, Meng & Stern 1996).
+    r"""Compares statistics of the texts with those of their replicas, text by text.
 
-    ``observed`` and ``replicated`` (by replica) are averages over sequences; ``p_value`` is the share of pairs
-    (sequence, replica) whose replica has the larger value, ties counted half: near 0 or 1 if the model's texts differ
-    from the data. Replicas are generated from draws of q, which was fitted to the same text.
+    .. math:: \bar d = \tfrac1N \sum_i \big[ T(x_i) - \tfrac1R \sum_r T(x_{ir}) \big]
+
+    ``observed`` and ``replicated`` (by replica) are averages over sequences, ``difference`` is their difference with
+    ``stderr`` over documents, and ``p_value`` that of "no difference". A replica is generated from a draw of q, which
+    was fitted to the text: if model and q are right, text and replica can be exchanged, so that differences scatter
+    about 0. The p-value has the size it says, other than the share of larger replicas (a posterior predictive p-value),
+    which is drawn towards 0.5 because q has seen the text (Gelman, Meng & Stern 1996; Bayarri & Berger 2000).
     """
     if "posterior_predictive" not in posterior.tree:
         raise UsageError("This posterior has no replicas: make some with `ltm posterior --replicas 2`.")
     statistics = statistics or STATISTICS
     own = posterior.group("observed_data")["tokens"].values
     replicas = posterior.group("posterior_predictive")["tokens"].values[0]
-    found = np.array([[function(row[row >= 0]) for row in own] for function in statistics.values()])
-    other = np.array([[[f(row[row >= 0]) for row in rows] for rows in replicas] for f in statistics.values()])
-    larger = (other > found[:, None]) + 0.5 * (other == found[:, None])
+    found = np.array([[function(row[row >= 0]) for row in own] for function in statistics.values()], float)
+    other = np.array([[[f(row[row >= 0]) for row in rows] for rows in replicas] for f in statistics.values()], float)
+    difference = clustered_mean((found - other.mean(1)).T, np.array(posterior.labels["document"]))
     return xr.Dataset(
         {
             "observed": ("statistic", found.mean(1)),
             "replicated": (("statistic", "replica"), other.mean(2)),
-            "p_value": ("statistic", larger.mean((1, 2))),
+            "difference": ("statistic", difference.value),
+            "stderr": ("statistic", difference.stderr),
+            "p_value": ("statistic", difference.p_value),
         },
         {"statistic": list(statistics)},
     )

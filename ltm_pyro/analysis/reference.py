@@ -3,9 +3,10 @@
 Shapes: C chains, S draws, B = 1 sequence, L layers, K thoughts, D width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,10 +20,52 @@ from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import frozen
 
+
+class _Recorded(HMC):
+    """Pyro's kernel, which also keeps what a step was like: energy, acceptance probability, tree depth, divergence."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.steps: list[dict[str, float]] = []  # after warm-up, by ArviZ's names
+        self.accepted = 0.0  # the sum of acceptance probabilities, because Pyro keeps their running mean
+        self._kinetic, self._depth = math.nan, 0
+        super().__init__(*args, **options)
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._kinetic, self._depth = math.nan, 0
+        potential = self._fetch_from_cache()[1]
+        drawn: dict[str, Tensor] = super().sample(params)
+        number = self._t - cast(int, self._warmup_steps)  # Pyro has counted this step
+        if number > 0:
+            total, before = number * float(self._mean_accept_prob), self.accepted
+            self.accepted = total
+            potential = self._fetch_from_cache()[1] if potential is None else potential
+            self.steps.append(
+                {
+                    "energy": float(potential) + self._kinetic,
+                    "acceptance_rate": total - before,
+                    "tree_depth": self._depth,
+                    "diverging": bool(self._divergences and self._divergences[-1] == number - 1),
+                }
+            )
+        return drawn
+
+    def _kinetic_energy(self, r_unscaled: dict[Any, Tensor]) -> Tensor:
+        energy: Tensor = super()._kinetic_energy(r_unscaled)
+        if math.isnan(self._kinetic):  # that of the momentum which the step begins with
+            self._kinetic = float(energy)
+        return energy
+
+
+class _RecordedNUTS(_Recorded, NUTS):
+    def _build_tree(self, z: Any, r: Any, grads: Any, log_slice: Any, direction: Any, depth: int, energy: Any) -> Any:
+        self._depth = max(self._depth, depth + 1)
+        return super()._build_tree(z, r, grads, log_slice, direction, depth, energy)
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
-    "nuts": lambda model: NUTS(model, max_tree_depth=6),
+    "nuts": lambda model: _RecordedNUTS(model, max_tree_depth=6),
     # HMC with one leapfrog step is the Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996)
-    "langevin": lambda model: HMC(model, step_size=0.1, num_steps=1, target_accept_prob=0.57),
+    "langevin": lambda model: _Recorded(model, step_size=0.1, num_steps=1, target_accept_prob=0.57),
 }
 
 
@@ -46,11 +89,17 @@ class ChainOptions:
 
 
 class ChainDraws(NamedTuple):
-    """Draws (C, S, 1, …), the model's log-densities there, and R-hat and effective sample size per coordinate."""
+    """Draws (C, S, 1, …), the model's log-densities there, and how the chains went.
+
+    ``diagnostics`` has R-hat and effective sample sizes of every coordinate, ``steps`` ArviZ's ``sample_stats`` of
+    every draw (C, S): ``energy``, ``acceptance_rate``, ``tree_depth`` and ``diverging`` (of any step since the last
+    draw that was kept).
+    """
 
     sites: Sites
     densities: LogDensities
     diagnostics: dict[str, np.ndarray]
+    steps: dict[str, np.ndarray]
 
 
 def run_chains(model: Model, batch: Batch, method: str, samples: int, options: ChainOptions) -> ChainDraws:
@@ -60,22 +109,28 @@ def run_chains(model: Model, batch: Batch, method: str, samples: int, options: C
     if batch.size != 1:
         raise UsageError(f"A chain moves all sequences of a batch as one, got {batch.size}: give one at a time.")
     chains: list[Sites] = []
+    steps: list[dict[str, np.ndarray]] = []
     with frozen(model), fix_global_draws(model, torch.initial_seed()):
         for _ in range(options.chains):
             names = list(prior_sites(model, 1))
-            mcmc = MCMC(KERNELS[method](model), samples * options.thin, options.warmup, disable_progbar=True)
+            kernel = KERNELS[method](model)
+            mcmc = MCMC(kernel, samples * options.thin, options.warmup, disable_progbar=True)
             mcmc.run(batch)
             drawn = mcmc.get_samples()
             chains.append({name: drawn[name][:: options.thin].detach() for name in names})
+            taken = {name: np.array([step[name] for step in kernel.steps]) for name in kernel.steps[0]}
+            kept: dict[str, Any] = {name: x[:: options.thin] for name, x in taken.items()}
+            steps.append(kept | {"diverging": taken["diverging"].reshape(samples, options.thin).any(1)})
         parts = [log_densities(model, batch, sites) for sites in chains]
     sites = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
     densities = LogDensities._make(torch.stack(x) for x in zip(*parts, strict=True))
-    return ChainDraws(sites, densities, convergence(densities.z_SBLKD))
+    taken = {name: np.stack([chain[name] for chain in steps]) for name in steps[0]}
+    return ChainDraws(sites, densities, convergence(densities.z_SBLKD), taken)
 
 
 def convergence(z_CSBLKD: Tensor) -> dict[str, np.ndarray]:
-    """Rank-normalised split R-hat and bulk effective sample size (Vehtari et al. 2021, arXiv 1903.08008)."""
+    """Rank-normalised split R-hat, bulk and tail effective sample size (Vehtari et al. 2021, arXiv 1903.08008)."""
     from ltm_pyro.analysis.arviz import ess, rhat
 
     z = z_CSBLKD.cpu().numpy()
-    return {"r_hat": rhat(z), "ess": ess(z)}
+    return {"r_hat": rhat(z), "ess": ess(z), "ess_tail": ess(z, "tail")}

@@ -52,11 +52,13 @@ def run(args: argparse.Namespace) -> int:
     with console.status("fitting every guide on the models with known answers …"):
         report = import_module(STUDY).check_inference(args.seed)
     if args.json:
-        print_json(report)
+        print_json(report | {"left_out": import_module(STUDY).LEFT_OUT})
         return 0
     for model, guides in report.items():
         for guide, figures in guides.items():
-            Console().print(_table(f"{guide} on {model.replace('_', ' ')}", figures))
+            Console().print(_table(f"{guide} on {model.replace('_', ' ')}: {figures['verdict']}", figures))
+    for guide, reason in import_module(STUDY).LEFT_OUT.items():
+        Console().print(f"{guide} is left out: {reason}.", soft_wrap=True)
     return 0
 
 
@@ -86,9 +88,11 @@ def _sandwich(args: argparse.Namespace) -> int:
 
 def _table(title: str, figures: dict[str, Any]) -> Table:
     table = Table("quantity", "estimate", "± s.e.", "error", "", title=title, title_justify="left")
-    for name in ("mean_error", "variance_relative_error", "covariance_relative_error"):
-        if name in figures:
-            table.add_row(name.replace("_", " "), "", "", f"{figures[name]:.1e}", "")
+    of_q, exact = figures.get("errors", {}), figures.get("compared_with") == "the posterior"
+    for truth, errors in of_q.items():
+        name = figures["compared_with"] if truth == "best" else "the posterior"
+        for quantity, error in errors.items() if truth == "best" or not exact else ():
+            table.add_row(f"{quantity}, largest error", "", "", f"{error:.1e}", f"against {name}")
     table.add_row("log evidence (nats per sequence)", f"{figures['log_evidence']:.4f}", "", "", "truth")
     for name, bound in (*figures["bounds"].items(), ("reused_noise", figures["reused_noise"])):
         note = "a bound" if bound["is_bound"] else "NOT a bound"

@@ -260,6 +260,8 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
         gain = (e.predictive_gain.nats_per_token, e.predictive_gain.stderr_nats_per_token)
         table.add_row("predictive gain", *map(_figure, gain))
     reasons = [f"{name}: unavailable, because {reason}." for name, reason in e.unavailable.items()]
+    if e.excluded:
+        reasons.insert(0, f"{len(e.excluded)} sequences have no finite score and are in no figure.")
     if 1 in (e.documents, e.sequences):
         reasons.append("One document has no standard error, because its pieces are not independent of each other.")
     table.caption = " ".join(reasons) or None

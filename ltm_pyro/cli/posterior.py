@@ -94,11 +94,13 @@ def summary(posterior: "Posterior") -> dict[str, float]:
     figures: dict[str, float] = {"sequences": posterior.size, "tokens": posterior.tokens}
     for name in ("elbo", "iwae", "kl"):
         if name in stats:
-            figures[f"mean_{name}"] = float(stats[name].mean())
+            figures[f"mean_{name}"] = float(stats[name].mean(skipna=False))
     if "pareto_k" in stats:
-        figures["pareto_k_above_0.7"] = int((stats["pareto_k"] > TRUSTED).sum())
+        figures["pareto_k_above_0.7"] = int((~(stats["pareto_k"] <= TRUSTED)).sum())
     if "r_hat" in stats:
         figures |= {"max_r_hat": float(stats["r_hat"].max()), "min_ess": float(stats["ess"].min())}
+    if "diverging" in stats:  # not in files of before
+        figures |= {"min_ess_tail": float(stats["ess_tail"].min()), "divergences": int(stats["diverging"].sum())}
     return figures
 
 

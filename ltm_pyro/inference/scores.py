@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ltm_pyro.contracts import Part
+from ltm_pyro.contracts import Part, whole_pieces
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED, pareto_k
 from ltm_pyro.utils.console import finite
-from ltm_pyro.utils.statistics import ratio_standard_error, standard_error, t_interval
+from ltm_pyro.utils.statistics import clustered_ratio, standard_error
 
 NEARLY_ALL = 0.95  # the share of sequences whose k-hat has to be good
 SETTLED = 1e-3  # nats per token that more samples may still take away from a sum of averages
@@ -78,7 +78,7 @@ class RowScores(NamedTuple):
     @property
     def pieces(self) -> list[Part] | None:
         """The document of each sequence, or the piece of one; None if a sequence is not of one document alone."""
-        return [x[0] for x in self.parts] if self.parts and all(len(x) == 1 for x in self.parts) else None
+        return whole_pieces(self.parts)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Rate:
     """Nats per token over a whole text.
 
     The standard error is over documents, whose pieces are not independent of each other (over sequences if the data do
-    not tell documents); ``interval`` is the 95 % interval by Student's t. Both are NaN for one document.
+    not tell documents); ``interval`` is the 95 % interval by Student's t (`clustered_ratio`). NaN for one document.
     """
 
     nats_per_token: float
@@ -166,10 +166,7 @@ class Evaluation:
 
 def rate_of(nats_B: Tensor, tokens_B: Tensor, documents_B: Tensor | None = None) -> Rate:
     """Nats per token of all sequences; ``documents_B`` has the same number for the pieces of one document."""
-    value = (nats_B.sum() / tokens_B.sum()).item()
-    stderr = ratio_standard_error(nats_B, tokens_B, documents_B).item()
-    independent = len(nats_B) if documents_B is None else len(documents_B.unique())
-    return Rate(value, stderr, t_interval(value, stderr, independent))
+    return Rate(*clustered_ratio(nats_B, tokens_B, documents_B)[:3])
 
 
 def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:

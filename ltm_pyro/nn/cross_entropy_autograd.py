@@ -38,9 +38,11 @@ class NatsFunction(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, embedding_VD: Tensor, value_N: Tensor, dtype: torch.dtype, needs_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         """Nats and log Σ exp of every token; the gradient is computed in the same pass."""
-        lse_N, mean_ND = _logsumexp_and_mean(hidden_ND.to(dtype), embedding_VD, needs_gradient)
+        lse_N, mean_ND, logit_N = _logsumexp_and_mean(hidden_ND.to(dtype), embedding_VD, needs_gradient, value_N)
         nats_and_gradient = kernel(_nats_and_gradient, hidden_ND.device.type)
         nats_N, gradient_ND = nats_and_gradient(lse_N, mean_ND, hidden_ND.detach(), embedding_VD[value_N])
+        if logit_N is not None:  # rounded as those in the sum are, or a confident token has less than 0 nats
+            nats_N = lse_N - logit_N
         if needs_gradient:
             ctx.save_for_backward(gradient_ND)
         ctx.mark_non_differentiable(lse_N)
@@ -104,21 +106,32 @@ def _columns(embedding_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
         yield columns, F.pad(part_UD, (0, 0, 0, padding)) if padding else part_UD
 
 
-def _logsumexp_and_mean(hidden_ND: Tensor, embedding_VD: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
-    """log Σ exp (E h)_v, and if ``needs_gradient`` the mean of E's rows under softmax(E h), with an online softmax."""
+def _logsumexp_and_mean(
+    hidden_ND: Tensor, embedding_VD: Tensor, needs_gradient: bool, value_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log Σ exp (E h)_v, and if ``needs_gradient`` the mean of E's rows under softmax(E h), with an online softmax.
+
+    In half precision also the logits of ``value_N``, from the same products.
+    """
     dtype = hidden_ND.dtype
     wide = torch.promote_types(dtype, torch.float32)
     max_N1 = hidden_ND.new_full((len(hidden_ND), 1), -torch.inf, dtype=wide)
     total_N1, mean_ND = torch.zeros_like(max_N1), torch.zeros_like(hidden_ND, dtype=wide)
+    logit_N = None if dtype == wide else torch.zeros_like(max_N1[:, 0])
     update, buffer_RU = kernel(_online_softmax, hidden_ND.device.type), _tile_buffer(hidden_ND, wide)
     for columns, part_UD in _columns(embedding_VD, dtype):
         for rows in _rows(hidden_ND):
-            tile = hidden_ND[rows] @ part_UD.T, columns.stop - columns.start, max_N1[rows], total_N1[rows], buffer_RU
+            logits_RU, size = hidden_ND[rows] @ part_UD.T, columns.stop - columns.start
+            if logit_N is not None:
+                place_R = value_N[rows] - columns.start
+                chosen_R = logits_RU.gather(1, place_R.clamp(0, size - 1)[:, None])[:, 0].to(wide)
+                logit_N[rows] += torch.where((place_R >= 0) & (place_R < size), chosen_R, 0)
+            tile = logits_RU, size, max_N1[rows], total_N1[rows], buffer_RU
             max_N1[rows], total_N1[rows], factor_R1, weights_RU = update(*tile)
             if needs_gradient:
                 mean_ND[rows].mul_(factor_R1).add_(weights_RU @ part_UD)
-            del tile, weights_RU  # so that the next tile can reuse their memory
-    return (max_N1 + total_N1.log())[:, 0], mean_ND.div_(total_N1)
+            del tile, logits_RU, weights_RU  # so that the next tile can reuse their memory
+    return (max_N1 + total_N1.log())[:, 0], mean_ND.div_(total_N1), logit_N
 
 
 def _tile_buffer(hidden_ND: Tensor, wide: torch.dtype) -> Tensor | None:

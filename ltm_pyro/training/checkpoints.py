@@ -18,6 +18,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
+from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.utils.files import atomic_write
 
 
@@ -85,6 +86,7 @@ class Checkpoints(Checkpoint):
         self._signalled = self._stopping = self._updating = self._validating = self._due = False
         self._handlers: dict[int, Any] = {}  # signal handlers from before the training
         self._step = self._saved = 0  # the last finished step, and the last one in a checkpoint
+        self._rows: int | None = 0  # of metrics.csv after that step
 
     def on_save_checkpoint(self, trainer: Any, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds recipe and tokenizer, and brings Lightning's counters into the form from which it resumes exactly.
@@ -93,6 +95,7 @@ class Checkpoints(Checkpoint):
         completed) agree, and it expects those of its own `ModelCheckpoint`, which saves earlier than we do.
         """
         checkpoint["ltm_pyro"] = self._texts
+        checkpoint["metrics_rows"] = self._rows
         loops = checkpoint["loops"]["fit_loop"]
         batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
         validation, steps = loops["epoch_loop.val_loop.batch_progress"], loops["epoch_loop.state_dict"]
@@ -138,6 +141,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, index: int) -> None:
         """Saves the step before, and stops after a signal: by now its figures are logged, and it is validated."""
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self._batches:
+            self._rows = _rows(trainer)
         if self._due:
             self._save(trainer)
         if self._stopping:
@@ -171,6 +176,7 @@ class Checkpoints(Checkpoint):
         if is_cut or is_spent or trainer.should_stop:
             self._save_end(trainer, module)
         elif self._due:
+            self._rows = _rows(trainer)
             self._save(trainer)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
@@ -211,6 +217,7 @@ class Checkpoints(Checkpoint):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         begun = progress.total.processed - self._batches
         self._validating = self._validating and not begun  # otherwise the batches come again, and their validation
+        self._rows = self._rows if begun else _rows(trainer)
         for count in (progress.total, progress.current):
             count.ready = count.started = count.processed = count.processed - begun
             count.completed = min(count.completed, count.processed)
@@ -245,6 +252,11 @@ class Checkpoints(Checkpoint):
                 shutil.copyfile(self._path, older)
         for old in sorted(self._path.parent.glob("step-*.ckpt"))[: 1 - self._saving.keep or None]:
             old.unlink()
+
+
+def _rows(trainer: Any) -> int | None:
+    """The rows of metrics.csv so far; None if this training writes none."""
+    return next((log.rows for log in trainer.loggers if isinstance(log, MetricsFile)), None)
 
 
 def _count(progress: dict[str, int], started: int, finished: int | None = None) -> None:

@@ -19,15 +19,22 @@ COLUMNS = (
 class MetricsFile(Logger):
     """``metrics.csv`` of a run: one row per logged step.
 
-    If a run is ``resumed`` at a step, rows from there on are dropped, because they are logged again; the seconds
+    If a run is ``resumed`` from a checkpoint, the rows after it are dropped, because they are logged again; the seconds
     continue.
+
+    Args:
+        path: of the file.
+        resumed: the step of the checkpoint.
+        rows: the number of rows when it was written. (A validation between two slow steps has the same step as one
+            before it.)
     """
 
     name = version = ""
 
-    def __init__(self, path: Path, resumed: int | None = None) -> None:
+    def __init__(self, path: Path, resumed: int | None = None, rows: int | None = None) -> None:
         super().__init__()
-        self._path, self._began, self._resumed = path, time.monotonic(), resumed
+        self._path, self._began, self._resumed, self._kept = path, time.monotonic(), resumed, rows
+        self.rows = 0  # written so far
 
     @rank_zero_only
     def resume(self) -> None:
@@ -37,6 +44,8 @@ class MetricsFile(Logger):
         text = self._path.read_text("utf-8", "replace")
         lines = text[: text.rfind("\n") + 1].splitlines()  # a power failure may have cut the last one
         rows = [row for row in csv.DictReader(lines) if _is_whole(row) and int(row["step"]) < self._resumed]
+        rows = rows[: self._kept]
+        self.rows = len(rows)
         self._began -= max((float(row["seconds"]) for row in rows), default=0.0)
         with atomic_write(self._path) as new, new.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
@@ -53,7 +62,9 @@ class MetricsFile(Logger):
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             if new:
                 writer.writeheader()
-            writer.writerow({**metrics, "step": step, "seconds": seconds})
+            at = max(step or 0, 0)  # -1 is what Lightning calls a validation before the first slow step
+            writer.writerow({**metrics, "step": at, "seconds": seconds})
+        self.rows += 1
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run's ``config.yaml`` has them."""

@@ -143,7 +143,8 @@ class LTMModule(pl.LightningModule):
             inference = replace(inference, use_thoughts=True)
         if self.store is None:
             inference = inference.from_start()
-        self.flops += slots * cost(inference)
+        self.flops_per_batch = slots * cost(inference)  # under the name that Lightning's ThroughputMonitor reads
+        self.flops += self.flops_per_batch
         with seeded(self.seed, self.current_epoch, index, self.global_rank):
             stored = None
             if self.store:

@@ -80,7 +80,7 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
     _, tokenizer = open_pack(config.data.directory)
     recipe, text = dump_recipe(config), tokenizer.to_str()
     content = _content(resumed or config.warm_start, tokenizer)
-    log = MetricsFile(run / METRICS, content["global_step"] if keep else None)
+    log = MetricsFile(run / METRICS, *(content["global_step"], content.get("metrics_rows")) if keep else ())
 
     def start_run() -> None:
         write_run(run, recipe, text, keep)

@@ -1,85 +1,99 @@
-"""Standard errors of a mean and of a ratio, over independent examples (sequences, passages, texts).
+"""Means and ratios with their standard errors, over independent examples or over clusters of dependent ones.
 
-Shapes: N examples, any further axes.
+Shapes: N examples, G clusters, any further axes.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Values = Tensor | np.ndarray
+LEVEL = 0.95  # of every interval
+
+
+class Estimate(NamedTuple):
+    """A mean or a ratio, its standard error, its 95 % interval, and the p-value of "it is 0" (two-sided).
+
+    Floats, or arrays of numpy if there are further axes; all but the value are NaN if everything is one cluster.
+    """
+
+    value: Any
+    stderr: Any
+    interval: tuple[Any, Any]
+    p_value: Any
 
 
 def standard_error(values: Values, axis: int = 0) -> Any:
-    r"""The standard error of the mean of N independent values, with Bessel's correction.
+    r"""The standard error of the mean of N independent values, such as draws, with Bessel's correction.
 
     .. math:: \mathrm{se}(\bar x) = \sqrt{\frac{1}{N (N - 1)} \sum_{n=1}^N (x_n - \bar x)^2}
 
     Args:
         values: numbers or truth values; with further axes, every series has a standard error of its own.
-        axis: that of the N examples.
+        axis: that of the N values.
 
     Returns:
         Of the same library as the values, in their shape without ``axis`` and in their unit; NaN if N is 1.
     """
-    return _standard_deviation(values, axis) / math.sqrt(values.shape[axis])
-
-
-def ratio_standard_error(numerators: Values, denominators: Values, clusters: Values | None = None) -> Any:
-    r"""The standard error of a ratio of two sums over N independent examples, by linearisation.
-
-    .. math:: R = \frac{\sum_n a_n}{\sum_n b_n}, \qquad
-        \mathrm{se}(R) = \frac{\sqrt N}{\sum_n b_n} \sqrt{\frac{1}{N - 1} \sum_{n=1}^N (a_n - R\, b_n)^2}
-
-    Such as nats per token of sequences that differ in length, or the share of tokens that are right.
-
-    Args:
-        numerators: a, (N, …); with further axes, every ratio has a standard error of its own.
-        denominators: b, (N,), above 0.
-        clusters: (N,), the same number for examples that are not independent of each other, such as the pieces of one
-            document: their numerators and denominators are summed first, and N counts the clusters.
-
-    Returns:
-        Of the same library, in the shape of one numerator and in the ratio's unit; NaN if N is 1. Source: Cochran,
-        Sampling Techniques (1977), section 2.11.
-    """
-    if clusters is not None:
-        numerators, denominators = (_sums(x, clusters) for x in (numerators, denominators))
-    total = denominators.sum()
-    ratio = numerators.sum(0) / total
-    residuals = numerators - ratio * denominators.reshape(-1, *[1] * (numerators.ndim - 1))
-    return _standard_deviation(residuals, 0) * math.sqrt(len(numerators)) / total
-
-
-def t_interval(value: float, stderr: float, examples: int, level: float = 0.95) -> tuple[float, float]:
-    r"""The interval of a mean or a ratio over N independent examples (or clusters), by Student's t with N − 1 degrees.
-
-    .. math:: R \pm t_{N - 1, (1 + \mathrm{level}) / 2} \; \mathrm{se}(R)
-
-    With few examples it is wider than the normal's: 1.4 times at N = 5. NaN if N is 1.
-    """
-    if examples < 2:
-        return math.nan, math.nan
-    from scipy.special import stdtrit  # here, because it takes a tenth of a second to import
-
-    half = float(stdtrit(examples - 1, (1 + level) / 2)) * stderr
-    return value - half, value + half
-
-
-def _sums(values: Values, clusters: Values) -> Any:
-    """The sums of the values of each cluster."""
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    if isinstance(values, np.ndarray):
-        sums = np.zeros((index.max() + 1, *values.shape[1:]), np.result_type(values, np.float64))
-        np.add.at(sums, index, values)
-        return sums
-    return values.new_zeros(index.max() + 1, *values.shape[1:]).index_add(0, torch.from_numpy(index), values)
-
-
-def _standard_deviation(values: Values, axis: int) -> Any:
     if values.shape[axis] < 2:  # torch and numpy would give NaN as well, with a warning
         return values.sum(axis) * math.nan
-    return values.std(axis, correction=1) if isinstance(values, Tensor) else values.std(axis, ddof=1)
+    sd = values.std(axis, correction=1) if isinstance(values, Tensor) else values.std(axis, ddof=1)
+    return sd / math.sqrt(values.shape[axis])
+
+
+def clustered_mean(values: Values, clusters: Values | None = None) -> Estimate:
+    """`clustered_ratio` with denominators of 1: the mean over N examples."""
+    return clustered_ratio(values, np.ones(len(values)), clusters)
+
+
+def clustered_ratio(numerators: Values, denominators: Values, clusters: Values | None = None) -> Estimate:
+    r"""A ratio of two sums, such as nats per token of sequences that differ in length, with the error of a jackknife.
+
+    .. math:: R = \frac{\sum_g a_g}{\sum_g b_g}, \qquad
+        \mathrm{se}(R)^2 = \frac{G - 1}{G} \sum_{g=1}^G (R_{(g)} - R)^2, \qquad R \pm t_\nu \, \mathrm{se}(R)
+
+    a_g and b_g are the sums over cluster g, and R_(g) is the ratio without it. Student's t has ν = G_eff − 1 degrees of
+    freedom, at least 1, with G_eff = (Σ b_g)² / Σ b_g², which is G for clusters of equal size. For equal denominators
+    the standard error is that of the mean over clusters.
+
+    Args:
+        numerators: (N, …); with further axes, every ratio has an error of its own. To compare two models on the same
+            examples, give their differences.
+        denominators: (N,), above 0.
+        clusters: (N,), equal for examples that depend on each other, such as the pieces of one document; by default
+            every example is a cluster.
+
+    Source: Cameron & Miller (2015), A Practitioner's Guide to Cluster-Robust Inference, section VI; Kish (1965) for the
+    effective number of clusters.
+    """
+    a_N, b_N = (np.asarray(x.cpu() if isinstance(x, Tensor) else x, float) for x in (numerators, denominators))
+    if clusters is not None:
+        _, index_N = np.unique(np.asarray(clusters), return_inverse=True)
+        a_N, b_N = (_sums(x, index_N) for x in (a_N, b_N))
+    groups, total = len(b_N), b_N.sum()
+    value = a_N.sum(0) / total
+    if groups < 2:
+        nothing = value * math.nan
+        return Estimate(_plain(value), _plain(nothing), (_plain(nothing), _plain(nothing)), _plain(nothing))
+    from scipy.special import stdtr, stdtrit  # here, because it takes a tenth of a second to import
+
+    rest_N = (total - b_N).reshape(-1, *[1] * (a_N.ndim - 1))
+    without_N = (a_N.sum(0) - a_N) / rest_N
+    stderr = np.sqrt((groups - 1) / groups * ((without_N - value) ** 2).sum(0))
+    freedom = max(total**2 / (b_N**2).sum() - 1, 1.0)
+    half = stdtrit(freedom, (1 + LEVEL) / 2) * stderr
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p_value = np.where(value == 0, 1.0, 2 * stdtr(freedom, -np.abs(value / stderr)))
+    return Estimate(_plain(value), _plain(stderr), (_plain(value - half), _plain(value + half)), _plain(p_value))
+
+
+def _sums(values_N: np.ndarray, index_N: np.ndarray) -> np.ndarray:
+    sums = np.zeros((index_N.max() + 1, *values_N.shape[1:]))
+    np.add.at(sums, index_N, values_N)
+    return sums
+
+
+def _plain(x: Any) -> Any:
+    return x if np.ndim(x) else float(x)

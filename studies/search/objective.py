@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 
 from ltm_pyro.data import read_manifest
 from ltm_pyro.data.dataset import open_pack
+from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
 from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.runs.load import load_run
@@ -101,6 +102,10 @@ def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
         limit=setting.limit,
         block=coarse_block(run),
     )
+    if found.excluded:  # a mean over other sequences could not be compared with those of other trials
+        raise UsageError(
+            f"{len(found.excluded)} of {len(found.excluded) + found.sequences} held-out sequences have no finite score."
+        )
     bound, prior, gain = found.estimates.get("bound"), found.estimates["prior"], found.predictive_gain
     figures = {"prior": prior.nats_per_token}
     if gain:

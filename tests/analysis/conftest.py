@@ -14,17 +14,18 @@ STILL = LocalInference(steps=0)  # no fit, because these guides compute the answ
 
 
 class Exact(FullCovariance):
-    """The exact posterior with scales multiplied by ``scale``; ``diagonal`` is the best mean-field one."""
+    """The exact posterior, scales times ``scale``, shifted by ``shift`` sd; ``diagonal`` is the best mean-field one."""
 
-    def __init__(self, model, scale=1.0, diagonal=False):
+    def __init__(self, model, scale=1.0, diagonal=False, shift=0.0):
         super().__init__(model)
-        self.model, self.scale, self.diagonal = model, scale, diagonal
+        self.model, self.scale, self.diagonal, self.shift = model, scale, diagonal, shift
 
     def __call__(self, batch, local):
         truth = (self.model.factorised if self.diagonal else self.model.posterior)(batch)
         scale_BNN = torch.linalg.cholesky(truth.covariance_BNN) * self.scale
         factor_BNN = scale_BNN.tril(-1) + torch.diag_embed(scale_BNN.diagonal(dim1=-2, dim2=-1).log())
-        self.found = {"z_loc": truth.mean_BN, "z_factor": factor_BNN}
+        sd_BN = truth.covariance_BNN.diagonal(dim1=-2, dim2=-1).sqrt()
+        self.found = {"z_loc": truth.mean_BN + self.shift * sd_BN, "z_factor": factor_BNN}
         return super().__call__(batch, self.found)
 
     def posterior(self, name, local):

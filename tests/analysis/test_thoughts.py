@@ -8,7 +8,7 @@ import xarray as xr
 from ltm_pyro.analysis.context import shift
 from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
 from ltm_pyro.analysis.interventions import ablate
-from ltm_pyro.analysis.loo import loo_by_sequence, loo_by_token
+from ltm_pyro.analysis.loo import loo_by_factor, loo_by_sequence
 from ltm_pyro.analysis.pictures.thoughts import plot_map
 from ltm_pyro.analysis.predictive import check
 from ltm_pyro.analysis.probes import neighbours, probable_labels, probe
@@ -124,10 +124,11 @@ def test_predictive_checks_pass_replicas_of_the_same_kind_and_flag_others(known,
     found.tree["observed_data"] = own.assign(tokens=(("sequence", "token"), random.integers(0, 50, (200, 6))))
     axes = ("chain", "draw", "sequence", "token")
     same, few = random.integers(0, 50, (1, 3, 200, 6)), random.integers(0, 3, (1, 3, 200, 6))
-    for tokens, low, high in ((same, 0.4, 0.6), (few, 0.0, 0.1)):
+    for tokens, low, high in ((same, 0.05, 1), (few, 0.0, 1e-6)):
         found.tree["posterior_predictive"] = xr.Dataset({"tokens": (axes, tokens)})
         assert low <= check(found).p_value.sel(statistic="different tokens (share)") <= high
-    assert check(found).p_value.sel(statistic="tokens") == 0.5
+    assert check(found).p_value.sel(statistic="tokens") == 1
+    assert check(found).difference.sel(statistic="different tokens (share)") > 0.3
     with pytest.raises(UsageError, match="--replicas"):
         check(posterior(known, exact(known), known.sample_batch(2), 50))
 
@@ -143,7 +144,7 @@ def test_leaving_out_meets_the_closed_forms(exact, guide):
     found = draw_batch_posterior(known, q, batch, inference, DrawOptions(samples=4000))
     evidence_B = known.log_evidence(batch)
     np.testing.assert_allclose(loo_by_sequence(found).elpd, evidence_B, atol=1e-6 if guide == "exact" else 0.15)
-    left = loo_by_token(found)
+    left = loo_by_factor(found)
     for token in range(6):
         kept_BT = batch.mask_BT & (torch.arange(6) != token)
         expected_B = evidence_B - known.log_evidence(batch._replace(mask_BT=kept_BT))

@@ -12,7 +12,7 @@ from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS
 from ltm_pyro.models import cached_decoding
 from ltm_pyro.runs.load import build_run
 from ltm_pyro.training.run_directory import read_checkpoint
-from ltm_pyro.utils.statistics import ratio_standard_error
+from ltm_pyro.utils.statistics import clustered_ratio
 
 FIGURES = ("nats_per_token", "perplexity", "bits_per_byte", "stderr_nats_per_token", "kl_nats_per_token")
 
@@ -194,7 +194,7 @@ def test_each_documents_figures_are_joined_with_it_on_its_id(run, ltm, tmp_path)
     assert nats == pytest.approx(total["estimates"]["bound"]["nats_per_token"])
     columns = [np.array([x[name] for x in scores.values()], float) for name in ("bound_nats", "tokens")]
     error = total["estimates"]["bound"]["stderr_nats_per_token"]  # pieces of one document are not independent
-    assert error == pytest.approx(ratio_standard_error(*columns))
+    assert error == pytest.approx(clustered_ratio(*columns).stderr)
     assert (total["documents"], total["sequences"]) == (4, sum(x["pieces"] for x in scores.values()))
 
 

@@ -79,8 +79,11 @@ def fit(recipe, tmp_path):
             options |= {"trainer.logger": "pytorch_lightning.loggers.CSVLogger", "trainer.logger.save_dir": tmp_path}
         words = [str(x) for key, value in options.items() if value is not None for x in (f"--{key}", value)]
         config = read_recipe(["--config", str(recipe), *words])
-        journal = Journal()
-        train(config, callbacks=[*WORKING[name](), journal])
+        journal, made = Journal(), WORKING[name]()
+        for callback in made:
+            if isinstance(callback, stock.EarlyStopping):  # patience counts validations, which count batches
+                callback.patience *= 2 * config.trainer.accumulate_grad_batches - 1
+        train(config, callbacks=[*made, journal])
         last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         return last, journal.lines, _curve(run)
 

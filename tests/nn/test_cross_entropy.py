@@ -117,7 +117,7 @@ def test_gradients_are_computed_only_if_needed(tiny_model, tiny_batch, monkeypat
     model, batch, requested = tiny_model(), tiny_batch(), []
     original = autograd._logsumexp_and_mean
     monkeypatch.setattr(
-        autograd, "_logsumexp_and_mean", lambda h, e, needed: requested.append(needed) or original(h, e, needed)
+        autograd, "_logsumexp_and_mean", lambda h, e, needed, x: requested.append(needed) or original(h, e, needed, x)
     )
     guide = MeanField(model)
     training_loss(model, guide, batch, LocalInference(steps=2, slow_gradient="last"))
@@ -184,3 +184,15 @@ def test_compiled_kernels_give_the_same(dtype, monkeypatch):
         for ours, theirs in zip(nats_and_gradients(*case), before, strict=True):
             assert error(ours, theirs) < (1e-5 if dtype == torch.float32 else 2e-2)
     pyro.enable_validation(True)  # because torch.compile turns it off
+
+
+def test_in_half_precision_no_token_has_less_than_0_nats():
+    """The chosen token's logit is rounded as those in the sum are."""
+    hidden_BTD, embedding_VD = (30 * torch.randn(4, 50, 16)).float(), torch.randn(2100, 16).float()
+    value_BT = (hidden_BTD @ embedding_VD.T).argmax(-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nats_BT = token_nats(hidden_BTD, embedding_VD, value_BT)
+    logits_BTV = (hidden_BTD.bfloat16() @ embedding_VD.bfloat16().T).double()
+    expected_N = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), value_BT.flatten(), reduction="none")
+    torch.testing.assert_close(nats_BT.flatten(), expected_N.float(), rtol=1e-5, atol=1e-4)
+    assert (nats_BT >= 0).all()

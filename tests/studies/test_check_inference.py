@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from ltm_pyro import guides as shipped
 from ltm_pyro.guides import FlowGuide
 from ltm_pyro.studies import check_inference as study
 
@@ -14,6 +15,7 @@ LIMITS = {  # mean error, relative error of variances and covariances
     "Laplace": (1e-3, 0.01),
     "LowRank": (0.05, 0.05),  # some noise is left: a diagonal and four directions only just hold the posterior
 }
+CASES = {*study.CASES}  # all of them, before a test leaves some out
 QUICK = ("FullCovariance", "Laplace")
 
 
@@ -34,9 +36,19 @@ def test_every_guide_is_on_both_models(report):
 def test_the_known_posterior_is_found(report):
     for name, figures in report["linear_gaussian"].items():
         mean, variance = LIMITS.get(name, (0.2, 1.0))  # FlowGuide's one reflection cannot hold every correlation
-        assert figures["mean_error"] < mean, name
-        assert figures["variance_relative_error"] < variance, name
-        assert figures["covariance_relative_error"] < variance, name
+        best, posterior = figures["errors"]["best"], figures["errors"]["posterior"]
+        assert best["mean"] < mean, name
+        assert best["variance"] < variance, name
+        assert best["covariance"] < variance, name
+        if name in ("MeanField", "BlockCovariance"):
+            assert posterior["variance"] > 0.2, "no factorised Gaussian has the posterior's variances"
+            assert "which is not the posterior" in figures["verdict"]
+        elif name in LIMITS:
+            assert figures["verdict"] == "finds the posterior"
+
+
+def test_no_shipped_guide_is_left_out_without_a_word():
+    assert {*CASES, *study.LEFT_OUT} == {*shipped.__all__}
 
 
 def test_bounds_are_bounds_and_the_other_is_not(report):

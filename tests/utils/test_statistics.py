@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ltm_pyro.utils.statistics import ratio_standard_error, standard_error
+from ltm_pyro.utils.statistics import clustered_mean, clustered_ratio, standard_error
 
 KINDS = pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["torch", "numpy"])
 
@@ -32,30 +32,38 @@ def test_series_side_by_side_have_the_figures_that_they_have_alone(make):
         alone = [float(standard_error(x)) for x in (values.T if axis == 0 else values)]
         assert standard_error(values, axis).tolist() == pytest.approx(alone, rel=1e-14)
     sizes = make([4.0, 1.0, 2.0, 2.0, 3.0])
-    alone = [float(ratio_standard_error(values[:, n], sizes)) for n in range(3)]
-    assert ratio_standard_error(values, sizes).tolist() == pytest.approx(alone, rel=1e-14)
+    alone = [clustered_ratio(values[:, n], sizes).stderr for n in range(3)]
+    assert clustered_ratio(values, sizes).stderr.tolist() == pytest.approx(alone, rel=1e-14)
 
 
 @KINDS
 def test_one_value_has_no_standard_error(make):
     assert math.isnan(standard_error(make([1.0])))
-    assert math.isnan(ratio_standard_error(make([1.0]), make([2.0])))
+    found = clustered_ratio(make([1.0]), make([2.0]))
+    assert found.value == 0.5
+    assert math.isnan(found.stderr)
+    assert all(math.isnan(x) for x in found.interval)
     assert np.isnan(np.asarray(standard_error(make([[1.0, 2.0]])))).tolist() == [True, True]
-    assert np.isnan(np.asarray(ratio_standard_error(make([[1.0, 2.0]]), make([2.0])))).tolist() == [True, True]
+    assert np.isnan(clustered_ratio(make([[1.0, 2.0]]), make([2.0])).stderr).tolist() == [True, True]
 
 
 @KINDS
-def test_the_standard_error_of_a_ratio_in_closed_form(make):
-    a, b = make([1.0, 4.0, 5.0]), make([2.0, 3.0, 5.0])  # R = 1, residuals −1, 1, 0
-    assert float(ratio_standard_error(a, b)) == pytest.approx(math.sqrt(3) / 10, rel=1e-14)
-    assert float(ratio_standard_error(7 * b, b)) == pytest.approx(0.0, abs=1e-14)  # one ratio everywhere
+def test_the_error_of_a_ratio_in_closed_form(make):
+    a, b = make([1.0, 4.0, 5.0]), make([2.0, 3.0, 5.0])  # without one: 9/8, 6/7, 1
+    found = clustered_ratio(a, b)
+    assert found.value == 1
+    assert found.stderr == pytest.approx(math.sqrt(2 / 3 * (1 / 64 + 1 / 49)), rel=1e-13)
+    assert clustered_ratio(7 * b, b).stderr == pytest.approx(0.0, abs=1e-14)  # one ratio everywhere
 
 
 @KINDS
 def test_a_ratio_of_equal_denominators_is_a_mean(make):
     a = make([0.3, 1.7, -2.0, 0.9])
-    expected = float(standard_error(a)) / 5
-    assert float(ratio_standard_error(a, make([5.0] * 4))) == pytest.approx(expected, rel=1e-13)
+    found, mean = clustered_ratio(a, make([5.0] * 4)), clustered_mean(a)
+    assert mean.stderr == pytest.approx(float(standard_error(a)), rel=1e-13)
+    assert found.stderr == pytest.approx(mean.stderr / 5, rel=1e-13)
+    half = 3.182446305284263 * mean.stderr  # t with 3 degrees of freedom
+    assert mean.interval == pytest.approx((mean.value - half, mean.value + half), rel=1e-9)
 
 
 def test_both_match_the_spread_of_many_repetitions():
@@ -63,27 +71,40 @@ def test_both_match_the_spread_of_many_repetitions():
     sizes = draws.integers(5, 50, size=(2000, 100)).astype(float)
     totals = 2 * sizes + np.sqrt(sizes) * draws.normal(size=sizes.shape)
     spread = (totals.sum(1) / sizes.sum(1)).std()
-    errors = [ratio_standard_error(*pair) for pair in zip(totals, sizes, strict=True)]
+    errors = [clustered_ratio(*pair).stderr for pair in zip(totals, sizes, strict=True)]
     assert np.mean(errors) == pytest.approx(spread, rel=0.05)
     assert standard_error(totals, axis=1).mean() == pytest.approx(totals.mean(1).std(), rel=0.05)
 
 
-@pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
+@KINDS
 def test_examples_of_one_cluster_count_as_one(make):
     """Pieces of one document: their sums are the independent examples, and one document alone has no error."""
     draw = np.random.default_rng(0)
     clusters, sizes = draw.integers(0, 7, 40), draw.integers(1, 9, 40).astype(float)
     values = draw.normal(size=(40, 2))
     sums = [np.array([x[clusters == n].sum(0) for n in range(7)]) for x in (values, sizes)]
-    found = ratio_standard_error(make(values), make(sizes), make(clusters))
-    assert found.tolist() == pytest.approx(ratio_standard_error(*sums).tolist(), rel=1e-12)
-    assert math.isnan(ratio_standard_error(make(values[:, 0]), make(sizes), make([3] * 40)))
+    found = clustered_ratio(make(values.tolist()), make(sizes.tolist()), make(clusters.tolist()))
+    assert found.stderr.tolist() == pytest.approx(clustered_ratio(*sums).stderr.tolist(), rel=1e-12)
+    assert math.isnan(clustered_mean(make(values[:, 0].tolist()), make([3] * 40)).stderr)
 
 
 def test_copies_of_a_document_do_not_shrink_its_error():
     draw = np.random.default_rng(1)
     values, sizes = draw.normal(size=30), np.ones(30)
-    once = ratio_standard_error(values, sizes)
+    once = clustered_ratio(values, sizes)
     copies = [np.repeat(x, 4) for x in (values, sizes, np.arange(30))]
-    assert ratio_standard_error(*copies) == pytest.approx(once)
-    assert ratio_standard_error(*copies[:2]) == pytest.approx(once / 2, rel=0.03)
+    assert clustered_ratio(*copies).stderr == pytest.approx(once.stderr)
+    assert clustered_ratio(*copies[:2]).stderr == pytest.approx(once.stderr / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("most", [1, 4], ids=["equal documents", "documents of 1 to 4 pieces"])
+@pytest.mark.parametrize("documents", [5, 8, 20, 60])
+def test_an_interval_covers_as_often_as_it_says(documents, most):
+    """A latent is shared within a document, two models are compared on the same pieces, and the truth is 0."""
+    draw, covered, repeats = np.random.default_rng(0), 0, 2000
+    for _ in range(repeats):
+        index = np.repeat(np.arange(documents), draw.integers(1, most + 1, documents))
+        first, second = (draw.normal(size=documents)[index] + 0.3 * draw.normal(size=len(index)) for _ in range(2))
+        low, high = clustered_mean(first - second, index).interval
+        covered += low <= 0 <= high
+    assert 0.935 <= covered / repeats <= 0.965

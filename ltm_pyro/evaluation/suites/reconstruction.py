@@ -11,14 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from ltm_pyro.contracts import Batch
+from ltm_pyro.contracts import Batch, whole_pieces
+from ltm_pyro.contracts import Part as DocumentPart
 from ltm_pyro.evaluation.evaluate import BATCH, held_out
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.thoughts import ThoughtSampling, draw_thoughts
-from ltm_pyro.utils.statistics import ratio_standard_error
+from ltm_pyro.utils.statistics import clustered_ratio
 
 
 def parts(options: Options) -> list[Part]:
@@ -36,6 +37,7 @@ def token_accuracy(options: Options, run: Run) -> Figures:
         Subset(dataset, range(len(dataset))[: options.limit]), batch_size=BATCH, collate_fn=dataset.collate
     )
     found, sizes = [], []
+    parts: list[tuple[DocumentPart, ...]] = []
     for batch in batches:
         with torch.no_grad():
             batch = run.model.prepare(batch.to(run.device))
@@ -45,9 +47,11 @@ def token_accuracy(options: Options, run: Run) -> Figures:
             hits = [_hits(run, batch, z_BLKD, last) for last in range(layers + 1)]
         found.append(torch.stack(hits, dim=-1))
         sizes.append(batch.tokens_B)
+        parts += batch.parts or ()
     right_BL, tokens_B = torch.cat(found).double(), torch.cat(sizes).double()
-    rate_L = right_BL.sum(0) / tokens_B.sum()
-    stderr_L = ratio_standard_error(right_BL, tokens_B)
+    pieces = whole_pieces(parts)
+    documents_B = torch.tensor([piece.number for piece in pieces]) if pieces else None
+    rate_L, stderr_L, *_ = clustered_ratio(right_BL, tokens_B, documents_B)
     curve = {f"accuracy_{layer}": rate for layer, rate in enumerate(rate_L.tolist())}
     errors = [None if error != error else error for error in stderr_L.tolist()]
     return {

@@ -13,7 +13,7 @@ from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, no_data, sc
 from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_continuations
-from ltm_pyro.utils.statistics import standard_error
+from ltm_pyro.utils.statistics import clustered_mean, clustered_ratio
 
 DATA = {  # data set -> file name patterns, in order of preference
     "ptb": ("ptb*test*", "ptb*valid*", "ptb*"),
@@ -79,15 +79,15 @@ def last_words(place: str, options: Options, run: Run) -> Figures:
         raise UsageError(f"{place} has no passage of two words or more that fits into {run.length} tokens.")
     scoring = Scoring(samples=options.samples, inference=options.inference(run), seed=options.seed)
     scores = score_continuations(run, pairs, scoring)
-    right_N, n = np.array([score.is_greedy for score in scores]), len(scores)
-    total = sum(len(score.nats_U) for score in scores)
-    nats = math.fsum(score.nats for score in scores)
+    n, tokens_N = len(scores), np.array([len(score.nats_U) for score in scores])
+    nats = clustered_ratio(np.array([score.nats for score in scores]), tokens_N)
+    accuracy = clustered_mean(np.array([score.is_greedy for score in scores]))
     return {
-        "perplexity": math.exp(nats / total),
-        "nats_per_token": nats / total,
-        "accuracy": float(right_N.mean()),
-        "stderr": float(standard_error(right_N)) if n > 1 else None,
+        "perplexity": math.exp(nats.value),
+        "nats_per_token": nats.value,
+        "accuracy": accuracy.value,
+        "stderr": accuracy.stderr if n > 1 else None,
         "passages": n,
         "left_out": len(passages) - n,
-        "tokens": total,
+        "tokens": int(tokens_N.sum()),
     }

@@ -1,0 +1,124 @@
+"""What a report says of a q that is right, and of planted faults: both often, with many repeats."""
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from ltm_pyro.analysis import sections
+from ltm_pyro.analysis.calibration import calibrate
+from ltm_pyro.analysis.posterior import SAMPLES, Posterior
+from ltm_pyro.analysis.reference import convergence
+from ltm_pyro.analysis.sections import ReportInputs
+from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.models import LinearGaussianModel
+
+REPEATS = [pytest.param(8, id="few"), pytest.param(100, id="many", marks=pytest.mark.slow)]
+JUDGED = ("trust", "calibration", "reference", "aggregated", "predictive")
+TEXTS, COMPARED, CHAINS = 60, 3, 4
+
+
+def with_replicas(found, model, batch, z_RBLKD):
+    """A posterior and one text from each of some draws; values are coarse tokens, so that statistics differ."""
+    with torch.no_grad():
+        drawn = [model.sample_tokens(z_BLKD) for z_BLKD in z_RBLKD]
+    coarse = [x.targets_BT.numpy() // 100 for x in (batch, *drawn)]
+    tree = found.tree.copy()
+    tree["observed_data"] = tree["observed_data"].to_dataset().assign(tokens=(("sequence", "token"), coarse[0]))
+    axes = (*SAMPLES, "sequence", "token")
+    tree["posterior_predictive"] = xr.Dataset({"tokens": (axes, np.stack(coarse[1:])[None])})
+    return Posterior(tree)
+
+
+def as_chains(found, samples):
+    """Independent draws in the form of Markov chains that have converged."""
+    z = found.z.transpose(*SAMPLES, "sequence", "layer", "thought", "dim").values
+    shaped = z.reshape(CHAINS, samples // CHAINS, *z.shape[2:])
+    rows = [convergence(torch.from_numpy(shaped[:, :, [n]])) for n in range(shaped.shape[2])]
+    diagnostics = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    axes = ("sequence", "layer", "thought", "dim")
+    groups = {name: node.to_dataset() for name, node in found.tree.children.items() if name in ("observed_data",)}
+    places = {name: found.z.coords[name] for name in axes}
+    draws = {"chain": range(CHAINS), "draw": range(samples // CHAINS)}
+    groups["posterior"] = xr.Dataset({"z": ((*SAMPLES, *axes), shaped)}, places | draws)
+    groups["sample_stats"] = xr.Dataset({name: (axes, x) for name, x in diagnostics.items()})
+    groups["constant_data"] = found.group("constant_data")
+    return Posterior(xr.DataTree.from_dict(groups))
+
+
+@pytest.fixture
+def inputs(exact, posterior, simulate):
+    """Makes the inputs of a report on texts of a known model under a q with some fault."""
+
+    def make(shift=0.0, scale=1.0, replicas_of=None):
+        model = LinearGaussianModel(ThoughtShape(2, 1, 2), length=6)
+        q, right, batch = exact(model, scale, shift=shift), exact(model), model.sample_batch(TEXTS)
+        found = posterior(model, q, batch, 200)
+        z_RBLKD = torch.from_numpy(found.z.values[0, :2])
+        found = with_replicas(found, replicas_of or model, batch, z_RBLKD)
+        few = batch.select(torch.arange(COMPARED))
+        chains = as_chains(posterior(model, right, few, 2000), 2000)
+        observed = found.select(slice(COMPARED)).tree["observed_data"].to_dataset()
+        chains.tree["observed_data"] = observed
+        ranks = calibrate(model, q, LocalInference(steps=0), simulate(model), simulations=60, samples=49)
+        return ReportInputs(found, calibration=ranks, reference=chains)
+
+    return make
+
+
+def flagged(inputs, names=JUDGED):
+    return [name for name in names if getattr(sections, name)(inputs).good is False]
+
+
+@pytest.mark.parametrize("repeats", REPEATS)
+def test_an_exact_q_is_seldom_flagged(inputs, repeats):
+    found = [flagged(inputs()) for _ in range(repeats)]
+    assert sum(map(bool, found)) <= repeats / 10, found
+
+
+@pytest.mark.parametrize("repeats", REPEATS)
+@pytest.mark.parametrize(
+    ("fault", "sections_that_see_it"),
+    [
+        ({"shift": 3.0}, {"trust", "calibration", "reference"}),
+        ({"scale": 3.0}, {"calibration", "reference"}),
+        ({"scale": 0.5}, {"trust", "calibration", "reference"}),
+    ],
+    ids=["shifted by 3 sd", "three times too wide", "half too narrow"],
+)
+def test_a_wrong_q_is_flagged(inputs, fault, sections_that_see_it, repeats):
+    found = [flagged(inputs(**fault)) for _ in range(repeats)]
+    for name in sections_that_see_it:
+        assert sum(name in names for names in found) >= 0.9 * repeats, (name, found)
+
+
+@pytest.mark.parametrize("repeats", REPEATS)
+def test_replicas_of_another_model_are_flagged(inputs, repeats):
+    other = LinearGaussianModel(ThoughtShape(2, 1, 2), length=6, noise=2.0)
+    assert sum(flagged(inputs(replicas_of=other), ["predictive"]) != [] for _ in range(repeats)) >= 0.9 * repeats
+
+
+def test_a_k_hat_that_is_no_number_is_not_trusted(inputs):
+    made = inputs()
+    made.posterior.tree["sample_stats"]["pareto_k"][3] = np.nan
+    assert flagged(made, ["trust"]) == ["trust"]
+    assert "1 of 60 sequences" in sections.trust(made).verdict
+
+
+@pytest.mark.parametrize("repeats", REPEATS)
+def test_saturated_information_is_said(exact, posterior, repeats):
+    from ltm_pyro.analysis.information import decompose
+
+    found = []
+    for _ in range(repeats):
+        loud = LinearGaussianModel(ThoughtShape(2, 1, 6), length=24, noise=0.02)
+        guide = exact(loud)
+        parts = decompose(loud, guide, posterior(loud, guide, loud.sample_batch(20), 50))
+        found.append(parts.saturated)
+        true = torch.logdet(torch.eye(24) + loud.matrix_TN @ loud.matrix_TN.T / 0.02**2).item() / 2
+        assert parts.mutual_information <= parts.most + 1e-9 < true
+    assert sum(found) >= 0.9 * repeats
+    quiet = LinearGaussianModel(ThoughtShape(2, 1, 2), length=2, noise=1.0)
+    guide = exact(quiet)
+    assert not decompose(quiet, guide, posterior(quiet, guide, quiet.sample_batch(100), 50)).saturated
