@@ -23,7 +23,7 @@ from ltm_pyro.utils.malloc import keep_freed_memory
 from ltm_pyro.utils.processes import end_with_parent
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks before any tensor or device exists
-CONTEXT.set_forkserver_preload([__name__])
+CONTEXT.set_forkserver_preload(["ltm_pyro.utils.fork_server", __name__])
 TICK = 0.5  # seconds between two reports of the progress
 
 

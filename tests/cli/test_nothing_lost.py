@@ -179,6 +179,41 @@ def test_a_child_ends_with_its_parent(tmp_path, method, platform):
     assert not alive(child)
 
 
+IMPORTING = """
+import multiprocessing, sys, time
+import slow_module  # so that it is found
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ltm_pyro.utils.fork_server", "slow_module"])
+    process = context.Process(target=time.sleep, args=(600,))
+    process.start()
+    process.join()
+"""
+SLOW_MODULE = """
+import os, sys, time
+if any("forkserver" in word for word in sys.orig_argv):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_fork_server_ends_with_its_parent_while_it_imports(tmp_path):
+    """Left alone it notices only when all imports are done."""
+    (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
+    (tmp_path / "importing.py").write_text(IMPORTING)
+    parent = subprocess.Popen([sys.executable, tmp_path / "importing.py"], stdout=subprocess.PIPE, text=True)
+    server = int(parent.stdout.readline())
+    assert alive(server)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.monotonic() + 5
+    while alive(server) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not alive(server)
+
+
 @contextmanager
 def full_after(size):
     """Inside, no file of this process may grow beyond so many bytes."""
