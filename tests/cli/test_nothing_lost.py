@@ -180,8 +180,7 @@ def test_a_child_ends_with_its_parent(tmp_path, method, platform):
 
 
 IMPORTING = """
-import multiprocessing, sys, time
-import slow_module  # so that it is found
+import multiprocessing, time
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("forkserver")
@@ -202,7 +201,8 @@ def test_a_fork_server_ends_with_its_parent_while_it_imports(tmp_path):
     """Left alone it notices only when all imports are done."""
     (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
     (tmp_path / "importing.py").write_text(IMPORTING)
-    parent = subprocess.Popen([sys.executable, tmp_path / "importing.py"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "importing.py"]  # the server imports from the current folder
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     server = int(parent.stdout.readline())
     assert alive(server)
     parent.kill()
