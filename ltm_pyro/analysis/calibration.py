@@ -200,7 +200,8 @@ def calibrate(
             kept = evenly_spaced(shape.numel(), coordinates)
             values_RBC = torch.cat([z_RBLKD.flatten(2)[..., kept], nats_RB[..., None]], dim=-1)
             values.append(values_RBC.transpose(0, 1).double().cpu().numpy())
-    names = [f"z[{', '.join(map(str, place))}]" for place in zip(*np.unravel_index(kept, shape), strict=True)]
+    places = zip(*np.unravel_index(kept, shape), strict=True)
+    names = [f"z[{layer + 1}, {thought + 1}, {dim}]" for layer, thought, dim in places]  # as in a posterior
     return Calibration(np.concatenate(values), (*names, LOG_LIKELIHOOD))
 
 

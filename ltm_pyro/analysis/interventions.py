@@ -54,7 +54,8 @@ def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int 
     found = {"by_layer": (axes[:1], by_layer), "by_thought": (axes, by_thought)}
     figures = {name: (at, clustered_mean(x.movedim(-1, 0), documents)) for name, (at, x) in found.items()}
     means = {name: (at, x.value) for name, (at, x) in figures.items()}
-    return xr.Dataset(means | {f"{name}_stderr": (at, x.stderr) for name, (at, x) in figures.items()})
+    numbers = {axis: posterior.z.coords[axis] for axis in axes}  # from 1
+    return xr.Dataset(means | {f"{name}_stderr": (at, x.stderr) for name, (at, x) in figures.items()}, numbers)
 
 
 def _log_likelihood(model: Model, batch: Batch, z_SBLKD: Tensor) -> Tensor:
@@ -122,4 +123,5 @@ def attention(run: Run, posterior: Posterior, sequence: int) -> xr.DataArray:
             hook.remove()
     length = int(batch.tokens_B[0])
     weights = np.stack([x_TK.detach().numpy()[:length] for x_TK in found])
-    return xr.DataArray(weights, dims=("layer", "token", "thought"))
+    numbers = {"layer": np.arange(len(weights)) + 1, "thought": np.arange(weights.shape[-1]) + 1}
+    return xr.DataArray(weights, numbers, ("layer", "token", "thought"))

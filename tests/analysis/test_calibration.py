@@ -82,7 +82,7 @@ def test_it_comes_back_from_disk(known, exact, simulate, tmp_path):
     found = calibrate(known, exact(known), STILL, simulate(known), 20, 19)
     found.save(tmp_path / "ranks.nc")
     again = Calibration.load(tmp_path / "ranks.nc")
-    assert again.names == found.names == (*(f"z[{i}, 0, {j}]" for i in (0, 1) for j in range(3)), "log p(x | z)")
+    assert again.names == found.names == (*(f"z[{i}, 1, {j}]" for i in (1, 2) for j in range(3)), "log p(x | z)")
     assert again.p_value(99) == found.p_value(99)
     assert (again.ranks == found.ranks).all()
 
