@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(_histogram(found))
     for sample in found.samples:
         labels = "".join(f", {name}: {value}" for name, value in sample["labels"].items() if value is not None)
-        title = f"sequence {sample['id']}: {', '.join(sample['documents'])}{labels}"
+        title = f"sequence {sample['id']}: {', '.join(map(str, sample['documents']))}{labels}"
         console.print(Panel(Text(sample["text"]), title=Text(title), title_align="left"))
     return 0
 

@@ -174,15 +174,12 @@ def _survey(
         if needs_marks:
             marks += signature(document.text).tobytes()
         if fields.id:
-            ids += hashlib.sha256(document.id.encode()).digest()[:8]
+            ids += hashlib.sha256(json.dumps(document.id).encode()).digest()[:8]
         for name, value in document.labels.items():
             if value is not None:
                 values[name].setdefault(json.dumps(value), value)
     if not digests:
         raise UsageError("no input was given; name a .txt, .jsonl or .parquet file or a folder of them.")
-    if fields.id and (repeated := np.flatnonzero(repeats(np.frombuffer(bytes(ids), np.uint64)[:, None]))).size:
-        twice = next(x.id for n, x in enumerate(read_documents(inputs, fields)) if n == repeated[0])
-        raise UsageError(f"two documents have the id {twice!r} under {fields.id!r}; name a field that differs.")
     if nowhere := [name for name, found in values.items() if not found]:
         raise UsageError(f"no document has the label {nowhere[0]!r}; name a field of the records, or leave it out.")
     digests_N = np.frombuffer(bytes(digests), ">u8").astype(np.uint64)
@@ -190,6 +187,16 @@ def _survey(
     kept_N = np.ones(len(digests_N), bool)
     if drop_duplicates:
         kept_N = ~repeats(near_NB if drop_duplicates == "near" else exact_N1)
+    if fields.id:
+        number_K = np.flatnonzero(kept_N)
+        repeated_K = repeats(np.frombuffer(bytes(ids), np.uint64)[kept_N][:, None])
+        if repeated_K.any():
+            at = number_K[repeated_K.argmax()]
+            twice = next(x.id for n, x in enumerate(read_documents(inputs, fields)) if n == at)
+            raise UsageError(
+                f"two documents have the id {twice!r} under {fields.id!r}; name a field that differs, or drop equal "
+                f"documents with --drop-duplicates exact."
+            )
     group_N = groups(near_NB if keep_together == "near" else exact_N1)
     sides_N = np.zeros(len(digests_N), np.uint8)
     sides_N[kept_N] = split_by_hash(_group_digests(digests_N, group_N)[kept_N], val_fraction, test_fraction)

@@ -94,6 +94,16 @@ def test_documents_come_back_with_labels_and_types(tmp_path, rows):
     assert [info.labels["source"] for info in found] == ["x", None, None, "y", "x"]
 
 
+def test_ids_keep_their_type(tmp_path):
+    """1 and "1" are two documents; an id may come twice where only the first of equal documents is kept."""
+    records = [{"text": f"text {n} " * n, "key": key} for n, key in enumerate([1, "1", 2**60, "a\u00e9"], start=1)]
+    place = make_pack(tmp_path, [*records, records[0]], seq_len=8, id="key", drop_duplicates="exact")
+    known = {part.number: part.document.id for row in PackedDataset.open(place) for part in row.parts}
+    assert [(type(x), x) for _, x in sorted(known.items())] == [(type(r["key"]), r["key"]) for r in records]
+    with pytest.raises(UsageError, match="two documents have the id 1 under 'key'; name a field that differs, or drop"):
+        make_pack(tmp_path, [*records, {"text": "other", "key": 1}], seq_len=8, id="key", force=True)
+
+
 def test_numbers_are_numbers(tmp_path):
     records = [{"text": f"text {n}", "year": n if n else None} for n in range(9)]
     assert read_manifest(make_pack(tmp_path, records, seq_len=8, labels=["year"])).labels["year"].kind == "number"
