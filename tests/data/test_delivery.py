@@ -109,6 +109,23 @@ def test_numbers_are_numbers(tmp_path):
     assert read_manifest(make_pack(tmp_path, records, seq_len=8, labels=["year"])).labels["year"].kind == "number"
 
 
+@pytest.mark.parametrize("bound", ["MOST_VALUES", "MOST_CHARACTERS"])
+def test_a_label_with_very_many_values_is_kept_but_not_listed(tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(f"ltm_pyro.data.manifest.{bound}", 5)
+    records = [{"text": f"text {n}", "author": f"{n}", "year": n, "both": n or "0"} for n in range(9)]
+    with pytest.warns(UserWarning, match="the label 'author' has more than .* the manifest does not list them"):
+        place = make_pack(tmp_path, records, seq_len=8, labels=["author", "year", "both"])
+    manifest = read_manifest(place)
+    assert {name: (x.kind, x.values) for name, x in manifest.labels.items()} == {
+        "author": ("text", ()),
+        "year": ("number", ()),
+        "both": ("text", ()),
+    }
+    known = {part.number: part.document for row in PackedDataset.open(place) for part in row.parts}
+    names = ("author", "year", "both")
+    assert [known[n].labels for n in sorted(known)] == [{name: r[name] for name in names} for r in records]
+
+
 @pytest.mark.parametrize(("score", "observe"), [("all", "prompt"), ("completion", "all"), ("completion", "prompt")])
 def test_what_is_scored_and_what_is_observed(tmp_path, score, observe):
     records = [{"prompt": "ab " * n, "completion": "é" * n, "n": n} for n in range(1, 9)]
