@@ -125,6 +125,7 @@ class PackedDataset(Dataset[Row]):
         seed: int = 0,
         shuffle: bool = True,
         shards: Sequence[range] | None = None,
+        lengths_N: Int[np.ndarray, " N"] | None = None,
     ) -> TokenBudgetSampler | DistributedBatchSampler:
         """The order of one rank's batches: documents with others of like length, or rows of a stream.
 
@@ -133,16 +134,18 @@ class PackedDataset(Dataset[Row]):
             tokens: the most tokens per step and rank, with padding, instead of ``batch_size``.
             rank, ranks, seed, shuffle: as for the samplers.
             shards: the ids of each shard that is read; all of them by default.
+            lengths_N: the tokens of every row of the split, by default from their file.
         """
         longest, shards = self.manifest.seq_len, self.ranges() if shards is None else shards
         if self.manifest.rows == "documents":
             budget = batch_size * longest if tokens is None else tokens
-            lengths_N = read_lengths(self.place, self.split, self.manifest.splits[self.split], longest)
+            if lengths_N is None:
+                lengths_N = read_lengths(self.place, self.split, self.manifest.splits[self.split], longest)
             return TokenBudgetSampler(shards, lengths_N, budget, longest, rank, ranks, seed, shuffle)
         size = batch_size if tokens is None else tokens // longest
         if size < 1:
             raise UsageError(f"`data.tokens` is {tokens}, fewer than one row of {longest} tokens: raise it.")
-        size = size if shuffle else min(size, len(self) // ranks)
+        size = size if shuffle else min(size, sum(map(len, shards)) // ranks)
         return DistributedBatchSampler(shards, size, rank, ranks, seed=seed, shuffle=shuffle)
 
     def collate(self, rows: Sequence[Row], length: int = 0) -> Batch:

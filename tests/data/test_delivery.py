@@ -266,5 +266,7 @@ def test_another_number_of_ranks_goes_on_only_if_no_sequence_is_lost(packed):
         one.load_state_dict(state)
     with pytest.raises(UsageError, match=r"trained with skipped shards \[1\], but now it is \[\]: some sequences"):
         one.load_state_dict(state | {"steps_per_epoch": len(whole), "skipped_shards": [1]})
+    with pytest.raises(UsageError, match=r"with skipped val shards \[0\], but now it is \[\]: the held-out figures"):
+        one.load_state_dict(state | {"steps_per_epoch": len(whole), "skipped_val_shards": [0]})
     one.load_state_dict(state | {"steps_per_epoch": len(whole)})
     assert one._position == (0, 3)
