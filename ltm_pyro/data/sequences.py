@@ -57,8 +57,10 @@ def pack_sequences(
             raise UsageError(f"Sequence {number} is no list of at least one whole number.")
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise UsageError(f"Sequence {number} has a token outside of 0 to {vocabulary - 1}.")
-        if prompts is not None and not 0 <= prompts[number] <= len(tokens):
-            raise UsageError(f"Sequence {number} has {len(tokens)} tokens and a prompt of {prompts[number]} of them.")
+        if prompts is not None and not 0 <= prompts[number] < len(tokens):
+            raise UsageError(
+                f"Sequence {number} has {len(tokens)} tokens and a prompt of {prompts[number]}: leave one to score."
+            )
     if exact_nats is not None and not all(map(math.isfinite, exact_nats)):
         raise UsageError("exact_nats has a value that is not finite: -log p(x) of a sequence that occurs is.")
     check_fractions(val_fraction, test_fraction)

@@ -159,9 +159,12 @@ def test_what_needs_documents_says_so(tmp_path):
     with pytest.raises(UsageError, match="1 of 2 documents have no prompt, which `observe: prompt` needs"):
         PackedDataset.open(place, observe="prompt")
     place = make_pack(tmp_path, [{"prompt": "a" * 9, "completion": "b"}] * 2, seq_len=4, force=True)
-    dataset = PackedDataset.open(place, score="completion")
-    with pytest.raises(UsageError, match=r"document a.jsonl:1 is longer than a row of 4 tokens"):
-        dataset.collate([*dataset])
+    with pytest.raises(
+        UsageError, match=r"4 rows of the split train of the pack .* are later pieces of documents long"
+    ):
+        PackedDataset.open(place, score="completion")
+    with pytest.raises(UsageError, match=r"4 rows of the text are later pieces of documents longer than 4 tokens"):
+        load_text_or_pack(tmp_path / "a.jsonl", PackedDataset.open(place).tokenizer, 4, observe="prompt")
 
 
 def test_packs_of_format_2_are_streams_without_documents(tmp_path):
