@@ -13,6 +13,7 @@ from ltm_pyro.data import read_manifest
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.local import init
 from ltm_pyro.inference.param_store import no_param_store
+from ltm_pyro.training.datamodule import BATCH_SIZE
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.utils.rng import seeded
@@ -43,7 +44,7 @@ def cost_summary(module: LTMModule, config: Namespace, ranks: int) -> Table:
 def tokens_per_step(config: Namespace) -> int:
     """The tokens of one rank's slow step, with padding: of rows of documents at most so many."""
     data, manifest = config.data, read_manifest(config.data.directory)
-    rows = data.batch_size if data.tokens is None else data.tokens // manifest.seq_len
+    rows = (data.batch_size or BATCH_SIZE) if data.tokens is None else data.tokens // manifest.seq_len
     whole = manifest.rows == "stream" or data.tokens is None
     return (rows * manifest.seq_len if whole else data.tokens) * config.trainer.accumulate_grad_batches
 

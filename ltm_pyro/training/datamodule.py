@@ -17,6 +17,8 @@ from ltm_pyro.data.shards import read_lengths
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.processes import end_with_parent
 
+BATCH_SIZE = 32  # where a recipe names neither this nor a budget of tokens
+
 
 class _Damage(NamedTuple):
     """The numbers of a split's damaged shards, and the tokens of its rows if the file that has them is damaged."""
@@ -33,7 +35,8 @@ class PackedData(pl.LightningDataModule):
 
     Args:
         directory: the packed data, a folder or an address (https://, s3://, gs://).
-        batch_size: B, sequences per step and rank; of documents, as many as would fill B rows of full length.
+        batch_size: B, sequences per step and rank; of documents, as many as would fill B rows of full length. 32 if
+            neither it nor ``tokens`` is given.
         tokens: the most tokens per step and rank, with padding, instead of ``batch_size``.
         score: what is scored of a document that has a prompt: ``all`` of it, or its ``completion``.
         observe: what q is fitted to: ``all`` of the document, or its ``prompt``.
@@ -47,7 +50,7 @@ class PackedData(pl.LightningDataModule):
     def __init__(
         self,
         directory: str,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         tokens: int | None = None,
         score: Scored = "all",
         observe: Observed = "all",
@@ -57,6 +60,12 @@ class PackedData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if batch_size is not None and tokens is not None:
+            raise UsageError(
+                f"`data.batch_size` is {batch_size} and `data.tokens` is {tokens}, and both say how large a step is: "
+                f"set one of them to null."
+            )
+        batch_size = BATCH_SIZE if batch_size is None else batch_size
         if batch_size < 1 or workers < 0:
             raise UsageError(f"`data` needs batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}.")
         if tokens is not None and tokens < 1:

@@ -254,6 +254,8 @@ def test_padding_is_what_is_neither_scored_nor_observed(recipe, ltm, refused, tm
         128,
         "--data.tokens",
         256,
+        "--data.batch_size",
+        "null",
         "--trainer.max_steps",
         2,
     )
