@@ -82,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draws for an estimate of the normaliser of an unnormalised prior",
     )
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N sequences")
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="only the first N sequences; a document that this cuts is marked"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     add_device(parser)
     add_trust(parser)
@@ -156,8 +158,12 @@ def run(args: argparse.Namespace) -> int:
         if len(args.samples) > 1:
             console.print(_curve(evaluation))
         if uses is not None:
-            console.print(f"This is the test split, and it was scored {uses or 'an unknown number of'} times with it.")
+            console.print(f"This is the test split, which this run has scored {_times(uses)}.")
     return 0
+
+
+def _times(uses: int) -> str:
+    return "once" if uses == 1 else f"{uses or 'an unknown number of'} times"
 
 
 def numbers(text: str) -> list[int]:
@@ -242,7 +248,7 @@ def _curve(evaluation: Evaluation) -> Table:
 
 def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
     e = evaluation
-    what = f"{e.sequences:,} sequences" + (f" ({e.documents:,} documents)" if e.documents else "")
+    what = f"{e.sequences:,} sequences" + (f" ({_documents(e)})" if e.documents else "")
     title = f"{title}: {what}, {e.tokens:,} tokens, {e.bytes:,} bytes"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("estimator", no_wrap=True)
@@ -264,6 +270,11 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
         reasons.append("One document has no standard error, because its pieces are not independent of each other.")
     table.caption = " ".join(reasons) or None
     return table
+
+
+def _documents(evaluation: Evaluation) -> str:
+    count = evaluation.documents
+    return f"{count:,} document{'s' * (count != 1)}" + (", the last one cut by --limit" if evaluation.cut else "")
 
 
 def _figure(x: float) -> str:

@@ -63,7 +63,7 @@ def evaluate_run(
         estimators: names from `ESTIMATORS`.
         samples: S, draws per sequence after the fit; of several numbers the largest, and a curve over all of them.
         fast_steps: T_fast; by default the recipe's ``evaluation.steps``.
-        limit: only the first ``limit`` sequences.
+        limit: only the first ``limit`` sequences; the last document may then be cut (`Evaluation.cut`).
         seed: random seed.
         block: tokens per block of ``causal`` and ``causal_prior``; `coarse_block` costs less.
         normaliser: number of draws with which the constant of an unnormalised prior is estimated; figures that use the
@@ -88,7 +88,10 @@ def evaluate_run(
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
     on_device = (batch.to(run.device) for batch in shown)
     annealing = Annealing(temperatures=temperatures)
-    return evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing)
+    some = len(chosen) < len(dataset) and dataset.manifest.rows == "documents"
+    cut = some and bool(dataset[len(chosen)].parts[0].piece)  # the first row that is left out is a later piece
+    found = evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing)
+    return replace(found, cut=cut)
 
 
 def coarse_block(run: Run) -> int:
