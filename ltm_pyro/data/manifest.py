@@ -126,9 +126,9 @@ class Manifest:
     def split(self, name: str, place: str | Path) -> Split:
         """One split of the pack at ``place``; raises `UsageError` if it has no such split."""
         if name not in self.splits:
-            raise UsageError(
-                f"pack {place} has no split {name!r} but {sorted(self.splits)}; pack the text again with one."
-            )
+            again = f", or pack the text again with a --{name}-fraction above 0" if name in SPLITS[1:] else ""
+            known = " or ".join(split for split in SPLITS if split in self.splits)
+            raise UsageError(f"pack {place} has no split {name!r}: choose {known}{again}.")
         return self.splits[name]
 
     def need_documents(self, place: str | Path, what: str) -> None:

@@ -40,6 +40,21 @@ def test_show_counts_documents_by_length_and_decodes_sequences(packed, ltm):
     assert "sequence " in out
 
 
+def test_show_says_where_a_row_begins_and_what_is_its_prompt(ltm, tmp_path):
+    records = [{"prompt": "one two ", "completion": f"three {n} four", "year": n} for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    words = (tmp_path / "a.jsonl", "--out", tmp_path / "pack", "--tokenizer", "bpe:257", "--seq-len", 16)
+    assert ltm("data", "pack", *words, "--label", "year", "--test-fraction", 0)[0] == 0
+    shown = json.loads(ltm("data", "show", tmp_path / "pack", "--samples", 50, "--json")[1])["samples"]
+    assert {(x["offset"], x["prompt"]) for x in shown} == {(0, 8), (16, 0)}
+    out = " ".join(ltm("data", "show", tmp_path / "pack", "--samples", 50)[1].split())
+    assert "a.jsonl:2, 8 tokens of prompt, year: 1" in out
+    assert "a.jsonl:2 from token 16, 0 tokens of prompt, year: 1" in out
+    message = ltm("data", "show", tmp_path / "pack", "--split", "test")[2]
+    expected = "has no split 'test': choose train or val, or pack the text again with a --test-fraction above 0.\n"
+    assert message.endswith(expected)
+
+
 def test_the_reader_is_timed(packed, ltm):
     code, out, _ = ltm("bench", "--data", packed, "--clock", "cpu")
     assert (code, list(json.loads(out)["tokens_per_second"])) == (0, ["0"])

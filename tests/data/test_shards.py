@@ -274,7 +274,7 @@ def refuse_sample(folder, members):
 
 
 def test_unknown_splits_and_folders_are_refused(packed, tmp_path):
-    refused(packed, "has no split 'dev' but ['test', 'train', 'val']", "dev")
+    refused(packed, "has no split 'dev': choose train or val or test.", "dev")
     refused(tmp_path, f"{tmp_path} is not a packed corpus (no manifest.json); make one with `ltm data pack`.")
 
 
