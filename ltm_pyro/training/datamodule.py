@@ -91,7 +91,9 @@ class PackedData(pl.LightningDataModule):
         """With ``on_damage: skip`` the first rank reads all shards of train and val, and tells the others of damage."""
         if self.on_damage == "skip" and stage == "fit":
             splits = [name for name in ("train", "val") if name in read_manifest(self.directory).splits]
-            found = {name: self._find_damage(name) for name in splits} if self._ranks[0] == 0 else {}
+            found: dict[str, _Damage] = {}
+            if self._ranks[0] == 0:
+                found = {name: self._find_damage(name) for name in splits}
             self._damage = self.trainer.strategy.broadcast(found) if self.trainer else found
 
     def _find_damage(self, name: str) -> "_Damage":
