@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -25,6 +27,27 @@ def test_damaged_shards_are_named(copy, ltm):
     assert out.startswith(f"shard {shard} is damaged: its size in bytes is ")
     code, out, _ = ltm("data", "verify", copy, "--json")
     assert (code, list(json.loads(out)["damaged"])) == (2, ["val-000000.tar"])
+
+
+def test_a_damaged_file_of_lengths_is_named_and_can_be_done_without(copy, recipe, ltm, refused, tmp_path):
+    (copy / "val-lengths.npy").write_bytes((copy / "val-lengths.npy").read_bytes()[:-1] + b"x")
+    assert ltm("data", "verify", copy)[1].startswith(f"{copy / 'val-lengths.npy'} is damaged: its SHA-256 is ")
+    options = ("--data.directory", copy, "--run", tmp_path / "run")
+    code, _, err = ltm("fit", "--config", recipe, *options)
+    assert (code, f"ltm fit: {copy / 'val-lengths.npy'} is damaged" in err) == (2, True)
+    with pytest.warns(UserWarning, match="the lengths of rows are taken from the val shards"):
+        code, _, err = ltm("fit", "--config", recipe, *options, "--data.on_damage", "skip")
+    assert code == 0, err
+
+
+def test_warnings_are_one_line_without_the_place_in_the_code(corpus, tmp_path):
+    (tmp_path / "folder").mkdir()
+    shutil.copy(corpus, tmp_path / "folder")
+    (tmp_path / "folder/picture").write_bytes(b"\0\xff")
+    words = (sys.executable, "-P", "-m", "ltm_pyro.cli", "data", "pack", tmp_path / "folder", "--out", tmp_path / "out")
+    err = subprocess.run([*words, "--tokenizer", "bpe:280"], capture_output=True, text=True, check=True).stderr
+    what = "left out, because neither name nor content says that they are data"
+    assert err == f"ltm data pack: warning: {what}: {tmp_path / 'folder'}/picture\n"
 
 
 def test_show_counts_documents_by_length_and_decodes_sequences(packed, ltm):
