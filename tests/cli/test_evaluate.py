@@ -262,6 +262,31 @@ def test_what_is_observed_changes_the_fit_and_what_is_scored_the_figure(run, ltm
     assert figures["all", "all"][1] != pytest.approx(figures["all", "prompt"][1])
 
 
+def test_a_run_is_scored_as_it_was_trained(ltm, recipe, tmp_path):
+    """Of its own data; other data are scored whole, because they may have no prompts."""
+    records = [{"prompt": f"the {n} ", "completion": "people"} for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    words = (tmp_path / "a.jsonl", "--out", tmp_path / "pack", "--tokenizer", "bpe:280", "--val-fraction", 0.3)
+    assert ltm("data", "pack", *words, "--seq-len", 16, "--keep-together", "exact")[0] == 0
+    options = ("--data.directory", tmp_path / "pack", "--data.score", "completion", "--data.observe", "prompt")
+    run, last = tmp_path / "run", ("--model.inference.slow_gradient", "last")
+    code, _, err = ltm("fit", "--config", recipe, *options, *last, "--run", run)
+    assert code == 0, err
+
+    def evaluate(*options):
+        found = json.loads(ltm("evaluate", run, "--estimators", "bound", "--json", *options)[1])
+        return found["score"], found["observe"], found["tokens"]
+
+    own, given = evaluate(), evaluate("--score", "completion", "--observe", "prompt")
+    assert own == given
+    assert own[:2] == ("completion", "prompt")
+    assert evaluate("--score", "all")[:2] == ("all", "prompt")
+    assert evaluate("--data", tmp_path / "pack")[:2] == ("all", "all")
+    assert evaluate("--data", tmp_path / "pack")[2] > own[2]
+    out = ltm("evaluate", run, "--estimators", "bound")[1]
+    assert "Scored: completion. Observed by q: prompt." in out
+
+
 def test_sequences_with_a_known_truth_have_it_in_the_table(ltm, recipe, tmp_path):
     """Fair coins: whatever the model, the exact figure is log 2, and no bound is below it by more than chance."""
     coins = np.random.default_rng(0).integers(0, 2, (200, 8))
