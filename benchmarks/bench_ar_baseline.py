@@ -33,7 +33,7 @@ from ltm_pyro.utils.malloc import keep_freed_memory
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "studies" / "recipes"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PRECISION, BATCH = ("--trainer.precision", "bf16-mixed"), ("--data.batch_size", "64")
+PRECISION, BATCH = ("--trainer.precision", "bf16-mixed"), ("--data.tokens", "65536")
 OPTIONS = {  # by device; on CUDA some thousand steps in all
     "cuda": (*PRECISION, *BATCH, "--model.compile", "true", "--trainer.val_check_interval", "100"),
     "cpu": (),

@@ -54,7 +54,7 @@ def main() -> None:
     budget = ("--trainer.max_time", "01:00:00:00", "--trainer.max_steps", str(options.steps))
     checks = ("--trainer.val_check_interval", str(max(1, options.steps // 8)), "--trainer.limit_val_batches", "2")
     for guide in GUIDES:
-        words = ("--model.guide", f"ltm_pyro.guides.{guide}", "--data.batch_size", "8", *budget, *checks)
+        words = ("--model.guide", f"ltm_pyro.guides.{guide}", "--data.tokens", "2048", *budget, *checks)
         path = train_quickstart(options.out / guide, packed, *words, "--trainer.precision", precision()).path
         run = load_run(path)
         found = evaluate_run(run, estimators=["bound", *GAIN], samples=64, limit=32, block=coarse_block(run))

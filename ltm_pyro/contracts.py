@@ -52,7 +52,7 @@ class DocumentInfo(NamedTuple):
     ``exact_nats`` is −log p(x) where the document was generated and that is known.
     """
 
-    id: str
+    id: str | int
     file: str = ""
     source: str = ""
     labels: Mapping[str, str | int | float | bool | None] = {}

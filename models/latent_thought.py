@@ -43,10 +43,14 @@ class LatentThoughtModel(PyroModule):
         with sequence_plate(size), full_precision(next(self.decoder.parameters())):
             return self.prior()
 
-    def with_long_documents(self) -> "LatentThoughtModel":
-        """The same model, weights shared, for documents of any length under one z each (`PiecewiseDecoder`)."""
+    def with_long_documents(self, context: int | None = None) -> "LatentThoughtModel":
+        """The same model, weights shared, for documents of any length under one z each (`PiecewiseDecoder`).
+
+        Args:
+            context: tokens that are read again before each piece; by default the decoder's whole reach.
+        """
         long = copy.copy(self)
-        long._modules = {**self._modules, "decoder": PiecewiseDecoder(self.decoder)}
+        long._modules = {**self._modules, "decoder": PiecewiseDecoder(self.decoder, context)}
         return long
 
     def prepare(self, batch: Batch) -> Batch:

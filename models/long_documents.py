@@ -40,7 +40,7 @@ class PiecewiseDecoder(nn.Module):
         if self.context < 0 or self.step < 1:
             raise UsageError(
                 f"A piece of {decoder.length} tokens, the model's length, has no room behind {self.context} tokens of "
-                f"context (layers x (window - 1) is {reach}): train with a smaller window or a larger length."
+                f"context (layers x (window - 1) is {reach}): give a `context` from 0 to {decoder.length - 1}."
             )
         self.vocabulary, self.thought_shape = decoder.vocabulary, decoder.thought_shape
         self.length = 2**31  # of a document

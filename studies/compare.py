@@ -26,6 +26,7 @@ from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
 from ltm_pyro.studies.budget import Budget
 from ltm_pyro.studies.configure import Values, as_options
 from ltm_pyro.training.check_model import check_model
+from ltm_pyro.training.cost_summary import tokens_per_step
 from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.recipe import check_data, read_recipe
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
@@ -205,10 +206,8 @@ def _pace(run: Path) -> dict[str, Any]:
     if not speeds:
         raise UsageError(f"{run} has logged no step: give more --minutes, or log more often.")
     config = read_recipe(["--config", str(run / "config.yaml")])
-    sequences = config.data.batch_size * config.trainer.accumulate_grad_batches
-    tokens = sequences * read_manifest(config.data.directory).seq_len
     return {
-        "seconds_per_step": tokens / statistics.median(speeds),
+        "seconds_per_step": tokens_per_step(config) / statistics.median(speeds),
         "steps": read_checkpoint(run)["global_step"],
     }
 

@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 def read_texts(path: str | Path) -> list[Text]:
     """The documents of a file or folder (`read_documents`); other strings and numbers of a record become labels."""
-    return [Text(found.text, found.id, found.labels) for found in read_documents([path], Fields(labels=None))]
+    return [Text(found.text, str(found.id), found.labels) for found in read_documents([path], Fields(labels=None))]
 
 
 def label_values(labels: Sequence[Mapping[str, Label]], name: str) -> np.ndarray:

@@ -25,7 +25,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default, text = action.default, action.help or ""
-        if default is None or default is False or default in ([], "") or "default" in text:
+        if default is None or default is False or default in ([], (), "") or "default" in text:
             return action.help
         return super()._get_help_string(action)
 

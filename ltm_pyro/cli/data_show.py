@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(_histogram(found))
     for sample in found.samples:
         labels = "".join(f", {name}: {value}" for name, value in sample["labels"].items() if value is not None)
-        title = f"sequence {sample['id']}: {', '.join(sample['documents'])}{labels}"
+        begins = f" from token {sample['offset']}" if sample["offset"] else ""
+        prompt = "" if sample["prompt"] is None else f", {sample['prompt']} tokens of prompt"
+        title = f"sequence {sample['id']}: {', '.join(map(str, sample['documents']))}{begins}{prompt}{labels}"
         console.print(Panel(Text(sample["text"]), title=Text(title), title_align="left"))
     return 0
 

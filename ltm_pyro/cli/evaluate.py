@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 OF_ESTIMATORS: dict[str, Any] = {
     "data": None,
     "split": "val",
-    "score": "all",
-    "observe": "all",
+    "score": None,
+    "observe": None,
     "by_document": None,
     "estimators": ",".join(DEFAULT),
     "block": 16,
@@ -53,9 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; by default the run's own")
     about = "of packed data: val, train or test; how often test was scored is kept in the run"
     parser.add_argument("--split", metavar="NAME", choices=SPLITS, help=about)
-    about = "of documents with a prompt: score `all` or the `completion`"
+    about = (
+        "of documents with a prompt: score `all` or the `completion`; by default as in training, of other data `all`"
+    )
     parser.add_argument("--score", choices=("all", "completion"), help=about)
-    about = "of documents with a prompt: fit q to `all` or to the `prompt`"
+    about = "of documents with a prompt: fit q to `all` or to the `prompt`; by default as --score"
     parser.add_argument("--observe", choices=("all", "prompt"), help=about)
     about = "write the figures of each document, one JSON object per line, with its id and labels"
     parser.add_argument("--by-document", type=Path, metavar="FILE", help=about)
@@ -82,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draws for an estimate of the normaliser of an unnormalised prior",
     )
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N sequences")
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="only the first N sequences; a document that this cuts is marked"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
     add_device(parser)
     add_trust(parser)
@@ -114,13 +118,14 @@ def run(args: argparse.Namespace) -> int:
     estimators = args.estimators.split(",")
     check_estimators(estimators)
     from ltm_pyro.evaluation.documents import check_documents, document_scores, exact_figure
-    from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use
+    from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use, scored_and_observed
     from ltm_pyro.runs.load import load_run
 
     trained = load_run(args.run, args.device, args.trust)
     if args.by_document:
         args.by_document = check_out(args.by_document, args.force, "--by-document")
         check_documents(args.data or trained.data)
+    score, observe = scored_and_observed(trained, args.data, args.score, args.observe)
     evaluation = evaluate_run(
         trained,
         args.data,
@@ -133,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
         args.normaliser,
         args.temperatures,
         args.split,
-        args.score,
-        args.observe,
+        score,
+        observe,
     )
     uses = record_test_use(Path(args.run), args.data or trained.data) if args.split == "test" else None
     if args.by_document:
@@ -143,9 +148,9 @@ def run(args: argparse.Namespace) -> int:
                 json.dumps(finite(found.as_dict()), ensure_ascii=False) + "\n" for found in document_scores(evaluation)
             )
             new.write_text("".join(lines), "utf-8")
-    exact = exact_figure(evaluation) if args.score == "all" else None  # it is that of the whole sequence
+    exact = exact_figure(evaluation) if score == "all" else None  # it is that of the whole sequence
     if args.json:
-        found = evaluation.as_dict() | {"split": args.split, "score": args.score, "observe": args.observe}
+        found = evaluation.as_dict() | {"split": args.split, "score": score, "observe": observe}
         found |= {
             "exact": exact and {"rate": asdict(exact.rate), "excess": {n: asdict(x) for n, x in exact.excess.items()}}
         }
@@ -153,11 +158,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         console = Console()
         console.print(_table(evaluation, args.run, exact))
+        if not score == observe == "all":
+            console.print(f"Scored: {score}. Observed by q: {observe}.")
         if len(args.samples) > 1:
             console.print(_curve(evaluation))
         if uses is not None:
-            console.print(f"This is the test split, and it was scored {uses or 'an unknown number of'} times with it.")
+            console.print(f"This is the test split, which this run has scored {_times(uses)}.")
     return 0
+
+
+def _times(uses: int) -> str:
+    return "once" if uses == 1 else f"{uses or 'an unknown number of'} times"
 
 
 def numbers(text: str) -> list[int]:
@@ -242,7 +253,7 @@ def _curve(evaluation: Evaluation) -> Table:
 
 def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
     e = evaluation
-    what = f"{e.sequences:,} sequences" + (f" ({e.documents:,} documents)" if e.documents else "")
+    what = f"{e.sequences:,} sequences" + (f" ({_documents(e)})" if e.documents else "")
     title = f"{title}: {what}, {e.tokens:,} tokens, {e.bytes:,} bytes"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("estimator", no_wrap=True)
@@ -266,6 +277,11 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
         reasons.append("One document has no standard error, because its pieces are not independent of each other.")
     table.caption = " ".join(reasons) or None
     return table
+
+
+def _documents(evaluation: Evaluation) -> str:
+    count = evaluation.documents
+    return f"{count:,} document{'s' * (count != 1)}" + (", the last one cut by --limit" if evaluation.cut else "")
 
 
 def _figure(x: float) -> str:

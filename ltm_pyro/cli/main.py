@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
+    before, warnings.formatwarning = warnings.formatwarning, lambda text, *_, **__: f"ltm {name}: warning: {text}\n"
     try:
         sys.exit(_call(name, rest))
     except UsageError as error:
@@ -68,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         place = f" under {error.filename}" if error.filename else ""
         print(f"ltm {name}: The disk is full{place} ({error.strerror}): make room there.", file=sys.stderr)
         sys.exit(2)
+    finally:
+        warnings.formatwarning = before
 
 
 def _call(name: str, rest: list[str]) -> int:

@@ -64,14 +64,22 @@ class PackedDataset(Dataset[Row]):
                 raise UsageError(f"{name} is {value!r}: choose from {', '.join(known)}.")
             if value != "all":
                 manifest.need_documents(place, f"`{name}: {value}`")
-                documents = manifest.dropped + sum(part.documents for part in manifest.splits.values())
+                documents = manifest.dropped + sum(x.documents for x in manifest.splits.values())
                 if manifest.prompts < documents:
                     raise UsageError(
                         f"{documents - manifest.prompts} of {documents} documents have no prompt, which `{name}: "
                         f'{value}` needs: give "prompt" and "completion" in every record.'
                     )
+        part = manifest.split(split, place)
+        if not score == observe == "all" and part.sequences > part.documents:
+            where = f"the split {split} of the pack {place}" if str(place) else "the text"
+            raise UsageError(
+                f"{part.sequences - part.documents} rows of {where} are later pieces of documents longer than "
+                f"{manifest.seq_len} tokens, and would know nothing of the prompt: pack with a larger --seq-len, or "
+                f"leave these documents out."
+            )
         self._cache, self._start_token = cache, end_of_text(tokenizer)
-        self.shards: tuple[Shard, ...] = manifest.split(split, place).shards
+        self.shards: tuple[Shard, ...] = part.shards
         self._ends = [*accumulate(shard.sequences for shard in self.shards)]
         self._loaded: OrderedDict[int, Rows] = OrderedDict()  # by shard, the last used last
 
@@ -125,6 +133,7 @@ class PackedDataset(Dataset[Row]):
         seed: int = 0,
         shuffle: bool = True,
         shards: Sequence[range] | None = None,
+        lengths_N: Int[np.ndarray, " N"] | None = None,
     ) -> TokenBudgetSampler | DistributedBatchSampler:
         """The order of one rank's batches: documents with others of like length, or rows of a stream.
 
@@ -133,16 +142,18 @@ class PackedDataset(Dataset[Row]):
             tokens: the most tokens per step and rank, with padding, instead of ``batch_size``.
             rank, ranks, seed, shuffle: as for the samplers.
             shards: the ids of each shard that is read; all of them by default.
+            lengths_N: the tokens of every row of the split, by default from their file.
         """
         longest, shards = self.manifest.seq_len, self.ranges() if shards is None else shards
         if self.manifest.rows == "documents":
             budget = batch_size * longest if tokens is None else tokens
-            lengths_N = read_lengths(self.place, self.split, self.manifest.splits[self.split], longest)
+            if lengths_N is None:
+                lengths_N = read_lengths(self.place, self.split, self.manifest.splits[self.split], longest)
             return TokenBudgetSampler(shards, lengths_N, budget, longest, rank, ranks, seed, shuffle)
         size = batch_size if tokens is None else tokens // longest
         if size < 1:
             raise UsageError(f"`data.tokens` is {tokens}, fewer than one row of {longest} tokens: raise it.")
-        size = size if shuffle else min(size, len(self) // ranks)
+        size = size if shuffle else min(size, sum(map(len, shards)) // ranks)
         return DistributedBatchSampler(shards, size, rank, ranks, seed=seed, shuffle=shuffle)
 
     def collate(self, rows: Sequence[Row], length: int = 0) -> Batch:
@@ -164,11 +175,6 @@ class PackedDataset(Dataset[Row]):
             batch = batch._replace(parts=tuple(row.parts for row in rows))
         if self.score == self.observe == "all":
             return batch
-        if cut := [row for row in rows if row.parts[0].offset or row.prompt == len(row.tokens_T)]:
-            raise UsageError(
-                f"document {cut[0].parts[0].document.id} is longer than a row of {self.manifest.seq_len} tokens, and "
-                f"its later pieces would know nothing of the prompt: pack with a larger --seq-len."
-            )
         prompt_BT = torch.arange(length) < torch.tensor([row.prompt for row in rows])[:, None]
         observed_BT = batch.mask_BT & prompt_BT if self.observe == "prompt" else batch.mask_BT
         if self.score == "completion":

@@ -57,4 +57,8 @@ def _sample(dataset: PackedDataset, index: int) -> dict[str, Any]:
     text = dataset.tokenizer.decode(row.tokens_T.tolist(), skip_special_tokens=False)
     documents = [part.document.id for part in row.parts]
     labels = dict(row.parts[0].document.labels) if dataset.manifest.rows == "documents" else {}
-    return {"id": row.id, "documents": documents, "labels": labels, "text": text}
+    offset = row.parts[0].offset if row.parts else None  # packs of format 2 do not know their documents
+    return {
+        **{"id": row.id, "documents": documents, "labels": labels},
+        **{"offset": offset, "prompt": row.prompt, "text": text},
+    }

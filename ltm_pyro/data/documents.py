@@ -20,12 +20,12 @@ class Document(NamedTuple):
     """One text of the corpus.
 
     ``id`` is ``"file:line"``, the line counted from 1 with blank lines (with the path where two inputs have one name),
-    or the value of a field; ``source`` is the
-    record's value of ``"source"``, else the file's name. The first ``prompt`` characters of ``text`` are its prompt;
+    or the value of a field, a string or a whole number; ``source`` is the record's value of ``"source"``, else the
+    file's name. The first ``prompt`` characters of ``text`` are its prompt;
     None if it has none. ``exact_nats`` is −log p(text), if the text was generated and that is known.
     """
 
-    id: str
+    id: str | int
     text: str
     source: str
     file: str = ""
@@ -67,12 +67,13 @@ def read_documents(inputs: Iterable[str | Path], fields: Fields = Fields()) -> I
 
 
 def _document(record: Record, name: str, line: str, where: str, fields: Fields) -> Document:
-    source, id = record.fields.get("source"), f"{name}:{line}"
+    source = record.fields.get("source")
+    id: str | int = f"{name}:{line}"
     if fields.id is not None:
         value = record.fields.get(fields.id)
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise UsageError(f"{where} has no string or whole number under {fields.id!r}, which was named as the id.")
-        id = str(value)
+        id = value
     if fields.labels is None:
         labels = {
             key: check_label(x, "")

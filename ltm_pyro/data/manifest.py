@@ -52,10 +52,46 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """A label of the documents: ``number``, or ``category`` with its ``values``, sorted by how they look in JSON."""
+    """A label of the documents: ``number``, ``category`` with its ``values``, or ``text``, which has too many to list.
+
+    ``values`` are sorted by how they look in JSON.
+    """
 
     kind: str
     values: tuple[str | int | float | bool, ...] = ()
+
+
+MOST_VALUES, MOST_CHARACTERS = 10_000, 2**20  # that the manifest lists of one label, as JSON
+
+
+class LabelValues:
+    """The different values of a label, in bounded memory; 1, "1" and True are different."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str | int | float | bool] = {}  # by how they look in JSON
+        self._characters, self._are_numbers, self._are_all = 0, True, True
+
+    def add(self, value: str | int | float | bool | None) -> None:
+        """Takes the value of one more document; None is none."""
+        if value is None:
+            return
+        self._are_numbers &= not isinstance(value, str | bool)
+        key = json.dumps(value)
+        if self._are_all and key not in self._found:
+            self._characters += len(key)
+            self._are_all = len(self._found) < MOST_VALUES and self._characters <= MOST_CHARACTERS
+            if self._are_all:
+                self._found[key] = value
+
+    def label(self) -> Label | None:
+        """What kind of label they are; None if no document has one."""
+        if not self._found and self._are_all:
+            return None
+        if self._are_numbers:
+            return Label(kind="number")
+        if not self._are_all:
+            return Label(kind="text")
+        return Label(kind="category", values=tuple(self._found[key] for key in sorted(self._found)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +126,9 @@ class Manifest:
     def split(self, name: str, place: str | Path) -> Split:
         """One split of the pack at ``place``; raises `UsageError` if it has no such split."""
         if name not in self.splits:
-            raise UsageError(
-                f"pack {place} has no split {name!r} but {sorted(self.splits)}; pack the text again with one."
-            )
+            again = f", or pack the text again with a --{name}-fraction above 0" if name in SPLITS[1:] else ""
+            known = " or ".join(split for split in SPLITS if split in self.splits)
+            raise UsageError(f"pack {place} has no split {name!r}: choose {known}{again}.")
         return self.splits[name]
 
     def need_documents(self, place: str | Path, what: str) -> None:

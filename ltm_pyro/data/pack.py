@@ -17,9 +17,11 @@ from ltm_pyro.data.duplicates import groups, mix_bits, repeats, signature
 from ltm_pyro.data.encode import encode_documents, text_pieces
 from ltm_pyro.data.manifest import (
     FORMAT,
+    MOST_VALUES,
     SPLITS,
     TOKENIZER,
     Label,
+    LabelValues,
     Layout,
     Manifest,
     Shard,
@@ -101,6 +103,12 @@ def pack(
             splits=splits,
         )
         write_manifest(manifest, staging.folder)
+    if open_ended := [name for name, label in corpus.labels.items() if label.kind == "text"]:
+        warnings.warn(
+            f"the label {open_ended[0]!r} has more than {MOST_VALUES:,} different values, or too long ones: every "
+            f"document keeps its own, but the manifest does not list them",
+            stacklevel=2,
+        )
     wanted = {"val": val_fraction, "test": test_fraction}
     if empty := [
         name for name, fraction in wanted.items() if fraction and name not in splits and len(corpus.sides_N) > 2
@@ -165,7 +173,7 @@ def _survey(
     """Reads all documents once, and decides what becomes of each."""
     check_fractions(val_fraction, test_fraction)
     digests, sizes, marks, ids = bytearray(), bytearray(), bytearray(), bytearray()
-    values: dict[str, dict[str, Any]] = {name: {} for name in fields.labels or ()}  # by how they look in JSON
+    values = {name: LabelValues() for name in fields.labels or ()}
     needs_marks, prompts = "near" in (drop_duplicates, keep_together), 0
     for document in read_documents(inputs, fields):
         digests += hashlib.sha256(f"{seed}\n{document.text}".encode()).digest()[:8]
@@ -174,29 +182,35 @@ def _survey(
         if needs_marks:
             marks += signature(document.text).tobytes()
         if fields.id:
-            ids += hashlib.sha256(document.id.encode()).digest()[:8]
+            ids += hashlib.sha256(json.dumps(document.id).encode()).digest()[:8]
         for name, value in document.labels.items():
-            if value is not None:
-                values[name].setdefault(json.dumps(value), value)
+            values[name].add(value)
     if not digests:
         raise UsageError("no input was given; name a .txt, .jsonl or .parquet file or a folder of them.")
-    if fields.id and (repeated := np.flatnonzero(repeats(np.frombuffer(bytes(ids), np.uint64)[:, None]))).size:
-        twice = next(x.id for n, x in enumerate(read_documents(inputs, fields)) if n == repeated[0])
-        raise UsageError(f"two documents have the id {twice!r} under {fields.id!r}; name a field that differs.")
-    if nowhere := [name for name, found in values.items() if not found]:
+    labels = {name: label for name, found in values.items() if (label := found.label())}
+    if nowhere := [name for name in values if name not in labels]:
         raise UsageError(f"no document has the label {nowhere[0]!r}; name a field of the records, or leave it out.")
     digests_N = np.frombuffer(bytes(digests), ">u8").astype(np.uint64)
     exact_N1, near_NB = digests_N[:, None], np.frombuffer(bytes(marks), np.uint64).reshape(len(digests_N), -1)
     kept_N = np.ones(len(digests_N), bool)
     if drop_duplicates:
         kept_N = ~repeats(near_NB if drop_duplicates == "near" else exact_N1)
+    if fields.id:
+        number_K = np.flatnonzero(kept_N)
+        repeated_K = repeats(np.frombuffer(bytes(ids), np.uint64)[kept_N][:, None])
+        if repeated_K.any():
+            at = number_K[repeated_K.argmax()]
+            twice = next(x.id for n, x in enumerate(read_documents(inputs, fields)) if n == at)
+            raise UsageError(
+                f"two documents have the id {twice!r} under {fields.id!r}; name a field that differs, or drop equal "
+                f"documents with --drop-duplicates exact."
+            )
     group_N = groups(near_NB if keep_together == "near" else exact_N1)
     sides_N = np.zeros(len(digests_N), np.uint8)
     sides_N[kept_N] = split_by_hash(_group_digests(digests_N, group_N)[kept_N], val_fraction, test_fraction)
     sizes_N = np.where(sides_N == SIDES["train"], np.frombuffer(bytes(sizes), np.uint32), 0)
     chance = SAMPLE / max(int(sizes_N.sum(dtype=np.int64)), 1)
     sampled_N = (sizes_N > 0) & ((digests_N & np.uint64(2**16 - 1)) < chance * 2**16)
-    labels = {name: describe_label(found.values()) for name, found in values.items()}
     return _Corpus(
         inputs=inputs,
         fields=fields,
@@ -214,14 +228,6 @@ def _group_digests(digests_N: UInt64[np.ndarray, " N"], group_N: Int[np.ndarray,
     np.maximum.at(highest_N, group_N, digests_N)
     low_N, high_N = lowest_N[group_N], highest_N[group_N]
     return np.where(low_N == high_N, low_N, mix_bits(mix_bits(low_N)))
-
-
-def describe_label(values: Iterable[Any]) -> Label:
-    """A number if all values are, else a category; 1, "1" and True are different categories."""
-    known = {json.dumps(value): value for value in values if value is not None}
-    if any(isinstance(x, str | bool) for x in known.values()):
-        return Label(kind="category", values=tuple(known[key] for key in sorted(known)))
-    return Label(kind="number")
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from ltm_pyro.contracts import DocumentInfo, Part
 from ltm_pyro.data.documents import check_label
-from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Label, Manifest, Shard, Split, write_manifest
-from ltm_pyro.data.pack import SHARD_ROWS, SIDES, check_fractions, describe_label, split_by_hash
+from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Label, LabelValues, Manifest, Shard, Split, write_manifest
+from ltm_pyro.data.pack import SHARD_ROWS, SIDES, check_fractions, split_by_hash
 from ltm_pyro.data.rows import NO_PROMPT, Rows
 from ltm_pyro.data.shards import lengths_file, write_lengths, write_shard
 from ltm_pyro.data.staging import staged
@@ -57,8 +57,10 @@ def pack_sequences(
             raise UsageError(f"Sequence {number} is no list of at least one whole number.")
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise UsageError(f"Sequence {number} has a token outside of 0 to {vocabulary - 1}.")
-        if prompts is not None and not 0 <= prompts[number] <= len(tokens):
-            raise UsageError(f"Sequence {number} has {len(tokens)} tokens and a prompt of {prompts[number]} of them.")
+        if prompts is not None and not 0 <= prompts[number] < len(tokens):
+            raise UsageError(
+                f"Sequence {number} has {len(tokens)} tokens and a prompt of {prompts[number]}: leave one to score."
+            )
     if exact_nats is not None and not all(map(math.isfinite, exact_nats)):
         raise UsageError("exact_nats has a value that is not finite: -log p(x) of a sequence that occurs is.")
     check_fractions(val_fraction, test_fraction)
@@ -91,7 +93,12 @@ def pack_sequences(
                 lengths_N = np.array([len(found[n]) for n in numbers])
                 lengths = write_lengths(lengths_N, staging.folder / lengths_file(name))
                 splits[name] = Split.of(len(numbers), tuple(shards), lengths)
-        kinds: dict[str, Label] = {name: describe_label(values) for name, values in labels.items()}
+        kinds: dict[str, Label] = {}
+        for name, values in labels.items():
+            different = LabelValues()
+            for value in values:
+                different.add(value)
+            kinds[name] = different.label() or Label(kind="number")
         manifest = Manifest(
             format=FORMAT,
             tokenizer_hash=tokenizer_hash(tokenizer),

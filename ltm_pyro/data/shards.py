@@ -59,13 +59,14 @@ def read_shard(place: str | Path, manifest: Manifest, shard: Shard, first: int, 
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     path, content = f"{place}/{shard.file}", _content(place, shard, cache)
-    _check(path, "size in bytes", len(content), shard.size)
-    _check(path, "SHA-256", hashlib.sha256(content).hexdigest(), shard.sha256)
+    what = f"shard {path}"
+    _check(what, "size in bytes", len(content), shard.size)
+    _check(what, "SHA-256", hashlib.sha256(content).hexdigest(), shard.sha256)
     samples = group_by_keys(tar_file_expander([{"url": path, "stream": io.BytesIO(content)}]))
     rows = Rows.join([_decode(sample, path) for sample in samples])
-    _check(path, "first row", rows.first, first)
-    _check(path, "sequences", len(rows), shard.sequences)
-    _check(path, "tokens", int(rows.lengths_N.sum()), shard.tokens)
+    _check(what, "first row", rows.first, first)
+    _check(what, "sequences", len(rows), shard.sequences)
+    _check(what, "tokens", int(rows.lengths_N.sum()), shard.tokens)
     if rows.lengths_N.max() > manifest.seq_len or rows.tokens_M.max() >= manifest.vocabulary:
         raise UsageError(
             f"shard {path} has a row of more than {manifest.seq_len} tokens, or a token beyond the vocabulary of "
@@ -179,9 +180,9 @@ def _decode(sample: dict[str, Any], path: str) -> Rows:
     )
 
 
-def _check(path: str, what: str, found: str | int, expected: str | int) -> None:
+def _check(file: str, what: str, found: str | int, expected: str | int) -> None:
     if found != expected:
         raise UsageError(
-            f"shard {path} is damaged: its {what} is {found}, the manifest says {expected}; restore it or pack the "
+            f"{file} is damaged: its {what} is {found}, the manifest says {expected}; restore it or pack the "
             f"text again."
         )

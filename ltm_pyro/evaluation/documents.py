@@ -15,10 +15,14 @@ from ltm_pyro.inference.scores import Evaluation, Rate, rate_of
 
 
 class DocumentScore(NamedTuple):
-    """A document's figures: the sums over its pieces, in nats; ``pieces`` counts the rows that it fills."""
+    """A document's figures: the sums over its pieces, in nats; ``pieces`` counts the rows of it that were scored.
+
+    ``cut`` says that these are not all of its rows.
+    """
 
     document: DocumentInfo
     pieces: int
+    cut: bool
     tokens: int
     nats: dict[str, float]  # by estimator
     kl: dict[str, float]
@@ -29,7 +33,7 @@ class DocumentScore(NamedTuple):
         exact = {} if info.exact_nats is None else {"exact_nats": info.exact_nats}
         figures = {f"{name}_nats": x for name, x in self.nats.items()} | {f"{n}_kl": x for n, x in self.kl.items()}
         found = {"id": info.id, "file": info.file, "labels": dict(info.labels)}
-        return found | {"pieces": self.pieces, "tokens": self.tokens} | exact | figures
+        return found | {"pieces": self.pieces, "cut": self.cut, "tokens": self.tokens} | exact | figures
 
 
 def check_documents(place: str) -> None:
@@ -51,11 +55,12 @@ def document_scores(evaluation: Evaluation) -> list[DocumentScore]:
     for index, piece in enumerate(pieces):
         of.setdefault(piece.number, []).append(index)
     scores = []
-    for _, found in sorted(of.items()):
+    for number, found in sorted(of.items()):
+        cut = evaluation.cut and number == pieces[-1].number
         info = pieces[found[0]].document
         nats = {name: float(result.nats_B[found].sum()) for name, result in rows.scores.items()}
         kl = {name: float(result.kl_B[found].sum()) for name, result in rows.scores.items()}
-        scores.append(DocumentScore(info, len(found), int(rows.tokens_B[found].sum()), nats, kl))
+        scores.append(DocumentScore(info, len(found), cut, int(rows.tokens_B[found].sum()), nats, kl))
     return scores
 
 

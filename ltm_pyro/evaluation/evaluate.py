@@ -50,8 +50,8 @@ def evaluate_run(
     normaliser: int | None = None,
     temperatures: int = 32,
     split: str = "val",
-    score: Scored = "all",
-    observe: Observed = "all",
+    score: Scored | None = None,
+    observe: Observed | None = None,
 ) -> Evaluation:
     """The nats, perplexity and bits per byte of a data set under every estimator, q fitted to each sequence.
 
@@ -63,16 +63,18 @@ def evaluate_run(
         estimators: names from `ESTIMATORS`.
         samples: S, draws per sequence after the fit; of several numbers the largest, and a curve over all of them.
         fast_steps: T_fast; by default the recipe's ``evaluation.steps``.
-        limit: only the first ``limit`` sequences.
+        limit: only the first ``limit`` sequences; the last document may then be cut (`Evaluation.cut`).
         seed: random seed.
         block: tokens per block of ``causal`` and ``causal_prior``; `coarse_block` costs less.
         normaliser: number of draws with which the constant of an unnormalised prior is estimated; figures that use the
             estimate are not bounds.
         temperatures: K, the number of distributions between q and the posterior for the estimator ``ais``.
         split: of packed data.
-        score: what is scored of a document with a prompt: ``all`` of it, or its ``completion``.
-        observe: what q is fitted to: ``all`` of the document, or its ``prompt``.
+        score: what is scored of a document with a prompt: ``all`` of it, or its ``completion``; by default of the run's
+            own data what training scored, of others ``all``.
+        observe: what q is fitted to: ``all`` of the document, or its ``prompt``; by default as for ``score``.
     """
+    score, observe = scored_and_observed(run, data, score, observe)
     model = with_estimated_normaliser(run.model, normaliser) if normaliser else run.model
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
     if data is not None and split != "val" and not is_pack(data):
@@ -88,7 +90,18 @@ def evaluate_run(
     shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
     on_device = (batch.to(run.device) for batch in shown)
     annealing = Annealing(temperatures=temperatures)
-    return evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing)
+    some = len(chosen) < len(dataset) and dataset.manifest.rows == "documents"
+    cut = some and bool(dataset[len(chosen)].parts[0].piece)  # the first row that is left out is a later piece
+    found = evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing)
+    return replace(found, cut=cut)
+
+
+def scored_and_observed(
+    run: Run, data: str | None, score: Scored | None, observe: Observed | None
+) -> tuple[Scored, Observed]:
+    """What is scored and observed where it is not said: of the run's own data as in training, of others ``all``."""
+    trained: tuple[Scored, Observed] = (run.score, run.observe) if data is None else ("all", "all")
+    return score or trained[0], observe or trained[1]
 
 
 def coarse_block(run: Run) -> int:

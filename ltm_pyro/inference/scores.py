@@ -142,9 +142,9 @@ class Evaluation:
     in nats per token; None if one of the two was not requested. Unlike a difference of bounds it is 0 for a decoder
     that does not use z, and for thoughts of another text it is below 0.
 
-    ``excluded`` are the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an
-    estimator's name to the reason why it is not defined for this model and guide. ``rows`` are the figures of every
-    sequence.
+    ``cut`` says whether the last document is not whole, because only the first sequences were scored. ``excluded`` are
+    the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an estimator's name to
+    the reason why it is not defined for this model and guide. ``rows`` are the figures of every sequence.
     """
 
     tokens: int
@@ -155,6 +155,7 @@ class Evaluation:
     estimates: dict[str, Score]
     predictive_gain: Rate | None = None
     unavailable: dict[str, str] = field(default_factory=dict)
+    cut: bool = False
     rows: RowScores | None = field(default=None, compare=False)
 
     def as_dict(self) -> dict[str, Any]:

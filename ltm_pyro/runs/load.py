@@ -71,6 +71,8 @@ def build_run(
         data=config.data.directory,
         length=config.model.decoder.init_args.length,
         may_read_data=may_read_data(config.data.directory, recipe, trust),
+        score=config.data.score,
+        observe=config.data.observe,
     )
 
 

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ltm_pyro.contracts import Guide, TextModel
+from ltm_pyro.data.dataset import Observed, Scored
 from ltm_pyro.data.tokenizer import end_of_text
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
@@ -23,6 +24,8 @@ class Run(NamedTuple):
     length: int  # T, the longest sequence
     source: str = ""  # where it was loaded from
     may_read_data: bool = True  # False if `data` is outside the current folder and nobody has asked for it
+    score: Scored = "all"  # what training scored of a document with a prompt
+    observe: Observed = "all"  # what q was fitted to
 
     @property
     def start_token(self) -> int:

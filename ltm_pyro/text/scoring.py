@@ -39,6 +39,9 @@ class Scoring:
         longer: what happens to a text longer than the model: ``split`` into rows with thoughts of their own, or scored
             as a ``whole`` under one z, alone in its batch (`ltm_pyro.models.PiecewiseDecoder` says what fits in
             memory).
+        context: of a ``whole`` text, tokens that are read again before each piece of it; by default all that the
+            decoder sees, layers x (window - 1), which makes the score that of one long row. It has to be below the
+            model's length.
     """
 
     estimator: str = "iwae"
@@ -48,6 +51,7 @@ class Scoring:
     seed: int = 0
     batch_size: int = 32
     longer: Literal["split", "whole"] = "split"
+    context: int | None = None
 
     def __post_init__(self) -> None:
         check_estimators([self.estimator], self.samples)
@@ -55,6 +59,11 @@ class Scoring:
             raise UsageError(f"Scoring needs block and batch_size ≥ 1, got {self.block} and {self.batch_size}.")
         if self.longer not in ("split", "whole"):
             raise UsageError(f"A longer text cannot be scored as {self.longer!r}: choose split or whole.")
+        if self.context is not None and (self.longer != "whole" or self.context < 0):
+            raise UsageError(
+                f"A context of {self.context} tokens has no meaning for longer texts that are {self.longer}: give 0 or "
+                f'more, and `longer="whole"`.'
+            )
 
 
 class TextScore(NamedTuple):
@@ -109,7 +118,7 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
             f"Text {min(whole)} is longer than the model's {run.length} tokens, and {type(run.model).__name__} has no "
             f"`with_long_documents`: score it split."
         )
-    long: Any = cast(Any, run.model).with_long_documents() if whole else None
+    long: Any = cast(Any, run.model).with_long_documents(scoring.context) if whole else None
     for index in sorted(whole):
         tokens = documents[index]
         batch = batch_of_rows([tokens], run.start_token, len(tokens), run.device)

@@ -13,6 +13,7 @@ from ltm_pyro.data import read_manifest
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.local import init
 from ltm_pyro.inference.param_store import no_param_store
+from ltm_pyro.training.datamodule import BATCH_SIZE
 from ltm_pyro.training.flops import flops_per_token
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.utils.rng import seeded
@@ -23,7 +24,8 @@ _PER_PARAMETER = 16  # bytes: weight, gradient and Adam's two moments in float32
 def cost_summary(module: LTMModule, config: Namespace, ranks: int) -> Table:
     """The cost as a table; a curriculum that changes local inference is left out of account."""
     decoder, length = module.model.decoder, read_manifest(config.data.directory).seq_len
-    tokens = config.data.batch_size * length * config.trainer.accumulate_grad_batches * ranks
+    tokens = tokens_per_step(config) * ranks
+    rows = tokens_per_step(config) // length // config.trainer.accumulate_grad_batches
     inference = module.inference if module.keep_local else module.inference.from_start()
     fast, slow = flops_per_token(decoder, module.guide, length, inference)
     table = Table("plan", "", title=str(config.run), title_justify="left")
@@ -35,8 +37,16 @@ def cost_summary(module: LTMModule, config: Namespace, ranks: int) -> Table:
     table.add_row("FLOPs per token, fast + slow", f"{fast / 1e6:,.1f} M + {slow / 1e6:,.1f} M")
     table.add_row("FLOPs per step, fast + slow", f"{fast * tokens / 1e12:,.3f} T + {slow * tokens / 1e12:,.3f} T")
     table.add_row("tokens per step", f"{tokens:,}" + (f" on {ranks} ranks" if ranks > 1 else ""))
-    table.add_row("memory per rank, about", f"{memory(module, config.data.batch_size, length) / 2**30:,.2f} GiB")
+    table.add_row("memory per rank, about", f"{memory(module, rows, length) / 2**30:,.2f} GiB")
     return table
+
+
+def tokens_per_step(config: Namespace) -> int:
+    """The tokens of one rank's slow step, with padding: of rows of documents at most so many."""
+    data, manifest = config.data, read_manifest(config.data.directory)
+    rows = (data.batch_size or BATCH_SIZE) if data.tokens is None else data.tokens // manifest.seq_len
+    whole = manifest.rows == "stream" or data.tokens is None
+    return (rows * manifest.seq_len if whole else data.tokens) * config.trainer.accumulate_grad_batches
 
 
 def parameters(module: LTMModule) -> dict[str, int]:

@@ -12,7 +12,7 @@ from ltm_pyro.utils.files import atomic_write
 
 COLUMNS = (
     *("step", "seconds", "train/loss", "train/kl", "train/fast_rate", "train/slow_rate", "train/tokens_per_second"),
-    *("val/bound", "val/kl", "train/flops", "train/fast_steps", "train/flops_per_second"),
+    *("val/bound", "val/kl", "train/flops", "train/fast_steps", "train/flops_per_second", "train/padding"),
 )
 
 

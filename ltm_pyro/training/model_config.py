@@ -13,6 +13,7 @@ from torch import nn
 from yaml import YAMLError
 
 from ltm_pyro.contracts import Guide, Model, TextModel, ThoughtShape
+from ltm_pyro.data.dataset import Observed, Scored
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training import plugins
@@ -79,7 +80,7 @@ def build_from_recipe(config: Namespace) -> BuiltModel:
 
 
 def parse_model(recipe: str, source: object, trust: bool = False) -> Namespace:
-    """The keys `model` and ``data.directory`` of a run's recipe; those that only training reads are left out.
+    """The keys `model`, and ``data.directory``, ``score`` and ``observe``, of a run's recipe; others are left out.
 
     Nothing is imported but our own models and guides, unless the recipe is trusted or the user's own.
 
@@ -98,7 +99,9 @@ def parse_model(recipe: str, source: object, trust: bool = False) -> Namespace:
         model = {name: value for name, value in content["model"].items() if name not in TRAINING_KEYS}
         free = check_code({"model": model}, recipe, source, trust)
         model = plugins.resolve(model, "model", known_class)
-        config = _model_parser().parse_object({"model": model, "data": {"directory": content["data"]["directory"]}})
+        data = {name: content["data"][name] for name in ("score", "observe") if name in content["data"]}
+        data["directory"] = content["data"]["directory"]
+        config = _model_parser().parse_object({"model": model, "data": data})
         check_classes(_parts(config), source, free)
         return config
     except ArgumentError as error:
@@ -123,6 +126,8 @@ def _model_parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, parser_mode="recipe")
     parser.add_function_arguments(build_model, "model")
     parser.add_argument("--data.directory", type=str)
+    parser.add_argument("--data.score", type=Scored, default="all")
+    parser.add_argument("--data.observe", type=Observed, default="all")
     parser.set_defaults(DEFAULTS)
     return parser
 

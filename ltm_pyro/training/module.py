@@ -136,7 +136,7 @@ class LTMModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """Algorithm 1 for one batch: the fast loop, then −ELBO in nats per token for Lightning's slow step."""
-        tokens, slots = self._sync_ranks(batch)
+        tokens, used, slots = self._sync_ranks(batch)
         strategy, cost = self.trainer.strategy, partial(self.cost, batch.inputs_BT.shape[1])
         inference = self.curriculum.at(self.progress, self.inference, cost)
         if not self.model.decoder.thought_shape.thoughts:  # K = 0: there are none to leave out
@@ -168,7 +168,7 @@ class LTMModule(pl.LightningModule):
                 "train/slow_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
                 "train/fast_steps": float(inference.steps),
                 "train/flops": self.flops.clone(),
-                "train/padding": 1 - batch.tokens_B.sum() / batch.mask_BT.numel(),
+                "train/padding": 1 - used / slots,
                 "step": float(self.global_step),
             }
         )
@@ -191,17 +191,20 @@ class LTMModule(pl.LightningModule):
         self._skipped = True
         return torch.stack([0 * p.sum() for p in self.parameters()]).sum()
 
-    def _sync_ranks(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens, and tokens with padding, of this step on all ranks; averages the time used over them.
+    def _sync_ranks(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Scored tokens, those that are scored or observed, and all with padding, of this step on all ranks.
+
+        It also averages the time used over them.
 
         Every rank must compute the same rates, fast steps and end of training, or they would deadlock.
         """
-        own = [batch.mask_BT.sum(), batch.mask_BT.new_tensor(batch.mask_BT.numel(), dtype=torch.long)]
+        used_BT = batch.mask_BT | batch.observed.mask_BT
+        own = [batch.mask_BT.sum(), used_BT.sum(), used_BT.new_tensor(used_BT.numel(), dtype=torch.long)]
         clock = batch.mask_BT.new_tensor(self._clock(), dtype=torch.double)
         total = self.trainer.strategy.reduce(torch.stack([*(x.double() for x in own), clock]), reduce_op="sum")
         if self.trainer.world_size > 1:
-            self._time_used = total[2].item() / self.trainer.world_size
-        return total[0], total[1]
+            self._time_used = total[3].item() / self.trainer.world_size
+        return total[0], total[1], total[2]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keeps a gradient that is not finite from the weights."""

@@ -226,7 +226,8 @@ def take_vocabulary(config: Namespace) -> None:
 def check_data(config: Namespace) -> None:
     """Refuses data that the recipe cannot be trained on, and fills in their vocabulary.
 
-    Refused are another vocabulary than the recipe's, sequences that are too long, and a missing split.
+    Refused are another vocabulary than the recipe's, sequences that are too long, a missing split, and a slow gradient
+    that needs q to see what is scored.
     """
     manifest = read_manifest(config.data.directory)
     manifest.split("train", config.data.directory)
@@ -241,6 +242,13 @@ def check_data(config: Namespace) -> None:
             f"The data's sequences have {manifest.seq_len} tokens, but `model.decoder.length` is {length}: "
             f"raise it, or pack with --seq-len {length}."
         )
+    if config.model.inference.slow_gradient == "trajectory":
+        for name in ("score", "observe"):
+            if config.data[name] != "all":
+                raise UsageError(
+                    f"With `data.{name}: {config.data[name]}` q may see other tokens than are scored, and the fast "
+                    f"steps' loss is then not the slow step's: set `model.inference.slow_gradient` to last."
+                )
     if "val" not in manifest.splits and config.trainer.limit_val_batches != 0:
         raise UsageError(
             f"{config.data.directory} holds out no documents: pack it with a --val-fraction above 0, or set "

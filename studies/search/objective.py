@@ -153,7 +153,9 @@ def _bound_during_training(config: Namespace, setting: Setting) -> Callable[[LTM
     def bound(module: LTMModule) -> float:
         model: Any = module.model
         _, tokenizer = open_pack(config.data.directory)
-        run = Run(model, module.guide, tokenizer, module.evaluation, config.data.directory, model.decoder.length)
+        data, length = config.data, model.decoder.length
+        run = Run(model, module.guide, tokenizer, module.evaluation, data.directory, length)
+        run = run._replace(score=data.score, observe=data.observe)
         scores = evaluate_run(run, estimators=("bound",), samples=setting.samples, limit=setting.limit).estimates
         return scores["bound"].nats_per_token
 

@@ -15,6 +15,7 @@ from ltm_pyro.studies.budget import MAX_FLOPS, parse_budget
 from ltm_pyro.studies.configure import Values, configure
 from ltm_pyro.studies.search.definition import Definition
 from ltm_pyro.studies.search.objective import NEED_BOUND, RECORDED, options_of
+from ltm_pyro.training.cost_summary import tokens_per_step
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.recipe import build_module, check_budget, check_data, check_seed, dump_recipe
 
@@ -180,10 +181,8 @@ def _module(config: Any) -> LTMModule:
 def _check_one_step(config: Any) -> None:
     """Refuses a budget of FLOPs below the cost of the first step."""
     module = _module(config)
-    length = read_manifest(config.data.directory).seq_len
-    cost = partial(module.cost, length)
-    tokens = config.data.batch_size * config.trainer.accumulate_grad_batches * length
-    step = tokens * cost(module.curriculum.at(0.0, module.inference, cost))
+    cost = partial(module.cost, read_manifest(config.data.directory).seq_len)
+    step = tokens_per_step(config) * cost(module.curriculum.at(0.0, module.inference, cost))
     if module.max_flops and step > module.max_flops:
         raise UsageError(
             f"The budget {module.max_flops:.4g}flops is less than one step, which costs {step:.3g}flops: raise it."

@@ -161,6 +161,7 @@ def test_recipes_that_cannot_be_read(here, refused, arguments, words):
         ("run", "/proc/nowhere/run", ("Cannot write", "/proc/nowhere/run", "--run")),
         ("data.batch_size", "many", ("data.batch_size = many", "int")),
         ("data.batch_size", "0", ("batch_size", "0")),
+        ("data.tokens", "64", ("`data.batch_size` is 8 and `data.tokens` is 64", "set one of them to null")),
         ("data.directory", "nowhere", ("nowhere", "ltm data pack")),
         ("model.vocabulary", "300", ("300", "280", "model.vocabulary")),
         ("model.decoder.init_args.length", "8", ("16 tokens", "8", "--seq-len 8")),

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -27,6 +29,27 @@ def test_damaged_shards_are_named(copy, ltm):
     assert (code, list(json.loads(out)["damaged"])) == (2, ["val-000000.tar"])
 
 
+def test_a_damaged_file_of_lengths_is_named_and_can_be_done_without(copy, recipe, ltm, refused, tmp_path):
+    (copy / "val-lengths.npy").write_bytes((copy / "val-lengths.npy").read_bytes()[:-1] + b"x")
+    assert ltm("data", "verify", copy)[1].startswith(f"{copy / 'val-lengths.npy'} is damaged: its SHA-256 is ")
+    options = ("--data.directory", copy, "--run", tmp_path / "run")
+    code, _, err = ltm("fit", "--config", recipe, *options)
+    assert (code, f"ltm fit: {copy / 'val-lengths.npy'} is damaged" in err) == (2, True)
+    with pytest.warns(UserWarning, match="the lengths of rows are taken from the val shards"):
+        code, _, err = ltm("fit", "--config", recipe, *options, "--data.on_damage", "skip")
+    assert code == 0, err
+
+
+def test_warnings_are_one_line_without_the_place_in_the_code(corpus, tmp_path):
+    (tmp_path / "folder").mkdir()
+    shutil.copy(corpus, tmp_path / "folder")
+    (tmp_path / "folder/picture").write_bytes(b"\0\xff")
+    words = (sys.executable, "-P", "-m", "ltm_pyro.cli", "data", "pack", tmp_path / "folder", "--out", tmp_path / "out")
+    err = subprocess.run([*words, "--tokenizer", "bpe:280"], capture_output=True, text=True, check=True).stderr
+    what = "left out, because neither name nor content says that they are data"
+    assert err == f"ltm data pack: warning: {what}: {tmp_path / 'folder'}/picture\n"
+
+
 def test_show_counts_documents_by_length_and_decodes_sequences(packed, ltm):
     code, out, _ = ltm("data", "show", packed, "--json", "--samples", 2)
     shown = json.loads(out)
@@ -38,6 +61,21 @@ def test_show_counts_documents_by_length_and_decodes_sequences(packed, ltm):
     assert code == 0
     assert "lengths of documents" in out
     assert "sequence " in out
+
+
+def test_show_says_where_a_row_begins_and_what_is_its_prompt(ltm, tmp_path):
+    records = [{"prompt": "one two ", "completion": f"three {n} four", "year": n} for n in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    words = (tmp_path / "a.jsonl", "--out", tmp_path / "pack", "--tokenizer", "bpe:257", "--seq-len", 16)
+    assert ltm("data", "pack", *words, "--label", "year", "--test-fraction", 0)[0] == 0
+    shown = json.loads(ltm("data", "show", tmp_path / "pack", "--samples", 50, "--json")[1])["samples"]
+    assert {(x["offset"], x["prompt"]) for x in shown} == {(0, 8), (16, 0)}
+    out = " ".join(ltm("data", "show", tmp_path / "pack", "--samples", 50)[1].split())
+    assert "a.jsonl:2, 8 tokens of prompt, year: 1" in out
+    assert "a.jsonl:2 from token 16, 0 tokens of prompt, year: 1" in out
+    message = ltm("data", "show", tmp_path / "pack", "--split", "test")[2]
+    expected = "has no split 'test': choose train or val, or pack the text again with a --test-fraction above 0.\n"
+    assert message.endswith(expected)
 
 
 def test_the_reader_is_timed(packed, ltm):

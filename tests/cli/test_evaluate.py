@@ -91,7 +91,7 @@ def test_no_fast_steps_leave_q_at_the_prior(run, ltm):
 def test_the_table_says_what_is_no_bound(run, ltm):
     code, out, _ = ltm("evaluate", run, "--limit", 2, "--samples", 1, "--estimators", ",".join(ESTIMATORS))
     assert code == 0
-    assert "2 sequences (1 documents), 32 tokens" in " ".join(out.split())
+    assert "2 sequences (1 document, the last one cut by --limit), 32 tokens" in " ".join(out.split())
     assert "One document has no standard error" in " ".join(out.split())
     rows = {
         words[0]: words[6] for words in map(str.split, out.splitlines()) if len(words) > 6 and words[0] in ESTIMATORS
@@ -198,12 +198,48 @@ def test_each_documents_figures_are_joined_with_it_on_its_id(run, ltm, tmp_path)
     assert (total["documents"], total["sequences"]) == (4, sum(x["pieces"] for x in scores.values()))
 
 
+def test_a_document_that_the_limit_cuts_is_marked(run, ltm, tmp_path):
+    records = [{"text": "the people read a long text about time, " * n, "key": n} for n in (1, 4)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    options = ("--data", tmp_path / "a.jsonl", "--estimators", "bound", "--json", "--force")
+    marks, pieces = {}, {}
+    for limit in range(1, 40):
+        words = (*options, "--limit", limit, "--by-document", tmp_path / "out")
+        found = json.loads(ltm("evaluate", run, *words)[1])
+        scores = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+        assert found["cut"] == any(x["cut"] for x in scores)
+        assert sum(x["pieces"] for x in scores) == found["sequences"]
+        marks[limit], pieces[limit] = [x["cut"] for x in scores], [x["pieces"] for x in scores]
+        if found["sequences"] < limit:
+            break
+    one, two = pieces[limit]
+    for n in range(1, limit):
+        assert marks[n] == ([n < one] if n <= one else [False, n < one + two])
+
+
+def test_ids_of_a_pack_come_back_with_their_type(run, ltm, tmp_path):
+    records = {key: {"text": f"the {n} people", "key": key} for n, key in enumerate([7, "7", 3, 2**60, "x"])}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records.values())))
+    words = ("--tokenizer", run / "tokenizer.json", "--seq-len", 16, "--id", "key", "--val-fraction", 0.8)
+    (code, _, err), out = (
+        ltm("data", "pack", tmp_path / "a.jsonl", "--out", tmp_path / "pack", *words),
+        tmp_path / "out",
+    )
+    assert code == 0, err
+    assert ltm("evaluate", run, "--data", tmp_path / "pack", "--estimators", "bound", "--by-document", out)[0] == 0
+    scores = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(records[x["id"]]["key"] == x["id"] for x in scores)
+    shown = json.loads(ltm("data", "show", tmp_path / "pack", "--split", "val", "--json")[1])["samples"]
+    assert len(scores) == len({x["id"] for x in scores}) >= len(shown)
+    assert {*(id for x in shown for id in x["documents"])} <= {x["id"] for x in scores}
+
+
 def test_an_evaluation_on_the_test_split_is_marked_and_counted(run, ltm):
     for use in (1, 2):
         found = json.loads(ltm("evaluate", run, "--split", "test", "--estimators", "bound", "--json")[1])
         assert (found["split"], found["test_uses"]) == ("test", use)
     out = ltm("evaluate", run, "--split", "test", "--estimators", "bound")[1]
-    assert "This is the test split, and it was scored 3 times with it." in out
+    assert "This is the test split, which this run has scored 3 times." in out
     assert json.loads(ltm("evaluate", run, "--estimators", "bound", "--json")[1])["test_uses"] is None
     (run / TEST_USES).unlink()
 
@@ -224,6 +260,31 @@ def test_what_is_observed_changes_the_fit_and_what_is_scored_the_figure(run, ltm
     for observe in ("all", "prompt"):  # the same q, whatever is scored
         assert figures["all", observe][1] == pytest.approx(figures["completion", observe][1])
     assert figures["all", "all"][1] != pytest.approx(figures["all", "prompt"][1])
+
+
+def test_a_run_is_scored_as_it_was_trained(ltm, recipe, tmp_path):
+    """Of its own data; other data are scored whole, because they may have no prompts."""
+    records = [{"prompt": f"the {n} ", "completion": "people"} for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    words = (tmp_path / "a.jsonl", "--out", tmp_path / "pack", "--tokenizer", "bpe:280", "--val-fraction", 0.3)
+    assert ltm("data", "pack", *words, "--seq-len", 16, "--keep-together", "exact")[0] == 0
+    options = ("--data.directory", tmp_path / "pack", "--data.score", "completion", "--data.observe", "prompt")
+    run, last = tmp_path / "run", ("--model.inference.slow_gradient", "last")
+    code, _, err = ltm("fit", "--config", recipe, *options, *last, "--run", run)
+    assert code == 0, err
+
+    def evaluate(*options):
+        found = json.loads(ltm("evaluate", run, "--estimators", "bound", "--json", *options)[1])
+        return found["score"], found["observe"], found["tokens"]
+
+    own, given = evaluate(), evaluate("--score", "completion", "--observe", "prompt")
+    assert own == given
+    assert own[:2] == ("completion", "prompt")
+    assert evaluate("--score", "all")[:2] == ("all", "prompt")
+    assert evaluate("--data", tmp_path / "pack")[:2] == ("all", "all")
+    assert evaluate("--data", tmp_path / "pack")[2] > own[2]
+    out = ltm("evaluate", run, "--estimators", "bound")[1]
+    assert "Scored: completion. Observed by q: prompt." in out
 
 
 def test_sequences_with_a_known_truth_have_it_in_the_table(ltm, recipe, tmp_path):

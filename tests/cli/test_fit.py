@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from ltm_pyro.runs.load import load_run
+from ltm_pyro.training.datamodule import PackedData
 
 LTM = (sys.executable, "-P", "-m", "ltm_pyro.cli")
 
@@ -239,3 +240,38 @@ def test_a_cuda_graph_without_a_device_is_refused_before_the_first_step(recipe, 
     assert code == 2
     assert err.splitlines()[-1].endswith("and the batch is on cpu: remove `cuda_graph`.")
     assert "training" not in err
+
+
+def test_padding_is_what_is_neither_scored_nor_observed(recipe, ltm, refused, tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a day " * (n % 3), "completion": f"of {n} people"}) + "\n" for n in range(60))
+    )
+    assert ltm("data", "pack", tmp_path / "a.jsonl", "--out", tmp_path / "pack", "--tokenizer", "bpe:280")[0] == 0
+    place = (
+        "--data.directory",
+        tmp_path / "pack",
+        "--model.decoder.length",
+        128,
+        "--data.tokens",
+        256,
+        "--data.batch_size",
+        "null",
+        "--trainer.max_steps",
+        2,
+    )
+    completion = ("--data.score", "completion", "--data.observe")
+    bad = (*completion, "all", "--model.inference.slow_gradient", "trajectory")
+    message = refused("fit", "--config", recipe, *place, "--run", tmp_path / "run", *bad)
+    assert "With `data.score: completion` q may see other tokens than are scored" in message
+    assert not (tmp_path / "run").exists(), "a setting that cannot be trained is refused before anything is written"
+    shares = {}
+    for name, options in {"text": (), "seen": (*completion, "all"), "unseen": (*completion, "prompt")}.items():
+        words = (*place, "--run", tmp_path / name, "--model.inference.slow_gradient", "last", *options)
+        code, _, err = ltm("fit", "--config", recipe, *words)
+        assert code == 0, err
+        assert re.search(r"tokens per step\s+│ 256\s+│", err)
+        shares[name] = [float(row["train/padding"]) for row in rows(tmp_path / name) if row["train/padding"]]
+    batches = PackedData(str(tmp_path / "pack"), tokens=256).train_dataloader()
+    expected = [1 - batch.mask_BT.double().mean().item() for batch, _ in zip(batches, range(2), strict=True)]
+    assert any(expected)
+    assert shares["text"] == shares["seen"] == shares["unseen"] == pytest.approx(expected)

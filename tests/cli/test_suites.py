@@ -5,9 +5,12 @@ import json
 import pytest
 
 from ltm_pyro.evaluation.suites import suite
-from ltm_pyro.evaluation.suites.table import PICTURE, REPORT, RESULTS, SUITES
+from ltm_pyro.evaluation.suites.table import DOCUMENTS, PICTURE, REPORT, RESULTS, SUITES
 
 LIMITS = ("--limit", 3, "--samples", 2, "--fast-steps", 1)
+LAMBADA = [
+    {"text": f"the old {word} day", "year": year} for word, year in (("small", 1), ("long", "1"), ("short", None))
+]
 TEXT = "the people read a long text about time. every old day the small model writes short words. "
 
 
@@ -17,8 +20,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suites")
     (folder / "eval").mkdir()
     (folder / "eval" / "ptb.valid.txt").write_text(TEXT * 3)
-    lines = [json.dumps({"text": f"the old {word} day"}) for word in ("small", "long", "short")]
-    (folder / "eval" / "lambada_test.jsonl").write_text("\n".join(lines))
+    (folder / "eval" / "lambada_test.jsonl").write_text("\n\n".join(map(json.dumps, LAMBADA)))
     (folder / "multilingual").mkdir()
     (folder / "multilingual" / "genesis.english.txt").write_text(TEXT)
     (folder / "multilingual" / "genesis.french.txt").write_text("the old day\n\n\néèêëîôû\n\n\nlong")
@@ -50,7 +52,18 @@ def test_every_suite_end_to_end(run, ltm, data, tmp_path):
     curve = found["reconstruction"]["held-out"]["model"]
     assert [f"accuracy_{layer}" in curve for layer in range(4)] == [True, True, True, False]
     assert 0 < found["generation"]["multinomial"]["model"]["mauve"] <= 1
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {RESULTS, REPORT, PICTURE}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {RESULTS, REPORT, PICTURE, DOCUMENTS}
+    files = {file.name: file.read_text() for file in (tmp_path / "out" / DOCUMENTS).iterdir()}
+    places = ("zero-shot.ptb", "zero-shot.lambada", "zero-shot.lambada-last-word", "multilingual.english")
+    assert {f"{x}.{column}.jsonl" for x in places for column in ("model", "baseline")} < {*files}
+    for part, nats in (("lambada", "bound_nats"), ("lambada last word", "nats")):
+        lines = [json.loads(x) for x in files[f"zero-shot.{part.replace(' ', '-')}.model.jsonl"].splitlines()]
+        ids, labels = [x["id"] for x in lines], [x["labels"]["year"] for x in lines]
+        expected = [(type(x["year"]), x["year"]) for x in LAMBADA]
+        assert ids == [f"lambada_test.jsonl:{2 * n + 1}" for n in range(len(lines))]
+        assert [(type(x), x) for x in labels] == expected[: len(lines)]
+        figures = found["zero-shot"][part]["model"]
+        assert sum(x[nats] for x in lines) / figures["tokens"] == pytest.approx(figures["nats_per_token"])
     report = (tmp_path / "out" / REPORT).read_text()
     assert all(f"## {name}" in report for name in names.split(","))
     assert "LTM-Medium 32.06" in report

@@ -94,9 +94,36 @@ def test_documents_come_back_with_labels_and_types(tmp_path, rows):
     assert [info.labels["source"] for info in found] == ["x", None, None, "y", "x"]
 
 
+def test_ids_keep_their_type(tmp_path):
+    """1 and "1" are two documents; an id may come twice where only the first of equal documents is kept."""
+    records = [{"text": f"text {n} " * n, "key": key} for n, key in enumerate([1, "1", 2**60, "a\u00e9"], start=1)]
+    place = make_pack(tmp_path, [*records, records[0]], seq_len=8, id="key", drop_duplicates="exact")
+    known = {part.number: part.document.id for row in PackedDataset.open(place) for part in row.parts}
+    assert [(type(x), x) for _, x in sorted(known.items())] == [(type(r["key"]), r["key"]) for r in records]
+    with pytest.raises(UsageError, match="two documents have the id 1 under 'key'; name a field that differs, or drop"):
+        make_pack(tmp_path, [*records, {"text": "other", "key": 1}], seq_len=8, id="key", force=True)
+
+
 def test_numbers_are_numbers(tmp_path):
     records = [{"text": f"text {n}", "year": n if n else None} for n in range(9)]
     assert read_manifest(make_pack(tmp_path, records, seq_len=8, labels=["year"])).labels["year"].kind == "number"
+
+
+@pytest.mark.parametrize("bound", ["MOST_VALUES", "MOST_CHARACTERS"])
+def test_a_label_with_very_many_values_is_kept_but_not_listed(tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(f"ltm_pyro.data.manifest.{bound}", 5)
+    records = [{"text": f"text {n}", "author": f"{n}", "year": n, "both": n or "0"} for n in range(9)]
+    with pytest.warns(UserWarning, match="the label 'author' has more than .* the manifest does not list them"):
+        place = make_pack(tmp_path, records, seq_len=8, labels=["author", "year", "both"])
+    manifest = read_manifest(place)
+    assert {name: (x.kind, x.values) for name, x in manifest.labels.items()} == {
+        "author": ("text", ()),
+        "year": ("number", ()),
+        "both": ("text", ()),
+    }
+    known = {part.number: part.document for row in PackedDataset.open(place) for part in row.parts}
+    names = ("author", "year", "both")
+    assert [known[n].labels for n in sorted(known)] == [{name: r[name] for name in names} for r in records]
 
 
 @pytest.mark.parametrize(("score", "observe"), [("all", "prompt"), ("completion", "all"), ("completion", "prompt")])
@@ -132,9 +159,12 @@ def test_what_needs_documents_says_so(tmp_path):
     with pytest.raises(UsageError, match="1 of 2 documents have no prompt, which `observe: prompt` needs"):
         PackedDataset.open(place, observe="prompt")
     place = make_pack(tmp_path, [{"prompt": "a" * 9, "completion": "b"}] * 2, seq_len=4, force=True)
-    dataset = PackedDataset.open(place, score="completion")
-    with pytest.raises(UsageError, match=r"document a.jsonl:1 is longer than a row of 4 tokens"):
-        dataset.collate([*dataset])
+    with pytest.raises(
+        UsageError, match=r"4 rows of the split train of the pack .* are later pieces of documents long"
+    ):
+        PackedDataset.open(place, score="completion")
+    with pytest.raises(UsageError, match=r"4 rows of the text are later pieces of documents longer than 4 tokens"):
+        load_text_or_pack(tmp_path / "a.jsonl", PackedDataset.open(place).tokenizer, 4, observe="prompt")
 
 
 def test_packs_of_format_2_are_streams_without_documents(tmp_path):
@@ -239,5 +269,7 @@ def test_another_number_of_ranks_goes_on_only_if_no_sequence_is_lost(packed):
         one.load_state_dict(state)
     with pytest.raises(UsageError, match=r"trained with skipped shards \[1\], but now it is \[\]: some sequences"):
         one.load_state_dict(state | {"steps_per_epoch": len(whole), "skipped_shards": [1]})
+    with pytest.raises(UsageError, match=r"with skipped val shards \[0\], but now it is \[\]: the held-out figures"):
+        one.load_state_dict(state | {"steps_per_epoch": len(whole), "skipped_val_shards": [0]})
     one.load_state_dict(state | {"steps_per_epoch": len(whole)})
     assert one._position == (0, 3)

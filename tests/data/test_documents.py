@@ -63,7 +63,7 @@ def test_prompts_labels_and_ids_are_read(tmp_path):
     path.write_text("\n\n".join(map(json.dumps, records)))
     first, second = read_documents([path], Fields("key", ("year", "source")))
     assert (first.id, first.text, first.prompt, first.labels) == ("x", "one two", 4, {"year": 1, "source": None})
-    assert (second.id, second.text, second.prompt, second.labels) == ("7", "three", None, {"year": "1", "source": None})
+    assert (second.id, second.text, second.prompt, second.labels) == (7, "three", None, {"year": "1", "source": None})
     assert [document.labels for document in read_documents([path], Fields(labels=None))] == [
         {"year": 1, "key": "x"},
         {"year": "1", "key": 7},

@@ -174,7 +174,10 @@ REFUSED = [
     ({"test_fraction": -0.1}, "test_fraction -0.1 leaves nothing to train on"),
     ({"val_fraction": 0.6, "test_fraction": 0.4}, "val_fraction 0.6 and test_fraction 0.4 leave nothing to train on"),
     ({"labels": ["no"]}, "no document has the label 'no'; name a field of the records, or leave it out."),
-    ({"id": "source"}, "two documents have the id 'x' under 'source'; name a field that differs."),
+    (
+        {"id": "source"},
+        "two documents have the id 'x' under 'source'; name a field that differs, or drop equal documents with",
+    ),
     ({"val_fraction": float("nan")}, "val_fraction nan leaves nothing to train on"),
     ({"seq_len": 100_000, "rows": "stream"}, r"tokens, fewer than one sequence of 100000; add text or lower seq_len."),
     ({"tokenizer": "bpe:x"}, "tokenizer 'bpe:x' has no whole number"),

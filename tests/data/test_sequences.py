@@ -40,6 +40,7 @@ REFUSED = [
     ({"sequences": [[0], []]}, "Sequence 1 is no list of at least one whole number."),
     ({"sequences": np.array([[0.5], [1.0]])}, "Sequence 0 is no list of at least one whole number."),
     ({"exact_nats": [1.0]}, "There are 2 sequences, but {'exact_nats': 1} values: give one value per sequence."),
+    ({"prompts": [0, 1]}, "Sequence 1 has 1 tokens and a prompt of 1: leave one to score."),
     ({"exact_nats": [1.0, np.inf]}, "exact_nats has a value that is not finite"),
 ]
 

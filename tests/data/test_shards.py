@@ -18,6 +18,7 @@ import pytest
 
 from ltm_pyro.data.dataset import PackedDataset
 from ltm_pyro.data.manifest import read_manifest, write_manifest
+from ltm_pyro.data.pack import pack
 from ltm_pyro.data.shards import damage, read_shard
 from ltm_pyro.errors import UsageError
 from ltm_pyro.training.datamodule import PackedData
@@ -120,14 +121,43 @@ def test_damaged_shards_are_skipped_and_counted_on_demand(copy, loader):
     flip(copy / "train-000002.tar", 900)
     whole = read_manifest(copy).splits["train"]
     with pytest.warns(
-        UserWarning, match=r"2 of \d+ shards skipped, 40 of \d+ sequences \(\S+1.tar, \S+2.tar\): .*1.tar"
+        UserWarning, match=r"2 of \d+ train shards skipped, 40 of \d+ sequences \(\S+1.tar, \S+2.tar\): .*1.tar"
     ):
         ids = [i for batch in loader(copy, on_damage="skip") for i in batch.ids_B.tolist()]
     assert sorted(ids) == [*range(20), *range(60, whole.sequences)]
     for path in copy.glob("train-*.tar"):
         path.unlink()
-    with pytest.raises(UsageError, match="all shards of"):
+    with pytest.raises(UsageError, match="all train shards of"):
         loader(copy, on_damage="skip")
+
+
+@pytest.mark.parametrize("rows", ["documents", "stream"])
+def test_damaged_held_out_shards_are_skipped_too(corpus, tmp_path, rows):
+    out, options = tmp_path / "pack", {"tokenizer": "bpe:300", "seq_len": 16, "shard_rows": 20}
+    pack([corpus], out, val_fraction=0.3, rows=rows, **options)
+    whole = read_manifest(out).splits["val"]
+    flip(out / "val-000000.tar", 900)
+    data = PackedData(str(out), batch_size=8, on_damage="skip")
+    with pytest.warns(UserWarning, match=rf"1 of {len(whole.shards)} val shards skipped, 20 of {whole.sequences} "):
+        data.setup("fit")
+    ids = [i for batch in data.val_dataloader() for i in batch.ids_B.tolist()]
+    assert sorted(ids) == [*range(20, whole.sequences)]
+    for path in out.glob("val-*.tar"):
+        path.unlink()
+    with pytest.raises(UsageError, match="all val shards of"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("hurt", [Path.unlink, lambda path: flip(path, 140)], ids=["missing", "flipped"])
+def test_lengths_are_taken_from_the_shards_where_their_file_is_damaged(copy, loader, hurt):
+    whole = [batch.ids_B.tolist() for batch in loader(copy)]
+    for split in ("train", "val"):
+        hurt(copy / f"{split}-lengths.npy")
+    with pytest.raises(UsageError, match=r"train-lengths.npy"):
+        loader(copy)
+    with pytest.warns(UserWarning, match="the lengths of rows are taken from the (train|val) shards, because") as told:
+        assert [batch.ids_B.tolist() for batch in loader(copy, on_damage="skip")] == whole
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize("count", ["sequences", "tokens"])
@@ -244,7 +274,7 @@ def refuse_sample(folder, members):
 
 
 def test_unknown_splits_and_folders_are_refused(packed, tmp_path):
-    refused(packed, "has no split 'dev' but ['test', 'train', 'val']", "dev")
+    refused(packed, "has no split 'dev': choose train or val or test.", "dev")
     refused(tmp_path, f"{tmp_path} is not a packed corpus (no manifest.json); make one with `ltm data pack`.")
 
 

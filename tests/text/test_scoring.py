@@ -162,6 +162,8 @@ def test_q_starts_where_inference_says(run):
         ("Samples must be at least 1", lambda run: Scoring(samples=0)),
         ("≥ 1, got 0 and 32", lambda run: Scoring(block=0)),
         ("≥ 1, got 16 and 0", lambda run: Scoring(batch_size=0)),
+        ("A context of 4 tokens has no meaning for longer texts that are split", lambda run: Scoring(context=4)),
+        ("A context of -1 tokens has no meaning", lambda run: Scoring(longer="whole", context=-1)),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -189,6 +191,21 @@ def test_a_long_text_is_scored_under_one_z_as_in_one_long_row(tiny_run):
         (one,), (other,) = score(short, [text], whole), score(long, [text], whole)
         assert one.nats == pytest.approx(other.nats, rel=1e-9)
         assert score(short, [text], replace(whole, longer="split"))[0].nats != pytest.approx(one.nats)
+
+
+def test_a_window_that_sees_a_whole_row_needs_a_shorter_context(tiny_run):
+    """Without context, pieces are rows of their own that share one z; with the decoder's reach, they are one row."""
+    wide, text = tiny_run(window=16), "the people read a long text about time, " * 3
+    reach = wide.model.decoder.layers * 15
+    assert reach >= wide.length
+    whole = Scoring(samples=4, longer="whole")
+    with pytest.raises(UsageError, match=rf"no room behind {reach} tokens .*: give a `context` from 0 to 23"):
+        score(wide, [text], whole)
+    found = [score(wide, [text], replace(whole, context=context))[0].nats for context in (0, 8, 23)]
+    assert len({*found}) == 3
+    narrow = tiny_run()
+    reach = narrow.model.decoder.layers * (narrow.model.decoder.window - 1)
+    assert score(narrow, [text], replace(whole, context=reach)) == score(narrow, [text], whole)
 
 
 def test_annealing_is_for_whole_texts(run):

@@ -27,7 +27,7 @@ def bits_per_byte(place: str, options: Options, run: Run) -> Figures:
 
     Figures that need a bound are None if the run has none.
     """
-    estimates, gain, counts = score_text(run, place, ESTIMATORS, options)
+    estimates, gain, others = score_text(run, place, ESTIMATORS, options)
     bits = {name: score["bits_per_byte"] for name, score in estimates.items()}
     scale = bits["prior"] / estimates["prior"]["nats_per_token"]
     stderr = estimates.get("bound", {}).get("stderr_nats_per_token")
@@ -38,6 +38,6 @@ def bits_per_byte(place: str, options: Options, run: Run) -> Figures:
         "iwae": bits.get("iwae"),
         "predictive_gain": gain_bits,
         "predictive_gain_stderr": gain_stderr,
-        "bytes_per_token": counts["bytes"] / counts["tokens"],
-        **counts,
+        "bytes_per_token": others["bytes"] / others["tokens"],
+        **others,
     }

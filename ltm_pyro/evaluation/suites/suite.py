@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import document_scores
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
@@ -86,20 +87,29 @@ class Suite(NamedTuple):
     columns: tuple[str, ...]
 
 
+BY_DOCUMENT = "by_document"  # the figure that is a list, of each document's own figures with its id and labels
+
+
 class TextScores(NamedTuple):
-    """A run's scores on one text: figures by estimator, the predictive gain ({} if unavailable), counts and reasons."""
+    """A run's scores on one text: figures by estimator, the predictive gain ({} if unavailable), and all others.
+
+    These are counts, the reasons for what is unavailable, and `BY_DOCUMENT` if the rows know their documents.
+    """
 
     estimates: dict[str, Figures]
     predictive_gain: Figures
-    counts: Figures
+    others: Figures
 
 
 def score_text(run: Run, place: str, estimators: Sequence[str], options: Options) -> TextScores:
     """Evaluates a run on a text file; an estimator that needs a bound is missing if the run has none."""
-    found = evaluate_run(
+    evaluation = evaluate_run(
         run, place, estimators, options.samples, options.fast_steps, options.limit, options.seed, coarse_block(run)
-    ).as_dict()
-    return TextScores(found.pop("estimates"), found.pop("predictive_gain") or {}, counts=found)
+    )
+    found = evaluation.as_dict()
+    if evaluation.documents:
+        found[BY_DOCUMENT] = [document.as_dict() for document in document_scores(evaluation)]
+    return TextScores(found.pop("estimates"), found.pop("predictive_gain") or {}, others=found)
 
 
 def no_data(suite: str, expected: str, options: Options) -> UsageError:

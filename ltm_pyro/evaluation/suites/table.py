@@ -9,7 +9,7 @@ from typing import Any
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites import generation, gsm8k, multilingual, reconstruction, zero_shot
-from ltm_pyro.evaluation.suites.suite import Options, Part, Suite
+from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Options, Part, Suite
 from ltm_pyro.runs.load import is_export, load_run
 from ltm_pyro.training.run_directory import WEIGHTS, checkpoint_path
 from ltm_pyro.utils.console import Console, finite
@@ -65,7 +65,7 @@ SUITES = {
     ),
 }
 SOURCES = (*zero_shot.DATA, "multilingual", "gsm8k")  # data sets that --source accepts
-RESULTS, REPORT, PICTURE = "results.json", "report.md", "reconstruction.png"
+RESULTS, REPORT, PICTURE, DOCUMENTS = "results.json", "report.md", "reconstruction.png", "documents"
 
 
 def evaluate_suites(
@@ -136,13 +136,23 @@ class _ResultsFile:
         return column in self.content["results"].get(suite, {}).get(part.name, {})
 
     def add(self, suite: str, part: Part, column: str, figures: dict[str, Any]) -> None:
-        """Stores one column of one part, and the paper's figures for it; writes the files."""
+        """Stores one column of one part, and the paper's figures for it; writes the files.
+
+        What is known of each document is in a file of its own, a line for each.
+        """
         row = self.content["results"].setdefault(suite, {}).setdefault(part.name, {})
-        row[column] = figures
+        documents = figures.get(BY_DOCUMENT)
+        row[column] = {name: x for name, x in figures.items() if name != BY_DOCUMENT}
         if part.paper:
             row["paper"] = dict(part.paper)
         results = json.dumps(finite(self.content), indent=2, ensure_ascii=False) + "\n"
         with writing(self.out), new_folder(self.out):
+            if documents:
+                (self.out / DOCUMENTS).mkdir(exist_ok=True)
+                lines = (json.dumps(finite(found), ensure_ascii=False) + "\n" for found in documents)
+                name = f"{suite}.{part.name}.{column}.jsonl".replace(" ", "-").replace("/", "-")
+                with atomic_write(self.out / DOCUMENTS / name) as new:
+                    new.write_text("".join(lines), "utf-8", "backslashreplace")
             for name, text in {RESULTS: results, REPORT: markdown(self.content)}.items():
                 with atomic_write(self.out / name) as new:
                     new.write_text(text, "utf-8", "backslashreplace")  # a path may be no UTF-8

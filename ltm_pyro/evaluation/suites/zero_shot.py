@@ -6,10 +6,10 @@ from itertools import islice
 
 import numpy as np
 
-from ltm_pyro.data.documents import read_documents
+from ltm_pyro.data.documents import Fields, read_documents
 from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, no_data, score_text
+from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Figures, Options, Part, no_data, score_text
 from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_continuations
@@ -51,7 +51,7 @@ def perplexity(place: str, options: Options, run: Run) -> Figures:
 
     Figures that need a bound are None if the run has none.
     """
-    estimates, gain, counts = score_text(run, place, ESTIMATORS, options)
+    estimates, gain, others = score_text(run, place, ESTIMATORS, options)
     bound, iwae = (estimates.get(name, {}) for name in ("bound", "iwae"))  # missing if q has no density
     return {
         "perplexity": bound.get("perplexity"),
@@ -61,20 +61,21 @@ def perplexity(place: str, options: Options, run: Run) -> Figures:
         "bits_per_byte": bound.get("bits_per_byte"),
         "predictive_gain": gain.get("nats_per_token"),
         "predictive_gain_stderr": gain.get("stderr_nats_per_token"),
-        **counts,
+        **others,
         "estimates": estimates,
     }
 
 
 def last_words(place: str, options: Options, run: Run) -> Figures:
     """Perplexity and accuracy of the last word of every passage, q fitted to the words before it only."""
-    passages = [document.text.strip() for document in islice(read_documents([place]), options.limit)]
-    pairs = []
+    passages = [*islice(read_documents([place], Fields(labels=None)), options.limit)]
+    pairs, scored = [], []
     for passage in passages:
-        context, space, word = passage.rpartition(" ")
+        context, space, word = passage.text.strip().rpartition(" ")
         tokens = [encode_prompt(run.tokenizer, text) for text in (context, space + word)]
         if context and word and sum(map(len, tokens)) <= run.length:
             pairs.append((context, space + word))
+            scored.append(passage)
     if not pairs:
         raise UsageError(f"{place} has no passage of two words or more that fits into {run.length} tokens.")
     scoring = Scoring(samples=options.samples, inference=options.inference(run), seed=options.seed)
@@ -90,4 +91,11 @@ def last_words(place: str, options: Options, run: Run) -> Figures:
         "passages": n,
         "left_out": len(passages) - n,
         "tokens": int(tokens_N.sum()),
+        BY_DOCUMENT: [
+            {
+                **{"id": passage.id, "file": passage.file, "labels": passage.labels},
+                **{"tokens": len(score.nats_U), "nats": score.nats, "is_right": score.is_greedy},
+            }
+            for passage, score in zip(scored, scores, strict=True)
+        ],
     }
