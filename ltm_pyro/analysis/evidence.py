@@ -21,6 +21,7 @@ from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.statistics import ratio_standard_error
+from ltm_pyro.utils.threads import one_at_a_time
 
 
 class Sandwich(NamedTuple):
@@ -45,6 +46,7 @@ class Sandwich(NamedTuple):
         }
 
 
+@one_at_a_time
 def sandwich(
     model: Model,
     guide: Guide,
