@@ -30,6 +30,7 @@ from ltm_pyro.models import LinearGaussianModel, TwoModesModel
 from ltm_pyro.models.linear_gaussian import Gaussian
 from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.statistics import standard_error
+from ltm_pyro.utils.threads import one_at_a_time
 
 SHAPE = ThoughtShape(2, 1, 3)
 SEQUENCES, SAMPLES, REPEATS = 8, 5_000, 10
@@ -81,7 +82,7 @@ def check_inference(seed: int = 0) -> dict[str, Any]:
 
     On the linear-Gaussian model q is compared with the best answer that its family has, and with the posterior.
     """
-    with double_precision(), seeded(seed):
+    with one_at_a_time, double_precision(), seeded(seed):
         linear, two_modes = LinearGaussianModel(SHAPE), TwoModesModel(SHAPE)
         batch = linear.sample_batch(SEQUENCES)
         cases = _available()

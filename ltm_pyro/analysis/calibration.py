@@ -158,6 +158,7 @@ def envelope(simulations: int, points: Float[np.ndarray, " n"], level: float = 0
     return binomial.ppf(tail) / simulations, binomial.ppf(1 - tail) / simulations
 
 
+@seeded(0)
 def calibrate(
     model: Model,
     guide: Guide,

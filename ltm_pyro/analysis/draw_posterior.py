@@ -65,6 +65,7 @@ class DrawOptions:
             raise UsageError(f"{self.replicas} replicas need as many samples, got {self.samples}: draw more.")
 
 
+@seeded(0)
 def draw_posterior(
     run: Run,
     texts: Sequence[str | Text],
@@ -114,6 +115,7 @@ def draw_posterior(
     return _concatenate(parts, options.method, attrs)
 
 
+@seeded(0)
 def draw_batch_posterior(
     model: Model,
     guide: Guide,

@@ -21,6 +21,7 @@ from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.statistics import clustered_ratio
+from ltm_pyro.utils.threads import one_at_a_time
 
 
 class Sandwich(NamedTuple):
@@ -44,6 +45,7 @@ class Sandwich(NamedTuple):
         }
 
 
+@one_at_a_time
 def sandwich(
     model: Model,
     guide: Guide,

@@ -21,6 +21,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import sum_log_probs
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.param_store import no_param_store
+from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.statistics import clustered_mean
 
 ACTIVE = 0.01  # variance of posterior means over prior variance (Burda et al. 2016, arXiv 1509.00519)
@@ -59,6 +60,7 @@ def active_units(posterior: Posterior) -> xr.DataArray:
     return (spread / scale**2 > ACTIVE).sum("dim")
 
 
+@seeded(0)
 def decompose(model: Model, guide: Guide, posterior: Posterior) -> Decomposition:
     r"""The average KL of N sequences as mutual information and marginal KL (Hoffman & Johnson 2016).
 
@@ -89,6 +91,7 @@ def decompose(model: Model, guide: Guide, posterior: Posterior) -> Decomposition
     )
 
 
+@seeded(0)
 def log_aggregated(model: Model, guide: Guide, posterior: Posterior, draw: int) -> Float[np.ndarray, " N"]:
     """log (1/N) Σ_j q(z_i | x_j) at one draw z_i of each sequence i, in nats."""
     local, batch = posterior.local(), observed_batch(posterior)

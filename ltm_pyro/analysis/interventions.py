@@ -20,11 +20,14 @@ from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.nn.layers import CrossAttention
 from ltm_pyro.runs.run import Run
+from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.statistics import clustered_mean
+from ltm_pyro.utils.threads import one_at_a_time
 
 DRAWS = 4
 
 
+@seeded(0)
 def ablate(model: Model, posterior: Posterior, start_token: int = 0, draws: int = DRAWS) -> xr.Dataset:
     r"""Ablation: the log-likelihood per sequence that is lost without a layer's or a thought's information, in nats.
 
@@ -79,6 +82,7 @@ class Step(NamedTuple):
     nats_second: float
 
 
+@one_at_a_time
 def interpolate(run: Run, posterior: Posterior, first: int, second: int, steps: int = 5, seed: int = 0) -> list[Step]:
     """Texts generated along the line between the means of two sequences' q, with one random seed for all points."""
     if steps < 2:
@@ -101,6 +105,7 @@ def decode_row(run: Run, row: Any) -> str:
     return run.tokenizer.decode([int(x) for x in row if x >= 0 and x != run.start_token])
 
 
+@seeded(0)
 def attention(run: Run, posterior: Posterior, sequence: int) -> xr.DataArray:
     """The cross-attention weights of each token on the thoughts of each layer, averaged over heads, at the mean of q.
 

@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ltm_pyro.cli.old_options import RENAMED
 from ltm_pyro.errors import UsageError
@@ -12,6 +12,10 @@ from ltm_pyro.errors import UsageError
 
 class Parser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` that raises `UsageError` instead of printing its usage."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help; argparse's own says nothing where it cannot be written."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         """Raises; ``message`` names the argument and its value."""

@@ -1,12 +1,16 @@
 """`ltm COMMAND …`: finds and runs the command; a user's error becomes one sentence and exit code 2."""
 
+import errno
 import os
 import sys
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
 
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.files import DISK_IS_FULL
 from ltm_pyro.utils.malloc import keep_freed_memory
 
 COMMANDS = {  # name -> module, line of help
@@ -33,44 +37,73 @@ COMMANDS = {  # name -> module, line of help
     "study best": ("ltm_pyro.cli.study", "write the recommended setting as a recipe for `ltm fit`"),
 }
 
+_OF_THE_PLACE = (  # what a path can be to blame for
+    *DISK_IS_FULL,
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+)
 PACKAGES = {"ltm_pyro": "ltm-pyro", "torch": "torch", "pyro": "pyro-ppl"}  # module -> distribution
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 if done, 2 after an error that the user can fix, 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["--version"]:
-        print(", ".join(f"{name} {version(package)}" for name, package in PACKAGES.items()))
-        sys.exit(0)
-    name, rest = _split(arguments)
-    from ltm_pyro.errors import UsageError
-    from ltm_pyro.utils.files import DISK_IS_FULL
-
-    keep_freed_memory()
-    os.environ["PYTHONSAFEPATH"] = "1"  # or a Python that a library starts would import from the current folder
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
-    warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
-    before, warnings.formatwarning = warnings.formatwarning, lambda text, *_, **__: f"ltm {name}: warning: {text}\n"
+    name = ""
+    code: str | int | None
+    before = warnings.formatwarning
     try:
-        sys.exit(_call(name, rest))
+        for stream in ("stdout", "stderr"):
+            if getattr(sys, stream) is None:  # closed, as by `>&-`
+                setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
+        try:
+            if arguments[:1] == ["--version"]:
+                print(", ".join(f"{module} {version(package)}" for module, package in PACKAGES.items()))
+                sys.exit(0)
+            name, rest = _split(arguments)
+            from ltm_pyro.utils.console import guard_terminal
+
+            guard_terminal()
+            keep_freed_memory()
+            os.environ["PYTHONSAFEPATH"] = "1"  # or a Python that a library starts would import from the current folder
+            warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
+            warnings.formatwarning = lambda text, *_, **__: f"ltm {name}: warning: {text}\n"
+            code = _call(name, rest)
+        except SystemExit as end:  # of `--help`, for example
+            code = end.code
+        sys.stdout.flush()  # or Python would tell of a closed pipe or a full disk at its end
     except UsageError as error:
-        print(f"ltm {name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = _failed(2, f"ltm {name}: {error}")
     except KeyboardInterrupt as interruption:
-        print(f"\nltm {name}: {interruption or 'interrupted.'}", file=sys.stderr)
-        sys.exit(130)
+        code = _failed(130, f"\nltm {name}: {interruption or 'interrupted.'}")
     except BrokenPipeError:  # for example `ltm … | head`
-        sys.stderr.close()
-        sys.exit(1)
+        code = _failed(1)
     except OSError as error:
-        if error.errno not in DISK_IS_FULL:
+        if error.errno not in _OF_THE_PLACE:
             raise
-        place = f" under {error.filename}" if error.filename else ""
-        print(f"ltm {name}: The disk is full{place} ({error.strerror}): make room there.", file=sys.stderr)
-        sys.exit(2)
+        if error.errno in DISK_IS_FULL:
+            place = f" under {error.filename}" if error.filename else ""
+            code = _failed(2, f"ltm {name}: The disk is full{place} ({error.strerror}): make room there.")
+        else:
+            place = str(error.filename or "a file")
+            place = place if len(place) <= 80 else f"{place[:80]}…"
+            code = _failed(2, f"ltm {name}: {place} cannot be used ({error.strerror}): name another.")
     finally:
         warnings.formatwarning = before
+    sys.exit(code)
+
+
+def _failed(code: int, message: str = "") -> int:
+    """Prints the message, gives up what is left to print if it cannot be, and returns the exit code."""
+    if message:
+        with suppress(OSError):
+            print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _call(name: str, rest: list[str]) -> int:

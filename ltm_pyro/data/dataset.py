@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ltm_pyro.contracts import Batch, make_batch
 from ltm_pyro.data.batch_sampler import MIXED, DistributedBatchSampler, PaddedIds, TokenBudgetSampler
 from ltm_pyro.data.documents import Document, Fields, read_documents
-from ltm_pyro.data.manifest import FORMAT, TOKENIZER, Manifest, Shard, Split, is_pack, read_manifest
+from ltm_pyro.data.manifest import FORMAT, LARGEST, TOKENIZER, Manifest, Shard, Split, is_pack, read_manifest
 from ltm_pyro.data.remote import read_file
 from ltm_pyro.data.rows import Row, Rows, pack_rows
 from ltm_pyro.data.shards import read_lengths, read_shard
@@ -202,7 +202,7 @@ class BatchDataset(Dataset[Batch]):
 def open_pack(place: str | Path) -> tuple[Manifest, Tokenizer]:
     """Manifest and tokenizer of a pack; raises `UsageError` if they do not belong together."""
     manifest = read_manifest(place)
-    tokenizer = load_tokenizer(f"{place}/{TOKENIZER}", read_file(place, TOKENIZER))
+    tokenizer = load_tokenizer(f"{place}/{TOKENIZER}", read_file(place, TOKENIZER, LARGEST))
     known = (manifest.tokenizer_hash, manifest.vocabulary)
     if (tokenizer_hash(tokenizer), vocabulary_size(tokenizer)) != known:
         raise UsageError(f"{place}/{TOKENIZER} is not the tokenizer of its manifest; pack the text again.")

@@ -18,14 +18,14 @@ from tokenizers import Tokenizer
 
 from ltm_pyro.contracts import Batch, make_batch
 from ltm_pyro.data.documents import Document
-from ltm_pyro.data.tokenizer import end_of_text, token_dtype
+from ltm_pyro.data.tokenizer import end_of_text, no_panic, token_dtype
 from ltm_pyro.errors import UsageError
 
 Tokens = Sequence[int]  # of one text, or of a part of it
 _PIECE = 2**16  # characters; the library needs over 100 bytes of memory for each while it encodes
 _BATCH = 2**19  # characters encoded in parallel
 _AHEAD = 2  # batches encoded while earlier ones are cut
-_SPACE = re.compile(r"(?<=\S) (?=\S)")
+_CUTS = (re.compile(r"(?<=\S) (?=\S)"), re.compile(r"(?<=[^\W_])(?=[^\w\s'\u2019])"), re.compile(r"(?s)."))
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -35,8 +35,9 @@ def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a prompt, a context or a continuation: of text that may go on, so without `END_OF_TEXT`."""
-    pieces = (tokenizer.encode(piece, add_special_tokens=False) for piece in text_pieces(text))
-    return [token for piece in pieces for token in piece.ids]
+    with no_panic(f"the text {text[:40]!r}"):
+        pieces = (tokenizer.encode(piece, add_special_tokens=False) for piece in text_pieces(text))
+        return [token for piece in pieces for token in piece.ids]
 
 
 class Encoded(NamedTuple):
@@ -62,7 +63,9 @@ def encode_documents(documents: Iterable[tuple[int, Document]], tokenizer: Token
 
     def finish() -> Iterator[Encoded]:
         batch, encoding = waiting.popleft()
-        for piece, found in zip(batch, encoding.result(), strict=True):
+        with no_panic(f"the documents from {batch[0].document.id} on"):
+            encoded = encoding.result()
+        for piece, found in zip(batch, encoded, strict=True):
             tokens = np.array(found.ids + [end] * piece.is_last, dtype)
             yield Encoded(piece.number, piece.document, tokens, piece.is_prompt, piece.is_last)
 
@@ -105,11 +108,17 @@ def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[_Piece]
 
 
 def text_pieces(text: str) -> Iterator[str]:
-    """``text`` in pieces of about 65,000 characters, cut at single spaces, where byte-level BPE cuts as well."""
+    """``text`` in pieces of 65,536 to 131,072 characters, cut at single spaces, where byte-level BPE cuts as well.
+
+    Without such a space in reach a piece ends behind a word, before a full stop or the like, and without that anywhere.
+    The tokens at such a place are as good, and the library, whose time for one word grows with its square, ends.
+    """
     start = 0
-    while space := _SPACE.search(text, start + _PIECE):
-        yield text[start : space.start()]
-        start = space.start()
+    while len(text) - start > 2 * _PIECE:
+        near = (cut.search(text, start + _PIECE, start + 2 * _PIECE) for cut in _CUTS)
+        end = next(found.start() for found in near if found)
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 

@@ -7,6 +7,7 @@ first bytes do.
 import codecs
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.extras import extra
 
 LONGEST = 2**22  # characters of a `.txt` document
+LONGEST_LINE = 2**29  # characters; more are no text but a mistake, or an archive made to fill memory
+LIMIT = "LTM_LONGEST_LINE"  # the environment variable that replaces it
 _CHUNK = 2**20
 _HEAD = 2**16  # bytes that tell a format
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
@@ -165,15 +168,32 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _decoded(file: Path) -> Iterator[str]:
-    """The text of ``file`` in chunks, without a byte order mark at its start."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    """The text of ``file`` in chunks, without a byte order mark at its start; `UsageError` at too long a line."""
+    decoder, offset, limit, line = codecs.getincrementaldecoder("utf-8")(), 0, _longest_line(), 0
     for raw in _chunks(file):
         if (nul := raw.find(b"\0")) >= 0:
             raise UsageError(f"{file} looks binary (NUL byte at offset {offset + nul}); give text encoded as UTF-8.")
         text = _decode(decoder, raw, file, offset)
+        lengths = [*map(len, text.split("\n"))]
+        lengths[0] += line
+        line = lengths[-1]
+        if max(lengths) > limit:
+            raise UsageError(
+                f"{file} has a line of more than {limit:,} characters; write one document on each line, or set "
+                f"{LIMIT} to a larger number."
+            )
         yield text.removeprefix("\ufeff") if offset == 0 else text
         offset += len(raw)
     yield _decode(decoder, b"", file, offset, final=True)
+
+
+def _longest_line() -> int:
+    given = os.environ.get(LIMIT, str(LONGEST_LINE))
+    if not (given.isascii() and given.isdigit() and 0 < len(given) < 19):
+        raise UsageError(
+            f"{LIMIT} is {given[:40]!r}, which is no number of characters; give one such as {LONGEST_LINE}."
+        )
+    return int(given)
 
 
 def _decode(decoder: codecs.IncrementalDecoder, raw: bytes, file: Path, offset: int, final: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +12,8 @@ from ltm_pyro.errors import UsageError
 
 Layout = Literal["documents", "stream"]
 SPLITS = ("train", "val", "test")
+LARGEST = 2**27  # bytes of a manifest, or of a tokenizer
+LARGEST_SHARD = 2**32  # bytes; a shard is read as a whole
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 FORMAT = 3
@@ -156,17 +159,18 @@ def read_manifest(place: str | Path) -> Manifest:
     if not is_pack(place) and not str(place).startswith("pipe:"):
         raise UsageError(f"{place} is not a packed corpus (no {MANIFEST}); make one with `ltm data pack`.")
     try:
-        raw = json.loads(read_file(place, MANIFEST))
+        raw = json.loads(read_file(place, MANIFEST, LARGEST))
         _check_format(raw["format"], path)
         splits = {name: _split(split) for name, split in raw.pop("splits").items()}
         labels = {name: Label(kind=x["kind"], values=tuple(x["values"])) for name, x in raw.pop("labels", {}).items()}
         manifest = Manifest(**raw, splits=splits, labels=labels)
-        _check_counts(manifest)
+        _check(manifest)
         return manifest
     except UsageError:
         raise
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UsageError(f"{path} cannot be read as a manifest ({error!r}); pack the text again.") from error
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(f"{path} cannot be read as a manifest ({reason}); pack the text again.") from error
 
 
 def _check_format(found: int, path: str) -> None:
@@ -176,18 +180,36 @@ def _check_format(found: int, path: str) -> None:
         raise UsageError(f"{path} has format {found}, and this version reads {OLD} to {FORMAT}; pack the text again.")
 
 
-def _check_counts(manifest: Manifest) -> None:
+def _check(manifest: Manifest) -> None:
+    """Raises `ValueError` for what no pack can have, so that memory and file names do not depend on such numbers."""
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     counts = (manifest.seq_len, manifest.vocabulary, *(x for s in shards for x in (s.size, s.sequences, s.tokens)))
-    if not all(isinstance(count, int) and count > 0 for count in counts):
+    if not all(type(count) is int and count > 0 for count in counts):
         raise ValueError("a count is no whole number above 0")
+    sums = (manifest.dropped, manifest.prompts, *(x.bytes for x in shards))
+    if not all(type(x) is int and x >= 0 for x in (*sums, *(x.documents for x in manifest.splits.values()))):
+        raise ValueError("a count is no whole number")
+    if max(manifest.seq_len, manifest.vocabulary) > 2**32:
+        raise ValueError(f"{max(manifest.seq_len, manifest.vocabulary)} is more than a token's number can be")
+    if manifest.rows not in get_args(Layout):
+        raise ValueError(f"rows are {manifest.rows!r}")
+    if unknown := manifest.splits.keys() - {*SPLITS}:
+        raise ValueError(f"there is a split {min(unknown)!r}, and none but {', '.join(SPLITS)} exist")
     for split in manifest.splits.values():
         if not split.shards or split != Split.of(split.documents, split.shards, split.lengths):
             raise ValueError("a split's counts are not its shards'")
         if (manifest.rows == "documents") != (split.lengths is not None):
             raise ValueError("rows of documents have a file of lengths, and others have none")
-    if manifest.rows not in get_args(Layout):
-        raise ValueError(f"rows are {manifest.rows!r}")
+        digests = [shard.sha256 for shard in split.shards] + ([] if split.lengths is None else [split.lengths])
+        if not all(isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in digests):
+            raise ValueError("a SHA-256 is none")
+    for shard in shards:
+        if shard.size > LARGEST_SHARD:
+            raise ValueError(f"a shard has {shard.size:,} bytes, and {LARGEST_SHARD:,} are the most")
+        if not shard.sequences <= shard.tokens <= min(shard.sequences * manifest.seq_len, shard.size // 2):
+            raise ValueError(f"{shard.tokens} tokens are not in {shard.sequences} rows and {shard.size} bytes")
+    if manifest.rows == "stream" and manifest.seq_len > max(split.tokens for split in manifest.splits.values()):
+        raise ValueError(f"no split fills a row of {manifest.seq_len} tokens")
 
 
 def _split(raw: dict[str, Any]) -> Split:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from ltm_pyro.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"  # follows every document, and is the start token of every sequence
 SMALLEST_VOCABULARY = 257  # every byte and END_OF_TEXT
+_WORD = 2**12  # characters
+_RUN = re.compile(rf"(?<!\S)\S{{{_WORD + 1},}}|(?<!\s)\s{{{_WORD + 1},}}")
 _PROBE = (
     "The quick-brown fox\u2019s 1,234 jumps!\r\n\t  A\u0308\u00c4 \ufb01 \u4f60\u597d \U0001f600\n\n " + END_OF_TEXT
 )
@@ -33,8 +37,37 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with no_panic("the texts"):
+        tokenizer.train_from_iterator(_short_words(texts), trainer)
     return _as_plain_text(tokenizer)
+
+
+def _short_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, with words of over 4,096 characters cut: what a word costs to learn from grows with its square."""
+    for text in texts:
+        start = 0
+        for run in _RUN.finditer(text):
+            yield text[start : run.start()]
+            yield from (run[0][i : i + _WORD] for i in range(0, len(run[0]), _WORD))
+            start = run.end()
+        yield text[start:]
+
+
+@contextmanager
+def no_panic(where: str) -> Iterator[None]:
+    """Turns a panic of the library, which is no `Exception`, into a `UsageError` that names ``where`` it happened.
+
+    It panics where a pattern of a tokenizer takes exponentially long, and elsewhere.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"the tokenizer fails on {where} ({reason}); use another tokenizer, such as bpe:SIZE."
+        ) from None
 
 
 def number_tokenizer(vocabulary: int) -> Tokenizer:
@@ -55,7 +88,10 @@ def load_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
     if content is None and not Path(path).is_file():
         raise UsageError(f"tokenizer {path} is not a file; give bpe:SIZE or the path of a tokenizer.json.")
     try:
-        tokenizer = Tokenizer.from_str((content or Path(path).read_bytes()).decode())
+        with no_panic(str(path)):
+            tokenizer = Tokenizer.from_str((content or Path(path).read_bytes()).decode())
+    except UsageError:
+        raise
     except Exception as error:  # the library raises plain Exception
         raise UsageError(f"{path} is not a Hugging Face tokenizer.json ({error}); give one or bpe:SIZE.") from error
     if tokenizer.token_to_id(END_OF_TEXT) is None:
@@ -136,6 +172,7 @@ def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether a text with letters, marks, spaces and emoji is decoded unchanged, with every byte counted."""
-    ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-    whole = tokenizer.decode(ids, skip_special_tokens=False) == _PROBE
+    with no_panic("every text"):
+        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+        whole = tokenizer.decode(ids, skip_special_tokens=False) == _PROBE
     return whole and int(token_bytes(tokenizer)[ids].sum()) == len(_PROBE.encode())

@@ -34,10 +34,12 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.training.run_directory import RECIPE
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.threads import one_at_a_time
 
 BATCH = 32  # sequences fitted together
 
 
+@seeded(0)
 def evaluate_run(
     run: Run,
     data: str | None = None,
@@ -109,6 +111,7 @@ def coarse_block(run: Run) -> int:
     return max(1, run.length // 4)
 
 
+@one_at_a_time
 def with_estimated_normaliser(model: Any, samples: int, seed: int = 0) -> Any:
     """A copy of a model whose unnormalised prior has an estimate of log C, from ``samples`` draws; prints the estimate.
 
@@ -130,6 +133,7 @@ def with_estimated_normaliser(model: Any, samples: int, seed: int = 0) -> Any:
     return model
 
 
+@seeded(0)
 def k_hat(run: Run, sequences: int, draws: int, seed: int = 0) -> Tensor:
     """Pareto k-hat of the first ``sequences`` held-out sequences, from ``draws`` draws of q after the fit: (B,)."""
     dataset = held_out(run)

@@ -26,6 +26,7 @@ from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.threads import one_at_a_time
 
 AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or a guide wrapped in a Pyro handler
 
@@ -69,6 +70,7 @@ class Draws(NamedTuple):
     noise: RowNoise | None = None
 
 
+@one_at_a_time
 def elbo_terms(
     model: Model,
     guide: AnyGuide,
@@ -109,6 +111,7 @@ def elbo_terms(
     return ElboTerms(log_likelihood_B, kl_B.expand_as(log_likelihood_B))
 
 
+@one_at_a_time
 def log_weights(
     model: Model,
     guide: AnyGuide,

@@ -34,6 +34,7 @@ from ltm_pyro.inference.scores import Evaluation, NatsAndKL, RowScores, summaris
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.statistics import standard_error
+from ltm_pyro.utils.threads import one_at_a_time
 
 TOKENS_AT_ONCE = 8_192  # tokens x draws in one decoder pass: the logits of a small vocabulary stay in cache
 
@@ -196,6 +197,7 @@ def check_estimators(names: Sequence[str], samples: int = 1) -> None:
         raise UsageError(f"Samples must be at least 1, got {samples}: a bound needs a draw.")
 
 
+@one_at_a_time
 def fit_problem(
     model: Model,
     guide: Guide,
@@ -226,12 +228,14 @@ def fit_problem(
     )
 
 
+@one_at_a_time
 def estimate(problem: Problem, estimator: str) -> NatsAndKL:
     """One estimator's result, at one draw of the global latent variables."""
     with fix_draws_by_keys(problem.model, problem.state.keys), torch.no_grad():
         return ESTIMATORS[estimator].estimate(problem)
 
 
+@one_at_a_time
 def evaluate(
     model: Model,
     guide: Guide,
@@ -288,6 +292,7 @@ def evaluate(
     return replace(evaluation, unavailable=missing, rows=rows)
 
 
+@one_at_a_time
 def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[str, str]:
     """Why some of the estimators are not defined for this model and guide; raises `UsageError` if none of them is."""
     reason = missing_bound(model, guide)

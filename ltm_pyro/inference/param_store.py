@@ -6,12 +6,14 @@ from contextvars import ContextVar
 
 import pyro
 
+from ltm_pyro.utils.threads import one_at_a_time
+
 _model_without_store: ContextVar[object] = ContextVar("model_without_store", default=None)
 
 
 @contextmanager
 def no_param_store(model: object = None) -> Iterator[None]:
-    """Inside, no parameter stays in Pyro's global store, and no argument is validated.
+    """Inside, no parameter stays in Pyro's global store, and no argument is validated. Other threads wait.
 
     Validation synchronises with the device at every site, and lets one sequence's non-finite parameters stop all the
     others.
@@ -25,7 +27,7 @@ def no_param_store(model: object = None) -> Iterator[None]:
         return
     token = _model_without_store.set(model)
     try:
-        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        with one_at_a_time, pyro.get_param_store().scope(), pyro.validation_enabled(False):
             yield
     finally:
         _model_without_store.reset(token)

@@ -8,6 +8,7 @@ from pyro.infer.inspect import get_model_relations
 from ltm_pyro.contracts import SEQUENCES, Batch
 from ltm_pyro.inference.global_latents import GlobalLatent
 from ltm_pyro.inference.param_store import no_param_store
+from ltm_pyro.utils.threads import one_at_a_time
 
 WIDTH, HEIGHT, GAP = 150, 44, 40  # of an ellipse, and the space between ellipses, in pixels
 
@@ -23,6 +24,7 @@ class Node(NamedTuple):
     local: bool
 
 
+@one_at_a_time
 def plate_diagram(model: Any, batch: Batch) -> str:
     """An SVG: an ellipse per site with its distribution, grey if observed; a frame is the plate of sequences."""
     with no_param_store():

@@ -11,6 +11,7 @@ from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.learning_rates import Rates, parameter_groups, slow_parameters
 from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference, LocalState
+from ltm_pyro.utils.threads import one_at_a_time
 
 
 class DualRateSVI:
@@ -48,6 +49,7 @@ class DualRateSVI:
         self.optimizer = optimizer(parameter_groups(slow_parameters(model, guide), rates))
         self.state: LocalState | None = None
 
+    @one_at_a_time
     def step(self, batch: Batch, state: LocalState | None = None) -> float:
         """One fit and one slow step; returns the loss of the slow step, in nats, and sets ``self.state``.
 
@@ -65,6 +67,7 @@ class DualRateSVI:
         self.optimizer.step()
         return loss.item()
 
+    @one_at_a_time
     def evaluate_loss(self, batch: Batch) -> float:
         """−Σ ELBO in nats after a fit, at a draw taken after q is fitted; the model is not trained."""
         state, _ = infer_local(self.model, self.guide, batch, self.inference, rates=self.rates)

@@ -11,10 +11,12 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, WEIGHTS, read_checkpoint
 from ltm_pyro.utils.extras import extra
 from ltm_pyro.utils.files import atomic_write, check_folder, local_path, new_folder, writing
+from ltm_pyro.utils.threads import one_at_a_time
 
 CARD = "README.md"
 
 
+@one_at_a_time
 def save_pretrained(
     run: str | Path,
     folder: str | Path,

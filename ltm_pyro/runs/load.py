@@ -15,11 +15,13 @@ from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, WEIGHTS, load_wei
 from ltm_pyro.training.trust import may_read_data
 from ltm_pyro.utils.extras import extra
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.threads import one_at_a_time
 
 SAFETENSORS = ("safetensors.torch", "hub", "Sharing a model")
 UNSAFE = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # what may hold a pickle
 
 
+@seeded(0)
 def load_run(path: str | Path, device: str = "cpu", trust: bool = False) -> Run:
     """A run directory, a checkpoint or a folder that `ltm export` wrote, in evaluation mode.
 
@@ -50,6 +52,7 @@ def is_export(path: str | Path) -> bool:
     return (Path(path) / WEIGHTS).is_file()
 
 
+@one_at_a_time
 def build_run(
     recipe: str, tokenizer: str, weights: Mapping[str, torch.Tensor], source: str | Path, trust: bool = False
 ) -> Run:

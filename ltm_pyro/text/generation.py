@@ -19,8 +19,10 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.text.sampling import Sampling, choose, penalise
 from ltm_pyro.text.streaming import Streamer, TextDecoder, token_texts
 from ltm_pyro.text.thoughts import ThoughtSampler, ThoughtSampling
+from ltm_pyro.utils.threads import one_at_a_time
 
 
+@one_at_a_time
 def generate(
     run: Run,
     prompts: str | Sequence[str] = "",
@@ -68,6 +70,7 @@ def generate(
     return texts
 
 
+@one_at_a_time
 def interpolate(
     run: Run,
     texts: tuple[str, str],
@@ -101,6 +104,7 @@ def prompt_keys(run: Run, rows: Sequence[Tokens], seed: int, numbers: Sequence[i
     return keys if numbers is None else keys.fold_in(torch.tensor(numbers, device=keys.key_B.device))
 
 
+@one_at_a_time
 @torch.no_grad()
 def write(
     run: Run,

@@ -21,6 +21,7 @@ from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.thoughts import draw_thoughts
+from ltm_pyro.utils.rng import seeded
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MB in float32
 
@@ -94,6 +95,7 @@ class ContinuationScore(NamedTuple):
         return all(self.likeliest_U)
 
 
+@seeded(0)
 def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> list[TextScore]:
     """The score of every text as a document: `END_OF_TEXT` is appended and scored, as in packed data.
 
@@ -154,6 +156,7 @@ def score_continuations(
     return score_tokens(run, encoded, scoring)
 
 
+@seeded(0)
 def score_tokens(
     run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scoring | None = None
 ) -> list[ContinuationScore]:

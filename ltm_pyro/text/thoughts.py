@@ -27,6 +27,7 @@ from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.sampling import Sampling, choose
+from ltm_pyro.utils.threads import one_at_a_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class WeightedThoughts(NamedTuple):
     log_weight_B: Float[Tensor, "... B"]
 
 
+@one_at_a_time
 def draw_thoughts(
     run: Run,
     batch: Batch,

@@ -81,7 +81,10 @@ def _analysis(source: str, rows: list[Row], trust: bool) -> tuple[dict[str, byte
 
 
 def _write_csv(rows: list[Row], path: Path) -> None:
-    """One line a trial; parameters are called ``params_NAME``, as in Optuna's data frames."""
+    """One line a trial; parameters are called ``params_NAME``, as in Optuna's data frames.
+
+    Where a text begins as a formula does, an apostrophe stands before it, so that no spreadsheet computes it.
+    """
     flat = [
         {k: v for k, v in row.items() if k not in ("parameters", "figures")}
         | {f"params_{name}": value for name, value in row["parameters"].items()}
@@ -90,9 +93,9 @@ def _write_csv(rows: list[Row], path: Path) -> None:
     ]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(flat)
+        writer = csv.writer(file)
+        for row in (columns, *([row.get(name, "") for name in columns] for row in flat)):
+            writer.writerow(f"'{x}" if isinstance(x, str) and x.startswith(tuple("=+-@\t\r")) else x for x in row)
 
 
 def _page(found: dict[str, Any], pictures: dict[str, bytes], sentences: list[str]) -> str:

@@ -1,5 +1,7 @@
 """Loading and scoring leave torch's generator alone; making a guide leaves nothing in Pyro's global store."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pyro
 import pytest
 import torch
@@ -13,7 +15,7 @@ from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LatentThoughtModel, LearnedGaussianPrior
 from ltm_pyro.runs.load import load_run
-from ltm_pyro.text.scoring import score
+from ltm_pyro.text.scoring import Scoring, score
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,17 @@ from ltm_pyro.text.scoring import score
 def test_torchs_global_generator_stays_where_it_was(run, use):
     before = torch.get_rng_state()
     use(run)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_threads_load_and_score_a_run_as_one_does(run):
+    def use(seed):
+        return [score(load_run(run), ["the old day"], Scoring(samples=2, seed=seed)) for _ in range(3)]
+
+    serial = [use(0), use(1)]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(use, range(2))] == serial
     assert torch.equal(torch.get_rng_state(), before)
 
 

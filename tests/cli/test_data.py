@@ -1,5 +1,6 @@
 """`ltm data verify` and `ltm data show`."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -99,3 +100,17 @@ def test_damage_ends_training_in_one_sentence(copy, recipe, ltm, tmp_path):
         code, _, err = ltm("fit", "--config", recipe, *options)
         assert code == 2
         assert err.splitlines()[-1].startswith(f"ltm fit: shard {shard} is damaged: its SHA-256 is ")
+
+
+def test_verification_names_a_shard_that_cannot_be_right(copy, refused, ltm):
+    path = copy / "val-000000.tar"
+    path.write_bytes(path.read_bytes().replace(b'"bytes": [', b'"bytes":[-', 1))  # as long as before
+    raw = json.loads((copy / "manifest.json").read_text())
+    shard = raw["splits"]["val"]["shards"][0]
+    shard |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+    (copy / "manifest.json").write_text(json.dumps(raw))
+    code, out, err = ltm("data", "verify", copy)
+    assert code == 2
+    assert "val-000000.tar" in out
+    assert "Traceback" not in err
+    assert "val-000000.tar" in refused("data", "show", copy, "--split", "val")

@@ -73,7 +73,9 @@ def test_pieces_join_to_the_text_and_encode_to_the_same_tokens(words):
     text = "".join(words)
     pieces = list(text_pieces(text * 2000)) if text else [""]
     assert "".join(pieces) == (text * 2000 if text else "")
-    assert all(len(piece) < 2**16 + 100 for piece in pieces) or " " not in text
+    assert all(len(piece) <= 2**17 for piece in pieces)
+    if len(pieces) > 1 and not re.search(r"\S \S", text * 2):
+        return  # cut where a word may go on
     whole = TOKENIZER.encode("".join(pieces)).ids
     assert [i for piece in pieces for i in TOKENIZER.encode(piece).ids] == whole
 
