@@ -75,7 +75,6 @@ class TrainingLoss(NamedTuple):
         return self.info.is_finite_B & self.terms.elbo_B.isfinite()
 
 
-@one_at_a_time
 def training_loss(
     model: Model,
     guide: Guide,

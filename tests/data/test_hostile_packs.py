@@ -92,7 +92,10 @@ SAMPLES = {  # what is wrong -> how a sample is changed, and what the sentence s
     "a row of no document": (edit_meta(parts=first_is([])), "no document, or several"),
     "a part of an unknown document": (edit_meta(parts=first_is([[10**6, 0, 0]])), "KeyError: 1000000"),
     "a part that is no whole number": (edit_meta(parts=first_is([["0", 0, 0]])), "is no part of a document"),
-    "a document that is none": (edit_meta(documents=lambda x: {key: [1, 2, 3, 4] for key in x}), "no text as its id"),
+    "a document that is none": (
+        edit_meta(documents=lambda x: {key: [[1], 2, 3, 4] for key in x}),
+        "no text or whole number as its id",
+    ),
     "labels that are lists": (
         edit_meta(documents=lambda x: {key: ["a", "b", "c", {"label": [1]}] for key in x}),
         "'label' is [1], which is no label",
