@@ -60,9 +60,11 @@ def quickstart(_: Path | None) -> Lines:
         ("unigram", "unigram"),
     ]
     gain, error = x["predictive_gain"], x["predictive_gain_stderr"]
+    above = f"{x['above_autoregressive']:+.3f} ± {x['above_autoregressive_stderr']:.3f}"
     shown = table(["nats per held-out token", ""], [[text, f"{x[name]:.3f}"] for text, name in rows])
     about = f"{x['documents']:,} held-out documents, {x['tokens']:,} tokens"
-    means = f"Standard errors are over documents: {x['bound_stderr']:.3f} for `bound`. The **predictive gain**, "
+    means = f"Standard errors are over documents: {x['bound_stderr']:.3f} for `bound`, and `bound` is {above} from the "
+    means += "autoregressive baseline's on the same documents. The **predictive gain**, "
     means += f"`causal_prior` less `causal`, is {gain:.3f} ± {error:.3f}."
     return [f"{about}:", "", *shown, "", *wrapped(means)]
 
@@ -113,9 +115,11 @@ def suites(data: Path | None) -> Lines:
             ours, theirs = row["model"], row["baseline"]
             if "predictive_gain" in ours:
                 gain = f"{ours['predictive_gain']:.3f} ± {_error(ours['predictive_gain_stderr'])}"
-                cells = [f"{ours[figure]:.3f}", gain, f"{theirs[figure]:.3f}", _error(ours["stderr"])]
-                rows.append([name, *cells])
-        lines += [*table([unit, "Latent-Thought, `bound`", "predictive gain", "autoregressive", "± s.e."], rows), ""]
+                apart = row["model - baseline"]
+                difference = f"{apart[figure]:+.3f} ± {_error(apart['stderr'])}" if apart else "?"
+                rows.append([name, f"{ours[figure]:.3f}", gain, f"{theirs[figure]:.3f}", difference])
+        head = [unit, "Latent-Thought, `bound`", "predictive gain", "autoregressive", "difference, paired"]
+        lines += [*table(head, rows), ""]
     return lines[:-1]
 
 

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from ltm_pyro.data import read_manifest
 from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import compare, document_scores
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
 from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.inference.estimators import GAIN
@@ -34,7 +35,7 @@ from ltm_pyro.training.train import train
 from ltm_pyro.utils.console import finite
 from ltm_pyro.utils.files import atomic_write, new_folder
 
-RESULT, SETTINGS = "result.json", "compare.json"
+RESULT, DOCUMENTS, SETTINGS = "result.json", "documents.json", "compare.json"
 K_HAT_SEQUENCES, K_HAT_DRAWS = 32, 100
 
 
@@ -153,14 +154,29 @@ class Comparison:
             return stored
         resume = ("--ckpt_path", str(run / CHECKPOINT)) if (run / CHECKPOINT).exists() else ("--force",)
         train(self._configure(pair, "--run", str(run), *resume))
-        measured = self._score(load_run(run)) | _pace(run)
+        scored, documents = self._score(load_run(run))
+        measured = scored | _pace(run)
         figures = {
             **{"name": pair.name, "prior": _short(pair.prior), "guide": _short(pair.guide), "asked": asked},
             **finite(measured),
         }
+        with atomic_write(run / DOCUMENTS) as temp_path:
+            temp_path.write_text(json.dumps(documents, ensure_ascii=False), "utf-8")
         with atomic_write(result) as temp_path:
             temp_path.write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
         return figures
+
+    def difference(self, pair: Pair) -> dict[str, float | None]:
+        """By how much a pair's bound is above the autoregressive baseline's, paired by document, and its error.
+
+        None where one of them has no bound, or rows do not know their documents.
+        """
+        files = [self.out / x.name / DOCUMENTS for x in (pair, self.pairs[0])]
+        first, second = ([*json.loads(x.read_text("utf-8"))] if x.exists() else [] for x in files)
+        if pair.is_ar_baseline or not first or not second or "bound_nats" not in first[0]:
+            return {"difference": None, "difference_stderr": None}
+        found = compare(first, second)
+        return finite({"difference": found.nats_per_token, "difference_stderr": found.stderr_nats_per_token})
 
     def _configure(self, pair: Pair, *options: str) -> Namespace:
         """A pair's recipe, which ends when the time is up and for no other reason."""
@@ -168,10 +184,11 @@ class Comparison:
         trust = ["--trust"] if self.trust else []
         return read_recipe(["--config", self.config, *self.options, *settings, *options, *trust])
 
-    def _score(self, run: Run) -> dict[str, Any]:
+    def _score(self, run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The bounds on held-out sequences (nats per token), the predictive gain, and Pareto k-hat.
 
-        Without a bound there is the score under thoughts from the prior only; without thoughts there is no k-hat.
+        Without a bound there is the score under thoughts from the prior only; without thoughts there is no k-hat. Also
+        the figures of each document, if the rows know them.
         """
         no_bound = missing_bound(run.model, run.guide)
         estimators = ["prior", *GAIN] if no_bound else ["bound", "iwae", "prior", *GAIN]
@@ -183,7 +200,8 @@ class Comparison:
         gain, k_B = found.predictive_gain, None
         if not no_bound and run.model.decoder.thought_shape.thoughts:
             k_B = k_hat(run, K_HAT_SEQUENCES, K_HAT_DRAWS)
-        return {
+        documents = [x.as_dict() for x in document_scores(found)] if found.documents else []
+        figures = {
             "bound": bound and bound.nats_per_token,
             "iwae": iwae and iwae.nats_per_token,
             "without_thinking": prior.nats_per_token,
@@ -197,6 +215,7 @@ class Comparison:
             "tokens": found.tokens,
             "no_bound": no_bound,
         }
+        return figures, documents
 
 
 def _pace(run: Path) -> dict[str, Any]:

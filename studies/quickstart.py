@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ltm_pyro.data import PackedDataset, pack
+from ltm_pyro.evaluation.documents import compare, document_scores
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
 from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, GAIN
 from ltm_pyro.runs.load import load_run
@@ -118,9 +119,13 @@ def summarise(packed: Path, latent_thought: Trained, autoregressive: Trained) ->
     assert gain is not None
     figures = {name: score.nats_per_token for name, score in scores.items()}
     speeds = [float(x) for row in metrics(latent_thought.path) if (x := row["train/tokens_per_second"])]
+    baseline = evaluate_run(autoregressive.run, estimators=["bound"])
+    above = compare(*([x.as_dict() for x in document_scores(scored)] for scored in (found, baseline)))
     return {
         **figures,
-        "autoregressive": evaluate_run(autoregressive.run, estimators=["bound"]).estimates["bound"].nats_per_token,
+        "autoregressive": baseline.estimates["bound"].nats_per_token,
+        "above_autoregressive": above.nats_per_token,
+        "above_autoregressive_stderr": above.stderr_nats_per_token,
         "unigram": unigram(packed),
         "predictive_gain": gain.nats_per_token,
         "predictive_gain_stderr": gain.stderr_nats_per_token,
@@ -165,6 +170,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for name in FIGURES:
         note = "  (not a bound)" if name in ESTIMATORS and not ESTIMATORS[name].is_bound else ""
         table.add_row(name.replace("_", " ") + note, f"{summary[name]:.3f}")
+    above = f"{summary['above_autoregressive']:+.3f} ± {summary['above_autoregressive_stderr']:.3f}"
+    table.add_row("bound - autoregressive", above)
     gain = f"{summary['predictive_gain']:.3f} ± {summary['predictive_gain_stderr']:.3f}"
     table.add_row("predictive gain (causal prior - causal)", gain)
     console.print(table)

@@ -15,6 +15,7 @@ from ltm_pyro.utils.console import Console, print_json
 STUDY = "ltm_pyro.studies.compare"  # by dotted path: the command line imports no study
 COLUMNS = {  # figure to head, and the figure that is its standard error
     "bound": ("bound", "stderr"),
+    "difference": ("above\nAR", "difference_stderr"),
     "iwae": ("iwae", None),
     "predictive_gain": ("predictive\ngain", "predictive_gain_stderr"),
     "kl": ("kl", None),
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         title = "autoregressive baseline" if pair.is_ar_baseline else f"{pair.prior} with {pair.guide}"
         console.print(f"{number} of {len(pairs)}: {title}, {args.minutes:g} minutes", soft_wrap=True)
         try:
-            rows.append(comparison.figures(pair))
+            rows.append(comparison.figures(pair) | comparison.difference(pair))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
     if args.json:

@@ -3,7 +3,8 @@
 Shapes: B sequences.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class DocumentScore(NamedTuple):
     pieces: int
     cut: bool
     tokens: int
+    bytes: int
     nats: dict[str, float]  # by estimator
     kl: dict[str, float]
 
@@ -33,7 +35,12 @@ class DocumentScore(NamedTuple):
         exact = {} if info.exact_nats is None else {"exact_nats": info.exact_nats}
         figures = {f"{name}_nats": x for name, x in self.nats.items()} | {f"{n}_kl": x for n, x in self.kl.items()}
         found = {"id": info.id, "file": info.file, "labels": dict(info.labels)}
-        return found | {"pieces": self.pieces, "cut": self.cut, "tokens": self.tokens} | exact | figures
+        return (
+            found
+            | {"pieces": self.pieces, "cut": self.cut, "tokens": self.tokens, "bytes": self.bytes}
+            | exact
+            | figures
+        )
 
 
 def check_documents(place: str) -> None:
@@ -60,8 +67,30 @@ def document_scores(evaluation: Evaluation) -> list[DocumentScore]:
         info = pieces[found[0]].document
         nats = {name: float(result.nats_B[found].sum()) for name, result in rows.scores.items()}
         kl = {name: float(result.kl_B[found].sum()) for name, result in rows.scores.items()}
-        scores.append(DocumentScore(info, len(found), cut, int(rows.tokens_B[found].sum()), nats, kl))
+        tokens, size = (int(x_B[found].sum()) for x_B in (rows.tokens_B, rows.bytes_B))
+        scores.append(DocumentScore(info, len(found), cut, tokens, size, nats, kl))
     return scores
+
+
+Records = Sequence[Mapping[str, Any]]  # `DocumentScore.as_dict` of every document
+
+
+def compare(first: Records, second: Records, estimator: str = "bound", unit: str = "tokens") -> Rate:
+    """By how much the first model's figure is above the second's: nats per token, or bits per byte, document by document.
+
+    The one comparison of two models on the same texts: paired, with an error over documents. Raises `UsageError` unless
+    both have scored the same documents, with as many tokens or bytes.
+    """
+    figure = f"{estimator}_nats"
+    known = {(x["file"], x["id"]): x for x in second}
+    pairs = [(x, known.get((x["file"], x["id"]))) for x in first]
+    other = [x["id"] for x, y in pairs if y is None or x[unit] != y[unit]]
+    if other or len(first) != len(second) or any(figure not in x for x in (*first, *second)):
+        which = f"'{other[0]}' differs" if other else "one has more of them, or lacks that figure"
+        raise UsageError(f"Two models are compared on the same documents, but {which}: score both on the same text.")
+    difference_N = torch.tensor([x[figure] - known[x["file"], x["id"]][figure] for x in first], dtype=torch.float64)
+    scale = math.log(2) if unit == "bytes" else 1
+    return rate_of(difference_N / scale, torch.tensor([x[unit] for x in first], dtype=torch.float64))
 
 
 class Exact(NamedTuple):

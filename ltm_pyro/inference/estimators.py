@@ -279,10 +279,10 @@ def evaluate(
     nats_and_kl = {name: NatsAndKL.concatenate(found) for name, found in results.items()}
     tokens_B, bytes_B, ids_B = (torch.cat(column).double().cpu() for column in zip(*counts, strict=True))
     documents = None if None in parts else tuple(row for found in parts for row in found or ())
-    rows = RowScores(ids_B, documents, tokens_B, nats_and_kl)
+    rows = RowScores(ids_B, documents, tokens_B, bytes_B, nats_and_kl)
     fit_passes = 2 * inference.steps * inference.particles if guide.uses_fast_steps else 0  # forward and backward
     are_bounds = {name: ESTIMATORS[name].is_bound for name in estimators}
-    evaluation = summarise(rows, bytes_B, points, are_bounds, fit_passes)
+    evaluation = summarise(rows, points, are_bounds, fit_passes)
     not_normalised = not_normalised or _negative_kl(nats_and_kl)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)

@@ -68,11 +68,12 @@ def _pad(x: Tensor, averages: int) -> Tensor:
 
 
 class RowScores(NamedTuple):
-    """Every sequence's id, documents (None if not known), tokens, and nats and KL by estimator."""
+    """Every sequence's id, documents (None if not known), tokens, bytes, and nats and KL by estimator."""
 
     ids_B: Tensor
     parts: tuple[tuple[Part, ...], ...] | None
     tokens_B: Tensor
+    bytes_B: Tensor
     scores: dict[str, NatsAndKL]
 
     @property
@@ -194,9 +195,7 @@ def is_settled(result: NatsAndKL, tokens_B: Tensor) -> bool:
     return bool(fallen.sum() / tokens_B.sum() < 3 * SETTLED)
 
 
-def summarise(
-    rows: RowScores, bytes_B: Tensor, points: Sequence[int], are_bounds: Mapping[str, bool], fit_passes: int
-) -> Evaluation:
+def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, bool], fit_passes: int) -> Evaluation:
     """The figures of a text from those of its sequences.
 
     Args:
@@ -212,7 +211,7 @@ def summarise(
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
     pieces = rows.pieces
     numbers_B = rows.ids_B if pieces is None else torch.tensor([piece.number for piece in pieces])
-    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, bytes_B, numbers_B))
+    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, rows.bytes_B, numbers_B))
     results = {
         name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
     }

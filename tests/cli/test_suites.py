@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import compare
 from ltm_pyro.evaluation.suites import suite
 from ltm_pyro.evaluation.suites.table import DOCUMENTS, PICTURE, REPORT, RESULTS, SUITES
 
@@ -166,3 +168,19 @@ def test_what_cannot_be_evaluated(run, refused, tmp_path, monkeypatch, options, 
 def test_every_suite_is_named_in_the_help(ltm):
     help_text = ltm("evaluate", "--help")[1]
     assert all(name in help_text for name in SUITES)
+
+
+def test_a_model_and_its_baseline_are_compared_document_by_document(run, recipe, ltm, data, tmp_path):
+    other, quick = tmp_path / "other", ("--trainer.max_steps", 1, "--trainer.limit_val_batches", 0)
+    assert ltm("fit", "--config", recipe, "--run", other, *quick, "--seed_everything", 7)[0] == 0
+    code, out, err = evaluate(ltm, run, data, tmp_path / "out", "--baseline", other, "--json", suites="zero-shot")
+    assert code == 0, err
+    row = json.loads(out)["results"]["zero-shot"]["ptb"]
+    apart = row["model"]["nats_per_token"] - row["baseline"]["nats_per_token"]
+    assert row["model - baseline"]["nats_per_token"] == pytest.approx(apart)
+    files = [tmp_path / "out" / "documents" / f"zero-shot.ptb.{name}.jsonl" for name in ("model", "baseline")]
+    ours, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert compare(ours, theirs).nats_per_token == pytest.approx(apart)
+    assert "| ptb | model - baseline |" in (tmp_path / "out" / REPORT).read_text()
+    with pytest.raises(UsageError, match="on the same documents"):
+        compare(ours, theirs[1:])

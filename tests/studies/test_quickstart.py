@@ -22,6 +22,8 @@ NATS = (
     "predictive_gain",
     "predictive_gain_stderr",
     "bound_stderr",
+    "above_autoregressive",
+    "above_autoregressive_stderr",
 )
 
 

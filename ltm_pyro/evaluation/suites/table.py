@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import compare
 from ltm_pyro.evaluation.suites import generation, gsm8k, multilingual, reconstruction, zero_shot
 from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Options, Part, Suite
 from ltm_pyro.runs.load import is_export, load_run
@@ -64,6 +65,7 @@ SUITES = {
         ),
     ),
 }
+UNITS = {"zero-shot": ("tokens", "nats_per_token"), "multilingual": ("bytes", "bits_per_byte")}  # that are compared
 SOURCES = (*zero_shot.DATA, "multilingual", "gsm8k")  # data sets that --source accepts
 RESULTS, REPORT, PICTURE, DOCUMENTS = "results.json", "report.md", "reconstruction.png", "documents"
 
@@ -135,6 +137,9 @@ class _ResultsFile:
         """Whether this part has been computed for this column."""
         return column in self.content["results"].get(suite, {}).get(part.name, {})
 
+    def _documents(self, suite: str, part: Part, column: str) -> Path:
+        return self.out / DOCUMENTS / f"{suite}.{part.name}.{column}.jsonl".replace(" ", "-").replace("/", "-")
+
     def add(self, suite: str, part: Part, column: str, figures: dict[str, Any]) -> None:
         """Stores one column of one part, and the paper's figures for it; writes the files.
 
@@ -143,21 +148,34 @@ class _ResultsFile:
         row = self.content["results"].setdefault(suite, {}).setdefault(part.name, {})
         documents = figures.get(BY_DOCUMENT)
         row[column] = {name: x for name, x in figures.items() if name != BY_DOCUMENT}
-        if part.paper:
-            row["paper"] = dict(part.paper)
-        results = json.dumps(finite(self.content), indent=2, ensure_ascii=False) + "\n"
         with writing(self.out), new_folder(self.out):
             if documents:
                 (self.out / DOCUMENTS).mkdir(exist_ok=True)
                 lines = (json.dumps(finite(found), ensure_ascii=False) + "\n" for found in documents)
-                name = f"{suite}.{part.name}.{column}.jsonl".replace(" ", "-").replace("/", "-")
-                with atomic_write(self.out / DOCUMENTS / name) as new:
+                with atomic_write(self._documents(suite, part, column)) as new:
                     new.write_text("".join(lines), "utf-8", "backslashreplace")
+            files = [self._documents(suite, part, name) for name in ("model", "baseline")]
+            if suite in UNITS and all(file.exists() for file in files):
+                row["model - baseline"] = _difference(files, *UNITS[suite])
+            if part.paper:
+                row["paper"] = dict(part.paper)
+            results = json.dumps(finite(self.content), indent=2, ensure_ascii=False) + "\n"
             for name, text in {RESULTS: results, REPORT: markdown(self.content)}.items():
                 with atomic_write(self.out / name) as new:
                     new.write_text(text, "utf-8", "backslashreplace")  # a path may be no UTF-8
             if suite == "reconstruction":
                 plot_reconstruction(self.content["results"][suite], self.out / PICTURE)
+
+
+def _difference(files: Sequence[Path], unit: str, figure: str) -> dict[str, Any]:
+    """The model's bound less the baseline's, paired by document; empty if one of them has none."""
+    first, second = ([json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files)
+    if not all("bound_nats" in x for x in (*first, *second)) or sum(x[unit] for x in first) != sum(
+        x[unit] for x in second
+    ):
+        return {}
+    found = compare(first, second, unit=unit)
+    return {figure: found.nats_per_token, "stderr": found.stderr_nats_per_token}
 
 
 def markdown(content: dict[str, Any]) -> str:
