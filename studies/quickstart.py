@@ -120,7 +120,8 @@ def summarise(packed: Path, latent_thought: Trained, autoregressive: Trained) ->
     figures = {name: score.nats_per_token for name, score in scores.items()}
     speeds = [float(x) for row in metrics(latent_thought.path) if (x := row["train/tokens_per_second"])]
     baseline = evaluate_run(autoregressive.run, estimators=["bound"])
-    above = compare(*([x.as_dict() for x in document_scores(scored)] for scored in (found, baseline)))
+    ours, theirs = ([x.as_dict() for x in document_scores(scored)] for scored in (found, baseline))
+    above = compare(ours, theirs)
     return {
         **figures,
         "autoregressive": baseline.estimates["bound"].nats_per_token,

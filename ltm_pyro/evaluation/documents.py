@@ -76,9 +76,9 @@ Records = Sequence[Mapping[str, Any]]  # `DocumentScore.as_dict` of every docume
 
 
 def compare(first: Records, second: Records, estimator: str = "bound", unit: str = "tokens") -> Rate:
-    """By how much the first model's figure is above the second's: nats per token, or bits per byte, document by document.
+    """By how much the first model's figure is above the second's, in nats per token, or bits per byte.
 
-    The one comparison of two models on the same texts: paired, with an error over documents. Raises `UsageError` unless
+    The one comparison of two models on the same texts, paired document by document. Raises `UsageError` unless
     both have scored the same documents, with as many tokens or bytes.
     """
     figure = f"{estimator}_nats"
