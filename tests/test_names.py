@@ -69,6 +69,8 @@ RENAMED = {  # old -> new; CHANGELOG.md has the same for users
     "infer": "draw_posterior",
     "infer_batch": "draw_batch_posterior",
     "thinking_gain": "predictive_gain",
+    "loo_by_token": "loo_by_factor",
+    "narrow_rows": "differences",
 }
 DEFINED = {"definition", "import", "attribute"}
 ONLY_AS = {  # English words, and names of others' functions: the kinds of place where the word would be ours
