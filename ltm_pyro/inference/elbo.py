@@ -26,7 +26,6 @@ from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.utils.rng import seeded
-from ltm_pyro.utils.threads import one_at_a_time
 
 AnyGuide = Callable[[Batch, LocalParameters], Any]  # a `Guide`, or a guide wrapped in a Pyro handler
 
@@ -70,7 +69,6 @@ class Draws(NamedTuple):
     noise: RowNoise | None = None
 
 
-@one_at_a_time
 def elbo_terms(
     model: Model,
     guide: AnyGuide,
@@ -88,8 +86,8 @@ def elbo_terms(
     """
     noise = draws.noise or nullcontext()
     antithetic = Antithetic(draws.noise) if draws.antithetic else nullcontext()
-    particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
     with no_param_store(model):
+        particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
         # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
         with full_precision(batch.inputs_BT), noise, antithetic, particles, poutine.trace() as q:
             guide(batch, local)
@@ -111,7 +109,6 @@ def elbo_terms(
     return ElboTerms(log_likelihood_B, kl_B.expand_as(log_likelihood_B))
 
 
-@one_at_a_time
 def log_weights(
     model: Model,
     guide: AnyGuide,
