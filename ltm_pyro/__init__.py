@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.global_latents import GlobalLatent
     from ltm_pyro.inference.local import infer_local, training_loss
     from ltm_pyro.inference.pyro_guide import LocalPosterior
+    from ltm_pyro.inference.scores import Evaluation
     from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState
     from ltm_pyro.inference.svi import DualRateSVI
     from ltm_pyro.runs.load import load_run
@@ -73,6 +74,7 @@ _PUBLIC = {  # module -> its public names
     "inference.global_latents": ("GlobalLatent",),
     "inference.local": ("infer_local", "training_loss"),
     "inference.pyro_guide": ("LocalPosterior",),
+    "inference.scores": ("Evaluation",),
     "inference.state": ("LocalInference", "LocalInfo", "LocalState"),
     "inference.svi": ("DualRateSVI",),
     "runs.load": ("load_run",),
