@@ -4,6 +4,7 @@ Shapes, here and everywhere: B sequences, T tokens, L layers, K thoughts per lay
 samples (particles), N fast steps. A tensor carries its axes as a suffix: ``z_BLKD``.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -284,6 +285,10 @@ class Init:
 
     log_var: float = 0.0
     jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (-100 <= self.log_var <= 100 and 0 <= self.jitter < math.inf):
+            raise UsageError(f"The initial q needs a log_var from -100 to 100 and a jitter of 0 or more, got {self}.")
 
 
 class Guide(ABC):

@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, V vocabu
 particles.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -74,6 +75,11 @@ class Decoder(CachedDecoding):
         for name, size in {"vocabulary": vocabulary, "layers": layers, "window": window, "length": length}.items():
             if size < 1:
                 raise UsageError(f"The decoder's {name} must be at least 1, got {size}.")
+        if thoughts < 0 or (thought_width or 1) < 1:
+            raise UsageError(
+                f"The decoder needs thoughts ≥ 0 and thought_width ≥ 1, got {thoughts} and {thought_width}."
+            )
+        _check_size(vocabulary, layers, max(width, thought_width or 1), max(length, thoughts))
         _check_heads(width, heads, kv_heads)
         self.vocabulary, self.width, self.heads = vocabulary, width, heads
         self.window, self.length = window, length
@@ -168,6 +174,19 @@ def _check_thought_layers(thought_layers: list[int] | None, layers: int) -> tupl
             f"The decoder's thought_layers are some of its {layers} layers, counted from 1, got {thought_layers}."
         )
     return numbers
+
+
+def _check_size(vocabulary: int, layers: int, width: int, positions: int) -> None:
+    """Refuses weights that this machine has no memory for, before it is used up."""
+    if torch.get_default_device().type == "meta":  # where nothing is stored
+        return
+    size = 4 * width * (vocabulary + 12 * layers * width + positions)  # bytes, about
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise UsageError(
+            f"A decoder of {layers} layers, width {width}, {vocabulary} tokens and {positions} positions needs "
+            f"{size / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}: make it smaller."
+        )
 
 
 def _check_heads(width: int, heads: int, kv_heads: int) -> None:

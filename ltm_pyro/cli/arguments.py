@@ -34,12 +34,19 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from ``low`` on."""
+LARGEST = 2**31 - 1  # a count beyond it is a slip, and would never end
+LARGEST_SEED = 2**63 - 1
+
+
+def at_least(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """An argument type: whole numbers from ``low`` to ``high``, in the digits 0 to 9."""
 
     def parse(text: str) -> int:
-        if not text.removeprefix("-").isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        if not re.fullmatch("-?[0-9]{1,4000}", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{shown!r} is not a whole number of at least {low}")
+        if int(text) > high:
+            raise argparse.ArgumentTypeError(f"{shown!r} is more than {high}, the largest that is taken")
         return int(text)
 
     return parse

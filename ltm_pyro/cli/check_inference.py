@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_device, at_least
+from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, at_least
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console, print_json
 from ltm_pyro.utils.extras import extra
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="run directory or checkpoint: sandwiches the evidence of texts it generates",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of data and noise")
+    parser.add_argument(
+        "--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed of data and noise"
+    )
     of_run = parser.add_argument_group("with RUN")
     of_run.add_argument("--sequences", type=at_least(2), metavar="N", help="generated texts")
     of_run.add_argument("--chains", type=at_least(1), metavar="S", help="chains per text in each direction")

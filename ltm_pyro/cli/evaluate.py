@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_device, add_trust, at_least
+from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, add_trust, at_least
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="only the first N sequences; a document that this cuts is marked"
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed")
+    parser.add_argument("--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed")
     add_device(parser)
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

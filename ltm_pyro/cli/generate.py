@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from ltm_pyro.cli.arguments import add_device, add_trust, at_least
+from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, add_trust, at_least
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import print_json
 
@@ -13,13 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm generate`."""
 
     def layers(text: str) -> tuple[int, ...]:
-        return tuple(int(layer) for layer in text.split(","))
+        return tuple(at_least(1)(layer.strip()) for layer in text.split(","))
 
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported model")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue; without it z is from the prior")
     parser.add_argument("--interpolate", nargs=2, metavar="TEXT", help="interpolate between the thoughts of two texts")
     parser.add_argument("--num-samples", type=at_least(1), default=1, metavar="N", help="texts to generate, one z each")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed of z and of the tokens")
+    parser.add_argument(
+        "--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed of z and of the tokens"
+    )
     parser.add_argument("--stream", action="store_true", help="print the text while it is generated")
     about = "compile the decoder: half a minute first, then single texts are generated twice as fast"
     parser.add_argument("--compile", action="store_true", help=about)

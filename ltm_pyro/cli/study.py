@@ -10,7 +10,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_trust, at_least, positive
+from ltm_pyro.cli.arguments import LARGEST_SEED, add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.console import Console, print_json
 
@@ -52,7 +52,13 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=positive, metavar="GIB", help="the most memory one trial may allocate")
     add("--samples", type=at_least(1), default=8, metavar="S", help="draws per sequence after q is final")
     add("--limit", type=at_least(2), default=64, metavar="N", help="score only the first N held-out sequences")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="random seed of the search and of every training")
+    add(
+        "--seed",
+        type=at_least(0, LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="random seed of the search and of every training",
+    )
     add("--out", metavar="DIR", help="where the trials' runs go; runs/studies/S by default")
     add_trust(parser)
 
@@ -71,6 +77,8 @@ def _best_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     study = import_module(f"{SEARCH}.study")
+    if args.study_name is not None:
+        study.check_name(args.study_name)
     definition, plan = study.prepare(
         args.study,
         args.base_config,
@@ -108,8 +116,10 @@ def _pairs(option: str, given: list[str]) -> list[list[str]]:
 def _value(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {key} needs a value in YAML, got {text!r}: close its brackets and quotes.") from None
+    except (yaml.YAMLError, ValueError):
+        raise UsageError(
+            f"--set {key} needs a value in YAML, got {text[:80]!r}: close its brackets and quotes."
+        ) from None
 
 
 def _number(option: str, text: str) -> float:
@@ -168,7 +178,7 @@ def _cell(value: Any) -> str:
 
 def _best(args: argparse.Namespace) -> int:
     written = import_module(f"{SEARCH}.study").write_best(
-        args.storage, args.study_name, args.out and Path(args.out), args.trial, args.force, args.trust
+        args.storage, args.study_name, None if args.out is None else Path(args.out), args.trial, args.force, args.trust
     )
     if args.json:
         print_json(written)
@@ -188,7 +198,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     written = import_module(f"{SEARCH}.report").write_report(
-        args.storage, args.study_name, args.out and Path(args.out), args.force, args.trust
+        args.storage, args.study_name, None if args.out is None else Path(args.out), args.force, args.trust
     )
     if args.json:
         print_json(written)

@@ -96,7 +96,9 @@ def pack_rows(
 
 
 def check_seq_len(seq_len: int) -> None:
-    """Raises `UsageError` unless a sequence has at least one token."""
+    """Raises `UsageError` unless a sequence has at least one token, and no more than can be counted."""
+    if seq_len >= 2**31:
+        raise UsageError(f"seq_len {str(seq_len)[:40]} is more than a row can have; give a few thousand.")
     if seq_len < 1:
         raise UsageError(f"seq_len {seq_len} leaves no token in a sequence; give at least 1.")
 

@@ -84,9 +84,9 @@ def elbo_terms(
     the left of the plate of sequences. Unlike Pyro's own estimators it never synchronises with the device. Source:
     arXiv 2502.01567, equation 4.
     """
+    noise = draws.noise or nullcontext()
+    antithetic = Antithetic(draws.noise) if draws.antithetic else nullcontext()
     with no_param_store(model):
-        noise = draws.noise or nullcontext()
-        antithetic = Antithetic(draws.noise) if draws.antithetic else nullcontext()
         particles = nullcontext() if draws.particles is None else pyro.plate(PARTICLES, draws.particles, dim=-2)
         # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
         with full_precision(batch.inputs_BT), noise, antithetic, particles, poutine.trace() as q:

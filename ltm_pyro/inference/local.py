@@ -28,10 +28,8 @@ from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient
 from ltm_pyro.nn.precision import cast_weights
 from ltm_pyro.utils.rng import seeded
-from ltm_pyro.utils.threads import one_at_a_time
 
 
-@one_at_a_time
 def infer_local(
     model: Model,
     guide: Guide,

@@ -3,6 +3,7 @@
 Shapes: B sequences, b of them selected, N fast steps.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from ltm_pyro.inference.elbo import Draws, ElboTerms
 from ltm_pyro.inference.learning_rates import cosine
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 
+MOST = 10**6  # fast steps or particles: more are a slip, and would never end
 Moments = dict[str, Tensor]  # running averages of a parameter's gradient, by name
 
 
@@ -32,6 +34,8 @@ class Stop:
     def __post_init__(self) -> None:
         if self.window < 1:
             raise UsageError(f"The stopping rule's window must be at least 1 step, got {self.window}.")
+        if not math.isfinite(self.tolerance):
+            raise UsageError(f"The stopping rule's tolerance must be a finite number of nats, got {self.tolerance}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,11 @@ class LocalInference:
             raise UsageError(f"Fast steps must not be negative, got {self.steps}: choose 0 or more.")
         if self.particles < 1:
             raise UsageError(f"Particles must be at least 1, got {self.particles}: every step needs a draw of z.")
+        if max(self.steps, self.particles) > MOST:
+            raise UsageError(f"Fast steps and particles are at most {MOST}, got {self.steps} and {self.particles}.")
+        for name, value in (("rate", self.rate), ("kl_weight", self.kl_weight)):
+            if not 0 <= value < math.inf:
+                raise UsageError(f"Local inference needs a {name} that is finite and not negative, got {value}.")
         if self.noise == "reused" and self.stop:
             raise UsageError(
                 "Reused noise is drawn for a whole batch: it cannot go with a stopping rule; remove `stop`."

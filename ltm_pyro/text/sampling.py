@@ -3,6 +3,7 @@
 Shapes: B rows, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +44,20 @@ class Sampling:
         for name in ("max_new_tokens", "num_return_sequences"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.temperature > 0:
-            raise UsageError(f"Temperature must be positive, got {self.temperature}: for the likeliest, do not sample.")
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(
+                f"Temperature must be positive and finite, got {self.temperature}: for the likeliest, do not sample."
+            )
         if self.top_k < 0:
             raise UsageError(f"top_k must not be negative, got {self.top_k}: use 0 for all tokens.")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be in (0, 1], got {self.top_p}.")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p must be in [0, 1], got {self.min_p}.")
-        if not self.repetition_penalty > 0:
-            raise UsageError(f"repetition_penalty must be positive, got {self.repetition_penalty}: 1 is none.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UsageError(
+                f"repetition_penalty must be positive and finite, got {self.repetition_penalty}: 1 is none."
+            )
         if "" in self.stop_strings:
             raise UsageError("A stop string is empty, so every text would end at once: leave it out.")
         neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}

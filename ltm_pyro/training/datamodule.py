@@ -1,5 +1,6 @@
 """The Lightning data module: batches of a packed corpus, the same for any number of workers."""
 
+import os
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,11 @@ class PackedData(pl.LightningDataModule):
         batch_size = BATCH_SIZE if batch_size is None else batch_size
         if batch_size < 1 or workers < 0:
             raise UsageError(f"`data` needs batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}.")
+        most = max(64, 8 * (os.cpu_count() or 1))
+        if workers > most or batch_size >= 2**31:
+            raise UsageError(
+                f"`data` has batch_size {batch_size} and {workers} workers: give at most {2**31 - 1} and {most}."
+            )
         if tokens is not None and tokens < 1:
             raise UsageError(f"`data.tokens` is {tokens}: give a budget of at least 1, or leave it out.")
         self.directory, self.batch_size, self.workers, self.seed = directory, batch_size, workers, seed

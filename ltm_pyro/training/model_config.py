@@ -106,7 +106,9 @@ def parse_model(recipe: str, source: object, trust: bool = False) -> Namespace:
         return config
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
-    except (YAMLError, AttributeError, KeyError, TypeError) as error:
+    except UsageError:
+        raise
+    except (YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         problem = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UsageError(f"The recipe of {source} cannot be read ({problem}): give a run that is whole.") from None
 
@@ -142,6 +144,8 @@ def load_recipe(text: str) -> Any:
 def read_model_recipe(file: str, trust: bool = False) -> Namespace:
     """`parse_model` of a recipe's file; `UsageError` if it cannot be read."""
     try:
+        if Path(file).exists() and not Path(file).is_file():  # a device may have no end
+            raise ValueError("no file")
         text = Path(file).read_text("utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"The recipe {file} cannot be read as text ({error}); give a YAML file in UTF-8.") from None

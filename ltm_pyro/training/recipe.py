@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 from pytorch_lightning.callbacks import Checkpoint, Timer
-from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from yaml import YAMLError
 
 from ltm_pyro.data.manifest import is_pack, read_manifest
@@ -104,17 +103,21 @@ def read_recipe(arguments: list[str], own: bool = True) -> Namespace:
     Raises:
         UsageError: a key is wrong, which is named, or code of others is named without trust.
     """
-    refuse_old_keys(option_keys(arguments))
-    _check_stored(arguments, own)
     try:
+        refuse_old_keys(option_keys(arguments))
+        _check_stored(arguments, own)
         config = recipe_parser().parse_args(plugins.resolve_arguments(arguments))
         check_parts(config)
         return _expand_paths(config, arguments)
     except ArgumentError as error:
         raise UsageError(complaint(str(error))) from None
+    except UsageError:
+        raise
     except (UnicodeDecodeError, OSError) as error:
         recipe = " ".join(re.findall(r"--config[ =](\S+)", " ".join(arguments)))
         raise UsageError(f"The recipe {recipe} cannot be read as text ({error}); give a YAML file in UTF-8.") from None
+    except ValueError as error:  # such as a number of 5,000 digits
+        raise UsageError(f"The recipe and its options cannot be read: {complaint(str(error))[:400]}") from None
 
 
 def _expand_paths(config: Namespace, arguments: list[str]) -> Namespace:
@@ -167,7 +170,7 @@ def _check_stored(arguments: list[str], own: bool) -> None:
     for key, value in option_values(arguments):
         if not value:
             continue
-        if key == "config" and (not own or _is_stored(Path(value))):
+        if key == "config" and (not own or (os.path.isfile(value) and _is_stored(Path(value)))):
             try:
                 text = Path(value).read_text("utf-8")
                 content = yaml.safe_load(text)
@@ -196,6 +199,8 @@ def check_budget(config: Namespace) -> None:
     for name, value in given.items():
         if not 0 < value < math.inf:
             raise UsageError(f"`{name}` is {value}, no budget to train for: give a number above 0, or leave it out.")
+        if name != "model.max_flops" and value >= 2**31:
+            raise UsageError(f"`{name}` is {value}, more than can be counted: give at most {2**31 - 1}.")
     if not given and trainer.max_time is None:
         raise UsageError(
             "The training has no end: set `trainer.max_time` (DD:HH:MM:SS), `trainer.max_steps`, `trainer.max_epochs` "
@@ -259,7 +264,18 @@ def check_data(config: Namespace) -> None:
 
 def build_module(config: Namespace) -> LTMModule:
     """The Lightning module of a configuration, without data and trainer."""
-    return recipe_parser().instantiate(config).model
+    return _instantiate(config).model
+
+
+def _instantiate(config: Namespace) -> Namespace:
+    try:
+        return recipe_parser().instantiate(config)
+    except UsageError:
+        raise
+    except ValueError as error:
+        if "Does not validate" not in str(error):  # what a class of the user's raises keeps its traceback
+            raise
+        raise UsageError(f"The recipe has a wrong value: {complaint(str(error))[:400]}") from None
 
 
 def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.Trainer]:
@@ -267,7 +283,7 @@ def build(config: Namespace, **trainer: Any) -> tuple[LTMModule, PackedData, pl.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips would hide the table of costs
     check_seed(config)
     pl.seed_everything(config.seed_everything, verbose=False)
-    objects = recipe_parser().instantiate(config)
+    objects = _instantiate(config)
     settings = {**objects.trainer.as_dict(), **trainer}
     for name in ("callbacks", "logger"):
         settings[name] = [*_listed(objects.trainer[name]), *trainer.get(name, [])]
@@ -298,7 +314,9 @@ def _check_trainer(settings: dict[str, Any]) -> None:
             f"`trainer.overfit_batches` is {settings['overfit_batches']}, which would replace the order in which data "
             f"are read: leave it out, and pack a few texts to overfit them."
         )
-    if not (settings["gradient_clip_val"] or 0) >= 0:
+    if isinstance(devices := settings["devices"], str) and not devices.isascii():
+        raise UsageError(f"`trainer.devices` is {devices!r}: write it in the digits 0 to 9.")
+    if not 0 <= (settings["gradient_clip_val"] or 0) < math.inf:
         raise UsageError(f"`trainer.gradient_clip_val` is {settings['gradient_clip_val']}: give 0 or more.")
     if settings["val_check_interval"] == 0:
         raise UsageError("`trainer.val_check_interval` is 0: set `trainer.limit_val_batches` to 0 for no validation.")
@@ -316,7 +334,9 @@ def _trainer(settings: dict[str, Any], run: str) -> pl.Trainer:
         folder = local_path(run, "--run")
         settings["plugins"] = [*_listed(settings["plugins"]), *([LocalFile()] if ours else [])]
         trainer = pl.Trainer(**settings, **FIXED, enable_checkpointing=ours, default_root_dir=folder)
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # besides its own, what its libraries raise for a device that is not there
         raise UsageError(lightning_complaint(error)) from None
     times = [timer.time_remaining() for timer in cast(Any, trainer).callbacks if isinstance(timer, Timer)]
     if any(left is not None and left <= 0 for left in times):

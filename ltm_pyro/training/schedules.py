@@ -72,6 +72,16 @@ class Curriculum:
         for name, points in asdict(self).items():
             if not all(isfinite(number) for point in points or () for number in point):
                 raise UsageError(f"`curriculum.{name}` is {points}: give finite numbers.")
+            places = [progress for progress, _ in points or ()]
+            if points is not None and (not places or places != sorted(places)):
+                raise UsageError(f"`curriculum.{name}` is {points}: give points whose progress rises, at least one.")
+            for _, value in points or ():  # now, and not when the training gets there
+                if name == "log_var":
+                    Init(log_var=value)
+                elif name == "flops_per_token" and value < 0:
+                    raise UsageError(f"`curriculum.{name}` is {points}: give FLOPs of 0 or more.")
+                elif name != "flops_per_token":
+                    LocalInference(**{name: round(value) if name in ("steps", "particles") else value})
         if self.steps and self.flops_per_token:
             raise UsageError("`curriculum` has both steps and flops_per_token, which each decide T_fast: give one.")
 

@@ -158,6 +158,10 @@ def check_classes(parts: Mapping[str, Any], source: object, free: bool) -> None:
                 raise UsageError(f"`model.{name}` of {source} names {path}, which is no class: name a class.")
             if not free and cls not in (*_exported().values(), *_registered):
                 raise UsageError(f"`model.{name}` of {source} names {path}, which is not ltm_pyro's: add --trust.")
+        if missing := list(_without_value(part)):
+            raise UsageError(
+                f"`model.{name}` of {source} has no value for {', '.join(missing)}: leave it out, or give one."
+            )
         if extra := list(_beyond_signature(part, free)):
             names = ", ".join(map(_printable, extra))
             raise UsageError(f"`model.{name}` of {source} has arguments that its class does not take: {names}.")
@@ -186,6 +190,17 @@ def _beyond_signature(part: Any, free: bool) -> Iterator[str]:
             yield from (str(key) for key in given if not takes_any and key not in known)
         elif callable(value) and not isinstance(value, Mapping | list | tuple | set) and not free:
             yield str(value)
+
+
+def _without_value(part: Any) -> Iterator[str]:
+    """Arguments that are null in a parsed part, and that its class takes no None for; the parser lets them pass."""
+    for value in _nested(part):
+        if isinstance(value, Mapping) and "class_path" in value:
+            known = signature(resolve_name(value["class_path"])).parameters
+            for key, given in (value.get("init_args") or {}).items():
+                default = known[key].default if key in known else None
+                if given is None and isinstance(default, bool | int | float | str):
+                    yield str(key)
 
 
 def _description(name: str, trained: Mapping[str, str]) -> str:

@@ -41,8 +41,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Readers find the old file or the new one, never a part of it. If the block raises, the temporary file (or folder) is
     removed and ``path`` stays as it was. Every call has a temporary name of its own, so that several processes may
     write the same file at the same time. A file is on the disk before it has its name, so that a power failure does
-    not cut it. `os.replace` does not replace a folder: remove an old one inside the block.
+    not cut it. `os.replace` does not replace a folder: remove an old one inside the block. Raises `UsageError` for a
+    device or a named pipe, which would be replaced by a file.
     """
+    _check_ordinary(path)
     temporary = _temporary(path)
     try:
         yield temporary
@@ -54,6 +56,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             remove(temporary)
         raise
+
+
+def _check_ordinary(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{path} is a device or a pipe, and no place for a file: choose another.")
 
 
 def _temporary(path: Path) -> Path:
@@ -164,7 +171,7 @@ def check_folder(folder: Path, option: str) -> None:
 def check_file(path: Path, option: str) -> None:
     """Raises `UsageError` if the file that ``option`` names could not be written in its folder; nothing is written."""
     with writing(path, option):
-        path.exists()  # which fails for a name that is too long
+        _check_ordinary(path)  # which fails for a name that is too long
         trial = _temporary(path)
         trial.touch()
         trial.unlink()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from contextlib import ExitStack
 from html import escape
 from pathlib import Path
@@ -61,7 +62,7 @@ def write_report(url: str, name: str | None, out: Path | None, force: bool, trus
     pictures = own | pictures
     with writing(out), new_folder(out), ExitStack() as whole:
         for title, image in pictures.items():
-            whole.enter_context(atomic_write(out / f"{title.replace(' ', '-')}.png")).write_bytes(image)
+            whole.enter_context(atomic_write(out / _file_name(title))).write_bytes(image)
         _write_csv(found["trials"], whole.enter_context(atomic_write(out / "trials.csv")))
         page = whole.enter_context(atomic_write(out / "report.html"))
         page.write_text(_page(found, pictures, sentences), "utf-8")
@@ -78,6 +79,11 @@ def _analysis(source: str, rows: list[Row], trust: bool) -> tuple[dict[str, byte
         return {}, [f"The study's own analysis is left out, because it is code in {source}: read it, then add --trust."]
     analyse = load_definition(source).analyse
     return analyse(rows) if analyse and any(row["state"] == "complete" for row in rows) else ({}, [])
+
+
+def _file_name(title: str) -> str:
+    """A picture's file; its title may have the name of a figure in somebody else's storage."""
+    return re.sub(r"[^\w()=+,.-]", "-", title).lstrip(".")[:100] + ".png"
 
 
 def _write_csv(rows: list[Row], path: Path) -> None:

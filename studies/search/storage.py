@@ -66,7 +66,7 @@ def _open(url: str) -> RDBStorage:
     for attempt in range(ATTEMPTS):
         try:
             storage = RDBStorage(
-                url,
+                url.replace("{", "{{").replace("}", "}}"),  # Optuna fills its version into a template
                 engine_kwargs=options,
                 heartbeat_interval=HEARTBEAT,
                 grace_period=GRACE,

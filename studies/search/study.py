@@ -1,5 +1,6 @@
 """A study from its definition to its figures: the functions that `ltm study` calls."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,6 +84,7 @@ def run_study(
         repeats: how often the best setting is trained again, each time with another seed, beside the autoregressive
             baseline.
     """
+    check_name(name)
     if name.endswith(trials.CHECKS):
         raise UsageError(f"'{name}' would be the checks of another study: choose another --study-name.")
     check_destination(url, resources.out)
@@ -197,7 +199,14 @@ def only_name(storage: RDBStorage, name: str | None) -> str:
     if name is None and len(names) != 1:
         there = ", ".join(names) or "no study"
         raise UsageError(f"{without_password(storage.url)} holds {there}: choose one with --study-name.")
-    return name or names[0]
+    return check_name(name or names[0])
+
+
+def check_name(name: str) -> str:
+    """A study's name, of which files and folders are named; `UsageError` if they would be elsewhere than it says."""
+    if not re.fullmatch(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,99}", name):
+        raise UsageError(f"{name[:100]!r} names no study's files: take up to 100 characters, no slash, no dot first.")
+    return name
 
 
 def write_best(
