@@ -124,7 +124,7 @@ def _on_linear_gaussian(model: LinearGaussianModel, batch: Batch, case: Case) ->
     is_close = {name: all(error[x] < CLOSE[x] for x in CLOSE) for name, error in errors.items()}
     verdict = "finds the posterior"
     if not is_close["posterior"]:
-        wrong = f"variances are wrong by up to {errors['posterior']['variance']:.0%}"
+        wrong = _wrong(errors["posterior"])
         verdict = f"finds {case.best}, which is not the posterior: {wrong}" if is_close["best"] else f"misses: {wrong}"
     return {
         "compared_with": case.best,
@@ -132,6 +132,16 @@ def _on_linear_gaussian(model: LinearGaussianModel, batch: Batch, case: Case) ->
         "verdict": verdict,
         **_bounds(model, guide, batch, state),
     }
+
+
+def _wrong(error: dict[str, float]) -> str:
+    """What is not close, in words."""
+    words = {
+        "mean": f"means are off by up to {error['mean']:.2f} prior sd",
+        "variance": f"variances are wrong by up to {error['variance']:.0%}",
+        "covariance": f"covariances are wrong by up to {error['covariance']:.0%} of the largest variance",
+    }
+    return ", ".join(words[x] for x in CLOSE if not error[x] < CLOSE[x])
 
 
 def _errors(found: Gaussian, truth: Gaussian) -> dict[str, float]:

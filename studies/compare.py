@@ -161,7 +161,7 @@ class Comparison:
             **finite(measured),
         }
         with atomic_write(run / DOCUMENTS) as temp_path:
-            temp_path.write_text(json.dumps(documents, ensure_ascii=False), "utf-8")
+            temp_path.write_text(json.dumps(finite(documents), ensure_ascii=False), "utf-8")
         with atomic_write(result) as temp_path:
             temp_path.write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
         return figures

@@ -43,6 +43,10 @@ def compare(q: Posterior, reference: Posterior) -> xr.Dataset:
     axes = ("sequence", *THOUGHTS)
     z, stats = reference.z.transpose(*SAMPLES, *axes), reference.stats
     mean, sd = z.mean(SAMPLES).values, z.std(SAMPLES).values
+    if stuck := int((sd == 0).reshape(len(sd), -1).any(1).sum()):
+        raise UsageError(
+            f"In the chains of {stuck} sequences a coordinate never moves: they say nothing about q, run them longer."
+        )
     of_q = {name: q.stats[name].transpose(*axes).values for name in ("mean", "sd", "mcse_mean")}
     mean_error, ratio = (of_q["mean"] - mean) / sd, of_q["sd"] / sd
     bulk, for_sd = stats.ess.transpose(*axes).values, ess(z.values, "sd")

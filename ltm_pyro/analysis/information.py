@@ -35,7 +35,8 @@ class Decomposition(NamedTuple):
 
     The index of the text is one of the N given ones. As estimates for the population that they come from, the mutual
     information is too low and the marginal KL too high, by the same amount. ``saturated`` says that draws tell the N
-    texts apart (the mutual information is within log 2 of log N): then N texts say only that there is more.
+    texts apart (the mutual information is within log 2 of log N, and above half of it): then N texts say only that
+    there is more.
     """
 
     average_kl: float
@@ -87,7 +88,7 @@ def decompose(model: Model, guide: Guide, posterior: Posterior) -> Decomposition
         mutual_information_stderr=information.stderr,
         marginal_kl_stderr=marginal.stderr,
         most=math.log(posterior.size),
-        saturated=information.value > math.log(posterior.size) - math.log(2),
+        saturated=information.value > math.log(posterior.size) - min(math.log(2), math.log(posterior.size) / 2),
     )
 
 
@@ -125,9 +126,18 @@ class Aggregate(NamedTuple):
 
 
 def aggregate(posterior: Posterior, seed: int = 0) -> Aggregate:
-    """Compares the aggregated posterior with the prior; if they differ, texts generated from the prior differ too."""
-    _check_size(posterior, FEWEST, "The aggregated posterior")
-    q_ND = posterior.draws.values[:, 0]
+    """Compares the aggregated posterior with the prior; if they differ, texts generated from the prior differ too.
+
+    Of each document the first sequence, because the tests are for independent draws and pieces of one document depend
+    on each other.
+    """
+    _, first_N = np.unique(posterior.labels["document"], return_index=True)
+    if len(first_N) < FEWEST:
+        _check_size(posterior, FEWEST, "The aggregated posterior")
+        raise UsageError(
+            f"The aggregated posterior needs at least {FEWEST} documents, got {len(first_N)}: infer from more texts."
+        )
+    q_ND = posterior.draws.values[np.sort(first_N), 0]
     prior = posterior.group("prior")["z"].values[0].reshape(-1, q_ND.shape[1])
     if len(prior) < len(q_ND):
         q_ND = q_ND[np.random.default_rng(seed).permutation(len(q_ND))[: len(prior)]]

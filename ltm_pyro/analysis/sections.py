@@ -129,20 +129,25 @@ def reference(inputs: ReportInputs) -> Section:
         raise UsageError("Needs chains of a few of the texts (`ltm posterior --method nuts`): give --reference.")
     found = compare(inputs.posterior, inputs.reference)
     coordinates, sequences = found["mean_error"].size, found.sizes["sequence"]
-    counts = differences(found, SIZE)
+    counts, is_late = differences(found, SIZE), (~(found["r_hat"] <= CONVERGED)).values
+    by_chains = is_late.all() or not any(differences(found.isel(sequence=~is_late), SIZE).values())
     verdict = (
         f"q does not differ from the chains by more than their own error in any of {coordinates} coordinates of "
         f"{sequences} sequences."
     )
     if any(counts.values()):
+        late = "Where q differs, the chains have not converged, so that either may be wrong"
         verdict = (
-            f"q is not the posterior: of {coordinates} coordinates the mean of {counts['shifted']} is off by more than "
-            f"{SHIFTED} sd, {counts['narrow']} are too narrow (scale ratio < {NARROW:g}) and {counts['wide']} too wide "
+            f"{late if by_chains else 'q is not the posterior'}: of {coordinates} coordinates the mean of "
+            f"{counts['shifted']} is off by more than {SHIFTED} sd, {counts['narrow']} are too narrow (scale ratio < "
+            f"{NARROW:g}) and {counts['wide']} too wide "
             f"(> {WIDE:.2f}); a classifier tells the draws of {counts['told apart']} of {sequences} sequences from "
             f"the chains'."
         )
-    if late := int((~(found["r_hat"] <= CONVERGED)).sum()):
-        verdict += f" The chains of {late} sequences have not converged (R-hat > {CONVERGED}): run them longer."
+    if is_late.any():
+        verdict += (
+            f" The chains of {int(is_late.sum())} sequences have not converged (R-hat > {CONVERGED}): run them longer."
+        )
     if few := int((np.minimum(found["ess"], found["ess_tail"]) < EFFECTIVE).sum()):
         verdict += f" {few} have fewer than {EFFECTIVE} effective draws, too few to see small differences."
     ratio = geometric_mean(found["scale_ratio"], THOUGHTS)
@@ -174,7 +179,7 @@ def reference(inputs: ReportInputs) -> Section:
         *([Table(("sequence", "layer", "thought", "scale q / chains"), worst)] if worst else []),
     )
     pictures = (plot_scales(found), *chain_pictures(inputs.reference))
-    return Section(verdict, pictures, tables, good=not any(counts.values()) and not late)
+    return Section(verdict, pictures, tables, good=not any(counts.values()) and not is_late.any())
 
 
 def chains(inputs: ReportInputs) -> Section:

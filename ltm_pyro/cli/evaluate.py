@@ -14,7 +14,7 @@ from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, add_trust, at_least
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, check_estimators
+from ltm_pyro.inference.estimators import AVERAGES, DEFAULT, ESTIMATORS, check_estimators
 from ltm_pyro.inference.scores import Evaluation
 from ltm_pyro.utils.console import Console, finite, print_json
 from ltm_pyro.utils.files import atomic_write
@@ -117,6 +117,10 @@ def run(args: argparse.Namespace) -> int:
         return _suites(args)
     estimators = args.estimators.split(",")
     check_estimators(estimators)
+    if len(args.samples) > 1 and not args.json and not {*estimators} & {*AVERAGES}:
+        raise UsageError(
+            f"{', '.join(estimators)} would have no curve, which is of {', '.join(AVERAGES)}: give one number."
+        )
     from ltm_pyro.evaluation.documents import check_documents, document_scores, exact_figure
     from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use, scored_and_observed
     from ltm_pyro.runs.load import load_run
@@ -160,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(_table(evaluation, args.run, exact))
         if not score == observe == "all":
             console.print(f"Scored: {score}. Observed by q: {observe}.")
-        if len(args.samples) > 1:
+        if len(args.samples) > 1 and any(score.curve for score in evaluation.estimates.values()):
             console.print(_curve(evaluation))
         if uses is not None:
             console.print(f"This is the test split, which this run has scored {_times(uses)}.")
@@ -231,11 +235,9 @@ def _sources(given: list[str]) -> dict[str, str]:
 def _curve(evaluation: Evaluation) -> Table:
     """Nats per token by the number of draws and by what they cost, for every estimator that averages over draws."""
     curves = {name: score.curve for name, score in evaluation.estimates.items() if score.curve}
-    if not curves:
-        raise UsageError("bound, prior and reused_noise do not improve with more samples: give one number.")
     table = Table("draws", title="nats/token by draws", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for name, curve in curves.items():
-        table.add_column(f" {name}", justify="right")
+        table.add_column(f" {name}", justify="right", overflow="fold")
         table.add_column("± s.e.", justify="right")
         if next(iter(curve.values())).passes is not None:
             table.add_column("passes", justify="right")
@@ -255,7 +257,7 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
     e = evaluation
     what = f"{e.sequences:,} sequences" + (f" ({_documents(e)})" if e.documents else "")
     title = f"{title}: {what}, {e.tokens:,} tokens, {e.bytes:,} bytes"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("estimator", no_wrap=True)
     for column in ("nats/token", "± s.e.", "perplexity", "bits/byte", "KL/token", "bound?", "settled?"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -271,6 +273,11 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
         gain = (e.predictive_gain.nats_per_token, e.predictive_gain.stderr_nats_per_token)
         table.add_row("predictive gain", *map(_figure, gain))
     reasons = [f"{name}: unavailable, because {reason}." for name, reason in e.unavailable.items()]
+    weights = e.rows.scores["causal"].log_weights_SJB if e.predictive_gain and e.rows else None
+    if weights is not None and weights.shape[1] == 1:
+        reasons.insert(
+            0, "The gain is 0 because one block holds each sequence, and nothing is before it: lower --block."
+        )
     if e.excluded:
         reasons.insert(0, f"{len(e.excluded)} sequences have no finite score and are in no figure.")
     if 1 in (e.documents, e.sequences):

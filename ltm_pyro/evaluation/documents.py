@@ -4,6 +4,7 @@ Shapes: B sequences.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,15 +83,31 @@ def compare(first: Records, second: Records, estimator: str = "bound", unit: str
     both have scored the same documents, with as many tokens or bytes.
     """
     figure = f"{estimator}_nats"
-    known = {(x["file"], x["id"]): x for x in second}
-    pairs = [(x, known.get((x["file"], x["id"]))) for x in first]
+    known: dict[Any, list[Mapping[str, Any]]] = {}
+    for y in reversed(second):
+        known.setdefault((y["file"], y["id"]), []).append(y)
+    same = [known.get((x["file"], x["id"])) for x in first]  # several if ids repeat: in the order of the corpus
+    pairs = [(x, ys.pop() if ys else None) for x, ys in zip(first, same, strict=True)]
     other = [x["id"] for x, y in pairs if y is None or x[unit] != y[unit]]
     if other or len(first) != len(second) or any(figure not in x for x in (*first, *second)):
         which = f"'{other[0]}' differs" if other else "one has more of them, or lacks that figure"
         raise UsageError(f"Two models are compared on the same documents, but {which}: score both on the same text.")
-    difference_N = torch.tensor([x[figure] - known[x["file"], x["id"]][figure] for x in first], dtype=torch.float64)
-    scale = math.log(2) if unit == "bytes" else 1
-    return rate_of(difference_N / scale, torch.tensor([x[unit] for x in first], dtype=torch.float64))
+    scored = [
+        (x[unit], x[figure], y[figure]) for x, y in pairs if y and _is_number(x[figure]) and _is_number(y[figure])
+    ]
+    if not scored:
+        raise UsageError(f"No document has a finite {figure} under both models, so that there is nothing to compare.")
+    if left := len(pairs) - len(scored):
+        warnings.warn(
+            f"{left} of {len(pairs)} documents have no finite {figure} under both models and are left out.",
+            stacklevel=2,
+        )
+    units_N, first_N, second_N = torch.tensor(scored, dtype=torch.float64).unbind(1)
+    return rate_of((first_N - second_N) / (math.log(2) if unit == "bytes" else 1), units_N)
+
+
+def _is_number(x: float | None) -> bool:
+    return x is not None and math.isfinite(x)  # JSON has no infinity: None there
 
 
 class Exact(NamedTuple):
@@ -109,6 +126,7 @@ def exact_figure(evaluation: Evaluation) -> Exact | None:
     known = [x for piece in pieces if (x := piece.document.exact_nats) is not None]
     if len(known) < len(pieces):
         return None
-    exact_B = torch.tensor(known, dtype=torch.float64)
-    excess = {name: rate_of(result.nats_B - exact_B, rows.tokens_B) for name, result in rows.scores.items()}
-    return Exact(rate_of(exact_B, rows.tokens_B), excess)
+    keep_B = rows.is_finite_B  # the texts of the figures that this is compared with
+    exact_B, tokens_B = torch.tensor(known, dtype=torch.float64)[keep_B], rows.tokens_B[keep_B]
+    excess = {name: rate_of(result.nats_B[keep_B] - exact_B, tokens_B) for name, result in rows.scores.items()}
+    return Exact(rate_of(exact_B, tokens_B), excess)

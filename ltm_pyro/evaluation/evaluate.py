@@ -107,8 +107,11 @@ def scored_and_observed(
 
 
 def coarse_block(run: Run) -> int:
-    """A quarter of a row: where the predictive gain is one figure of many, three fits to the text before are enough."""
-    return max(1, run.length // 4)
+    """A quarter of a row, at most 64 tokens: where the predictive gain is one figure of many, a few fits are enough.
+
+    Texts that are no longer than that have nothing before their only block, and no gain.
+    """
+    return max(1, min(64, run.length // 4))
 
 
 @one_at_a_time

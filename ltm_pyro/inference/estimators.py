@@ -185,6 +185,7 @@ ESTIMATORS = {
 NEED_DENSITY = ("bound", "iwae", "ais", "reused_noise")  # the normalised densities of q and of the prior
 NEED_NONE = ("prior", "prior_iwae", "causal", "causal_prior")  # only draws, of the prior among others
 DEFAULT = ("bound", "iwae", "prior", "reused_noise")  # without causal, which needs a fit per block
+AVERAGES = ("iwae", "prior_iwae", "ais", "causal", "causal_prior")  # over draws, so that they have a curve
 GAIN = ("causal", "causal_prior")  # whose difference is the predictive gain
 
 

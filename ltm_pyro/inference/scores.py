@@ -81,6 +81,27 @@ class RowScores(NamedTuple):
         """The document of each sequence, or the piece of one; None if a sequence is not of one document alone."""
         return whole_pieces(self.parts)
 
+    @property
+    def is_finite_B(self) -> Tensor:
+        """Whether a sequence has a finite figure under every estimator; others are in no score."""
+        return torch.stack([found.nats_B.isfinite() for found in self.scores.values()]).all(0)
+
+    @property
+    def documents_B(self) -> Tensor:
+        """A number for each sequence, the same for the pieces of one document; its own if the data do not tell them."""
+        if self.pieces is None:
+            return torch.arange(len(self.ids_B))  # not the ids, which `make_batch` counts anew in every batch
+        return torch.tensor([piece.number for piece in self.pieces])
+
+    def bits_per_byte(self, nats_B: Tensor) -> "Rate":
+        """Some nats of each sequence, or a difference of two, as bits per byte, over the sequences of `is_finite_B`.
+
+        The error is that of this ratio: documents differ in tokens per byte, so that the one per token cannot be
+        rescaled.
+        """
+        keep_B = self.is_finite_B
+        return rate_of(nats_B[keep_B] / math.log(2), self.bytes_B[keep_B], self.documents_B[keep_B])
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -203,15 +224,14 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
         are_bounds: whether an estimator is an upper bound in expectation.
         fit_passes: passes through the decoder that fit q to a sequence.
     """
-    is_finite_B = torch.stack([t.nats_B.isfinite() for t in rows.scores.values()]).all(0)
+    is_finite_B = rows.is_finite_B
     excluded = tuple(int(x) for x in rows.ids_B[~is_finite_B])
     if excluded:
         warnings.warn(f"No finite score for the sequences {list(excluded)}: they are left out.", stacklevel=3)
     if not is_finite_B.any():
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
     pieces = rows.pieces
-    numbers_B = rows.ids_B if pieces is None else torch.tensor([piece.number for piece in pieces])
-    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, rows.bytes_B, numbers_B))
+    tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, rows.bytes_B, rows.documents_B))
     results = {
         name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
     }

@@ -61,7 +61,7 @@ def clustered_ratio(numerators: Values, denominators: Values, clusters: Values |
     Args:
         numerators: (N, …); with further axes, every ratio has an error of its own. To compare two models on the same
             examples, give their differences.
-        denominators: (N,), above 0.
+        denominators: (N,), not negative; a cluster of zeros in both, such as an empty completion, does not count.
         clusters: (N,), equal for examples that depend on each other, such as the pieces of one document; by default
             every example is a cluster.
 
@@ -72,16 +72,19 @@ def clustered_ratio(numerators: Values, denominators: Values, clusters: Values |
     if clusters is not None:
         _, index_N = np.unique(np.asarray(clusters), return_inverse=True)
         a_N, b_N = (_sums(x, index_N) for x in (a_N, b_N))
+    counts_N = (b_N != 0) | (a_N.reshape(len(a_N), -1) != 0).any(1)
+    a_N, b_N = a_N[counts_N], b_N[counts_N]
     groups, total = len(b_N), b_N.sum()
-    value = a_N.sum(0) / total
-    if groups < 2:
+    value = a_N.sum(0) / total if total else a_N.sum(0) * math.nan
+    if groups < 2 or (b_N != 0).sum() < 2:  # without one of them there is no ratio
         nothing = value * math.nan
         return Estimate(_plain(value), _plain(nothing), (_plain(nothing), _plain(nothing)), _plain(nothing))
     from scipy.special import stdtr, stdtrit  # here, because it takes a tenth of a second to import
 
     rest_N = (total - b_N).reshape(-1, *[1] * (a_N.ndim - 1))
-    without_N = (a_N.sum(0) - a_N) / rest_N
-    stderr = np.sqrt((groups - 1) / groups * ((without_N - value) ** 2).sum(0))
+    with np.errstate(invalid="ignore"):  # of an infinite value the error is NaN
+        without_N = (a_N.sum(0) - a_N) / rest_N
+        stderr = np.sqrt((groups - 1) / groups * ((without_N - value) ** 2).sum(0))
     freedom = max(total**2 / (b_N**2).sum() - 1, 1.0)
     half = stdtrit(freedom, (1 + LEVEL) / 2) * stderr
     with np.errstate(divide="ignore", invalid="ignore"):

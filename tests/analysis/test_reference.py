@@ -144,6 +144,26 @@ def test_what_a_chain_was_like_is_kept(known):
     assert kinetic.mean() == pytest.approx(3, abs=1), "half of six dimensions"
 
 
+def test_chains_that_never_move_say_nothing_about_q(known, exact, posterior):
+    batch = known.sample_batch(1)
+    reference = chains(known, batch, samples=25, warmup=5, method="langevin")
+    reference.tree["posterior"]["z"].values[..., 0] = 1.0
+    with pytest.raises(UsageError, match="never moves"):
+        compare(posterior(known, exact(known), batch), reference)
+
+
+def test_q_is_not_blamed_for_chains_that_have_not_converged(known, exact, posterior):
+    """q is exact, and one of the two chains is far off."""
+    batch = known.sample_batch(1)
+    reference = chains(known, batch, samples=60, warmup=20)
+    reference.tree["posterior"]["z"].values[0] += 20.0
+    reference.tree["sample_stats"]["r_hat"].values[:] = 3.0
+    section = sections.reference(ReportInputs(posterior(known, exact(known), batch), reference=reference))
+    assert section.good is False
+    assert "q is not the posterior" not in section.verdict
+    assert "either may be wrong" in section.verdict
+
+
 def test_a_report_of_chains_says_how_they_went(known):
     few = sections.chains(ReportInputs(chains(known, known.sample_batch(1), samples=40, warmup=20)))
     assert few.good is False

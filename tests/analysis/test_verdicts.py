@@ -7,10 +7,12 @@ import xarray as xr
 
 from ltm_pyro.analysis import sections
 from ltm_pyro.analysis.calibration import calibrate
+from ltm_pyro.analysis.information import aggregate, decompose
 from ltm_pyro.analysis.posterior import SAMPLES, Posterior
 from ltm_pyro.analysis.reference import convergence
 from ltm_pyro.analysis.sections import ReportInputs
 from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LinearGaussianModel
 
@@ -108,8 +110,6 @@ def test_a_k_hat_that_is_no_number_is_not_trusted(inputs):
 
 @pytest.mark.parametrize("repeats", REPEATS)
 def test_saturated_information_is_said(exact, posterior, repeats):
-    from ltm_pyro.analysis.information import decompose
-
     found = []
     for _ in range(repeats):
         loud = LinearGaussianModel(ThoughtShape(2, 1, 6), length=24, noise=0.02)
@@ -122,3 +122,36 @@ def test_saturated_information_is_said(exact, posterior, repeats):
     quiet = LinearGaussianModel(ThoughtShape(2, 1, 2), length=2, noise=1.0)
     guide = exact(quiet)
     assert not decompose(quiet, guide, posterior(quiet, guide, quiet.sample_batch(100), 50)).saturated
+
+
+def test_two_texts_that_cannot_be_told_apart_do_not_saturate(exact, posterior):
+    dull = LinearGaussianModel(ThoughtShape(2, 1, 2), length=6, noise=50.0)
+    guide = exact(dull)
+    for size in (2, 3, 4):
+        parts = decompose(dull, guide, posterior(dull, guide, dull.sample_batch(size), 50))
+        assert abs(parts.mutual_information) < 0.05
+        assert not parts.saturated
+
+
+def test_replicas_that_equal_their_texts_do_not_differ(inputs):
+    """Of five tokens two are different, in every text and replica: the mean of three such shares is rounded."""
+    made = inputs()
+    tree = made.posterior.tree
+    row = np.array([1, 1, 1, 1, 2])
+    tree["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), np.tile(row, (TEXTS, 1)))})
+    axes = (*SAMPLES, "sequence", "token")
+    tree["posterior_predictive"] = xr.Dataset({"tokens": (axes, np.tile(row, (1, 3, TEXTS, 1)))})
+    assert sections.predictive(made).good is True
+
+
+def test_pieces_of_a_document_are_no_independent_draws(exact, posterior):
+    """The aggregated posterior is compared with the prior by the first sequence of each document."""
+    model = LinearGaussianModel(ThoughtShape(2, 1, 2), length=6)
+    batch = model.sample_batch(TEXTS)
+    found = posterior(model, exact(model), batch, 25)
+    document = np.array([str(n // 2) for n in range(TEXTS)])
+    found.tree["constant_data"] = xr.Dataset({"document": ("sequence", document)})
+    assert aggregate(found) == aggregate(found.select(range(0, TEXTS, 2)))
+    found.tree["constant_data"] = xr.Dataset({"document": ("sequence", np.repeat(["a", "b"], TEXTS // 2))})
+    with pytest.raises(UsageError, match="20 documents, got 2"):
+        aggregate(found)

@@ -83,6 +83,21 @@ def test_a_curve_is_printed_with_its_cost(run, ltm):
     assert (row[3], row[6]) == ("10", "4"), "3 fast steps forward and back, and 4 draws; or 4 draws alone"
 
 
+def test_one_block_for_a_whole_text_is_said(run, ltm):
+    """Nothing is before it, so that a gain of 0 says nothing about thoughts."""
+    options = ("--limit", 2, "--samples", 2, "--estimators", "causal,causal_prior", "--block")
+    whole, halves = (" ".join(ltm("evaluate", run, *options, block)[1].split()) for block in (500, 8))
+    assert "The gain is 0 because one block holds each sequence" in whole
+    assert "one block" not in halves
+
+
+def test_the_documents_own_example_fits_into_80_columns(run, ltm):
+    options = ("--estimators", "causal,causal_prior,iwae,prior_iwae", "--samples", "4,16", "--limit", 2)
+    out = ltm("evaluate", run, *options, "--fast-steps", 1)[1]
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_no_fast_steps_leave_q_at_the_prior(run, ltm):
     options = ("--fast-steps", 0, "--limit", 6, "--estimators", "bound", "--json")
     assert json.loads(ltm("evaluate", run, *options)[1])["estimates"]["bound"]["kl_nats_per_token"] == 0

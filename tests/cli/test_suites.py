@@ -1,13 +1,16 @@
 """`ltm evaluate --suite`: every suite end to end, resumed where it was, and what it refuses."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import compare
 from ltm_pyro.evaluation.suites import suite
-from ltm_pyro.evaluation.suites.table import DOCUMENTS, PICTURE, REPORT, RESULTS, SUITES
+from ltm_pyro.evaluation.suites.table import DOCUMENTS, PICTURE, REPORT, RESULTS, SUITES, _difference, markdown
+from ltm_pyro.utils.statistics import clustered_ratio
 
 LIMITS = ("--limit", 3, "--samples", 2, "--fast-steps", 1)
 LAMBADA = [
@@ -184,3 +187,44 @@ def test_a_model_and_its_baseline_are_compared_document_by_document(run, recipe,
     assert "| ptb | model - baseline |" in (tmp_path / "out" / REPORT).read_text()
     with pytest.raises(UsageError, match="on the same documents"):
         compare(ours, theirs[1:])
+
+
+def test_a_baseline_of_other_settings_is_not_compared_with(run, ltm, data, tmp_path):
+    """What an earlier call has written of a baseline is no comparison of a later one, which has none."""
+    out = tmp_path / "out"
+    assert evaluate(ltm, run, data, out, "--baseline", run, suites="multilingual")[0] == 0
+    code, shown, err = evaluate(ltm, run, data, out, "--force", "--json", suites="multilingual")
+    assert code == 0, err
+    assert all({*row} == {"model"} for row in json.loads(shown)["results"]["multilingual"].values())
+
+
+def test_a_comparison_that_is_not_there_has_a_reason(tmp_path):
+    """Another tokenizer; and a name that has a line separator in it is one line of JSON."""
+    lines = [
+        {"id": "one\u2028two", "file": "", "tokens": tokens, "bytes": 5, "bound_nats": nats}
+        for tokens, nats in ((3, 1.0), (4, 2.0))
+    ]
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file, line in zip(files, lines, strict=True):
+        file.write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8")
+    row = _difference(files, "tokens", "nats_per_token")
+    assert "another tokenizer" in row["unavailable"]["nats per token"]
+    content = {"settings": {"model": "run"}, "results": {"zero-shot": {"ptb": {"model - baseline": row}}}}
+    assert "model - baseline: nats per token unavailable, because the two do not have the same tokens" in markdown(
+        content
+    )
+    assert _difference(files, "bytes", "bits_per_byte")["bits_per_byte"] == pytest.approx(-0.2 / math.log(2))
+
+
+def test_bits_per_byte_of_a_language_have_an_error_by_byte(run, ltm, data, tmp_path):
+    code, shown, err = evaluate(ltm, run, data, tmp_path / "out", "--json", suites="multilingual")
+    assert code == 0, err
+    found = json.loads(shown)["results"]["multilingual"]["french"]["model"]
+    file = tmp_path / "out" / DOCUMENTS / "multilingual.french.model.jsonl"
+    documents = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    nats, size = (np.array([x[name] for x in documents], float) for name in ("bound_nats", "bytes"))
+    expected = clustered_ratio(nats / math.log(2), size)
+    assert found["bits_per_byte"] == pytest.approx(expected.value)
+    assert found["stderr"] == pytest.approx(expected.stderr)
+    gain = np.array([x["causal_prior_nats"] - x["causal_nats"] for x in documents])
+    assert found["predictive_gain_stderr"] == pytest.approx(clustered_ratio(gain / math.log(2), size).stderr)

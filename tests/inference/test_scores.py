@@ -1,10 +1,18 @@
 """Errors of an evaluation's figures: by document, paired, and as often right as they say."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ltm_pyro.contracts import ThoughtShape
-from ltm_pyro.inference.scores import rate_of
+from ltm_pyro.contracts import DocumentInfo, Part, ThoughtShape
+from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import compare, exact_figure
+from ltm_pyro.guides import MeanField
+from ltm_pyro.inference.estimators import evaluate
+from ltm_pyro.inference.scores import NatsAndKL, RowScores, rate_of, summarise
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LinearGaussianModel
 
 DATA_SETS = 2000
@@ -61,3 +69,64 @@ def test_the_closed_form_is_the_bound():
     constant = model.length * torch.log(torch.tensor(2 * torch.pi)) / 2
     expected_B = (nats_SB + log_p_SB - log_q_SB).mean(0)
     torch.testing.assert_close(elbo(model, batch) - constant, expected_B, atol=0.05, rtol=0)
+
+
+def test_batches_that_count_their_sequences_anew_are_no_documents():
+    """`make_batch` numbers the sequences of each batch from 0; errors do not depend on how texts are batched."""
+    model = LinearGaussianModel(ThoughtShape(2, 1, 2))
+    with torch.no_grad():
+        batch = model.sample_batch(12)
+    found = []
+    for size in (12, 6, 1):
+        parts = [batch.select(x)._replace(ids_B=torch.arange(size)) for x in torch.arange(12).split(size)]
+        found.append(evaluate(model, MeanField(model), parts, LocalInference(steps=5), ["bound"], 4))
+    errors = [x.estimates["bound"].stderr_nats_per_token for x in found]
+    assert errors[0] > 0
+    assert errors[1:] == pytest.approx([errors[0]] * 2)
+
+
+def test_bits_per_byte_have_the_error_of_their_own_ratio():
+    """Texts with the same bits per byte, but not the same tokens per byte: of the first there is no error."""
+    bytes_B, tokens_B = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([10.0, 5.0, 6.0])
+    scores = {"bound": NatsAndKL(bytes_B * math.log(2) * 3, torch.zeros(3))}
+    rows = RowScores(torch.zeros(3), None, tokens_B, bytes_B, scores)
+    found = rows.bits_per_byte(scores["bound"].nats_B)
+    assert found.nats_per_token == pytest.approx(3)
+    assert found.stderr_nats_per_token == pytest.approx(0, abs=1e-12)
+    assert rate_of(scores["bound"].nats_B, tokens_B).stderr_nats_per_token > 1
+
+
+def records(nats, ids=None, tokens=None):
+    ids, tokens = ids or range(len(nats)), tokens or [5] * len(nats)
+    return [
+        {"id": i, "file": "x", "tokens": t, "bytes": 9, "bound_nats": n}
+        for i, t, n in zip(ids, tokens, nats, strict=True)
+    ]
+
+
+def test_a_comparison_leaves_out_what_one_model_has_no_finite_figure_of():
+    whole = compare(records([10.0, 20.0]), records([5.0, 10.0]))
+    for gap in (math.inf, None):
+        with pytest.warns(UserWarning, match="under both models for 1 documents"):
+            assert compare(records([10.0, gap, 20.0]), records([5.0, 1.0, 10.0])) == whole
+    with pytest.raises(UsageError, match="nothing to compare"):
+        compare(records([None]), records([1.0]))
+
+
+def test_documents_of_the_same_id_are_paired_in_their_order():
+    first, second = records([10.0, 20.0, 30.0], "aab", [1, 2, 3]), records([9.0, 18.0, 27.0], "aab", [1, 2, 3])
+    assert compare(first, second).nats_per_token == pytest.approx(1)
+    with pytest.raises(UsageError, match="'a' differs"):
+        compare(first, records([9.0, 18.0, 27.0], "abb", [1, 2, 3]))
+
+
+def test_the_exact_figure_is_of_the_sequences_that_have_a_score():
+    exact = [DocumentInfo(n, exact_nats=5.0) for n in range(3)]
+    parts = tuple((Part(n, 0, 0, document),) for n, document in enumerate(exact))
+    scores = {"bound": NatsAndKL(torch.tensor([6.0, math.inf, 8.0]), torch.zeros(3))}
+    rows = RowScores(torch.arange(3), parts, torch.full((3,), 2.0), torch.ones(3), scores)
+    with pytest.warns(UserWarning, match="left out"):
+        evaluation = replace(summarise(rows, [4], {"bound": True}, 0), rows=rows)
+    found = exact_figure(evaluation)
+    assert found.excess["bound"].nats_per_token == pytest.approx(1)
+    assert found.rate.nats_per_token == 2.5

@@ -83,3 +83,9 @@ def test_a_guide_without_its_extra_is_left_out(monkeypatch):
     monkeypatch.setattr(study, "CASES", {"FlowGuide": study.Case(guide=FlowGuide, inference=study.NOISY)})
     with pytest.warns(UserWarning, match="FlowGuide needs zuko.*It is left out"):
         assert not study._available()
+
+
+def test_a_verdict_names_what_is_wrong():
+    off = study._wrong({"mean": 3.0, "variance": 0.01, "covariance": 0.6})
+    assert off == "means are off by up to 3.00 prior sd, covariances are wrong by up to 60% of the largest variance"
+    assert "nan" in study._wrong({"mean": 0.0, "variance": float("nan"), "covariance": 0.0})

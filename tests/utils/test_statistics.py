@@ -108,3 +108,15 @@ def test_an_interval_covers_as_often_as_it_says(documents, most):
         low, high = clustered_mean(first - second, index).interval
         covered += low <= 0 <= high
     assert 0.935 <= covered / repeats <= 0.965
+
+
+def test_clusters_with_nothing_in_them_do_not_count():
+    """Such as documents whose completion is empty: a ratio of one cluster has no error, and no division by 0."""
+    a, b = np.array([3.0, 4.0, 0.0]), np.array([2.0, 3.0, 0.0])
+    assert clustered_ratio(a, b) == clustered_ratio(a[:2], b[:2])
+    assert math.isnan(clustered_ratio(a[[0, 2]], b[[0, 2]]).stderr)
+    assert clustered_ratio(a[[0, 2]], b[[0, 2]]).value == 1.5
+    assert math.isnan(clustered_ratio(0 * a, 0 * b).value)
+    infinite = clustered_ratio(np.array([3.0, np.inf]), np.ones(2))
+    assert infinite.value == math.inf
+    assert math.isnan(infinite.stderr)

@@ -27,17 +27,14 @@ def bits_per_byte(place: str, options: Options, run: Run) -> Figures:
 
     Figures that need a bound are None if the run has none.
     """
-    estimates, gain, others = score_text(run, place, ESTIMATORS, options)
-    bits = {name: score["bits_per_byte"] for name, score in estimates.items()}
-    scale = bits["prior"] / estimates["prior"]["nats_per_token"]
-    stderr = estimates.get("bound", {}).get("stderr_nats_per_token")
-    gain_bits, gain_stderr = (x and x * scale for x in map(gain.get, ("nats_per_token", "stderr_nats_per_token")))
+    *_, others, bits = score_text(run, place, ESTIMATORS, options)
+    bound, iwae, gain = (bits.get(name, {}) for name in ("bound", "iwae", "predictive_gain"))
     return {
-        "bits_per_byte": bits.get("bound"),
-        "stderr": stderr and stderr * scale,
-        "iwae": bits.get("iwae"),
-        "predictive_gain": gain_bits,
-        "predictive_gain_stderr": gain_stderr,
+        "bits_per_byte": bound.get("bits_per_byte"),
+        "stderr": bound.get("stderr"),
+        "iwae": iwae.get("bits_per_byte"),
+        "predictive_gain": gain.get("bits_per_byte"),
+        "predictive_gain_stderr": gain.get("stderr"),
         "bytes_per_token": others["bytes"] / others["tokens"],
         **others,
     }

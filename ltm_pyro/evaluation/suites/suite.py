@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import document_scores
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
+from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
+from ltm_pyro.utils.console import finite
 
 Figures = dict[str, Any]  # name -> number, ready for JSON
 
@@ -93,12 +95,14 @@ BY_DOCUMENT = "by_document"  # the figure that is a list, of each document's own
 class TextScores(NamedTuple):
     """A run's scores on one text: figures by estimator, the predictive gain ({} if unavailable), and all others.
 
-    These are counts, the reasons for what is unavailable, and `BY_DOCUMENT` if the rows know their documents.
+    ``bits`` has ``bits_per_byte`` and their ``stderr`` of every estimator, and of the predictive gain. The others are
+    counts, the reasons for what is unavailable, and `BY_DOCUMENT` if the rows know their documents.
     """
 
     estimates: dict[str, Figures]
     predictive_gain: Figures
     others: Figures
+    bits: dict[str, Figures]
 
 
 def score_text(run: Run, place: str, estimators: Sequence[str], options: Options) -> TextScores:
@@ -109,7 +113,17 @@ def score_text(run: Run, place: str, estimators: Sequence[str], options: Options
     found = evaluation.as_dict()
     if evaluation.documents:
         found[BY_DOCUMENT] = [document.as_dict() for document in document_scores(evaluation)]
-    return TextScores(found.pop("estimates"), found.pop("predictive_gain") or {}, others=found)
+    rows = evaluation.rows
+    assert rows is not None  # of an evaluation that has just been made
+    nats = {name: result.nats_B for name, result in rows.scores.items()}
+    if evaluation.predictive_gain:
+        with_q, without_q = (nats[name] for name in GAIN)
+        nats["predictive_gain"] = without_q - with_q
+    rates = {name: rows.bits_per_byte(nats_B) for name, nats_B in nats.items()}
+    bits = finite(
+        {name: {"bits_per_byte": x.nats_per_token, "stderr": x.stderr_nats_per_token} for name, x in rates.items()}
+    )
+    return TextScores(found.pop("estimates"), found.pop("predictive_gain") or {}, others=found, bits=bits)
 
 
 def no_data(suite: str, expected: str, options: Options) -> UsageError:

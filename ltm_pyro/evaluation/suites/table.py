@@ -154,8 +154,13 @@ class _ResultsFile:
                 lines = (json.dumps(finite(found), ensure_ascii=False) + "\n" for found in documents)
                 with atomic_write(self._documents(suite, part, column)) as new:
                     new.write_text("".join(lines), "utf-8", "backslashreplace")
-            files = [self._documents(suite, part, name) for name in ("model", "baseline")]
-            if suite in UNITS and all(file.exists() for file in files):
+            else:
+                self._documents(suite, part, column).unlink(
+                    missing_ok=True
+                )  # of other settings, which --force replaces
+            names = ("model", "baseline")
+            files = [self._documents(suite, part, name) for name in names]
+            if suite in UNITS and all(name in row and file.exists() for name, file in zip(names, files, strict=True)):
                 row["model - baseline"] = _difference(files, *UNITS[suite])
             if part.paper:
                 row["paper"] = dict(part.paper)
@@ -168,12 +173,16 @@ class _ResultsFile:
 
 
 def _difference(files: Sequence[Path], unit: str, figure: str) -> dict[str, Any]:
-    """The model's bound less the baseline's, paired by document; empty if one of them has none."""
-    first, second = ([json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files)
-    if not all("bound_nats" in x for x in (*first, *second)) or sum(x[unit] for x in first) != sum(
-        x[unit] for x in second
-    ):
-        return {}
+    """The model's bound less the baseline's, paired by document; only the reason if they cannot be compared."""
+    lines = (file.read_text("utf-8").split("\n") for file in files)  # a string may have other ends of a line in it
+    first, second = ([json.loads(line) for line in found if line] for found in lines)
+    lacking = None
+    if not all("bound_nats" in x for x in (*first, *second)):
+        lacking = "one of the two has no bound"
+    elif [x[unit] for x in first] != [x[unit] for x in second]:
+        lacking = f"the two do not have the same {unit}, by another tokenizer or cut elsewhere by --limit"
+    if lacking:
+        return {"unavailable": {figure.replace("_", " "): lacking}}
     found = compare(first, second, unit=unit)
     return {figure: found.nats_per_token, "stderr": found.stderr_nats_per_token}
 

@@ -51,7 +51,7 @@ def perplexity(place: str, options: Options, run: Run) -> Figures:
 
     Figures that need a bound are None if the run has none.
     """
-    estimates, gain, others = score_text(run, place, ESTIMATORS, options)
+    estimates, gain, others, _ = score_text(run, place, ESTIMATORS, options)
     bound, iwae = (estimates.get(name, {}) for name in ("bound", "iwae"))  # missing if q has no density
     return {
         "perplexity": bound.get("perplexity"),
