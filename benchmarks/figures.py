@@ -73,7 +73,7 @@ def efficiency(_: Path | None) -> Lines:
     """docs/local-inference.md: what passes through the decoder buy, with and without inference."""
     trained()
     out = RUNS / "efficiency"
-    command("examples/inference_efficiency.py", QUICKSTART, "--out", out, "--limit", 64)
+    command("examples/inference_efficiency.py", QUICKSTART, "--out", out, "--limit", 32)
     curves = json.loads((out / "inference_efficiency.json").read_text("utf-8"))
     samples = [*curves["prior_iwae"]]
     rows = []
@@ -104,7 +104,7 @@ def suites(data: Path | None) -> Lines:
     """docs/evaluation.md: the quickstart on texts unlike its own, beside its baseline."""
     assert data is not None
     trained()
-    words = ("--suite", "zero-shot,multilingual", "--suite-dir", data, "--limit", 64, "--out", RUNS / "suites")
+    words = ("--suite", "zero-shot,multilingual", "--suite-dir", data, "--limit", 16, "--out", RUNS / "suites")
     baseline = ("--baseline", QUICKSTART / "autoregressive")
     found = json.loads(command("-m", "ltm_pyro.cli", "evaluate", QUICKSTART, *words, *baseline, "--json"))["results"]
     lines: Lines = []
