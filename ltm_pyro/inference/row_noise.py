@@ -108,6 +108,12 @@ def keyed(keys: RowKeys | None, *data: int | str) -> Iterator[None]:
         yield
 
 
+def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation that can draw noise does; attention without dropout does not."""
+    names = [argument.name for argument in func._schema.arguments]
+    return "dropout_p" not in names or bool({**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p", 0.0))
+
+
 class RowNoiseMode(TorchDispatchMode):
     """A torch mode: a random operation on tensors of shape (*batch_shape, …) fills every cell from the cell's own key.
 
@@ -124,7 +130,7 @@ class RowNoiseMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if torch.Tag.nondeterministic_seeded not in func.tags or not _is_random(func, args, kwargs):
             return func(*args, **kwargs)
         self.calls += 1
         match func._schema.name.removeprefix("aten::"), args:

@@ -123,3 +123,15 @@ def test_other_plates_are_left_alone_and_other_rows_refused():
             pyro.sample("z", fn)
     with keyed(some_keys([0, 1])), pytest.raises(UsageError, match=r"noise of shape \(3, 2\), which cannot be divided"):
         torch.randn(3, 2)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_dropout_draws_no_noise(batch, dtype):
+    """Torch counts its fused kernels among the operations that can; an encoder's rows need not be those of the keys."""
+    q, k, v = torch.randn(3, batch, 2, 256, 32).to(dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    keys = RowKeys(torch.arange(8), 0)
+    with keyed(keys, "init"):
+        found = attend(q, k, v, is_causal=True)
+    torch.testing.assert_close(found, attend(q, k, v, is_causal=True), rtol=0, atol=0)
