@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.threads import one_at_a_time
@@ -179,7 +180,8 @@ def _why_unusable(name: str, device: str, dtype: torch.dtype, channels: int, win
     if name not in BACKENDS:
         return f"there is none of this name, only {', '.join(BACKENDS)}"
     length = min(2 * window, 512)
-    with one_at_a_time, torch.random.fork_rng(), torch.enable_grad(), torch.autocast(device, enabled=False):
+    outside = _disable_current_modes()  # a mode of the caller's would take this noise for a guide's (`RowNoiseMode`)
+    with one_at_a_time, outside, torch.random.fork_rng(), torch.enable_grad(), torch.autocast(device, enabled=False):
         qkv = [torch.randn(1, 2, length, channels, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
         try:
             results, expected = (_output_and_gradients(BACKENDS[x], qkv, window) for x in (name, "dense"))

@@ -78,6 +78,7 @@ DEEPER = {"model.inference.steps": 4}  # the decoder follows the q before each s
 STOPPING = {"model.inference.steps": 8, "model.inference.slow_gradient": "last"}
 BASES = {  # what a key needs beside itself
     "model.curriculum.flops_per_token": {"model.inference.steps": 1},
+    "data.tokens": {"data.batch_size": "null", "data.tokens": 128},
     "model.inference.kl": DEEPER,
     "model.inference.kl_weight": DEEPER,
     "model.curriculum.kl_weight": DEEPER,

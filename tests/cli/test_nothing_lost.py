@@ -201,8 +201,8 @@ def test_a_fork_server_ends_with_its_parent_while_it_imports(tmp_path):
     """Left alone it notices only when all imports are done."""
     (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
     (tmp_path / "importing.py").write_text(IMPORTING)
-    command = [sys.executable, "importing.py"]  # the server imports from the current folder
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    command, paths = [sys.executable, tmp_path / "importing.py"], {"PYTHONPATH": str(tmp_path)}
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | paths)
     server = int(parent.stdout.readline())
     assert alive(server)
     parent.kill()

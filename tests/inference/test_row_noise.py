@@ -9,6 +9,7 @@ from scipy import stats
 from ltm_pyro.contracts import PARTICLES, SEQUENCES, make_batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise, RowNoiseMode, keyed
+from ltm_pyro.nn import attention
 
 LOC = torch.linspace(-1, 1, 60, dtype=torch.float64).view(5, 3, 4)
 DISTRIBUTIONS = {
@@ -135,3 +136,10 @@ def test_attention_without_dropout_draws_no_noise(batch, dtype):
     with keyed(keys, "init"):
         found = attend(q, k, v, is_causal=True)
     torch.testing.assert_close(found, attend(q, k, v, is_causal=True), rtol=0, atol=0)
+
+
+def test_an_attention_backend_is_tried_out_with_noise_that_is_no_guides():
+    """Which happens at the first call, perhaps of an encoder while the sequences have noise of their own."""
+    keys = RowKeys(torch.arange(8), 0)
+    with keyed(keys, "init"):
+        assert attention._why_unusable("sdpa", "cpu", torch.float32, 8, 5) == ""
