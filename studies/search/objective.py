@@ -78,9 +78,9 @@ def train_and_score(setting: Setting) -> Figures:
 
     Returns:
         ``bound`` (nats per token, noise drawn after q is final), ``bound_stderr``, ``prior`` (no inference), ``kl``;
-        ``predictive_gain`` (see `Evaluation`; in coarse blocks) and ``predictive_gain_stderr``; ``flops``, ``tokens`` and
-        ``flops_per_token`` of training; ``inference_flops_per_token`` of fitting q and scoring once; ``parameters``;
-        ``peak_memory_mib``. The figures of `NEED_BOUND` are left out if prior and guide have no bound.
+        ``predictive_gain`` (see `Evaluation`; in coarse blocks) and ``predictive_gain_stderr``; ``flops``, ``tokens``
+        and ``flops_per_token`` of training; ``inference_flops_per_token`` of fitting q and scoring once;
+        ``parameters``; ``peak_memory_mib``. The figures of `NEED_BOUND` are left out if prior and guide have no bound.
     """
     config = configure(setting.recipe, setting.options)
     config.force = True  # a retried trial replaces the run of the attempt that died
