@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
-from ltm_pyro.inference.estimators import GAIN
+from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.studies.quickstart import precision, prepare, train_quickstart
 

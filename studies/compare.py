@@ -19,8 +19,8 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import compare, document_scores
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
 from ltm_pyro.inference.elbo import missing_bound
-from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.inference.pareto import TRUSTED
+from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
@@ -32,7 +32,7 @@ from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.recipe import check_data, read_recipe
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
-from ltm_pyro.utils.console import finite
+from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.files import atomic_write, new_folder
 
 RESULT, DOCUMENTS, SETTINGS = "result.json", "documents.json", "compare.json"

@@ -23,7 +23,8 @@ from rich.text import Text
 from ltm_pyro.data import PackedDataset, pack
 from ltm_pyro.evaluation.documents import compare, document_scores
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
-from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS, GAIN
+from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS
+from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.ar_baseline import ar_baseline
@@ -32,7 +33,7 @@ from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.training.recipe import read_recipe
 from ltm_pyro.training.train import train
-from ltm_pyro.utils.console import finite
+from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.malloc import keep_freed_memory
 
 PROMPT = "Return a list of"

@@ -77,6 +77,11 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust", action="store_true", help=about)
 
 
+def add_seed(parser: argparse.ArgumentParser, about: str = "random seed") -> None:
+    """Adds ``--seed``; ``about`` says of what."""
+    parser.add_argument("--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help=about)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device``."""
 

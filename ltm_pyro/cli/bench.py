@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console, finite, print_json
+from ltm_pyro.utils.as_json import finite, print_json
+from ltm_pyro.utils.console import Console
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STUDY = "ltm_pyro.studies.bench.suites"  # by dotted path: the command line imports no model and no guide

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, add_trust, at_least
+from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.extras import extra
 from ltm_pyro.utils.files import atomic_write, writing
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_trust(parser)
-    parser.add_argument("--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed")
+    add_seed(parser)
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, at_least
+from ltm_pyro.cli.arguments import add_device, add_seed, at_least
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.extras import extra
 
 OF_RUN: dict[str, Any] = {"sequences": 16, "chains": 16, "temperatures": 32, "device": "cpu"}
@@ -29,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="run directory or checkpoint: sandwiches the evidence of texts it generates",
     )
-    parser.add_argument(
-        "--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed of data and noise"
-    )
+    add_seed(parser, "random seed of data and noise")
     of_run = parser.add_argument_group("with RUN")
     of_run.add_argument("--sequences", type=at_least(2), metavar="N", help="generated texts")
     of_run.add_argument("--chains", type=at_least(1), metavar="S", help="chains per text in each direction")

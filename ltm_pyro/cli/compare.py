@@ -10,7 +10,8 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 
 STUDY = "ltm_pyro.studies.compare"  # by dotted path: the command line imports no study
 COLUMNS = {  # figure to head, and the figure that is its standard error

@@ -6,10 +6,11 @@ from typing import Any
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import LARGEST_SEED, at_least, names
+from ltm_pyro.cli.arguments import add_seed, at_least, names
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import pack
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 
 INPUTS = ".txt, .jsonl (also .gz and .zst) or .parquet file, a folder of them, or hf:NAME[:CONFIG]"
 
@@ -29,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--id", metavar="FIELD", help="field that is each document's id, instead of file:line")
     parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of documents in val")
     parser.add_argument("--test-fraction", type=float, default=0.02, metavar="F", help="share of documents in test")
-    parser.add_argument(
-        "--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed of the splits"
-    )
+    add_seed(parser, "random seed of the splits")
     about = "drop documents that are equal or similar to an earlier one"
     parser.add_argument("--drop-duplicates", choices=("exact", "near"), help=about)
     about = "documents that are never in different splits: equal or similar ones"

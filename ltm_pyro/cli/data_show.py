@@ -6,11 +6,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ltm_pyro.cli.arguments import LARGEST_SEED, at_least
+from ltm_pyro.cli.arguments import add_seed, at_least
 from ltm_pyro.cli.data import counts, summary
 from ltm_pyro.data.describe import Description, describe
 from ltm_pyro.data.manifest import read_manifest
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 
 _BAR = 40  # characters of the longest bar
 
@@ -20,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pack", metavar="DIR", help="a packed corpus: folder or URL")
     parser.add_argument("--split", default="train", metavar="NAME", help="train, val or test")
     parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="sequences to decode")
-    parser.add_argument(
-        "--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed of the sequences shown"
-    )
+    add_seed(parser, "random seed of the sequences shown")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

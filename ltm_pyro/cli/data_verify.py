@@ -7,7 +7,8 @@ from rich.progress import track
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.data.shards import damage
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, add_trust, at_least
+from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import AVERAGES, DEFAULT, ESTIMATORS, check_estimators
 from ltm_pyro.inference.scores import Evaluation
-from ltm_pyro.utils.console import Console, finite, print_json
+from ltm_pyro.utils.as_json import finite, print_json
+from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="only the first N sequences; a document that this cuts is marked"
     )
-    parser.add_argument("--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed")
+    add_seed(parser)
     add_device(parser)
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

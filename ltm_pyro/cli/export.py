@@ -3,7 +3,7 @@
 import argparse
 
 from ltm_pyro.cli.arguments import add_trust
-from ltm_pyro.utils.console import print_json
+from ltm_pyro.utils.as_json import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

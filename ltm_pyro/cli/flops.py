@@ -8,7 +8,8 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

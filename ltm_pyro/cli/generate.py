@@ -4,9 +4,9 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, add_trust, at_least
+from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import print_json
+from ltm_pyro.utils.as_json import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue; without it z is from the prior")
     parser.add_argument("--interpolate", nargs=2, metavar="TEXT", help="interpolate between the thoughts of two texts")
     parser.add_argument("--num-samples", type=at_least(1), default=1, metavar="N", help="texts to generate, one z each")
-    parser.add_argument(
-        "--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed of z and of the tokens"
-    )
+    add_seed(parser, "random seed of z and of the tokens")
     parser.add_argument("--stream", action="store_true", help="print the text while it is generated")
     about = "compile the decoder: half a minute first, then single texts are generated twice as fast"
     parser.add_argument("--compile", action="store_true", help=about)

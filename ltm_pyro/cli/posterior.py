@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import LARGEST_SEED, add_device, add_trust, at_least
+from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import check_file, local_path, writing
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=at_least(1), default=200, metavar="N", help="discarded steps of each chain")
     add_device(parser)
     add_trust(parser)
-    parser.add_argument("--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help="random seed")
+    add_seed(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -7,7 +7,7 @@ from typing import Any
 from ltm_pyro.cli.arguments import add_trust
 from ltm_pyro.contracts import Batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import print_json
+from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.files import atomic_write, check_file, local_path, writing
 
 SEQUENCES, TOKENS = 2, 8  # of the batch whose shapes are shown

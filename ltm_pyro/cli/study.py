@@ -10,9 +10,10 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import LARGEST_SEED, add_trust, at_least, positive
+from ltm_pyro.cli.arguments import add_seed, add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.console import Console, print_json
+from ltm_pyro.utils.as_json import print_json
+from ltm_pyro.utils.console import Console
 
 SEARCH = "ltm_pyro.studies.search"  # by dotted path: the command line imports no study
 STORAGE = "sqlite:///runs/studies.db"
@@ -52,13 +53,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=positive, metavar="GIB", help="the most memory one trial may allocate")
     add("--samples", type=at_least(1), default=8, metavar="S", help="draws per sequence after q is final")
     add("--limit", type=at_least(2), default=64, metavar="N", help="score only the first N held-out sequences")
-    add(
-        "--seed",
-        type=at_least(0, LARGEST_SEED),
-        default=0,
-        metavar="N",
-        help="random seed of the search and of every training",
-    )
+    add_seed(parser, "random seed of the search and of every training")
     add("--out", metavar="DIR", help="where the trials' runs go; runs/studies/S by default")
     add_trust(parser)
 

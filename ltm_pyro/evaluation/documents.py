@@ -36,12 +36,8 @@ class DocumentScore(NamedTuple):
         exact = {} if info.exact_nats is None else {"exact_nats": info.exact_nats}
         figures = {f"{name}_nats": x for name, x in self.nats.items()} | {f"{n}_kl": x for n, x in self.kl.items()}
         found = {"id": info.id, "file": info.file, "labels": dict(info.labels)}
-        return (
-            found
-            | {"pieces": self.pieces, "cut": self.cut, "tokens": self.tokens, "bytes": self.bytes}
-            | exact
-            | figures
-        )
+        counts = {"pieces": self.pieces, "cut": self.cut, "tokens": self.tokens, "bytes": self.bytes}
+        return found | counts | exact | figures
 
 
 def check_documents(place: str) -> None:

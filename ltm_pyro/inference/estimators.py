@@ -186,7 +186,6 @@ NEED_DENSITY = ("bound", "iwae", "ais", "reused_noise")  # the normalised densit
 NEED_NONE = ("prior", "prior_iwae", "causal", "causal_prior")  # only draws, of the prior among others
 DEFAULT = ("bound", "iwae", "prior", "reused_noise")  # without causal, which needs a fit per block
 AVERAGES = ("iwae", "prior_iwae", "ais", "causal", "causal_prior")  # over draws, so that they have a curve
-GAIN = ("causal", "causal_prior")  # whose difference is the predictive gain
 
 
 def check_estimators(names: Sequence[str], samples: int = 1) -> None:
@@ -282,15 +281,12 @@ def evaluate(
     documents = None if None in parts else tuple(row for found in parts for row in found or ())
     rows = RowScores(ids_B, documents, tokens_B, bytes_B, nats_and_kl)
     fit_passes = 2 * inference.steps * inference.particles if guide.uses_fast_steps else 0  # forward and backward
-    are_bounds = {name: ESTIMATORS[name].is_bound for name in estimators}
-    evaluation = summarise(rows, points, are_bounds, fit_passes)
     not_normalised = not_normalised or _negative_kl(nats_and_kl)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
-    if normalisers(model) or not_normalised:  # an estimated normaliser: no score is known to be a bound
-        scores = {name: replace(score, is_bound=False) for name, score in evaluation.estimates.items()}
-        evaluation = replace(evaluation, estimates=scores)
-    return replace(evaluation, unavailable=missing, rows=rows)
+    is_density = not (normalisers(model) or not_normalised)  # with an estimated normaliser no score is a known bound
+    are_bounds = {name: is_density and ESTIMATORS[name].is_bound for name in estimators}
+    return replace(summarise(rows, points, are_bounds, fit_passes), unavailable=missing, rows=rows)
 
 
 @one_at_a_time

@@ -17,11 +17,12 @@ from torch import Tensor
 from ltm_pyro.contracts import Part, whole_pieces
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED, pareto_k
-from ltm_pyro.utils.console import finite
+from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.statistics import clustered_ratio, standard_error
 
 NEARLY_ALL = 0.95  # the share of sequences whose k-hat has to be good
 SETTLED = 1e-3  # nats per token that more samples may still take away from a sum of averages
+GAIN = ("causal", "causal_prior")  # the estimators whose difference is the predictive gain
 
 
 class NatsAndKL(NamedTuple):
@@ -80,6 +81,12 @@ class RowScores(NamedTuple):
     def pieces(self) -> list[Part] | None:
         """The document of each sequence, or the piece of one; None if a sequence is not of one document alone."""
         return whole_pieces(self.parts)
+
+    @property
+    def predictive_gain_B(self) -> Tensor | None:
+        """`causal_prior` − `causal` of each sequence in nats; None if one of the two was not requested."""
+        with_q, without_q = map(self.scores.get, GAIN)
+        return without_q.nats_B - with_q.nats_B if with_q and without_q else None
 
     @property
     def is_finite_B(self) -> Tensor:
@@ -238,7 +245,7 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
     rate = partial(rate_of, tokens_B=tokens_B, documents_B=documents_B)
 
     def score(name: str, result: NatsAndKL) -> Score:
-        nats, total_bytes, by_block = rate(result.nats_B), bytes_B.sum().item(), name in ("causal", "causal_prior")
+        nats, total_bytes, by_block = rate(result.nats_B), bytes_B.sum().item(), name in GAIN
         converged, curve = None, {}
         if result.log_weights_SJB is not None:
             fit = {"iwae": fit_passes, "prior_iwae": 0}.get(name)
@@ -259,7 +266,7 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
             curve=curve,
         )
 
-    with_q, without_q = results.get("causal"), results.get("causal_prior")
+    gain_B = rows.predictive_gain_B
     return Evaluation(
         tokens=int(tokens_B.sum()),
         documents=None if pieces is None else len(documents_B.unique()),
@@ -267,5 +274,5 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
         bytes=int(bytes_B.sum()),
         excluded=excluded,
         estimates={name: score(name, result) for name, result in results.items()},
-        predictive_gain=rate(without_q.nats_B - with_q.nats_B) if with_q and without_q else None,
+        predictive_gain=None if gain_B is None else rate(gain_B[is_finite_B]),
     )

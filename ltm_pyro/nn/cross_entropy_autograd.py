@@ -40,9 +40,7 @@ class NatsFunction(torch.autograd.Function):
         """Nats and log Σ exp of every token; the gradient is computed in the same pass."""
         lse_N, mean_ND, logit_N = _logsumexp_and_mean(hidden_ND.to(dtype), embedding_VD, needs_gradient, value_N)
         nats_and_gradient = kernel(_nats_and_gradient, hidden_ND.device.type)
-        nats_N, gradient_ND = nats_and_gradient(lse_N, mean_ND, hidden_ND.detach(), embedding_VD[value_N])
-        if logit_N is not None:  # rounded as those in the sum are, or a confident token has less than 0 nats
-            nats_N = lse_N - logit_N
+        nats_N, gradient_ND = nats_and_gradient(lse_N, mean_ND, hidden_ND.detach(), embedding_VD[value_N], logit_N)
         if needs_gradient:
             ctx.save_for_backward(gradient_ND)
         ctx.mark_non_differentiable(lse_N)
@@ -81,10 +79,17 @@ def _refuse_second_derivative() -> None:
         raise UsageError("The fused cross-entropy has no second derivative: use `TokenCategorical.logits`.")
 
 
-def _nats_and_gradient(lse_N: Tensor, mean_ND: Tensor, hidden_ND: Tensor, target_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The nats of tokens whose rows of E are ``target_ND``, and their gradient with respect to the hidden states."""
+def _nats_and_gradient(
+    lse_N: Tensor, mean_ND: Tensor, hidden_ND: Tensor, target_ND: Tensor, logit_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The nats of tokens whose rows of E are ``target_ND``, and their gradient with respect to the hidden states.
+
+    ``logit_N`` is given in half precision: it is rounded as those in the sum are, or a confident token would have less
+    than 0 nats.
+    """
     wide_ND = target_ND.to(lse_N.dtype)
-    return lse_N - (hidden_ND.to(lse_N.dtype) * wide_ND).sum(-1), (mean_ND - wide_ND).to(hidden_ND.dtype)
+    logit_N = (hidden_ND.to(lse_N.dtype) * wide_ND).sum(-1) if logit_N is None else logit_N
+    return lse_N - logit_N, (mean_ND - wide_ND).to(hidden_ND.dtype)
 
 
 def _tile(x: Tensor) -> Tile:

@@ -1,10 +1,8 @@
-"""What is printed: JSON for scripts; for people text without markup, because a path may contain ``[bold]``.
+"""What is printed for people: text without markup, because a path may contain ``[bold]``.
 
 On a terminal no text that is printed can give it commands: control characters are shown as symbols.
 """
 
-import json
-import math
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -54,17 +52,3 @@ def guard_terminal() -> None:
         stream = getattr(sys, name)
         if stream is not None and stream.isatty() and not isinstance(stream, PrintableStream):
             setattr(sys, name, PrintableStream(stream))
-
-
-def print_json(found: Any) -> None:
-    """Prints one JSON value; numbers that are not finite, which JSON does not have, become null."""
-    print(json.dumps(finite(found), allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """Nested figures for JSON: numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {name: finite(x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,7 +17,7 @@ from ltm_pyro.data import read_manifest
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
-from ltm_pyro.inference.estimators import GAIN
+from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.budget import Budget

@@ -161,6 +161,19 @@ def alive(pid):
         return False
 
 
+def assert_told_process_ends_with(parent):
+    """The process whose number a parent prints has ended five seconds after the parent was killed."""
+    told = int(parent.stdout.readline())
+    assert alive(told)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.monotonic() + 5
+    while alive(told) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not alive(told)
+
+
 @pytest.mark.parametrize(
     ("method", "platform"), [("fork", "linux"), ("spawn", "linux"), ("forkserver", "linux"), ("spawn", "elsewhere")]
 )
@@ -168,15 +181,7 @@ def test_a_child_ends_with_its_parent(tmp_path, method, platform):
     (tmp_path / "child.py").write_text(CHILD)
     command = [sys.executable, tmp_path / "child.py", method, platform]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    assert alive(child)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    until = time.monotonic() + 5
-    while alive(child) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not alive(child)
+    assert_told_process_ends_with(parent)
 
 
 IMPORTING = """
@@ -203,15 +208,7 @@ def test_a_fork_server_ends_with_its_parent_while_it_imports(tmp_path):
     (tmp_path / "importing.py").write_text(IMPORTING)
     command, paths = [sys.executable, tmp_path / "importing.py"], {"PYTHONPATH": str(tmp_path)}
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | paths)
-    server = int(parent.stdout.readline())
-    assert alive(server)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    until = time.monotonic() + 5
-    while alive(server) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not alive(server)
+    assert_told_process_ends_with(parent)
 
 
 @contextmanager

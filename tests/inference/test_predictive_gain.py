@@ -8,9 +8,9 @@ import torch
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.guides import FullCovariance, MeanField
 from ltm_pyro.inference.elbo import Draws, elbo_terms
-from ltm_pyro.inference.estimators import ESTIMATORS, GAIN, Problem, evaluate, fit_problem
+from ltm_pyro.inference.estimators import ESTIMATORS, Problem, evaluate, fit_problem
 from ltm_pyro.inference.local import infer_local
-from ltm_pyro.inference.scores import NatsAndKL
+from ltm_pyro.inference.scores import GAIN, NatsAndKL
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LinearGaussianModel
 

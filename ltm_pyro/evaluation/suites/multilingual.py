@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, no_data, score_text
-from ltm_pyro.inference.estimators import GAIN
+from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.run import Run
 
 ESTIMATORS = ("bound", "iwae", "prior", *GAIN)

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import document_scores
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
-from ltm_pyro.inference.estimators import GAIN
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
-from ltm_pyro.utils.console import finite
+from ltm_pyro.utils.as_json import finite
 
 Figures = dict[str, Any]  # name -> number, ready for JSON
 
@@ -116,9 +115,8 @@ def score_text(run: Run, place: str, estimators: Sequence[str], options: Options
     rows = evaluation.rows
     assert rows is not None  # of an evaluation that has just been made
     nats = {name: result.nats_B for name, result in rows.scores.items()}
-    if evaluation.predictive_gain:
-        with_q, without_q = (nats[name] for name in GAIN)
-        nats["predictive_gain"] = without_q - with_q
+    if rows.predictive_gain_B is not None:
+        nats["predictive_gain"] = rows.predictive_gain_B
     rates = {name: rows.bits_per_byte(nats_B) for name, nats_B in nats.items()}
     bits = finite(
         {name: {"bits_per_byte": x.nats_per_token, "stderr": x.stderr_nats_per_token} for name, x in rates.items()}

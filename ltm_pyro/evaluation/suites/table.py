@@ -13,7 +13,8 @@ from ltm_pyro.evaluation.suites import generation, gsm8k, multilingual, reconstr
 from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Options, Part, Suite
 from ltm_pyro.runs.load import is_export, load_run
 from ltm_pyro.training.run_directory import WEIGHTS, checkpoint_path
-from ltm_pyro.utils.console import Console, finite
+from ltm_pyro.utils.as_json import finite
+from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import atomic_write, check_folder, new_folder, writing
 
 SUITES = {
@@ -154,10 +155,8 @@ class _ResultsFile:
                 lines = (json.dumps(finite(found), ensure_ascii=False) + "\n" for found in documents)
                 with atomic_write(self._documents(suite, part, column)) as new:
                     new.write_text("".join(lines), "utf-8", "backslashreplace")
-            else:
-                self._documents(suite, part, column).unlink(
-                    missing_ok=True
-                )  # of other settings, which --force replaces
+            else:  # a file of other settings, which --force replaces
+                self._documents(suite, part, column).unlink(missing_ok=True)
             names = ("model", "baseline")
             files = [self._documents(suite, part, name) for name in names]
             if suite in UNITS and all(name in row and file.exists() for name, file in zip(names, files, strict=True)):

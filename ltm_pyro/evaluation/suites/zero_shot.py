@@ -10,7 +10,7 @@ from ltm_pyro.data.documents import Fields, read_documents
 from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Figures, Options, Part, no_data, score_text
-from ltm_pyro.inference.estimators import GAIN
+from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_continuations
 from ltm_pyro.utils.statistics import clustered_mean, clustered_ratio
