@@ -122,20 +122,25 @@ def _logsumexp_and_mean(
     wide = torch.promote_types(dtype, torch.float32)
     max_N1 = hidden_ND.new_full((len(hidden_ND), 1), -torch.inf, dtype=wide)
     total_N1, mean_ND = torch.zeros_like(max_N1), torch.zeros_like(hidden_ND, dtype=wide)
-    logit_N = None if dtype == wide else torch.zeros_like(max_N1[:, 0])
+    columns_each = _tile(embedding_VD).columns
+    chosen_N1: list[Tensor] = []  # by column of tiles; right for the tokens that are in it
     update, buffer_RU = kernel(_online_softmax, hidden_ND.device.type), _tile_buffer(hidden_ND, wide)
     for columns, part_UD in _columns(embedding_VD, dtype):
+        size = columns.stop - columns.start
+        if dtype != wide:
+            place_N1 = (value_N % columns_each).clamp(max=size - 1)[:, None]
+            chosen_N1.append(torch.empty_like(max_N1, dtype=dtype))
         for rows in _rows(hidden_ND):
-            logits_RU, size = hidden_ND[rows] @ part_UD.T, columns.stop - columns.start
-            if logit_N is not None:
-                place_R = value_N[rows] - columns.start
-                chosen_R = logits_RU.gather(1, place_R.clamp(0, size - 1)[:, None])[:, 0].to(wide)
-                logit_N[rows] += torch.where((place_R >= 0) & (place_R < size), chosen_R, 0)
+            logits_RU = hidden_ND[rows] @ part_UD.T
+            if dtype != wide:
+                torch.gather(logits_RU, 1, place_N1[rows], out=chosen_N1[-1][rows])
             tile = logits_RU, size, max_N1[rows], total_N1[rows], buffer_RU
             max_N1[rows], total_N1[rows], factor_R1, weights_RU = update(*tile)
             if needs_gradient:
                 mean_ND[rows].mul_(factor_R1).add_(weights_RU @ part_UD)
             del tile, logits_RU, weights_RU  # so that the next tile can reuse their memory
+    own_1N = torch.div(value_N, columns_each, rounding_mode="floor")[None]
+    logit_N = torch.cat(chosen_N1, 1).T.gather(0, own_1N)[0].to(wide) if chosen_N1 else None
     return (max_N1 + total_N1.log())[:, 0], mean_ND.div_(total_N1), logit_N
 
 
