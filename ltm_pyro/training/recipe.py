@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Union, cast, get_args
 
 import pytorch_lightning as pl
 import yaml
@@ -85,6 +85,10 @@ def recipe_parser() -> ArgumentParser:
     parser.add_class_arguments(
         pl.Trainer, "trainer", skip={*FIXED, "default_root_dir", "enable_checkpointing"}, instantiate=False
     )
+    for action in parser._actions:  # or `1` is read as 1.0, which means all batches to Lightning, not one of them
+        kinds = get_args(getattr(action, "_typehint", None))
+        if int in kinds and float in kinds:
+            cast(Any, action)._typehint = Union[tuple(sorted(kinds, key=lambda kind: kind is not int))]  # noqa: UP007
     parser.set_defaults(DEFAULTS)
     return parser
 

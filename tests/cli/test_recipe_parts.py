@@ -1,6 +1,8 @@
 """What Lightning brings is named in a recipe: averaged weights, early stopping on the honest bound, other loggers."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +30,19 @@ def extended(recipe, tmp_path):
 def metrics(run):
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("first", ["sys", "rich.console"])  # which decide how Python sorts Optional[Union[int, float]]
+def test_a_whole_number_stays_one_whatever_was_imported_first(extended, first):
+    recipe, _ = extended(limit_val_batches=1, limit_train_batches=1.0, val_check_interval=2, gradient_clip_val=0.5)
+    words = ["--config", str(recipe), "--trainer.limit_test_batches=1"]
+    program = f"import {first}; from ltm_pyro.training.recipe import read_recipe; print(read_recipe({words}).trainer)"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    for setting in (
+        *("limit_val_batches=1,", "limit_test_batches=1,", "limit_train_batches=1.0,"),  # one batch, and all of them
+        *("val_check_interval=2,", "gradient_clip_val=0.5,"),
+    ):
+        assert setting in printed
 
 
 def test_averaged_weights_are_what_is_scored_and_training_goes_on_from_the_others(extended, ltm):
