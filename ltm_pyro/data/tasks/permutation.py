@@ -10,7 +10,7 @@ from ltm_pyro.data.tasks.task import Task, check_options, register_task
 
 
 @register_task("permutation")
-@dataclass(frozen=True)
+@dataclass
 class Permutation(Task):
     """x₁ f(x₁) x₂ f(x₂) …: f a uniform permutation of n symbols, new in each sequence, every x uniform and independent.
 
@@ -26,17 +26,8 @@ class Permutation(Task):
     pairs: int = 24
 
     def __post_init__(self) -> None:
-        check_options("permutation", symbols=(self.symbols, 2, 10_000), pairs=(self.pairs, 1, 100_000))
-
-    @property
-    def vocabulary(self) -> int:  # type: ignore[override]
-        """V = n."""
-        return self.symbols
-
-    @property
-    def length(self) -> int:  # type: ignore[override]
-        """T = 2 · pairs."""
-        return 2 * self.pairs
+        check_options("permutation", symbols=(self.symbols, 2, 1_000), pairs=(self.pairs, 1, 100_000))
+        self.vocabulary, self.length = self.symbols, 2 * self.pairs
 
     def sample(self, count: int, rng: np.random.Generator) -> Int[np.ndarray, "N T"]:
         """``count`` independent sequences."""
@@ -68,3 +59,14 @@ class Permutation(Task):
                 pairs_Nn[rows, tokens_NT[:, 2 * gone]] -= 1
                 values_Nn[rows, tokens_NT[:, 2 * gone + 1]] -= 1
         return nats_NT
+
+    def best_within(self, reach: int | None = None, sequences: int = 0, seed: int = 0) -> tuple[float, float]:
+        """The expectation, by recursion over the number of different pairs within reach, and 0 for its error."""
+        n, seen = self.symbols, self.pairs if reach is None else max(0, reach - 1) // 2
+        nats, p_d = self.pairs * math.log(n), np.eye(n + 1)[0]  # p(d) with as many pairs within reach as there are
+        left_d = n - np.arange(n + 1)
+        for pair in range(self.pairs):
+            nats += p_d @ (left_d / n * np.log(np.maximum(left_d, 1))) if reach != 0 else math.log(n)
+            if pair < seen:
+                p_d = p_d * (1 - left_d / n) + np.append(0, (p_d * left_d / n)[:-1])
+        return float(nats), 0.0

@@ -20,6 +20,10 @@ class Task(ABC):
     """A law p(x) of sequences x of T numbers from 0 to V − 1, and what the best prediction of every number costs.
 
     A task has options: the annotated arguments of its constructor, from which `ltm data make` takes its own.
+
+    Attributes:
+        vocabulary: V
+        length: T
     """
 
     vocabulary: int
@@ -44,7 +48,7 @@ class Task(ABC):
         parts = [self.nats(tokens_NT[n : n + _ROWS], reach).sum(1) for n in range(0, len(tokens_NT), _ROWS)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
-    def best_within(self, reach: int | None, sequences: int = 20_000, seed: int = 0) -> tuple[float, float]:
+    def best_within(self, reach: int | None = None, sequences: int = 20_000, seed: int = 0) -> tuple[float, float]:
         """E_p[Σ_t −log p(x_t | x_{t−r} … x_{t−1}, t)] in nats per sequence, and its standard error: by Monte Carlo.
 
         No model whose tokens see only the r tokens before them, and their position, can have less on average.

@@ -11,13 +11,13 @@ from jaxtyping import Float, Int
 from ltm_pyro.data.tasks.task import Task, check_options, register_task
 from ltm_pyro.errors import UsageError
 
-_MOST = 2**16  # mixtures of topics
+_MOST = 2**12  # mixtures of topics
 
 
 @register_task("topics")
-@dataclass(frozen=True)
+@dataclass
 class Topics(Task):
-    """x_t ~ Σ_k θ_k φ_k, independent given θ: one θ per sequence, φ₁ … φ_K ~ Dirichlet(α) over V words, the same in all.
+    """x_t ~ Σ_k θ_k φ_k, independent given θ: one θ per sequence, φ₁ … φ_K ~ Dirichlet(α) over V words, for all.
 
     θ is uniform over the proportions of K topics that are multiples of 1/``parts``: with 1 part a sequence has a single
     topic. p(x_t | before) = Σ_θ p(θ | before) (θφ)(x_t), by enumeration of the θ; within a reach of r tokens,
@@ -40,21 +40,12 @@ class Topics(Task):
     world: int = 0
 
     def __post_init__(self) -> None:
-        small = {"topics": (self.topics, 1, 10_000), "words": (self.words, 2, 2**20), "tokens": (self.tokens, 1, 2**20)}
+        small = {"topics": (self.topics, 1, 10_000), "words": (self.words, 2, 2**14), "tokens": (self.tokens, 1, 2**20)}
         check_options("topics", **small, alpha=(self.alpha, 1e-3, 1e6), parts=(self.parts, 1, 100))
         check_options("topics", world=(self.world, 0, math.inf))
         if (found := math.comb(self.topics + self.parts - 1, self.parts)) > _MOST:
-            raise UsageError(f"{self.topics} topics in {self.parts} parts have {found:,} mixtures: lower one of the two.")
-
-    @property
-    def vocabulary(self) -> int:  # type: ignore[override]
-        """V."""
-        return self.words
-
-    @property
-    def length(self) -> int:  # type: ignore[override]
-        """T."""
-        return self.tokens
+            raise UsageError(f"{self.topics} topics in {self.parts} parts have {found:,} mixtures: lower one of them.")
+        self.vocabulary, self.length = self.words, self.tokens
 
     @cached_property
     def mixtures_MV(self) -> Float[np.ndarray, "M V"]:
