@@ -95,7 +95,7 @@ def _find(given: str) -> tuple[str, Callable[..., Any]]:
 
 
 def _about(found: Callable[..., Any]) -> str:
-    return (inspect.getdoc(found) or "").partition("\nArgs:")[0].strip().replace("%", "%%")
+    return (inspect.getdoc(found) or "").partition("\nArgs:")[0].strip()
 
 
 def _add_options(parser: Parser, name: str, found: Callable[..., Any], taken: set[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """`ltm data make`: a pack of a task by one command, its table and options, what it refuses, and how it is scored."""
 
 import json
+import sys
 
 import pytest
 
@@ -48,8 +49,6 @@ def taken(out: str = "x"):
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """A file with tasks of one's own; its module is gone after the test."""
-    import sys
-
     path = tmp_path / "tasks_of_mine.py"
     path.write_text(MINE)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -98,7 +97,7 @@ def test_a_pack_is_replaced_only_if_asked_to(ltm, refused, tmp_path):
     assert ltm(*command, "--force", "--string", 3)[0] == 0
 
 
-def test_a_task_of_ones_own_is_named_by_its_file(ltm, refused, mine, tmp_path):
+def test_a_task_of_ones_own_is_named_by_its_file(ltm, mine, tmp_path):
     options = ("--value", 4, "--loud", "--sequences", 9, "--val-fraction", 0, "--test-fraction", 0)
     made = ltm("data", "make", f"{mine}:Constant", "--out", tmp_path / "a", *options, "--json")
     assert json.loads(made[1])["task"] == {"name": "Constant", "options": {"value": 4, "loud": True}}

@@ -76,7 +76,7 @@ class Recall(Task):
                 continue
             first = max(0, i - (reach - 1) // 2)
             there_NV, value_NV = self._in_reach(keys_NR, values_NR, first, i)
-            known_N, stray_N = there_NV[rows, x_N], np.zeros(len(rows))
+            known_N = there_NV[rows, x_N]
             if reach % 2 == 0 and first > 0:  # the value at first - 1 is within reach, its key is not
                 stray_value_N, s = values_NR[:, first - 1], max(0, shown - first)
                 shown_NV, _ = self._in_reach(keys_NR, values_NR, first, max(first, min(i, shown)))

@@ -23,8 +23,8 @@ class Regression(Task):
     its bin out of k equal ones of [−2, 2], of which the outer two are open. With
     ℓ([x], [y]; a, b) = Φ((upper − a x − b) / σ) − Φ((lower − a x − b) / σ),
     p([y_i] | before) = ∫ ℓ_i Π_{j<i} ℓ_j da db / ∫ Π_{j<i} ℓ_j da db over the points in reach, by Gauss–Legendre
-    quadrature with π √pairs / (1.25 σ) nodes for each of a and b: too few of them would change the figure by less than
-    0.0001 nats. A [y] whose [x] is just out of reach counts with ℓ averaged over x.
+    quadrature with π √pairs / (1.25 σ) nodes for each of a and b: twice as many change the nats of a sequence by less
+    than 0.0001. A [y] whose [x] is just out of reach counts with ℓ averaged over x.
 
     Args:
         x_bins: m, bins of x
