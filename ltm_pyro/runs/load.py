@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ltm_pyro.data.tokenizer import load_tokenizer
+from ltm_pyro.data.tokenizer import load_tokenizer, vocabulary_size
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.run import Run
 from ltm_pyro.training.model_config import build_from_recipe, parse_model
@@ -66,10 +66,16 @@ def build_run(
     modules.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # which training saves with the weights
     load_weights(modules, weights, source)
     modules.eval()
+    encoder = load_tokenizer(f"{source}: its {TOKENIZER}", tokenizer.encode())
+    if (size := vocabulary_size(encoder)) > built.model.decoder.vocabulary:
+        raise UsageError(
+            f"{source}: its {TOKENIZER} has {size} tokens, and its model {built.model.decoder.vocabulary}: give a run "
+            f"that is whole."
+        )
     return Run(
         model=built.model,
         guide=built.guide,
-        tokenizer=load_tokenizer(f"{source}: its {TOKENIZER}", tokenizer.encode()),
+        tokenizer=encoder,
         inference=replace(built.evaluation, cuda_graph=False),  # that too, and it may be loaded onto a CPU
         data=config.data.directory,
         length=config.model.decoder.init_args.length,

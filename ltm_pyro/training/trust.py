@@ -85,9 +85,7 @@ def code_names(content: Any, at_class: bool = False, texts: int = 0) -> Iterator
     texts are around ``content``. Raises `UsageError` if there are more than `TEXTS`.
     """
     if texts > TEXTS:
-        raise UsageError(
-            f"A recipe has YAML in a text in a text, more than {TEXTS} times: write it as YAML, not as text."
-        )
+        raise UsageError(f"A recipe has YAML in texts, {texts} inside of each other: write it out, and not as a text.")
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from code_names(value, str(key).rpartition(".")[2].rstrip("+") in CLASS_KEYS, texts)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltm_pyro.data.tokenizer import number_tokenizer
+
 CONTENT = {  # file -> what is in it
     "empty.txt": b"",
     "blank.txt": b"\n \n",
@@ -284,6 +286,13 @@ def test_a_checkpoint_whose_tokenizer_is_none(run, recipe, refused, tmp_path):
     torch.save(content, tmp_path / "x.ckpt")
     for command in (("evaluate",), ("fit", "--config", recipe, "--run", tmp_path / "run", "--ckpt_path")):
         assert "x.ckpt: its tokenizer.json is not" in refused(*command, tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_with_more_tokens_than_its_model(run, refused, tmp_path):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    content["ltm_pyro"]["tokenizer"] = number_tokenizer(500).to_str()
+    torch.save(content, tmp_path / "x.ckpt")
+    assert "x.ckpt: its tokenizer.json has 501 tokens, and its model 280" in refused("generate", tmp_path / "x.ckpt")
 
 
 def test_another_vocabulary_and_longer_sequences(here, corpus, run, recipe, ltm, refused):

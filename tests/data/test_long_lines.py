@@ -126,10 +126,11 @@ def test_a_table_whose_rows_share_one_long_text_is_read_a_few_rows_at_a_time(tmp
     one = pa.DictionaryArray.from_arrays(pa.array([0] * 100), pa.array(["x" * 1000]))
     pq.write_table(pa.table({"text": one}), tmp_path / "x.parquet")
     sizes, read = [], pq.ParquetFile.iter_batches
-    monkeypatch.setattr(formats, "_AT_ONCE", 3500)
+    monkeypatch.setattr(formats, "_AT_ONCE", 20_000)
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, size: sizes.append(size) or read(self, size))
     assert len(list(read_documents([tmp_path / "x.parquet"]))) == 100
-    assert sizes == [3]
+    assert len(sizes) == 1
+    assert 1 <= sizes[0] <= 20
 
 
 @pytest.fixture

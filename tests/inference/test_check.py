@@ -10,13 +10,15 @@ import torch
 from pyro.nn import PyroModule
 from torch.distributions import constraints
 
-from ltm_pyro.contracts import make_batch
+from ltm_pyro.contracts import Batch, ThoughtShape, make_batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import FlowGuide, MeanField
 from ltm_pyro.inference.check_prior import check_prior
-from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.estimators import evaluate
+from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference
-from ltm_pyro.models import FlowPrior, LatentThoughtModel
+from ltm_pyro.inference.svi import DualRateSVI
+from ltm_pyro.models import FlowPrior, LatentThoughtModel, LinearGaussianModel
 from ltm_pyro.training.check_model import check_model
 
 
@@ -157,6 +159,40 @@ def test_a_batch_on_another_device_and_wrong_token_shapes_are_refused(tiny_model
     for tokens, lengths in ((tokens_BT, lengths_B[:2]), (tokens_BT[0], lengths_B), (tokens_BT * 1.0, lengths_B)):
         with pytest.raises(UsageError, match="whole-number tokens of shape"):
             unchecked(tokens, lengths, start_token=0)
+
+
+def rates(name):
+    return {"lr": 0.1}
+
+
+@pytest.mark.parametrize("token", [11, -1, 10**6])
+@pytest.mark.parametrize("last", [False, True], ids=["in the middle", "the last, which is no input"])
+@pytest.mark.parametrize("kind", [LatentThoughtModel, LinearGaussianModel])
+def test_a_token_beyond_the_vocabulary_is_refused_at_every_door(tiny_model, tiny_batch, token, last, kind):
+    model = tiny_model() if kind is LatentThoughtModel else LinearGaussianModel(ThoughtShape(1, 1, 2), 7, vocabulary=11)
+    guide, inference, batch = MeanField(model), LocalInference(steps=1), tiny_batch()
+    tokens_BT = batch.targets_BT.clone()
+    tokens_BT[0, -1 if last else 2] = token
+    wrong = make_batch(tokens_BT, batch.tokens_B, start_token=0)
+    doors = {
+        "prepare": lambda x: model.prepare(x),
+        "infer_local": lambda x: infer_local(model, guide, x, inference),
+        "training_loss": lambda x: training_loss(model, guide, x, inference),
+        "evaluate": lambda x: evaluate(model, guide, [x], inference, samples=2),
+    }
+    if kind is LatentThoughtModel:  # the other has no parameters to train, and a grid of values
+        doors |= {"a call": model, "step": lambda x: DualRateSVI(model, guide, rates, inference).step(x)}
+    for door in doors.values():
+        door(batch)
+        with pytest.raises(UsageError, match=rf"A batch has the token {token}, .* are 0 to 10: .* tokenizer"):
+            door(wrong)
+
+
+def test_tokens_are_checked_once_a_batch_and_not_at_every_fast_step(tiny_model, tiny_batch, monkeypatch):
+    model, seen, check = tiny_model(), [], Batch.check_tokens
+    monkeypatch.setattr(Batch, "check_tokens", lambda self, size: seen.append(size) or check(self, size))
+    infer_local(model, MeanField(model), tiny_batch(), LocalInference(steps=5))
+    assert seen == [11]
 
 
 def test_local_parameters_without_a_sequence_axis_are_refused(tiny_model, tiny_batch):
