@@ -19,6 +19,7 @@ from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
+from ltm_pyro.training.ranks import Ranks, end_with_first_rank
 from ltm_pyro.training.recipe import build, changed_settings, check_budget, check_data, dump_recipe, lightning_complaint
 from ltm_pyro.training.run_directory import (
     CHECKPOINT,
@@ -35,7 +36,6 @@ from ltm_pyro.training.run_directory import (
 from ltm_pyro.training.trust import remember_recipe
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import DISK_IS_FULL, local_path, lock_folder
-from ltm_pyro.utils.processes import end_with_parent
 
 NOISE = (  # Lightning's warnings that no user can do anything about
     ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
@@ -68,7 +68,7 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
         busy = f"Another process trains {run} right now: wait for it, or choose another --run."
         with lock_folder(run, busy, "--run"):
             return _train(config, callbacks, run, first)
-    end_with_parent()  # which is the first rank, or a launcher
+    end_with_first_rank()
     return _train(config, callbacks, run, first)
 
 
@@ -93,7 +93,9 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
 
     saver = Checkpoints(run / CHECKPOINT, recipe, text, Saving(**config.checkpoints.as_dict()), start_run)
     changed = changed_settings(content["ltm_pyro"]["recipe"], recipe, resumed) if resumed else []
-    module, data, trainer = build(config, callbacks=[Progress(), *callbacks, saver], logger=[log])
+    ranks = Ranks()
+    module, data, trainer = build(config, callbacks=[Progress(), *callbacks, ranks, saver], logger=[log])
+    ranks.prepare(trainer)
     if resumed:
         data.check(content.get("PackedData") or {}, trainer.world_size)
         load_weights(module, content["state_dict"], resumed)
@@ -103,7 +105,7 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
     costs = cost_summary(module, config, trainer.world_size) if first else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
-        _fit(trainer, module, data, run, resumed, saver)
+        _fit(trainer, module, data, run, resumed, saver, ranks)
     if first and not (saver.has_started or keep):
         raise UsageError(
             f"{run} holds no checkpoint, because the budget was already spent at step {trainer.global_step}: raise the "
@@ -139,7 +141,15 @@ def error_message(error: BaseException) -> str:
     return str(error).rsplit("UsageError: ", 1)[-1].strip()
 
 
-def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | None, saver: Checkpoints) -> None:
+def _fit(
+    trainer: Any,
+    module: LTMModule,
+    data: Any,
+    run: Path,
+    resumed: Path | None,
+    saver: Checkpoints,
+    ranks: Ranks,
+) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except UsageError as error:
@@ -156,6 +166,11 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
             f"resume with: ltm fit --config {run / RECIPE} --ckpt_path {run / CHECKPOINT}"
         ) from None
     except RuntimeError as error:
+        if ranks.is_lost(trainer, error):
+            raise UsageError(
+                f"Another rank was lost, or did not answer in time, at step {trainer.global_step}: see what it said, "
+                f"and {_advice(run)}."
+            ) from None
         if "DataLoader worker" not in str(error):
             raise
         raise UsageError(
