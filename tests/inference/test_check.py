@@ -12,7 +12,17 @@ from torch.distributions import constraints
 
 from ltm_pyro.contracts import Batch, ThoughtShape, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.guides import FlowGuide, MeanField
+from ltm_pyro.guides import (
+    Amortized,
+    BlockCovariance,
+    FlowGuide,
+    FullCovariance,
+    Langevin,
+    Laplace,
+    LowRank,
+    MeanField,
+    Point,
+)
 from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.inference.estimators import evaluate
 from ltm_pyro.inference.local import infer_local, training_loss
@@ -135,6 +145,75 @@ def test_a_prior_that_cannot_be_trained_is_refused(prior, message, make_model):
     with pytest.raises(UsageError, match=message) as error:
         check_model(model, MeanField(model))
     assert __file__ in str(error.value)
+
+
+class NoStart(MeanField):
+    def init(self, sites, init):
+        super().init(sites, init)
+
+
+class OneTensor(MeanField):
+    def init(self, sites, init):
+        return super().init(sites, init)["z_loc"]
+
+
+class Numbers(MeanField):
+    def init(self, sites, init):
+        return super().init(sites, init) | {"z_loc": 0.0}
+
+
+class NoPlate(MeanField):
+    def __call__(self, batch, local):
+        return pyro.sample("z", dist.Normal(local["z_loc"], 1.0).to_event(3))
+
+
+class FlatPlate(MeanField):
+    def __call__(self, batch, local):
+        with pyro.plate("rows", batch.size, dim=-1):
+            return pyro.sample("z", dist.Normal(local["z_loc"], 1.0).to_event(3))
+
+
+class NoEvents(MeanField):
+    def __call__(self, batch, local):
+        return pyro.sample("z", dist.Normal(local["z_loc"], 1.0))
+
+
+class BrokenGuide(MeanField):
+    def __call__(self, batch, local):
+        return pyro.sample("z", dist.Normal(local["z_mean"], 1.0).to_event(3))
+
+
+FAULTY_GUIDES = {
+    NoStart: r"NoStart.init returns NoneType: return the local parameters as a dictionary",
+    OneTensor: r"OneTensor.init returns Tensor: return",
+    Numbers: r"Numbers.init returns a dictionary with Tensor, float: return",
+    NoPlate: r"NoPlate samples 'z' .*test_check.py:\d+. outside the plate of sequences.*sequence_plate\(batch.size\)",
+    FlatPlate: r"FlatPlate samples 'z' .*test_check.py:\d+. outside the plate",
+    NoEvents: r"NoEvents samples 'z' .*, or with batch shape \(2, 2, 3, 8\) for 2 sequences: .* .to_event",
+    BrokenGuide: r"BrokenGuide fails at .*test_check.py:\d+: KeyError, 'z_mean'",
+}
+
+
+@pytest.mark.parametrize("guide", FAULTY_GUIDES)
+def test_a_guide_that_cannot_be_fitted_is_refused_before_training(guide, tiny_model):
+    model = tiny_model()
+    with pytest.raises(UsageError, match=FAULTY_GUIDES[guide]) as error:
+        check_model(model, guide(model))
+    assert "\n" not in str(error.value)
+    assert "mean_field.py" not in str(error.value)
+
+
+@pytest.mark.parametrize("guide", [FullCovariance, BlockCovariance, FlowGuide, Amortized])
+def test_a_guide_that_needs_thoughts_says_so(guide, tiny_model):
+    with pytest.raises(UsageError, match=rf"{guide.__name__} needs thoughts, but the site 'z' has none \(K = 0\)"):
+        guide(tiny_model(thoughts=0))
+
+
+@pytest.mark.parametrize("guide", [MeanField, LowRank, Point, Laplace, Langevin])
+def test_the_other_guides_need_none(guide, tiny_model, tiny_batch):
+    model = tiny_model(thoughts=0)
+    check_model(model, guide(model))
+    evaluate(model, guide(model), [tiny_batch()], LocalInference(steps=1), samples=2)
 
 
 def test_a_valid_prior_passes(make_model):
