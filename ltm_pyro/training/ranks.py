@@ -21,14 +21,13 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
 
-from ltm_pyro.utils.processes import end_with_parent
+from ltm_pyro.utils.processes import STARTER
 
 START = timedelta(minutes=5)  # that a rank is waited for until its first step is done: it imports, and may compile
 PATIENCE = timedelta(seconds=40)  # the same for all later steps; a recipe may give the strategy a timeout of its own
 GRACE = 5.0  # seconds in which a rank notices by itself that another has ended
 POLL = 0.2
 _LOST = re.compile(r"gloo|NCCL|timeout caused pair closure|[Cc]onnection (closed|reset|refused)|Timed out|Broken pipe")
-FIRST_RANK = "LTM_FIRST_RANK"  # in the environment of the other ranks: the process that has started them
 
 
 class Ranks(Callback):
@@ -63,14 +62,6 @@ class Ranks(Callback):
         return lost
 
 
-def end_with_first_rank() -> None:
-    """Ends this rank as soon as the one that has started it, or a launcher, is gone; at once if it is gone already."""
-    end_with_parent()
-    parent = str(os.getppid())
-    if os.environ.get(FIRST_RANK, parent) != parent:
-        os._exit(1)
-
-
 class _Launcher(_SubprocessScriptLauncher):
     """Starts the other ranks of this machine, and ends this one with a sentence if one of them is lost."""
 
@@ -82,8 +73,9 @@ class _Launcher(_SubprocessScriptLauncher):
         """As Lightning's, with another observer."""
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
-            os.environ[FIRST_RANK] = str(os.getpid())
+            os.environ[STARTER] = str(os.getpid())
             self._call_children_scripts()
+            del os.environ[STARTER]  # which is for the other ranks
             threading.Thread(target=self._watch, args=(self.procs,), daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)

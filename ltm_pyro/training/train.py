@@ -19,7 +19,7 @@ from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
-from ltm_pyro.training.ranks import Ranks, end_with_first_rank
+from ltm_pyro.training.ranks import Ranks
 from ltm_pyro.training.recipe import build, changed_settings, check_budget, check_data, dump_recipe, lightning_complaint
 from ltm_pyro.training.run_directory import (
     CHECKPOINT,
@@ -36,6 +36,7 @@ from ltm_pyro.training.run_directory import (
 from ltm_pyro.training.trust import remember_recipe
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import DISK_IS_FULL, local_path, lock_folder
+from ltm_pyro.utils.processes import end_with_parent, end_with_starter
 
 NOISE = (  # Lightning's warnings that no user can do anything about
     ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
@@ -68,7 +69,8 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
         busy = f"Another process trains {run} right now: wait for it, or choose another --run."
         with lock_folder(run, busy, "--run"):
             return _train(config, callbacks, run, first)
-    end_with_first_rank()
+    end_with_starter()
+    end_with_parent()  # which is the first rank, or a launcher
     return _train(config, callbacks, run, first)
 
 
@@ -108,8 +110,8 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
         _fit(trainer, module, data, run, resumed, saver, ranks)
     if first and not (saver.has_started or keep):
         raise UsageError(
-            f"{run} holds no checkpoint, because the budget was already spent at step {trainer.global_step}: raise the "
-            f"budget."
+            f"Nothing was trained, and {run} is as it was, because the budget was already spent at step "
+            f"{trainer.global_step}: raise the budget."
         )
     return run
 
