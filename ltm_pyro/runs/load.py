@@ -99,7 +99,10 @@ def from_pretrained(folder: str | Path, trust: bool = False) -> Run:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} has no {name}: give a folder that `ltm export` wrote, whole.")
     try:
-        weights = extra(*SAFETENSORS).load_file(folder / WEIGHTS)
+        torch_file, file = extra(*SAFETENSORS), folder / WEIGHTS
+        is_utf8 = str(file).encode("utf-8", "replace").decode() == str(file)
+        # safetensors maps a file into memory, but opens only names in UTF-8
+        weights = torch_file.load_file(file) if is_utf8 else torch_file.load(file.read_bytes())
         recipe, tokenizer = ((folder / name).read_text("utf-8") for name in (RECIPE, TOKENIZER))
     except Exception as error:  # safetensors raises its own, which is no ValueError
         raise UsageError(f"{folder} cannot be read ({error}): export the run again.") from None

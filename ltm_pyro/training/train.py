@@ -35,7 +35,7 @@ from ltm_pyro.training.run_directory import (
 )
 from ltm_pyro.training.trust import remember_recipe
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import DISK_IS_FULL, local_path, lock_folder
+from ltm_pyro.utils.files import DISK_IS_FULL, DiskFullError, local_path, lock_folder
 from ltm_pyro.utils.processes import end_with_parent, end_with_starter
 
 NOISE = (  # Lightning's warnings that no user can do anything about
@@ -154,6 +154,8 @@ def _fit(
 ) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except DiskFullError:
+        raise
     except UsageError as error:
         raise UsageError(error_message(error)) from None
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -182,7 +184,7 @@ def _fit(
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
-        raise UsageError(
+        raise DiskFullError(
             f"The disk under {run} is full at step {trainer.global_step}: free some space and {_advice(run)}."
         ) from None
 

@@ -22,7 +22,7 @@ from ltm_pyro.studies.search.plan import Plan, base_recipe, check_changes, check
 from ltm_pyro.studies.search.runner import Resources, Worker
 from ltm_pyro.studies.search.storage import (
     check_destination,
-    make_folder,
+    create_file,
     open_existing,
     open_storage,
     without_password,
@@ -92,7 +92,7 @@ def run_study(
         most = LARGEST_SEED - total - repeats
         raise UsageError(f"--seed is {plan.seed}, behind which no seeds are left: choose one of at most {most}.")
     check_destination(url, resources.out)
-    make_folder(url)
+    create_file(url)
     with open_storage(url) as storage:
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))
