@@ -121,7 +121,10 @@ def check_destination(url: str, out: Path) -> None:
 def create_file(url: str) -> None:
     """Creates a SQLite file and its folder: whole, or not at all if the disk is full."""
     file = Path(url.removeprefix("sqlite:///"))
-    if not url.startswith("sqlite:///") or "?" in url or file.exists():
+    if not url.startswith("sqlite:///"):
+        return
+    if "?" in url or file.exists():  # SQLite's options, or a storage already
+        file.parent.mkdir(parents=True, exist_ok=True)
         return
     missing, new = missing_folders(file.parent), file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.new")
     try:
