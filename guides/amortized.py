@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ltm_pyro.contracts import Batch, Init, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides.mean_field import MeanField
-from ltm_pyro.inference.latent_sites import Sites, prior_sites
+from ltm_pyro.inference.latent_sites import Sites, check_coordinates, prior_sites
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.nn.transformer import Transformer
 from ltm_pyro.utils.rng import seeded
@@ -31,13 +31,14 @@ class Amortized(MeanField, nn.Module):
         window: tokens that each token attends to, itself included.
 
     Raises:
-        UsageError: the model has no ``decoder.vocabulary``.
+        UsageError: the model has no ``decoder.vocabulary``, or no thoughts (K = 0).
     """
 
     uses_fast_steps = False
 
     def __init__(self, model: Model, layers: int = 2, width: int = 128, heads: int = 4, window: int = 128) -> None:
         nn.Module.__init__(self)
+        check_coordinates(self, prior_sites(model, 1))
         MeanField.__init__(self, model)
         with seeded(0):
             local = self.init(prior_sites(model, 1), Init())

@@ -10,6 +10,7 @@ from torch.distributions import Transform, constraints, transforms
 from ltm_pyro.contracts import LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides.unconstrained import UnconstrainedGuide
+from ltm_pyro.inference.latent_sites import check_coordinates, prior_sites
 from ltm_pyro.utils.extras import extra
 
 
@@ -28,10 +29,14 @@ class FlowGuide(UnconstrainedGuide):
     Args:
         model: whose latent sites q covers; it is traced once and not stored.
         bins: of each spline, at least 2.
+
+    Raises:
+        UsageError: too few bins, or the model has no thoughts (K = 0).
     """
 
     def __init__(self, model: Model, bins: int = 8) -> None:
         self._spline = extra("zuko", "flows", "FlowGuide").transforms.MonotonicRQSTransform
+        check_coordinates(self, prior_sites(model, 1))
         super().__init__(model)
         if bins < 2:
             raise UsageError(f"FlowGuide needs at least 2 bins, got {bins}: use MeanField for a plain Gaussian.")

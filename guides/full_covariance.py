@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor
 
-from ltm_pyro.contracts import LocalParameters
+from ltm_pyro.contracts import LocalParameters, Model
 from ltm_pyro.guides.unconstrained import UnconstrainedGuide
+from ltm_pyro.inference.latent_sites import check_coordinates, prior_sites
 
 
 class FullCovariance(UnconstrainedGuide):
@@ -20,7 +21,14 @@ class FullCovariance(UnconstrainedGuide):
 
     Local parameters: ``{site}_loc`` is μ, shape (B, N), and ``{site}_factor`` is A, shape (B, N, N). N² numbers per
     sequence: for small latent spaces. Exact if the posterior is Gaussian.
+
+    Raises:
+        UsageError: the model has no thoughts (K = 0).
     """
+
+    def __init__(self, model: Model) -> None:
+        check_coordinates(self, prior_sites(model, 1))
+        super().__init__(model)
 
     def init_scale(self, name: str, variance: Tensor) -> LocalParameters:
         """A diagonal L of standard deviations."""

@@ -128,6 +128,19 @@ class Batch(NamedTuple):
         """The number of scored tokens of each sequence."""
         return self.mask_BT.sum(-1)
 
+    def check_tokens(self, vocabulary: int) -> None:
+        """Raises `UsageError` for a token that is not one of a model's ``vocabulary``; waits for the device once.
+
+        Otherwise an index is out of range, which on a CUDA device ends all further work of the process.
+        """
+        tokens = [x for x in (self.inputs_BT, self.targets_BT) if x is not None and x.numel() and not x.is_meta]
+        extremes = torch.stack([x for each in tokens for x in each.aminmax()]).tolist() if tokens else []
+        if wrong := [token for token in extremes if not 0 <= token < vocabulary]:
+            raise UsageError(
+                f"A batch has the token {wrong[0]}, but the model's tokens are 0 to {vocabulary - 1}: encode the text "
+                f"with the model's own tokenizer."
+            )
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return Batch._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self)

@@ -54,7 +54,11 @@ class LatentThoughtModel(PyroModule):
         return long
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with the decoder's stem, the part of the network that does not depend on z."""
+        """The batch with the decoder's stem, the part of the network that does not depend on z.
+
+        Raises `UsageError` for tokens beyond the vocabulary, a batch that is too long, or one on another device.
+        """
+        batch.check_tokens(self.decoder.vocabulary)
         return batch._replace(stem_BTD=self.decoder.stem(batch.inputs_BT))
 
     def forward(self, batch: Batch, use_thoughts: bool = True) -> Float[Tensor, "... L K D"]:
@@ -75,7 +79,10 @@ class LatentThoughtModel(PyroModule):
         decoder = cast(Decoder, self._modules["decoder"])
         if decoder.embedding.weight.requires_grad:  # else skip PyroModule.__getattr__, which registers all parameters
             decoder = self.decoder  # on every access: too slow for the fast steps, which train none of them
-        stem_BTD = decoder.stem(batch.inputs_BT) if batch.stem_BTD is None else batch.stem_BTD
+        stem_BTD = batch.stem_BTD
+        if stem_BTD is None:  # not in the fast steps, which have a batch that `prepare` has checked
+            batch.check_tokens(decoder.vocabulary)
+            stem_BTD = decoder.stem(batch.inputs_BT)
         embedding_VD, lead = decoder.embedding.weight, stem_BTD.shape[:1] if z_BLKD is None else z_BLKD.shape[:-3]
         late = LateGradient.of(embedding_VD, (*lead, stem_BTD.shape[1]))
         return TokenCategorical(decoder(stem_BTD, z_BLKD), embedding_VD, batch.mask_BT, late)

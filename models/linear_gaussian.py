@@ -60,7 +60,8 @@ class LinearGaussianModel(PyroModule):
             return self.prior()
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch as it is: everything depends on z."""
+        """The batch as it is: everything depends on z. Raises `UsageError` for tokens beyond the vocabulary."""
+        batch.check_tokens(len(self.values_V))
         return batch
 
     def forward(self, batch: Batch) -> Float[Tensor, "... L K D"]:

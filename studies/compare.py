@@ -136,6 +136,8 @@ class Comparison:
                 )
             with new_folder(self.out), atomic_write(path) as new:
                 new.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
+        except UsageError:
+            raise
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.out} cannot hold a comparison ({error}): choose another --out.") from None
 

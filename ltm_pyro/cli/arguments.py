@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from ltm_pyro.cli.old_options import RENAMED
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.limits import LARGEST_SEED
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +36,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 LARGEST = 2**31 - 1  # a count beyond it is a slip, and would never end
-LARGEST_SEED = 2**63 - 1
 
 
 def at_least(low: int, high: int = LARGEST) -> Callable[[str], int]:

@@ -12,6 +12,7 @@ from ltm_pyro.cli.arguments import add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.files import DiskFullError
 
 STUDY = "ltm_pyro.studies.compare"  # by dotted path: the command line imports no study
 COLUMNS = {  # figure to head, and the figure that is its standard error
@@ -70,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
             rows.append(comparison.figures(pair) | comparison.difference(pair))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
+        except DiskFullError:
+            raise UsageError(
+                f"The disk under {args.out} is full: make room, and give the same command again."
+            ) from None
     if args.json:
         print_json({"minutes": args.minutes, "out": str(args.out), "rows": rows})
     else:

@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-import yaml
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.safe_yaml import load_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     model, guide, inference, _ = build_from_recipe(config)
     decoder = model.decoder
     published = flops_per_token_as_published(decoder, decoder.length, inference.steps)
-    keeps = yaml.safe_load(Path(args.config).read_text("utf-8"))["model"].get("keep_local")  # a key of training only
+    keeps = load_yaml(Path(args.config).read_text("utf-8"))["model"].get("keep_local")  # a key of training only
     fresh = inference if keeps else inference.from_start()
     spent = flops_per_token(decoder, guide, decoder.length, fresh)
     figures = {

@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.files import DISK_IS_FULL
 from ltm_pyro.utils.malloc import keep_freed_memory
+from ltm_pyro.utils.processes import end_with_starter
 
 COMMANDS = {  # name -> module, line of help
     "data pack": ("ltm_pyro.cli.data", "pack text, JSONL, Parquet or a Hugging Face data set into token shards"),
@@ -47,6 +48,7 @@ PACKAGES = {"ltm_pyro": "ltm-pyro", "torch": "torch", "pyro": "pyro-ppl"}  # mod
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 if done, 2 after an error that the user can fix, 130 if interrupted."""
+    end_with_starter()
     arguments = sys.argv[1:] if arguments is None else arguments
     name = ""
     code: str | int | None

@@ -14,6 +14,7 @@ from ltm_pyro.cli.arguments import add_seed, add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.safe_yaml import load_yaml
 
 SEARCH = "ltm_pyro.studies.search"  # by dotted path: the command line imports no study
 STORAGE = "sqlite:///runs/studies.db"
@@ -110,11 +111,10 @@ def _pairs(option: str, given: list[str]) -> list[list[str]]:
 
 def _value(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise UsageError(
-            f"--set {key} needs a value in YAML, got {text[:80]!r}: close its brackets and quotes."
-        ) from None
+        return load_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--set {key} needs a value in YAML, got {text[:80]!r} ({reason}): correct it.") from None
 
 
 def _number(option: str, text: str) -> float:

@@ -20,7 +20,9 @@ from ltm_pyro.utils.extras import extra
 LONGEST = 2**22  # characters of a `.txt` document
 LONGEST_LINE = 2**29  # characters; more are no text but a mistake, or an archive made to fill memory
 LIMIT = "LTM_LONGEST_LINE"  # the environment variable that replaces it
+_SHORTER = f"write one document on each line, or in each record, or set {LIMIT} to a larger number."
 _CHUNK = 2**20
+_AT_ONCE = 2**30  # bytes of a table that are read at once
 _HEAD = 2**16  # bytes that tell a format
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _BREAK = re.compile(r"\r?\n(?:\r?\n){2,}")  # a line's end and two or more empty lines
@@ -91,7 +93,10 @@ def read_hub(name: str) -> Iterator[Record]:
 
 
 def record_of(record: Any, where: str, line: int) -> Record:
-    """The `Record` of an object with ``"text"``, or with ``"prompt"`` and ``"completion"``, the ecosystem's names."""
+    """The `Record` of an object with ``"text"``, or with ``"prompt"`` and ``"completion"``, the ecosystem's names.
+
+    Raises `UsageError` if it has no such text, or one that is longer than a line may be.
+    """
     fields = record if isinstance(record, dict) else {}
     text, prompt, completion = (fields.get(name) for name in ("text", "prompt", "completion"))
     if isinstance(text, str):
@@ -103,6 +108,8 @@ def record_of(record: Any, where: str, line: int) -> Record:
             f'{where} has no string under the key "text"; name the text of each document "text", or its parts "prompt" '
             f'and "completion".'
         )
+    if len(text) > (limit := _longest_line()):
+        raise UsageError(f"{where} has a text of more than {limit:,} characters; {_SHORTER}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -145,8 +152,11 @@ def _jsonl(file: Path) -> Iterator[Record]:
 def _parquet(file: Path) -> Iterator[Record]:
     parquet = extra("pyarrow.parquet", "parquet", str(file))
     try:
-        number = 0
-        for batch in parquet.ParquetFile(file).iter_batches(256):
+        number, table = 0, parquet.ParquetFile(file)
+        groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+        largest = max((x.column(i).total_uncompressed_size for x in groups for i in range(x.num_columns)), default=0)
+        # a value is stored once and may be in every row, so that few bytes of a file could fill the memory
+        for batch in table.iter_batches(min(max(_AT_ONCE // max(largest, 1), 1), 256)):
             for record in batch.to_pylist():
                 number += 1
                 yield record_of(record, f"{file} row {number}", number)
@@ -178,10 +188,7 @@ def _decoded(file: Path) -> Iterator[str]:
         lengths[0] += line
         line = lengths[-1]
         if max(lengths) > limit:
-            raise UsageError(
-                f"{file} has a line of more than {limit:,} characters; write one document on each line, or set "
-                f"{LIMIT} to a larger number."
-            )
+            raise UsageError(f"{file} has a line of more than {limit:,} characters; {_SHORTER}")
         yield text.removeprefix("\ufeff") if offset == 0 else text
         offset += len(raw)
     yield _decode(decoder, b"", file, offset, final=True)

@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
-from ltm_pyro.contracts import PARTICLES, SEQUENCES
+from ltm_pyro.contracts import PARTICLES, SEQUENCES, Guide
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.latent_sites import bijections, prior_factors, prior_sites
 from ltm_pyro.inference.param_store import no_param_store
@@ -86,19 +86,21 @@ def _check_thoughts(trace: Any, prior: Any, expected: tuple[int, ...]) -> None:
 
 
 @contextmanager
-def explain_failure(prior: Any) -> Iterator[None]:
-    """Turns an exception of the prior into a `UsageError` that names the last line of the prior's own source file."""
+def explain_failure(part: Any) -> Iterator[None]:
+    """Turns an exception of a prior or guide into a `UsageError` that names the last line of its own source file."""
     try:
         yield
     except UsageError as error:
-        raise UsageError(f"{error} See {source_line(prior, 'pyro.sample')}.") from None
+        if isinstance(part, Guide):  # what is refused in a guide is named by its class
+            raise
+        raise UsageError(f"{error} See {source_line(part, 'pyro.sample')}.") from None
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _source_file(prior)]
-        source = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else source_line(prior)
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == _source_file(part)]
+        source = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else source_line(part)
         reason = (str(error).strip().splitlines() or ["without a message"])[0]
         advice = ": add .to_event(3), so that each sequence has one event" if "inside plate" in reason else ""
         raise UsageError(
-            f"{type(prior).__name__} fails at {source}: {type(error).__name__}, {reason}{advice}"
+            f"{type(part).__name__} fails at {source}: {type(error).__name__}, {reason}{advice}"
         ) from error
 
 
@@ -110,8 +112,8 @@ def _source_file(part: Any) -> str | None:
 
 
 def source_line(part: Any, *words: str) -> str:
-    """``file:line`` in the part's forward, or class: the first line with the first of the ``words`` that occurs."""
-    code = getattr(type(part), "forward", None) or type(part)
+    """``file:line`` in the part's forward, a guide's call, or its class: the first line with one of the ``words``."""
+    code = type(part).__call__ if isinstance(part, Guide) else getattr(type(part), "forward", None) or type(part)
     try:
         lines, first = inspect.getsourcelines(code)
     except (OSError, TypeError):  # defined interactively

@@ -101,6 +101,15 @@ class _SubstituteMeans(Messenger):
             msg["value"] = torch.where(fn.mean.isfinite(), fn.mean, fn.sample())
 
 
+def check_coordinates(guide: object, sites: Sites) -> None:
+    """Raises `UsageError` if a site has no coordinates, as without thoughts (K = 0): not every family can be empty."""
+    if empty := [name for name, fn in sites.items() if not fn.event_shape.numel()]:
+        raise UsageError(
+            f"{type(guide).__name__} needs thoughts, but the site '{empty[0]}' has none (K = 0): use MeanField, or "
+            f"give the decoder thoughts."
+        )
+
+
 def bijections(sites: Sites) -> dict[str, tuple[Distribution, Transform]]:
     """Every site's distribution, and the bijection from unconstrained coordinates to its support."""
     pairs = {}

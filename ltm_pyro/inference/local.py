@@ -8,7 +8,7 @@ points for evaluation and training. Shapes: B sequences, b of them still active,
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -118,7 +118,15 @@ def init(
 ) -> LocalState:
     """The state before the first fast step: every sequence's q, initialised by ``inference.init``."""
     with no_param_store(model), fix_draws_by_keys(model, keys), keyed(keys, "init"):
-        parameters = guide.init(prior_sites(model, batch.size), inference.init)
+        parameters: Any = guide.init(prior_sites(model, batch.size), inference.init)
+    if not isinstance(parameters, dict) or not all(isinstance(x, Tensor) for x in parameters.values()):
+        given = type(parameters).__name__
+        if isinstance(parameters, dict):
+            given = f"a dictionary with {', '.join(sorted({type(x).__name__ for x in parameters.values()}))}"
+        raise UsageError(
+            f"{type(guide).__name__}.init returns {given}: return the local parameters as a dictionary from names to "
+            f"tensors, such as {{'z_loc': …}}."
+        )
     if wrong_shapes := {name: tuple(x.shape) for name, x in parameters.items() if x.shape[:1] != (batch.size,)}:
         raise UsageError(
             f"{type(guide).__name__}.init gives {wrong_shapes}: the first axis of every local parameter has to be the "

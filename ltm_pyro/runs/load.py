@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ltm_pyro.data.tokenizer import load_tokenizer
+from ltm_pyro.data.tokenizer import load_tokenizer, vocabulary_size
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.run import Run
 from ltm_pyro.training.model_config import build_from_recipe, parse_model
@@ -66,10 +66,16 @@ def build_run(
     modules.register_buffer("flops", torch.zeros((), dtype=torch.float64))  # which training saves with the weights
     load_weights(modules, weights, source)
     modules.eval()
+    encoder = load_tokenizer(f"{source}: its {TOKENIZER}", tokenizer.encode())
+    if (size := vocabulary_size(encoder)) > built.model.decoder.vocabulary:
+        raise UsageError(
+            f"{source}: its {TOKENIZER} has {size} tokens, and its model {built.model.decoder.vocabulary}: give a run "
+            f"that is whole."
+        )
     return Run(
         model=built.model,
         guide=built.guide,
-        tokenizer=load_tokenizer(f"{source}: its {TOKENIZER}", tokenizer.encode()),
+        tokenizer=encoder,
         inference=replace(built.evaluation, cuda_graph=False),  # that too, and it may be loaded onto a CPU
         data=config.data.directory,
         length=config.model.decoder.init_args.length,
@@ -93,7 +99,10 @@ def from_pretrained(folder: str | Path, trust: bool = False) -> Run:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} has no {name}: give a folder that `ltm export` wrote, whole.")
     try:
-        weights = extra(*SAFETENSORS).load_file(folder / WEIGHTS)
+        torch_file, file = extra(*SAFETENSORS), folder / WEIGHTS
+        is_utf8 = str(file).encode("utf-8", "replace").decode() == str(file)
+        # safetensors maps a file into memory, but opens only names in UTF-8
+        weights = torch_file.load_file(file) if is_utf8 else torch_file.load(file.read_bytes())
         recipe, tokenizer = ((folder / name).read_text("utf-8") for name in (RECIPE, TOKENIZER))
     except Exception as error:  # safetensors raises its own, which is no ValueError
         raise UsageError(f"{folder} cannot be read ({error}): export the run again.") from None

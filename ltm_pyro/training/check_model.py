@@ -4,20 +4,22 @@ import inspect
 from typing import Any
 
 import torch
+from pyro import poutine
 
-from ltm_pyro.contracts import Batch, Guide, Init, make_batch
+from ltm_pyro.contracts import SEQUENCES, Batch, Guide, Init, LocalParameters, make_batch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.check_prior import check_prior, explain_failure, source_line
-from ltm_pyro.inference.elbo import elbo_terms
+from ltm_pyro.inference.elbo import elbo_terms, latent_sites
 from ltm_pyro.inference.global_latents import global_kl
 from ltm_pyro.inference.learning_rates import slow_parameters
 from ltm_pyro.inference.local import init, training_loss
+from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.utils.rng import seeded
 
 
 def check_model(model: Any, guide: Guide, leaves_out_thoughts: bool = False) -> None:
-    """Raises `UsageError` for a bad prior, a non-finite ELBO of two short texts, or a parameter without gradient.
+    """Raises `UsageError` for a bad prior or guide, no finite ELBO of two short texts, or a parameter without gradient.
 
     Args:
         leaves_out_thoughts: whether the model is to train without its thoughts in some stage; its forward has to take
@@ -36,8 +38,10 @@ def check_model(model: Any, guide: Guide, leaves_out_thoughts: bool = False) -> 
     tokens_BT = torch.arange(2 * length).reshape(2, length) % decoder.vocabulary
     batch = make_batch(tokens_BT, torch.full((2,), length), start_token=0)
     with seeded(0):
-        with torch.no_grad(), explain_failure(model.prior):
+        with torch.no_grad(), explain_failure(guide):
             local = init(model, guide, batch, LocalInference()).parameters
+            _check_plate(model, guide, batch, local)
+        with torch.no_grad(), explain_failure(model.prior):
             terms = elbo_terms(model, guide, batch, local)
         for name, value in terms._asdict().items():
             if not value.isfinite().all():
@@ -46,6 +50,22 @@ def check_model(model: Any, guide: Guide, leaves_out_thoughts: bool = False) -> 
                     f"{source_line(model.prior, 'pyro.sample')} starts with."
                 )
         _check_gradients(model, guide, batch)
+
+
+def _check_plate(model: Any, guide: Guide, batch: Batch, local: LocalParameters) -> None:
+    """Refuses a guide whose sites are outside the plate of sequences, or of another shape."""
+    with no_param_store(model):
+        sites = latent_sites(poutine.trace(guide).get_trace(batch, local))
+    for name, site in sites.items():
+        shape = tuple(site["fn"].batch_shape)
+        if SEQUENCES not in {frame.name for frame in site["cond_indep_stack"]} or shape != (batch.size,):
+            source = source_line(guide, f'"{name}"', "pyro.sample")
+            raise UsageError(
+                f"{type(guide).__name__} samples '{name}' ({source}) outside "
+                f"the plate of sequences, or with batch shape {shape} for {batch.size} sequences: write "
+                f"`with ltm_pyro.contracts.sequence_plate(batch.size):` around it, and .to_event for the axes of one "
+                f"sequence."
+            )
 
 
 def _check_gradients(model: Any, guide: Guide, batch: Batch) -> None:

@@ -6,7 +6,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 from pyro.nn import PyroModule
 from torch import nn
@@ -19,6 +18,7 @@ from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training import plugins
 from ltm_pyro.training.old_recipe_keys import dotted_keys, refuse_old_keys
 from ltm_pyro.training.trust import check_classes, check_code, known_class
+from ltm_pyro.utils.safe_yaml import load_yaml
 
 DEFAULTS = {  # by dotted path: this room imports no model and no guide
     "model.decoder": {"class_path": "ltm_pyro.models.Decoder"},
@@ -94,7 +94,7 @@ def parse_model(recipe: str, source: object, trust: bool = False) -> Namespace:
             class or file that the recipe names is missing.
     """
     try:
-        content = yaml.safe_load(recipe)
+        content = load_yaml(recipe)
         refuse_old_keys(dotted_keys(content), source)
         model = {name: value for name, value in content["model"].items() if name not in TRAINING_KEYS}
         free = check_code({"model": model}, recipe, source, trust)
@@ -162,5 +162,6 @@ def complaint(message: str) -> str:
     problem = problem.rsplit(" expects a function or a callable class: ", 1)[-1]
     if expected := re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", problem):
         problem = f"expected {' or '.join(dict.fromkeys(a or b for a, b in expected))}"
+    value = value and (value if len(value) <= 200 else f"{value[:200]}…")
     place = f"{key} = {value}: " if key and value else f"{key}: " if key else ""
     return f"{place}{problem.rstrip('.')}; `ltm fit --help` lists every key and its values."

@@ -120,7 +120,9 @@ class LTMModule(pl.LightningModule):
             self.store = LocalStore(self.sequences, folder)
 
     def on_fit_start(self) -> None:
-        """Refuses CUDA graphs on another device before the first step; a curriculum may need them only later."""
+        """Takes no step if the FLOPs are spent; refuses CUDA graphs on another device, also if needed later only."""
+        if self.max_flops and self.flops >= self.max_flops:
+            self.trainer.should_stop = True
         if self.inference.cuda_graph or self.evaluation.cuda_graph:
             check_device(self.device)
 

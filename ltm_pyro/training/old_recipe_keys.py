@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.safe_yaml import load_yaml
 
 RENAMED = {  # old key -> new key; `init_args` is left out of both
     "model.inference.start": "model.inference.init",
@@ -48,7 +49,7 @@ def option_keys(words: Iterable[str]) -> Iterator[str]:
     for key, value in option_values(words):
         yield key
         try:
-            content = yaml.safe_load(value)
+            content = load_yaml(value)
         except yaml.YAMLError:
             content = None
         yield from dotted_keys(content, f"{key}.")

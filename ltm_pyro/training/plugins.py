@@ -13,9 +13,8 @@ from site import getsitepackages
 from sysconfig import get_paths
 from typing import Any
 
-import yaml
-
 from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.safe_yaml import load_yaml
 
 IN_FILE = re.compile(r"(?P<file>[^:]+\.py):(?P<name>\w+)")  # some/folder/my_prior.py:SpikeAndSlab
 INSTALLED = [Path(x).resolve() for x in (*getsitepackages(), get_paths()["stdlib"])]  # modules that a name finds again
@@ -144,4 +143,4 @@ def is_installed(file: Path) -> bool:
 
 def load(text: str) -> Any:
     """The content of a recipe's YAML; every ``file.py:Name`` that stands for a class is imported."""
-    return resolve(yaml.safe_load(text))
+    return resolve(load_yaml(text))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Union, cast, get_args
 
 import pytorch_lightning as pl
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 from pytorch_lightning.callbacks import Checkpoint, Timer
 from yaml import YAMLError
@@ -28,6 +27,8 @@ from ltm_pyro.training.old_recipe_keys import option_keys, option_values, refuse
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, RECIPE, TOKENIZER, WEIGHTS
 from ltm_pyro.training.trust import check_code, of_code, source_lines
 from ltm_pyro.utils.files import local_path
+from ltm_pyro.utils.limits import LARGEST_SEED
+from ltm_pyro.utils.safe_yaml import load_yaml
 
 DEFAULTS = {
     **model_config.DEFAULTS,
@@ -50,7 +51,6 @@ WITHOUT_EFFECT = (  # on what a training computes
     *("run", "force", "ckpt_path", "config", "warm_start", "checkpoints", "data.workers", "data.cache"),
     *("trainer.log_every_n_steps", "trainer.logger", "trainer.profiler"),
 )
-LARGEST_SEED = 2**32 - 1  # that NumPy takes
 FIXED: dict[str, Any] = {  # settings of Lightning's trainer that no recipe may change
     "use_distributed_sampler": False,  # `Order` shares sequences out
     "enable_progress_bar": False,  # `Progress` has one
@@ -107,6 +107,7 @@ def read_recipe(arguments: list[str], own: bool = True) -> Namespace:
     Raises:
         UsageError: a key is wrong, which is named, or code of others is named without trust.
     """
+    recipe = " ".join(re.findall(r"--config[ =](\S+)", " ".join(arguments)))
     try:
         refuse_old_keys(option_keys(arguments))
         _check_stored(arguments, own)
@@ -114,11 +115,11 @@ def read_recipe(arguments: list[str], own: bool = True) -> Namespace:
         check_parts(config)
         return _expand_paths(config, arguments)
     except ArgumentError as error:
-        raise UsageError(complaint(str(error))) from None
+        named = str(error).replace("Problems parsing config", f"The recipe {recipe} cannot be parsed", 1)
+        raise UsageError(complaint(named)) from None
     except UsageError:
         raise
     except (UnicodeDecodeError, OSError) as error:
-        recipe = " ".join(re.findall(r"--config[ =](\S+)", " ".join(arguments)))
         raise UsageError(f"The recipe {recipe} cannot be read as text ({error}); give a YAML file in UTF-8.") from None
     except ValueError as error:  # such as a number of 5,000 digits
         raise UsageError(f"The recipe and its options cannot be read: {complaint(str(error))[:400]}") from None
@@ -128,7 +129,7 @@ def _expand_paths(config: Namespace, arguments: list[str]) -> Namespace:
     """Paths with the user's home written out; and a run's own recipe means the run that it is in, wherever that is."""
     given = map(Path, re.findall(r"(?:^|\0)--config[=\0]([^\0]+)", "\0".join(arguments)))
     files = [path for path in given if os.path.isfile(path)]  # a recipe can also be given as text
-    recipes = [path for path in files if "run" in dict(_leaves(yaml.safe_load(path.read_text("utf-8"))))]
+    recipes = [path for path in files if "run" in dict(_leaves(load_yaml(path.read_text("utf-8"))))]
     if recipes and not any(re.match(r"--run(=|$)", word) for word in arguments):  # the last recipe names the run
         name, folder = recipes[-1].name, recipes[-1].parent
         if name == RECIPE and (folder / TOKENIZER).is_file() and (folder / CHECKPOINT).parent.is_dir():
@@ -147,7 +148,7 @@ def changed_settings(earlier: str, now: str, source: object) -> list[str]:
     Raises `UsageError` for a setting that decides which sequences come next: with another, some would come twice and
     others never.
     """
-    before, after = (dict(_leaves(yaml.safe_load(text))) for text in (earlier, now))
+    before, after = (dict(_leaves(load_yaml(text))) for text in (earlier, now))
     changed = [key for key in after if key in before and before[key] != after[key]]
     for key in DECIDING:
         if key in changed:
@@ -177,7 +178,7 @@ def _check_stored(arguments: list[str], own: bool) -> None:
         if key == "config" and (not own or (os.path.isfile(value) and _is_stored(Path(value)))):
             try:
                 text = Path(value).read_text("utf-8")
-                content = yaml.safe_load(text)
+                content = load_yaml(text)
             except (OSError, ValueError, YAMLError):  # which the parser says better
                 continue
             check_code(of_code(content), text, value, trust)

@@ -19,6 +19,7 @@ from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
+from ltm_pyro.training.ranks import Ranks
 from ltm_pyro.training.recipe import build, changed_settings, check_budget, check_data, dump_recipe, lightning_complaint
 from ltm_pyro.training.run_directory import (
     CHECKPOINT,
@@ -34,8 +35,8 @@ from ltm_pyro.training.run_directory import (
 )
 from ltm_pyro.training.trust import remember_recipe
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import DISK_IS_FULL, local_path, lock_folder
-from ltm_pyro.utils.processes import end_with_parent
+from ltm_pyro.utils.files import DISK_IS_FULL, DiskFullError, local_path, lock_folder
+from ltm_pyro.utils.processes import end_with_parent, end_with_starter
 
 NOISE = (  # Lightning's warnings that no user can do anything about
     ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
@@ -68,6 +69,7 @@ def train(config: Namespace, callbacks: Sequence[Any] = ()) -> Path:
         busy = f"Another process trains {run} right now: wait for it, or choose another --run."
         with lock_folder(run, busy, "--run"):
             return _train(config, callbacks, run, first)
+    end_with_starter()
     end_with_parent()  # which is the first rank, or a launcher
     return _train(config, callbacks, run, first)
 
@@ -93,7 +95,9 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
 
     saver = Checkpoints(run / CHECKPOINT, recipe, text, Saving(**config.checkpoints.as_dict()), start_run)
     changed = changed_settings(content["ltm_pyro"]["recipe"], recipe, resumed) if resumed else []
-    module, data, trainer = build(config, callbacks=[Progress(), *callbacks, saver], logger=[log])
+    ranks = Ranks()
+    module, data, trainer = build(config, callbacks=[Progress(), *callbacks, ranks, saver], logger=[log])
+    ranks.prepare(trainer)
     if resumed:
         data.check(content.get("PackedData") or {}, trainer.world_size)
         load_weights(module, content["state_dict"], resumed)
@@ -103,11 +107,11 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
     costs = cost_summary(module, config, trainer.world_size) if first else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
-        _fit(trainer, module, data, run, resumed, saver)
+        _fit(trainer, module, data, run, resumed, saver, ranks)
     if first and not (saver.has_started or keep):
         raise UsageError(
-            f"{run} holds no checkpoint, because the budget was already spent at step {trainer.global_step}: raise the "
-            f"budget."
+            f"Nothing was trained, and {run} is as it was, because the budget was already spent at step "
+            f"{trainer.global_step}: raise the budget."
         )
     return run
 
@@ -139,9 +143,19 @@ def error_message(error: BaseException) -> str:
     return str(error).rsplit("UsageError: ", 1)[-1].strip()
 
 
-def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | None, saver: Checkpoints) -> None:
+def _fit(
+    trainer: Any,
+    module: LTMModule,
+    data: Any,
+    run: Path,
+    resumed: Path | None,
+    saver: Checkpoints,
+    ranks: Ranks,
+) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except DiskFullError:
+        raise
     except UsageError as error:
         raise UsageError(error_message(error)) from None
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -156,6 +170,11 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
             f"resume with: ltm fit --config {run / RECIPE} --ckpt_path {run / CHECKPOINT}"
         ) from None
     except RuntimeError as error:
+        if ranks.is_lost(trainer, error):
+            raise UsageError(
+                f"Another rank was lost, or did not answer in time, at step {trainer.global_step}: see what it said, "
+                f"and {_advice(run)}."
+            ) from None
         if "DataLoader worker" not in str(error):
             raise
         raise UsageError(
@@ -165,7 +184,7 @@ def _fit(trainer: Any, module: LTMModule, data: Any, run: Path, resumed: Path | 
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
-        raise UsageError(
+        raise DiskFullError(
             f"The disk under {run} is full at step {trainer.global_step}: free some space and {_advice(run)}."
         ) from None
 

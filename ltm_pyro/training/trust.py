@@ -22,10 +22,12 @@ import yaml
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.training.plugins import IN_FILE, PARTS, is_installed, locate, module_file
+from ltm_pyro.utils.safe_yaml import load_yaml
 
 CLASS_KEYS = {"class_path", "callbacks", "logger", "plugins", *PARTS}  # of a recipe: their values name classes
 SOURCE = re.compile(r"^# sha256 of (?P<file>.*): (?P<digest>[0-9a-f]{64})$", re.MULTILINE)  # ends a recipe
 STORE = Path("ltm_pyro") / "trusted.jsonl"  # in the user's data folder: one line for each recipe trained here
+TEXTS = 5  # of YAML, one inside the other
 Class = TypeVar("Class")
 
 _registered: list[type] = []
@@ -76,23 +78,26 @@ def known_class(name: str) -> type | None:
     return None
 
 
-def code_names(content: Any, at_class: bool = False) -> Iterator[str]:
+def code_names(content: Any, at_class: bool = False, texts: int = 0) -> Iterator[str]:
     """Every class, function and file that a part of a recipe names, in order, also those inside ``init_args``.
 
-    A text that is YAML itself counts as what it says, because the parser of recipes reads it so.
+    A text that is YAML itself counts as what it says, because the parser of recipes reads it so; ``texts`` of such
+    texts are around ``content``. Raises `UsageError` if there are more than `TEXTS`.
     """
+    if texts > TEXTS:
+        raise UsageError(f"A recipe has YAML in texts, {texts} inside of each other: write it out, and not as a text.")
     if isinstance(content, Mapping):
         for key, value in content.items():
-            yield from code_names(value, str(key).rpartition(".")[2].rstrip("+") in CLASS_KEYS)
+            yield from code_names(value, str(key).rpartition(".")[2].rstrip("+") in CLASS_KEYS, texts)
     elif isinstance(content, list | tuple | set):
         for value in content:
-            yield from code_names(value, at_class)
+            yield from code_names(value, at_class, texts)
     elif isinstance(content, str):
         inside: Any = None
         with suppress(yaml.YAMLError):
-            inside = yaml.safe_load(content)
+            inside = load_yaml(content)
         if isinstance(inside, Mapping | list | set) or (isinstance(inside, str) and inside != content):
-            yield from code_names(inside, at_class)
+            yield from code_names(inside, at_class, texts + 1)
         elif content and (at_class or IN_FILE.fullmatch(content) or _is_dotted(content)):
             yield content
 
@@ -236,7 +241,7 @@ def _digest(file: Path) -> str:
 
 def source_lines(recipe: str) -> str:
     """The lines that end a recipe: the SHA-256 of every file of the user's, or of a third package, that it names."""
-    names = [name for name in code_names(yaml.safe_load(recipe)) if name not in _exported()]
+    names = [name for name in code_names(load_yaml(recipe)) if name not in _exported()]
     files = sorted({file for file in map(_file, names) if file is not None})
     return "".join(f"# sha256 of {file}: {_digest(file)}\n" for file in files)
 
@@ -295,7 +300,7 @@ def is_own(recipe: str) -> bool:
     files = _unchanged(_digest_of(recipe))
     if files is None:
         return False
-    named = (_file(name) for name in code_names(yaml.safe_load(recipe)) if known_class(name) is None)
+    named = (_file(name) for name in code_names(load_yaml(recipe)) if known_class(name) is None)
     return all(file is None or str(file) in files or is_installed(file) for file in named)
 
 

@@ -34,6 +34,10 @@ def local_path(given: str | Path, option: str) -> Path:
     return path
 
 
+class DiskFullError(UsageError):
+    """There is no room for what has to be written: the same command succeeds once there is."""
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, to be written inside the block; it replaces ``path`` when the block ends.
@@ -74,23 +78,23 @@ def new_folder(folder: Path) -> Iterator[None]:
 
     What the block wrote into such a folder goes with it; folders above it stay if anything else has come into them.
     """
-    missing = _missing_folders(folder)
+    missing = missing_folders(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         if missing:
             shutil.rmtree(folder, ignore_errors=True)
-            _remove_empty(missing[1:])
+            remove_empty(missing[1:])
         raise
 
 
-def _missing_folders(folder: Path) -> list[Path]:
+def missing_folders(folder: Path) -> list[Path]:
     """A folder and those above it that do not exist yet, the innermost first."""
     return [path for path in (folder, *folder.absolute().parents) if not path.exists()]
 
 
-def _remove_empty(folders: Iterable[Path]) -> None:
+def remove_empty(folders: Iterable[Path]) -> None:
     """Deletes folders, the innermost first, as long as they are empty."""
     with suppress(OSError):
         for folder in folders:
@@ -106,7 +110,7 @@ def lock_folder(folder: Path, busy: str, option: str) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder: choose another {option}.")
-    missing = _missing_folders(folder)
+    missing = missing_folders(folder)
     try:
         with writing(folder, option):
             folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +122,7 @@ def lock_folder(folder: Path, busy: str, option: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # explicitly, because a worker process may have inherited the file
             lock.close()
     finally:
-        _remove_empty(missing)
+        remove_empty(missing)
 
 
 def _take_lock(path: Path, busy: str) -> IO[bytes]:
@@ -151,8 +155,8 @@ def writing(place: str | Path, option: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"Cannot write {place}: {reason}; make room there or choose another {option}.") from None
+        reason, kind = error.strerror or error, DiskFullError if error.errno in DISK_IS_FULL else UsageError
+        raise kind(f"Cannot write {place}: {reason}; make room there or choose another {option}.") from None
 
 
 def check_folder(folder: Path, option: str) -> None:

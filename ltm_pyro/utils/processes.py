@@ -9,6 +9,7 @@ import threading
 import time
 
 _PR_SET_PDEATHSIG = 1  # Linux's name for it, see prctl(2)
+STARTER = "LTM_STARTER"  # in the environment of a process: the number of the one that started it, and has to be alive
 POLL = 0.5  # seconds between two looks at the parent, where nothing tells of its end
 
 
@@ -39,3 +40,15 @@ def end_with_parent(worker: int = 0) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_starter() -> None:
+    """`end_with_parent` for a process whose environment names its parent; it ends at once if that has gone already.
+
+    To be called before the long imports, in which a parent can be killed as well.
+    """
+    starter = os.environ.pop(STARTER, None)
+    if starter is not None:
+        end_with_parent()
+        if starter != str(os.getppid()):
+            os._exit(1)

@@ -19,6 +19,7 @@ import torch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search.definition import load_definition
 from ltm_pyro.studies.search.objective import Setting
+from ltm_pyro.utils.files import DISK_IS_FULL, DiskFullError
 from ltm_pyro.utils.malloc import keep_freed_memory
 from ltm_pyro.utils.processes import end_with_parent
 
@@ -47,8 +48,8 @@ class Task:
 def start_process(task: Task) -> tuple[Any, Connection]:
     """The running process, and the end of a pipe on which its messages arrive.
 
-    They are ``("tick", progress)``, ``("report", rung, bound)``, and at last ``("done", figures)`` or
-    ``("failed", reason)``.
+    They are ``("tick", progress)``, ``("report", rung, bound)``, and at last ``("done", figures)``,
+    ``("failed", reason)``, or ``("full", reason)`` if the disk was full.
     """
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_run, args=(task, sender))
@@ -62,20 +63,23 @@ def _run(task: Task, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     end_with_parent()
     run = Path(task.setting["run"])
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / "trial.log").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        outcome: tuple[str, Any]
-        try:
-            outcome = "done", _objective(task, sender)
-        except BaseException as error:
+    outcome: tuple[str, Any]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / "trial.log").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        outcome = "done", _objective(task, sender)
+    except BaseException as error:
+        with suppress(OSError):
             traceback.print_exc()
-            outcome = "failed", failure_reason(error)
+        full = isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in DISK_IS_FULL)
+        outcome = "full" if full else "failed", failure_reason(error)
+    with suppress(OSError):
         sys.stderr.flush()
-        with suppress(FileNotFoundError):
-            shutil.rmtree(run / "checkpoints")  # a study of large models would fill the disk
-        sender.send(outcome)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(run / "checkpoints")  # a study of large models would fill the disk
+    sender.send(outcome)
 
 
 def _objective(task: Task, sender: Connection) -> dict[str, float]:

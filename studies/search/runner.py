@@ -23,6 +23,7 @@ from ltm_pyro.studies.search.objective import RUNGS, options_of
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.process import Task, exit_reason, start_process
 from ltm_pyro.studies.search.watch import Watch
+from ltm_pyro.utils.files import DiskFullError
 
 POLL = 1.0  # seconds
 
@@ -187,6 +188,10 @@ class Worker:
                 return False
             case ("report", rung, bound):
                 return self._is_pruned(job, rung, bound)
+            case ("full", _):  # so that no trial counts as failed for it; `run` enqueues them again
+                raise DiskFullError(
+                    f"The disk under {self.resources.out} is full: make room, and give the same command again."
+                )
             case ("done" | "failed", result):
                 with suppress(UpdateFinishedTrialError):  # our heartbeats were late, and another worker runs it now
                     record = trials.finish if isinstance(result, dict) else trials.fail

@@ -1,7 +1,9 @@
 """The storage that the workers of a study share, SQLite or PostgreSQL, with heartbeats of the running trials."""
 
+import os
 import re
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,11 +16,12 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.files import check_folder
+from ltm_pyro.utils.files import DiskFullError, check_folder, missing_folders, remove_empty
 
 HEARTBEAT, GRACE = 10, 40  # seconds between two heartbeats, and without one until a worker counts as dead
 RETRIES = 3
 MADE_TWICE = "already exists|no such table|UNIQUE constraint failed|duplicate key"  # what SQLite and PostgreSQL say
+FULL = "disk is full|disk I/O error|No space left on device"  # what they say of a disk
 ATTEMPTS, PAUSE = 5, 0.5  # to open a storage that another worker is creating; seconds in between
 
 
@@ -44,6 +47,11 @@ def open_storage(url: str) -> Iterator[RDBStorage]:
             ) from None
         except (SQLAlchemyError, StorageInternalError) as error:
             cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+            if re.search(FULL, str(cause)):
+                raise DiskFullError(
+                    f"The disk of the storage {without_password(url)} is full ({_first_line(cause)}): make room, and "
+                    f"give the same command again."
+                ) from None
             raise UsageError(
                 f"The storage {without_password(url)} does not answer ({_first_line(cause)}): check the address "
                 f"and try again."
@@ -110,7 +118,27 @@ def check_destination(url: str, out: Path) -> None:
         check_folder(Path(url.removeprefix("sqlite:///")).parent, "--storage")
 
 
-def make_folder(url: str) -> None:
-    """Creates the folder of a SQLite file."""
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+def create_file(url: str) -> None:
+    """Creates a SQLite file and its folder: whole, or not at all if the disk is full."""
+    file = Path(url.removeprefix("sqlite:///"))
+    if not url.startswith("sqlite:///"):
+        return
+    if "?" in url or file.exists():  # SQLite's options, or a storage already
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return
+    missing, new = missing_folders(file.parent), file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open_storage(f"sqlite:///{new}"):
+            pass
+        try:
+            os.link(new, file)
+        except OSError:  # another worker was faster, or a file system without hard links
+            if not file.exists():
+                os.replace(new, file)
+    except UsageError as error:
+        raise type(error)(str(error).replace(str(new), str(file))) from None
+    finally:
+        for left in (new, Path(f"{new}-journal")):
+            left.unlink(missing_ok=True)
+        remove_empty(missing)

@@ -22,7 +22,7 @@ from ltm_pyro.studies.search.plan import Plan, base_recipe, check_changes, check
 from ltm_pyro.studies.search.runner import Resources, Worker
 from ltm_pyro.studies.search.storage import (
     check_destination,
-    make_folder,
+    create_file,
     open_existing,
     open_storage,
     without_password,
@@ -31,6 +31,7 @@ from ltm_pyro.studies.search.watch import Watch
 from ltm_pyro.training.recipe import dump_recipe
 from ltm_pyro.training.trust import remember_file, remember_recipe
 from ltm_pyro.utils.files import atomic_write, new_folder, writing
+from ltm_pyro.utils.limits import LARGEST_SEED
 
 BASE = "base.yaml"
 BUDGET = "4e12flops"
@@ -87,8 +88,11 @@ def run_study(
     check_name(name)
     if name.endswith(trials.CHECKS):
         raise UsageError(f"'{name}' would be the checks of another study: choose another --study-name.")
+    if plan.seed + total + repeats > LARGEST_SEED:  # a setting that is tried again has the next seed
+        most = LARGEST_SEED - total - repeats
+        raise UsageError(f"--seed is {plan.seed}, behind which no seeds are left: choose one of at most {most}.")
     check_destination(url, resources.out)
-    make_folder(url)
+    create_file(url)
     with open_storage(url) as storage:
         study = trials.open_study(storage, name, plan)
         checks = trials.open_study(storage, name + trials.CHECKS, replace(plan, pruned=False))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltm_pyro.data.tokenizer import number_tokenizer
+
 CONTENT = {  # file -> what is in it
     "empty.txt": b"",
     "blank.txt": b"\n \n",
@@ -139,7 +141,7 @@ def test_options_that_contradict_each_other(run, refused, options, word):
     [
         ([], ("data.directory", "required")),
         (["--config", "nowhere.yaml"], ("nowhere.yaml", "not exist")),
-        (["--config", "broken.yaml"], ("line 2", "parsing")),
+        (["--config", "broken.yaml"], ("broken.yaml", "line 2", "cannot be parsed")),
         (["--config", "list.yaml"], ("- 1",)),
         (["--config", "binary.yaml"], ("binary.yaml", "UTF-8")),
         (["--config", "unknown.yaml"], ("model", "'decodr'")),
@@ -152,6 +154,44 @@ def test_recipes_that_cannot_be_read(here, refused, arguments, words):
     ends = [] if "--config" in arguments or not arguments else ["--trainer.max_time", "00:00:00:01"]
     message = refused("fit", *ends, *arguments)
     assert all(word in message for word in words), message
+
+
+LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9 if i else ['lol'] * 9)}]\n" for i in range(20))
+BOMBS = {  # a small file that would fill time or memory -> what is said of it
+    LAUGHS: "YAML of more than 65,536 characters, its aliases written out",
+    LAUGHS.replace("[", "{<<: [").replace("]", "]}").replace("lol", "{}"): "its aliases written out",
+    "model:" + " # \n" * 2**15: "its aliases written out",
+    "model: " + "[" * 2**15: "nested more than 50 levels deep",
+    "".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else ''}]\n" for i in range(2000)): "nested more than 50 levels deep",
+    "model: &a {prior: *a}": "an alias is inside of what it stands for",
+    "model: " + "1" * 5000: "5000 digits",
+}
+
+
+@pytest.mark.parametrize("number", range(len(BOMBS)))
+def test_yaml_that_would_fill_the_memory_is_not_written_out(here, run, refused, number):
+    text, word = list(BOMBS.items())[number]
+    (here / "list.yaml").write_text(text)
+    for command in (
+        ("fit", "--config"),
+        ("show",),
+        ("flops", "--config"),
+        ("study", "run", "scaling", "--base-config"),
+    ):
+        assert word in refused(*command, "list.yaml")
+    assert word in refused("study", "run", "scaling", "--set", f"data={text}")
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    content["ltm_pyro"]["recipe"] = text
+    torch.save(content, here / "foreign.ckpt")
+    assert word in refused("generate", "foreign.ckpt")
+
+
+def test_yaml_in_texts_in_texts_is_not_read_without_end(here, refused):
+    text = "a"
+    for _ in range(100):
+        text = "a: |\n" + "\n".join(f" {line}" for line in text.splitlines())
+    (here / "list.yaml").write_text("model:\n" + "\n".join(f"  {line}" for line in text.splitlines()))
+    assert "YAML in texts, 6 inside of each other" in refused("show", "list.yaml")
 
 
 @pytest.mark.parametrize(
@@ -246,6 +286,13 @@ def test_a_checkpoint_whose_tokenizer_is_none(run, recipe, refused, tmp_path):
     torch.save(content, tmp_path / "x.ckpt")
     for command in (("evaluate",), ("fit", "--config", recipe, "--run", tmp_path / "run", "--ckpt_path")):
         assert "x.ckpt: its tokenizer.json is not" in refused(*command, tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_with_more_tokens_than_its_model(run, refused, tmp_path):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    content["ltm_pyro"]["tokenizer"] = number_tokenizer(500).to_str()
+    torch.save(content, tmp_path / "x.ckpt")
+    assert "x.ckpt: its tokenizer.json has 501 tokens, and its model 280" in refused("generate", tmp_path / "x.ckpt")
 
 
 def test_another_vocabulary_and_longer_sequences(here, corpus, run, recipe, ltm, refused):

@@ -3,10 +3,12 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
-from ltm_pyro.cli.arguments import LARGEST, LARGEST_SEED, at_least
+from ltm_pyro.cli.arguments import LARGEST, at_least
+from ltm_pyro.cli.main import COMMANDS
 from ltm_pyro.contracts import Init
 from ltm_pyro.data.pack import pack
 from ltm_pyro.errors import UsageError
@@ -18,6 +20,7 @@ from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.training.datamodule import PackedData
 from ltm_pyro.training.schedules import Curriculum
 from ltm_pyro.utils.files import atomic_write, check_file
+from ltm_pyro.utils.limits import LARGEST_SEED
 
 
 @pytest.mark.parametrize("text", ["٣", "1e3", "", " 1", "1_000", "--1", "10" * 11, "9" * 5000, str(LARGEST + 1)])
@@ -27,6 +30,23 @@ def test_counts_are_whole_numbers_in_ascii_and_have_an_end(text):
     assert len(str(caught.value)) < 200
     assert at_least(0)(str(LARGEST)) == LARGEST
     assert at_least(0, LARGEST_SEED)(str(LARGEST_SEED)) == LARGEST_SEED
+
+
+def test_every_command_takes_the_seeds_that_numpy_takes(ltm, refused, recipe, tmp_path):
+    np.random.RandomState(LARGEST_SEED)
+    with pytest.raises(ValueError, match="between 0 and 2"):
+        np.random.RandomState(LARGEST_SEED + 1)
+    seeded = [name.split() for name in COMMANDS if "--seed N" in ltm(*name.split(), "--help")[1]]
+    assert len(seeded) == 8
+    for command in seeded:
+        assert "'4294967296' is more than 4294967295" in refused(*command, "--seed", LARGEST_SEED + 1)
+        assert "more than" not in refused(*command, "--seed", LARGEST_SEED, "--no-such-option")
+    fit = ("fit", "--config", recipe, "--run", tmp_path / "run", "--seed_everything")
+    assert "`seed_everything` is 4294967296: choose a seed from 0 to 4294967295" in refused(*fit, LARGEST_SEED + 1)
+    study = ("study", "run", "rate_ratio", "--base-config", recipe, "--storage", f"sqlite:///{tmp_path}/x.db")
+    options = ("--budget", "1e9flops", "--trials", 4, "--repeats", 2, "--out", tmp_path / "out")
+    assert "choose one of at most 4294967289" in refused(*study, *options, "--seed", LARGEST_SEED)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -242,16 +242,37 @@ WRITING = {  # command -> its arguments; {} is a folder in which it writes
     "show": ("{run}", "--svg", "{}/x.svg"),
     "new": ("prior", "SlabAndSpike", "--out", "{}/deep/folder"),
     "export": ("{run}", "--out", "{}/deep/folder"),
+    "evaluate ": ("{run}", "--by-document", "{}/x.jsonl", "--limit", 2, "--samples", 1, "--fast-steps", 1),
+    "study best": ("--storage", "sqlite:///{material}/studies.db", "--out", "{}/deep/best.yaml"),
+    "study report": ("--storage", "sqlite:///{material}/studies.db", "--out", "{}/deep/report"),
     "evaluate": ("{run}", "--suite", "zero-shot", "--suite-dir", "{material}/data", "--out", "{}/deep", "--limit", 2),
 }
 
 
+SPACE = """
+'''Which fast rate?'''
+from optuna.distributions import FloatDistribution
+space = {"model.inference.rate": FloatDistribution(0.05, 0.5, log=True)}
+checks = False
+"""
+
+
+def study(recipe, folder, storage):
+    """The words of a small search, its file in ``folder``."""
+    (folder / "rate.py").write_text(SPACE)
+    small = ("--budget", "2e8flops", "--limit", 4, "--samples", 2, "--trials", 1)
+    return ("run", folder / "rate.py", "--base-config", recipe, "--storage", f"sqlite:///{storage}", *small)
+
+
 @pytest.mark.parametrize("command", WRITING)
-def test_a_full_disk_is_told_and_leaves_nothing(run, corpus, material, ltm, tmp_path, command):
+def test_a_full_disk_is_told_and_leaves_nothing(run, recipe, corpus, material, ltm, tmp_path, command):
     """No file can be larger than a limit, as on a disk that is full at that moment."""
     places, out = {"run": run, "corpus": corpus, "material": material}, material / "posterior.nc"
     if command == "report" and not out.exists():
         assert ltm("posterior", run, "--input", material / "texts.jsonl", "--out", out, "--samples", 30)[0] == 0
+    if command.startswith("study") and not (material / "studies.db").exists():
+        search = study(recipe, material, material / "studies.db")
+        assert ltm("study", *search, "--out", material / "trials")[0] == 0
     words = [str(x).replace("{}", str(tmp_path)).format(**places) for x in WRITING[command]]
     codes = []
     for size in SIZES:
@@ -285,3 +306,43 @@ def test_a_disk_that_is_full_in_a_training_loses_nothing(recipe, whole, ltm, tmp
     )
     assert code == 0, err
     assert curve(run) == curve(whole)
+
+
+def test_a_comparison_on_a_disk_that_is_full_goes_on_later(recipe, ltm, tmp_path):
+    options = ("--minutes", 0.04, "--samples", 2, "--limit", 2, "--json")
+    compare = ("compare", "--config", recipe, "--out", tmp_path / "deep" / "out", *options)
+    for size in (0, 10_000, 100_000):
+        with full_after(size):
+            code, out, err = ltm(*compare)
+        assert (code, out) == (2, ""), err
+        assert err.splitlines()[-1].startswith("ltm compare: ")
+        assert "Traceback" not in err
+        assert not list(tmp_path.rglob("*.new"))
+        assert size or tree(tmp_path) == {}
+    assert "The disk under" in err
+    assert "give the same command again" in err
+    code, whole, err = ltm(*compare)
+    assert code == 0, err
+    before = tree(tmp_path)
+    with full_after(0):
+        assert ltm(*compare)[0] == 2
+    assert tree(tmp_path) == before
+    assert ltm(*compare)[1] == whole
+
+
+@pytest.mark.parametrize("size", [0, 30_000])
+def test_a_study_whose_storage_has_no_room_leaves_nothing(recipe, tmp_path, size):
+    (tmp_path / "here").mkdir()
+    words = ("study", *study(recipe, tmp_path, tmp_path / "here" / "deep" / "studies.db"), "--out", tmp_path / "here/x")
+    done = subprocess.run(  # its trials have a process of their own, with the same limit
+        [sys.executable, "-P", "-m", "ltm_pyro.cli", *map(str, words)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(
+        f"ltm study run: The disk of the storage sqlite:///{tmp_path}/here/deep/studies.db is"
+    )
+    assert done.stderr.count("\n") == 1
+    assert tree(tmp_path / "here") == {}

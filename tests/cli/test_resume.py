@@ -1,6 +1,7 @@
 """Interrupted training resumes exactly: the same batches, random numbers and rates, to the last digit."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,11 +128,21 @@ def test_an_error_at_the_first_batch_after_a_resume_is_told(recipe, ltm, tmp_pat
     assert code == 0, err
 
 
-def test_a_finished_run_has_no_step_for_another_directory(recipe, run, ltm, tmp_path):
-    code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path / "other", "--ckpt_path", run)
-    assert code == 2
-    spent = "holds no checkpoint, because the budget was already spent at step 3"
-    assert f"{tmp_path / 'other'} {spent}" in err.splitlines()[-1]
+@pytest.mark.parametrize("budget", ["--trainer.max_steps=3", "--trainer.max_epochs=1", "--model.max_flops=1e6"])
+def test_a_finished_run_has_no_step_for_another_directory(recipe, run, ltm, tmp_path, budget):
+    ended = tmp_path / "ended"
+    fit = ("fit", "--config", recipe, "--trainer.max_steps", -1, "--trainer.limit_val_batches", 0, budget)
+    assert ltm(*fit, "--run", ended)[0] == 0
+    step = torch.load(ended / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    shutil.copytree(run, tmp_path / "earlier")
+    for name, force in (("other", ()), ("earlier", ("--force",))):
+        before = {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()}
+        code, _, err = ltm(*fit, "--run", tmp_path / name, "--ckpt_path", ended, *force)
+        assert code == 2
+        spent = f"and {tmp_path / name} is as it was, because the budget was already spent at step {step}"
+        assert spent in err.splitlines()[-1]
+        assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == before
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

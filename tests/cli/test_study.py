@@ -17,6 +17,19 @@ space = {"model.inference.rate": FloatDistribution(0.05, 0.5, log=True)}
 SMALL = ("--budget", "2e8flops", "--limit", 4, "--samples", 2)
 
 
+FULL_ONCE = f"""{SPACE}
+from pathlib import Path
+from ltm_pyro.studies.search import train_and_score
+
+def objective(setting):
+    mark = Path(setting.run).parent / "was full"
+    if setting.run.name == "trial-0001" and not mark.exists():
+        mark.touch()
+        raise OSError(28, "No space left on device")
+    return train_and_score(setting)
+"""
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -28,6 +41,18 @@ def search(tmp_path):
     path = tmp_path / "rate.py"
     path.write_text(SPACE)
     return path
+
+
+def test_a_full_disk_ends_a_search_and_costs_no_trial(ltm, recipe, tmp_path):
+    (tmp_path / "rate.py").write_text(FULL_ONCE)
+    base = ("study", "run", "rate.py", "--base-config", recipe, *SMALL, "--repeats", 0, "--trials", 2)
+    code, out, err = ltm(*base, "--json")
+    assert (code, out) == (2, ""), err
+    said = "ltm study run: The disk under runs/studies/rate is full: make room, and give the same command again."
+    assert err.splitlines()[-1] == said
+    code, out, err = ltm(*base, "--json")
+    assert code == 0, err
+    assert [row["state"] for row in json.loads(out)["trials"]] == ["complete"] * 3
 
 
 def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_path):

@@ -4,6 +4,8 @@ import gzip
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
@@ -102,6 +104,33 @@ def test_the_limit_can_be_raised_and_lowered(tmp_path, monkeypatch):
         monkeypatch.setenv("LTM_LONGEST_LINE", wrong)
         with pytest.raises(UsageError, match="LTM_LONGEST_LINE is"):
             list(read_documents([path]))
+
+
+@pytest.mark.parametrize("form", ["x.parquet", "hf:"])
+def test_a_text_in_a_table_has_the_same_limit(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts, folder = ["short", "x" * 50, "y" * 51], tmp_path / "set"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": texts, "source": ["z" * 60] * 3}), folder / "x.parquet")
+    place = f"hf:{folder}" if form == "hf:" else folder / form
+    monkeypatch.setenv("LTM_LONGEST_LINE", "51")
+    assert [document.text for document in read_documents([place])] == texts
+    monkeypatch.setenv("LTM_LONGEST_LINE", "50")
+    where = "record 3" if form == "hf:" else "x.parquet row 3"
+    with pytest.raises(UsageError, match=rf"{where} has a text of more than 50 characters; .* LTM_LONGEST_LINE"):
+        list(read_documents([place]))
+
+
+def test_a_table_whose_rows_share_one_long_text_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * 100), pa.array(["x" * 1000]))
+    pq.write_table(pa.table({"text": one}), tmp_path / "x.parquet")
+    sizes, read = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(formats, "_AT_ONCE", 20_000)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, size: sizes.append(size) or read(self, size))
+    assert len(list(read_documents([tmp_path / "x.parquet"]))) == 100
+    assert len(sizes) == 1
+    assert 1 <= sizes[0] <= 20
 
 
 @pytest.fixture

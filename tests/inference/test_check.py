@@ -10,13 +10,25 @@ import torch
 from pyro.nn import PyroModule
 from torch.distributions import constraints
 
-from ltm_pyro.contracts import make_batch
+from ltm_pyro.contracts import Batch, ThoughtShape, make_batch
 from ltm_pyro.errors import UsageError
-from ltm_pyro.guides import FlowGuide, MeanField
+from ltm_pyro.guides import (
+    Amortized,
+    BlockCovariance,
+    FlowGuide,
+    FullCovariance,
+    Langevin,
+    Laplace,
+    LowRank,
+    MeanField,
+    Point,
+)
 from ltm_pyro.inference.check_prior import check_prior
-from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.estimators import evaluate
+from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference
-from ltm_pyro.models import FlowPrior, LatentThoughtModel
+from ltm_pyro.inference.svi import DualRateSVI
+from ltm_pyro.models import FlowPrior, LatentThoughtModel, LinearGaussianModel
 from ltm_pyro.training.check_model import check_model
 
 
@@ -135,6 +147,75 @@ def test_a_prior_that_cannot_be_trained_is_refused(prior, message, make_model):
     assert __file__ in str(error.value)
 
 
+class NoStart(MeanField):
+    def init(self, sites, init):
+        super().init(sites, init)
+
+
+class OneTensor(MeanField):
+    def init(self, sites, init):
+        return super().init(sites, init)["z_loc"]
+
+
+class Numbers(MeanField):
+    def init(self, sites, init):
+        return super().init(sites, init) | {"z_loc": 0.0}
+
+
+class NoPlate(MeanField):
+    def __call__(self, batch, local):
+        return pyro.sample("z", dist.Normal(local["z_loc"], 1.0).to_event(3))
+
+
+class FlatPlate(MeanField):
+    def __call__(self, batch, local):
+        with pyro.plate("rows", batch.size, dim=-1):
+            return pyro.sample("z", dist.Normal(local["z_loc"], 1.0).to_event(3))
+
+
+class NoEvents(MeanField):
+    def __call__(self, batch, local):
+        return pyro.sample("z", dist.Normal(local["z_loc"], 1.0))
+
+
+class BrokenGuide(MeanField):
+    def __call__(self, batch, local):
+        return pyro.sample("z", dist.Normal(local["z_mean"], 1.0).to_event(3))
+
+
+FAULTY_GUIDES = {
+    NoStart: r"NoStart.init returns NoneType: return the local parameters as a dictionary",
+    OneTensor: r"OneTensor.init returns Tensor: return",
+    Numbers: r"Numbers.init returns a dictionary with Tensor, float: return",
+    NoPlate: r"NoPlate samples 'z' .*test_check.py:\d+. outside the plate of sequences.*sequence_plate\(batch.size\)",
+    FlatPlate: r"FlatPlate samples 'z' .*test_check.py:\d+. outside the plate",
+    NoEvents: r"NoEvents samples 'z' .*, or with batch shape \(2, 2, 3, 8\) for 2 sequences: .* .to_event",
+    BrokenGuide: r"BrokenGuide fails at .*test_check.py:\d+: KeyError, 'z_mean'",
+}
+
+
+@pytest.mark.parametrize("guide", FAULTY_GUIDES)
+def test_a_guide_that_cannot_be_fitted_is_refused_before_training(guide, tiny_model):
+    model = tiny_model()
+    with pytest.raises(UsageError, match=FAULTY_GUIDES[guide]) as error:
+        check_model(model, guide(model))
+    assert "\n" not in str(error.value)
+    assert "mean_field.py" not in str(error.value)
+
+
+@pytest.mark.parametrize("guide", [FullCovariance, BlockCovariance, FlowGuide, Amortized])
+def test_a_guide_that_needs_thoughts_says_so(guide, tiny_model):
+    with pytest.raises(UsageError, match=rf"{guide.__name__} needs thoughts, but the site 'z' has none \(K = 0\)"):
+        guide(tiny_model(thoughts=0))
+
+
+@pytest.mark.parametrize("guide", [MeanField, LowRank, Point, Laplace, Langevin])
+def test_the_other_guides_need_none(guide, tiny_model, tiny_batch):
+    model = tiny_model(thoughts=0)
+    check_model(model, guide(model))
+    evaluate(model, guide(model), [tiny_batch()], LocalInference(steps=1), samples=2)
+
+
 def test_a_valid_prior_passes(make_model):
     model = make_model(Valid)
     check_prior(model)
@@ -157,6 +238,40 @@ def test_a_batch_on_another_device_and_wrong_token_shapes_are_refused(tiny_model
     for tokens, lengths in ((tokens_BT, lengths_B[:2]), (tokens_BT[0], lengths_B), (tokens_BT * 1.0, lengths_B)):
         with pytest.raises(UsageError, match="whole-number tokens of shape"):
             unchecked(tokens, lengths, start_token=0)
+
+
+def rates(name):
+    return {"lr": 0.1}
+
+
+@pytest.mark.parametrize("token", [11, -1, 10**6])
+@pytest.mark.parametrize("last", [False, True], ids=["in the middle", "the last, which is no input"])
+@pytest.mark.parametrize("kind", [LatentThoughtModel, LinearGaussianModel])
+def test_a_token_beyond_the_vocabulary_is_refused_at_every_door(tiny_model, tiny_batch, token, last, kind):
+    model = tiny_model() if kind is LatentThoughtModel else LinearGaussianModel(ThoughtShape(1, 1, 2), 7, vocabulary=11)
+    guide, inference, batch = MeanField(model), LocalInference(steps=1), tiny_batch()
+    tokens_BT = batch.targets_BT.clone()
+    tokens_BT[0, -1 if last else 2] = token
+    wrong = make_batch(tokens_BT, batch.tokens_B, start_token=0)
+    doors = {
+        "prepare": lambda x: model.prepare(x),
+        "infer_local": lambda x: infer_local(model, guide, x, inference),
+        "training_loss": lambda x: training_loss(model, guide, x, inference),
+        "evaluate": lambda x: evaluate(model, guide, [x], inference, samples=2),
+    }
+    if kind is LatentThoughtModel:  # the other has no parameters to train, and a grid of values
+        doors |= {"a call": model, "step": lambda x: DualRateSVI(model, guide, rates, inference).step(x)}
+    for door in doors.values():
+        door(batch)
+        with pytest.raises(UsageError, match=rf"A batch has the token {token}, .* are 0 to 10: .* tokenizer"):
+            door(wrong)
+
+
+def test_tokens_are_checked_once_a_batch_and_not_at_every_fast_step(tiny_model, tiny_batch, monkeypatch):
+    model, seen, check = tiny_model(), [], Batch.check_tokens
+    monkeypatch.setattr(Batch, "check_tokens", lambda self, size: seen.append(size) or check(self, size))
+    infer_local(model, MeanField(model), tiny_batch(), LocalInference(steps=5))
+    assert seen == [11]
 
 
 def test_local_parameters_without_a_sequence_axis_are_refused(tiny_model, tiny_batch):

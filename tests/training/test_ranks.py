@@ -2,8 +2,14 @@
 
 import csv
 import os
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,6 +84,118 @@ def test_the_command_line_on_two_ranks_logs_once_and_goes_on(recipe, tmp_path):
     assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(16))
     assert [int(row["step"]) for row in rows if row["val/bound"]] == [4, 9, 14]
     assert all(x.isfinite().all() for x in load_run(tmp_path / "run").model.state_dict().values())
+
+
+@contextmanager
+def load(processes):
+    """Inside, so many processes compute all the time."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+class Start:
+    """One start of a training on two ranks."""
+
+    def __init__(self, fit, run):
+        self.checkpoint, self.began = run / "checkpoints" / "last.ckpt", time.time()
+        again = () if self.checkpoint.exists() else ("--force",)
+        command = [sys.executable, "-P", "-m", "ltm_pyro.cli", *map(str, (*fit, "--run", run, *again))]
+        self.first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.others = []
+
+    def wait(self, until):
+        """Waits, also for the other rank to be there; whether the training still runs."""
+        while self.first.poll() is None:
+            self.others = self.others or self._children()
+            if self.others and until():
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _children(self):
+        try:
+            found = Path(f"/proc/{self.first.pid}/task/{self.first.pid}/children").read_text().split()
+            return [pid for pid in map(int, found) if b"ltm_pyro" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        except OSError:
+            return []
+
+    def has_saved(self):
+        return self.checkpoint.exists() and self.checkpoint.stat().st_mtime > self.began
+
+    def end(self):
+        """The exit code, and what was said; fails at a standstill of a minute, and if a rank lives on."""
+        _, err = self.first.communicate(timeout=60)
+        until = time.monotonic() + 20
+        while any(map(alive, self.others)):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert "Traceback" not in err
+        return self.first.returncode, err
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def curve(run):
+    """All columns of ``metrics.csv`` except times."""
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    timed = [i for i, name in enumerate(rows[0]) if "second" in name]
+    return [[cell for i, cell in enumerate(row) if i not in timed] for row in rows]
+
+
+LOST = (
+    r"ltm fit: (Another rank was lost, or did not answer in time|Rank 1 (was killed by signal 9|has ended with code))"
+)
+STARTS = 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * 3600)
+def test_two_ranks_under_load_never_stand_still(recipe, tmp_path):
+    """Started, killed, stopped and continued: a lost or slow rank ends the other with a sentence within a minute."""
+    ranks = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.workers", 1, "--checkpoints.every", 3)
+    fit = ("fit", "--config", recipe, *ranks, "--trainer.max_steps", 60, "--ckpt_path", "last")
+    draw, told, finished, run = random.Random(0), [], 0, tmp_path / "run"
+    with load(max(1, os.cpu_count() // 2)):
+        began = time.time()
+        call("-P", "-m", "ltm_pyro.cli", *fit, "--run", tmp_path / "whole")
+        expected, duration = curve(tmp_path / "whole"), time.time() - began
+        for number in range(STARTS):
+            start, rank = Start(fit, run), draw.randrange(2)
+            kind = signal.SIGSTOP if number % 10 == 9 else draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            moment = time.time() + draw.uniform(0.1, 1.0) * duration
+            runs = start.wait(start.has_saved if kind == signal.SIGSTOP else lambda moment=moment: time.time() > moment)
+            if runs:
+                os.kill((start.first.pid, *start.others)[rank], kind)
+            if runs and kind == signal.SIGSTOP and rank == 0:  # which then says nothing, but the other ends
+                until = time.monotonic() + 60
+                while alive(start.others[0]):
+                    assert time.monotonic() < until
+                    time.sleep(0.1)
+                os.kill(start.first.pid, signal.SIGCONT)
+            code, err = start.end()
+            told.append((number, kind.name if runs else "", rank, code, err.splitlines()[-1] if err else ""))
+            if runs and kind != signal.SIGTERM and rank == 1 and code:
+                assert code == 2, told
+                assert re.search(LOST, err), told
+            if code == 0:
+                assert curve(run) == expected, told
+                shutil.rmtree(run)
+                finished += 1
+    if run.exists():
+        again = [] if (run / "checkpoints" / "last.ckpt").exists() else ["--force"]
+        call("-P", "-m", "ltm_pyro.cli", *fit, "--run", run, *again)
+        assert curve(run) == expected
+    print(f"duration {duration:.0f} s", *told, f"{finished} trainings were finished.", sep="\n")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
