@@ -25,6 +25,7 @@ class CachedDecoding(nn.Module):
     norm: nn.Module
     rotary_angles: Tensor
     thought_layers: tuple[int, ...]
+    constants_LKD: nn.Parameter | None
     width: int
     window: int
 
@@ -37,6 +38,8 @@ class CachedDecoding(nn.Module):
         """The keys and values of each layer's thoughts: None for a layer without cross-attention, or if z is None."""
         if z_BLKD is None:
             return [None] * len(self.blocks)
+        if self.constants_LKD is not None:
+            z_BLKD = self.constants_LKD.expand(len(z_BLKD), -1, -1, -1)
         angles = self.rotary_angles[: z_BLKD.shape[2]]
         z_by_layer = dict(zip(self.thought_layers, z_BLKD.unbind(1), strict=True))
         return [
