@@ -76,10 +76,17 @@ def summary(manifest: Manifest, out: str) -> dict[str, Any]:
     return summary
 
 
+def described(manifest: Manifest) -> str:
+    """The task that made a pack, and its options."""
+    options = ", ".join(f"{name} {value}" for name, value in manifest.task["options"].items())
+    return f"{manifest.task['name']} ({options})" if options else str(manifest.task["name"])
+
+
 def counts(manifest: Manifest, out: str) -> Table:
     """A table of the manifest's counts, one row per split."""
     what = "documents in rows of up to" if manifest.rows == "documents" else "rows of a stream, of"
     title = f"{out}: {what} {manifest.seq_len} tokens, vocabulary {manifest.vocabulary:,}"
+    title += f", task {described(manifest)}" if manifest.task else ""
     title += f", labels {', '.join(manifest.labels)}" if manifest.labels else ""
     title += f", {manifest.prompts:,} with a prompt" if manifest.prompts else ""
     title += f", {manifest.dropped:,} duplicates left out" if manifest.dropped else ""

@@ -15,7 +15,7 @@ from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import AVERAGES, DEFAULT, ESTIMATORS, check_estimators
-from ltm_pyro.inference.scores import Evaluation
+from ltm_pyro.inference.scores import Evaluation, Rate
 from ltm_pyro.utils.as_json import finite, print_json
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import atomic_write
@@ -153,16 +153,17 @@ def run(args: argparse.Namespace) -> int:
                 json.dumps(finite(found.as_dict()), ensure_ascii=False) + "\n" for found in document_scores(evaluation)
             )
             new.write_text("".join(lines), "utf-8")
-    exact = exact_figure(evaluation) if score == "all" else None  # it is that of the whole sequence
+    exact = exact_figure(evaluation, trained.reach) if score == "all" else None  # it is that of the whole sequence
     if args.json:
         found = evaluation.as_dict() | {"split": args.split, "score": score, "observe": observe}
-        found |= {
-            "exact": exact and {"rate": asdict(exact.rate), "excess": {n: asdict(x) for n, x in exact.excess.items()}}
+        known = exact and {"rate": asdict(exact.rate)} | {
+            field: {str(key): asdict(x) for key, x in getattr(exact, field).items()}
+            for field in ("excess", "best_within", "beyond")
         }
-        print_json(found | {"test_uses": uses})
+        print_json(found | {"exact": known, "reach": trained.reach, "test_uses": uses})
     else:
         console = Console()
-        console.print(_table(evaluation, args.run, exact))
+        console.print(_table(evaluation, args.run, exact, trained.reach))
         if not score == observe == "all":
             console.print(f"Scored: {score}. Observed by q: {observe}.")
         if len(args.samples) > 1 and any(score.curve for score in evaluation.estimates.values()):
@@ -254,7 +255,7 @@ def _curve(evaluation: Evaluation) -> Table:
     return table
 
 
-def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
+def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int | None) -> Table:
     e = evaluation
     what = f"{e.sequences:,} sequences" + (f" ({_documents(e)})" if e.documents else "")
     title = f"{title}: {what}, {e.tokens:,} tokens, {e.bytes:,} bytes"
@@ -268,8 +269,11 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
         if exact:
             above = exact.excess[name]
             table.add_row("  - exact", _figure(above.nats_per_token), _figure(above.stderr_nats_per_token))
-    if exact:
-        table.add_row("exact", _figure(exact.rate.nats_per_token), _figure(exact.rate.stderr_nats_per_token))
+            if beyond := exact.beyond.get(name):
+                cells = _figure(beyond.nats_per_token), _figure(beyond.stderr_nats_per_token)
+                table.add_row(f"  - best within {reach}", *cells)
+    for name, rate in _known(exact).items():
+        table.add_row(name, _figure(rate.nats_per_token), _figure(rate.stderr_nats_per_token))
     if e.predictive_gain:
         gain = (e.predictive_gain.nats_per_token, e.predictive_gain.stderr_nats_per_token)
         table.add_row("predictive gain", *map(_figure, gain))
@@ -281,10 +285,19 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None") -> Table:
         )
     if e.excluded:
         reasons.insert(0, f"{len(e.excluded)} sequences have no finite score and are in no figure.")
+    if exact and exact.best_within and reach:
+        reasons.append(f"Best within r: knowing the r tokens before. A token of this run sees {reach}.")
     if 1 in (e.documents, e.sequences):
         reasons.append("One document has no standard error, because its pieces are not independent of each other.")
     table.caption = " ".join(reasons) or None
     return table
+
+
+def _known(exact: "Exact | None") -> dict[str, Rate]:
+    """The figures that no model is below on average, by name."""
+    if exact is None:
+        return {}
+    return {f"best within {r}": rate for r, rate in exact.best_within.items()} | {"exact": exact.rate}
 
 
 def _documents(evaluation: Evaluation) -> str:

@@ -15,6 +15,7 @@ from ltm_pyro.utils.malloc import keep_freed_memory
 
 COMMANDS = {  # name -> module, line of help
     "data pack": ("ltm_pyro.cli.data", "pack text, JSONL, Parquet or a Hugging Face data set into token shards"),
+    "data make": ("ltm_pyro.cli.data_make", "make sequences of a task whose optimum is known, as a pack"),
     "data verify": ("ltm_pyro.cli.data_verify", "compare every shard of a pack with its manifest"),
     "data show": ("ltm_pyro.cli.data_show", "print counts, document lengths and samples of a pack"),
     "fit": ("ltm_pyro.cli.fit", "train a model by a recipe"),

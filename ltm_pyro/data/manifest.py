@@ -103,7 +103,8 @@ class Manifest:
 
     ``rows`` says whether a row is one document (or a piece of it), or cut out of a stream of them. ``dropped`` counts
     the documents left out as duplicates of others, ``prompts`` those that have a prompt; ``exact`` says whether
-    −log p(x) of every document is known.
+    −log p(x) of every document is known. ``task`` is what `ltm data make` was asked for, the ``name`` of a task and its
+    ``options``: to be shown, and never looked up.
     """
 
     format: int
@@ -116,10 +117,11 @@ class Manifest:
     labels: dict[str, Label] = field(default_factory=dict)
     prompts: int = 0
     exact: bool = False
+    task: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The manifest as plain JSON values."""
-        return asdict(self)
+        """The manifest as plain JSON values; ``task`` only where there is one, so that older digests stay the same."""
+        return {name: value for name, value in asdict(self).items() if name != "task" or value}
 
     @property
     def digest(self) -> str:
@@ -193,6 +195,11 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"{max(manifest.seq_len, manifest.vocabulary)} is more than a token's number can be")
     if manifest.rows not in get_args(Layout):
         raise ValueError(f"rows are {manifest.rows!r}")
+    plain = {"name": str, "options": dict} if manifest.task else {}
+    if {name: type(x) for name, x in manifest.task.items()} != plain or not all(
+        isinstance(x, str | int | float) for x in manifest.task.get("options", {}).values()
+    ):
+        raise ValueError("its task is no name with options")
     if unknown := manifest.splits.keys() - {*SPLITS}:
         raise ValueError(f"there is a split {min(unknown)!r}, and none but {', '.join(SPLITS)} exist")
     for split in manifest.splits.values():

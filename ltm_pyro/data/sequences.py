@@ -27,6 +27,7 @@ def pack_sequences(
     exact_nats: Sequence[float] | None = None,
     prompts: Sequence[int] | None = None,
     labels: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
+    task: Mapping[str, Any] | None = None,
     val_fraction: float = 0.02,
     test_fraction: float = 0.02,
     seed: int = 0,
@@ -42,6 +43,7 @@ def pack_sequences(
         exact_nats: −log p(x) of every sequence under its generator.
         prompts: how many tokens at the start of each sequence are its prompt.
         labels: by name, one value per sequence; None where it is missing.
+        task: ``name`` and ``options`` of the generator, to be shown by `ltm data show`.
     """
     found, tokenizer = [np.asarray(tokens) for tokens in sequences], number_tokenizer(vocabulary)
     labels = {
@@ -66,7 +68,7 @@ def pack_sequences(
     check_fractions(val_fraction, test_fraction)
     digests_N = [hashlib.sha256(b"%d\n" % seed + x.astype("<i8").tobytes()).digest()[:8] for x in found]
     sides_N = split_by_hash(np.frombuffer(b"".join(digests_N), ">u8").astype(np.uint64), val_fraction, test_fraction)
-    settings = {"sequences": hashlib.sha256(b"".join(digests_N)).hexdigest(), "seed": seed}
+    settings = {"sequences": hashlib.sha256(b"".join(digests_N)).hexdigest(), "seed": seed, "task": dict(task or {})}
     with staged(out, force, settings) as staging:
         (staging.folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
         splits = {}
@@ -108,6 +110,7 @@ def pack_sequences(
             labels=kinds,
             prompts=0 if prompts is None else len(found),
             exact=exact_nats is not None,
+            task=dict(task or {}),
             dropped=0,
             splits=splits,
         )

@@ -4,13 +4,16 @@ Shapes: B sequences.
 """
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ltm_pyro.contracts import DocumentInfo
+from ltm_pyro.data.make import BEST_WITHIN
 from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.scores import Evaluation, Rate, rate_of
@@ -107,14 +110,25 @@ def _is_number(x: float | None) -> bool:
 
 
 class Exact(NamedTuple):
-    """The exact figure of texts that a generator made, and by how much each estimator is above it (paired)."""
+    """The exact figure of texts that a generator made, and by how much each estimator is above it (paired).
+
+    ``best_within`` is, by r, the least that a model has on average whose tokens see only the r before them and their
+    position, where the texts have it as their label ``best_within_r``; ``beyond`` is by how much each estimator is
+    above that of the model's own reach: what is below 0 has come through z.
+    """
 
     rate: Rate
     excess: Mapping[str, Rate]
+    best_within: Mapping[int, Rate]
+    beyond: Mapping[str, Rate]
 
 
-def exact_figure(evaluation: Evaluation) -> Exact | None:
-    """The exact nats per token; None unless −log p(x) of every document is known, and each fills one row."""
+def exact_figure(evaluation: Evaluation, reach: int | None = None) -> Exact | None:
+    """The exact nats per token; None unless −log p(x) of every document is known, and each fills one row.
+
+    Args:
+        reach: r of the model, `Run.reach`.
+    """
     rows = evaluation.rows
     pieces = rows and rows.pieces
     if rows is None or pieces is None or len({piece.number for piece in pieces}) < len(pieces):
@@ -123,6 +137,16 @@ def exact_figure(evaluation: Evaluation) -> Exact | None:
     if len(known) < len(pieces):
         return None
     keep_B = rows.is_finite_B  # the texts of the figures that this is compared with
-    exact_B, tokens_B = torch.tensor(known, dtype=torch.float64)[keep_B], rows.tokens_B[keep_B]
-    excess = {name: rate_of(result.nats_B[keep_B] - exact_B, tokens_B) for name, result in rows.scores.items()}
-    return Exact(rate_of(exact_B, tokens_B), excess)
+    tokens_B, labels = rows.tokens_B[keep_B], [piece.document.labels for piece in pieces]
+    exact_B, within = torch.tensor(known, dtype=torch.float64)[keep_B], dict[int, Tensor]()
+    for name in labels[0]:
+        found = re.fullmatch(rf"{BEST_WITHIN}([0-9]{{1,9}})", name)
+        values = [each.get(name) for each in labels]
+        if found and all(isinstance(x, int | float) for x in values):
+            within[int(found[1])] = torch.tensor(values, dtype=torch.float64)[keep_B]
+
+    def above(base_B: Tensor) -> dict[str, Rate]:
+        return {name: rate_of(result.nats_B[keep_B] - base_B, tokens_B) for name, result in rows.scores.items()}
+
+    best = {r: rate_of(within[r], tokens_B) for r in sorted(within)}
+    return Exact(rate_of(exact_B, tokens_B), above(exact_B), best, above(within[reach]) if reach in within else {})

@@ -37,6 +37,15 @@ class Run(NamedTuple):
         """Where the model is; batches have to be there too."""
         return next(self.model.parameters()).device
 
+    @property
+    def reach(self) -> int | None:
+        """L (W − 1) + 1, the tokens before a token that its prediction sees; others reach it through z alone.
+
+        None for a decoder of one's own that has no ``layers`` or ``window``.
+        """
+        layers, window = (getattr(getattr(self.model, "decoder", None), name, None) for name in ("layers", "window"))
+        return layers * (window - 1) + 1 if isinstance(layers, int) and isinstance(window, int) else None
+
     def to(self, device: str) -> "Run":
         """This run, its model moved to another device; `UsageError` where this machine has none of the name."""
         try:

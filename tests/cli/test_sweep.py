@@ -124,6 +124,7 @@ def scene(run, packed, corpus, recipe, ltm, tmp_path_factory, monkeypatch):
     assert ltm(*posterior, "--out", "mine/a.nc")[0] == 0
     return there, {
         "data pack": ("mine/text.txt", "--out", "new/pack", "--tokenizer", "bpe:280"),
+        "data make": ("permutation", "--out", "new/task", "--sequences", 50),
         "data verify": ("mine/pack",),
         "data show": ("mine/pack",),
         "fit": ("--config", "mine/recipe.yaml", "--run", "new/run", "--trainer.max_steps", 1),
