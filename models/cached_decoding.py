@@ -26,6 +26,7 @@ class CachedDecoding(nn.Module):
     rotary_angles: Tensor
     thought_layers: tuple[int, ...]
     constants_LKD: nn.Parameter | None
+    positions: nn.Embedding | None
     width: int
     window: int
 
@@ -92,6 +93,8 @@ class CachedDecoding(nn.Module):
         slots = cache_slots(cache, new_B, tokens_BU.shape[1])
         position_BU = slots.position_BU.clamp(max=len(self.rotary_angles) - 1)  # finished rows may go beyond T
         angles, x_BUD = self.rotary_angles[position_BU], self.embedding(tokens_BU)
+        if self.positions is not None:
+            x_BUD = x_BUD + self.positions(position_BU.clamp(max=self.positions.num_embeddings - 1))
         for block, ring, thoughts in zip(self.layer_list, cache.rings, cache.thoughts, strict=True):
             x_BUD = block.attend_to_cache(x_BUD, angles, ring, slots)
             x_BUD = block.after_self_attention(x_BUD, angles, thoughts)
