@@ -39,9 +39,9 @@ class Decoder(CachedDecoding):
         thought_width: width of a thought; D if not given.
         thought_layers: the layers that attend to thoughts, counted from 1; all if not given. The layers below the
             first of them are computed once per batch, not once per fast step. The L of z counts these layers only.
-        thought_keys: what a token's attention to thoughts goes by. ``content``: keys are computed from z, as in the paper.
-            ``learned``: every thought has a learned key and only its value comes from z, so that tokens can find the
-            same thought in every text.
+        thought_keys: what a token's attention to thoughts goes by. ``content``: keys are computed from z, as in the
+            paper. ``learned``: every thought has a learned key and only its value comes from z, so that tokens find
+            the same thought in every text.
         position_embeddings: adds a learned embedding of the position to each token's, as GPT-2 does. Rotary positions
             are relative, and a short window does not tell how far a text has come.
         constant_thoughts: learned vectors per layer in the place of thoughts, the same for every text: the same network

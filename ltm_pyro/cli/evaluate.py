@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{', '.join(estimators)} would have no curve, which is of {', '.join(AVERAGES)}: give one number."
         )
-    from ltm_pyro.evaluation.context import NULLS, context_recovered
+    from ltm_pyro.evaluation.context import NULLS, context_recovered, known_references
     from ltm_pyro.evaluation.documents import check_documents, document_scores, exact_figure
     from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use, scored_and_observed
     from ltm_pyro.runs.load import load_run
@@ -159,13 +159,6 @@ def run(args: argparse.Namespace) -> int:
         temperatures=args.temperatures,
         **of_figures,
     )
-    context = None
-    if args.floor:
-        place = args.data or trained.data
-        scored = [[evaluate_run(run, place, ["bound"], 1, **of_figures) for run in runs] for runs in others]
-        floors, ceilings = ([[x.as_dict() for x in document_scores(found)] for found in runs] for runs in scored)
-        ours = [x.as_dict() for x in document_scores(evaluation)]
-        context = context_recovered([ours], floors, ceilings, [*evaluation.estimates])
     uses = record_test_use(Path(args.run), args.data or trained.data) if args.split == "test" else None
     if args.by_document:
         with atomic_write(args.by_document) as new:
@@ -174,19 +167,31 @@ def run(args: argparse.Namespace) -> int:
             )
             new.write_text("".join(lines), "utf-8")
     exact = exact_figure(evaluation, trained.reach) if score == "all" else None  # it is that of the whole sequence
+    context, names = None, ("floor", "ceiling")
+    if args.floor:
+        place = args.data or trained.data
+        scored = [[evaluate_run(run, place, ["bound"], 1, **of_figures) for run in runs] for runs in others]
+        floors, ceilings = ([[x.as_dict() for x in document_scores(found)] for found in runs] for runs in scored)
+        ours = [x.as_dict() for x in document_scores(evaluation)]
+        context = context_recovered([ours], floors, ceilings, [*evaluation.estimates])
+    elif exact and (
+        known := known_references(ours := [x.as_dict() for x in document_scores(evaluation)], trained.reach)
+    ):
+        names = (f"best within {trained.reach}", "exact")
+        context = context_recovered([ours], [known[0]], [known[1]], [*evaluation.estimates])
     if args.json:
         found = evaluation.as_dict() | {"split": args.split, "score": score, "observe": observe}
-        known = exact and {"rate": asdict(exact.rate)} | {
+        of_exact = exact and {"rate": asdict(exact.rate)} | {
             field: {str(key): asdict(x) for key, x in getattr(exact, field).items()}
             for field in ("excess", "best_within", "beyond")
         }
-        found |= {"exact": known, "reach": trained.reach, "context": context and context.as_dict()}
+        found |= {"exact": of_exact, "reach": trained.reach, "context": context and context.as_dict()}
         print_json(found | {"test_uses": uses})
     else:
         console = Console()
         console.print(_table(evaluation, args.run, exact, trained.reach))
         if context:
-            console.print(_context(context, evaluation, trained))
+            console.print(_context(context, evaluation, trained, names))
         if not score == observe == "all":
             console.print(f"Scored: {score}. Observed by q: {observe}.")
         if len(args.samples) > 1 and any(score.curve for score in evaluation.estimates.values()):
@@ -318,9 +323,11 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int
     return table
 
 
-def _context(context: "Context", evaluation: Evaluation, run: "Run") -> Table:
-    """R of every estimator between floor and ceiling, or why there is none."""
-    table = Table("", title="context recovered: R = (floor - model) / (floor - ceiling)", title_justify="left")
+def _context(context: "Context", evaluation: Evaluation, run: "Run", names: tuple[str, str]) -> Table:
+    """R of every estimator between the floor and the ceiling of these names, or why there is none."""
+    floor, ceiling = names
+    title = f"context recovered: R = ({floor} - model) / ({floor} - {ceiling})"
+    table = Table("", title=title, title_justify="left")
     table.box, table.padding = box.SIMPLE_HEAD, (0, 1)
     for column in ("nats/token", "± s.e.", "R", "95 % interval"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -328,14 +335,14 @@ def _context(context: "Context", evaluation: Evaluation, run: "Run") -> Table:
     def reference(name: str, rate: Rate) -> None:
         table.add_row(name, _figure(rate.nats_per_token), _figure(rate.stderr_nats_per_token))
 
-    reference("floor", context.floor)
+    reference(floor, context.floor)
     for name, x in context.recovered.items():
         error = evaluation.estimates[name].stderr_nats_per_token
         interval = " to ".join(f"{end:.2f}" for end in x.interval)
         shown = f"{name} (null)" if name in ("shuffled", "prior_iwae") else name
         table.add_row(shown, _figure(x.nats_per_token), _figure(error), f"{x.share:.2f}", interval)
-    reference("ceiling", context.ceiling)
-    reference("floor - ceiling", context.difference)
+    reference(ceiling, context.ceiling)
+    reference(f"{floor} - {ceiling}", context.difference)
     decoder: Any = run.model.decoder
     window, (layers, thoughts, _) = decoder.window, decoder.thought_shape
     notes = [f"A prediction sees {run.reach} tokens; a window of {window}, {layers} x {thoughts} thoughts."]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ltm_pyro.data.make import BEST_WITHIN
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import Records, compare
 from ltm_pyro.inference.scores import Rate, rate_of
@@ -94,6 +95,19 @@ def context_recovered(
         low, high = np.quantile((floor_S - resampled(nats_MN)) / (floor_S - ceiling_S), [0.025, 0.975])
         recovered[name] = Recovered(nats_MN.mean(0).sum() / tokens_N.sum(), float(share), (float(low), float(high)))
     return context._replace(recovered=recovered)
+
+
+def known_references(documents: Records, reach: int | None) -> tuple[Records, Records] | None:
+    """Floor and ceiling of documents of a task: the best within the reach, and −log p(x); None if they are not known.
+
+    R then has a star: no training is in it but the model's own.
+    """
+    name = f"{BEST_WITHIN}{reach}"
+    if not all("exact_nats" in x and isinstance(x["labels"].get(name), int | float) for x in documents):
+        return None
+    return [{**x, "bound_nats": x["labels"][name]} for x in documents], [
+        {**x, "bound_nats": x["exact_nats"]} for x in documents
+    ]
 
 
 def _nats(found: Sequence[Records], estimator: str) -> np.ndarray:
