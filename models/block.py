@@ -15,10 +15,18 @@ class Block(nn.Module):
     Args:
         width, heads, kv_heads, window, attention: as for `Decoder`.
         thought_width: of the thoughts that the layer attends to; None for a layer without cross-attention.
+        learned_keys: K thoughts have learned keys; 0 if keys are computed from the thoughts.
     """
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int, window: int, thought_width: int | None, attention: str
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        window: int,
+        thought_width: int | None,
+        attention: str,
+        learned_keys: int = 0,
     ) -> None:
         super().__init__()
         self.norm_self = RMSNorm(width)
@@ -26,7 +34,7 @@ class Block(nn.Module):
         self.norm_cross = self.cross_attention = None
         if thought_width is not None:
             self.norm_cross = RMSNorm(width)
-            self.cross_attention = CrossAttention(width, heads, kv_heads, thought_width)
+            self.cross_attention = CrossAttention(width, heads, kv_heads, thought_width, learned_keys)
         self.norm_forward, self.feed_forward = RMSNorm(width), SwiGLU(width)
 
     def forward(

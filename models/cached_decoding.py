@@ -25,6 +25,8 @@ class CachedDecoding(nn.Module):
     norm: nn.Module
     rotary_angles: Tensor
     thought_layers: tuple[int, ...]
+    constants_LKD: nn.Parameter | None
+    positions: nn.Embedding | None
     width: int
     window: int
 
@@ -37,6 +39,8 @@ class CachedDecoding(nn.Module):
         """The keys and values of each layer's thoughts: None for a layer without cross-attention, or if z is None."""
         if z_BLKD is None:
             return [None] * len(self.blocks)
+        if self.constants_LKD is not None:
+            z_BLKD = self.constants_LKD.expand(len(z_BLKD), -1, -1, -1)
         angles = self.rotary_angles[: z_BLKD.shape[2]]
         z_by_layer = dict(zip(self.thought_layers, z_BLKD.unbind(1), strict=True))
         return [
@@ -89,6 +93,8 @@ class CachedDecoding(nn.Module):
         slots = cache_slots(cache, new_B, tokens_BU.shape[1])
         position_BU = slots.position_BU.clamp(max=len(self.rotary_angles) - 1)  # finished rows may go beyond T
         angles, x_BUD = self.rotary_angles[position_BU], self.embedding(tokens_BU)
+        if self.positions is not None:
+            x_BUD = x_BUD + self.positions(position_BU.clamp(max=self.positions.num_embeddings - 1))
         for block, ring, thoughts in zip(self.layer_list, cache.rings, cache.thoughts, strict=True):
             x_BUD = block.attend_to_cache(x_BUD, angles, ring, slots)
             x_BUD = block.after_self_attention(x_BUD, angles, thoughts)

@@ -39,6 +39,13 @@ class Decoder(CachedDecoding):
         thought_width: width of a thought; D if not given.
         thought_layers: the layers that attend to thoughts, counted from 1; all if not given. The layers below the
             first of them are computed once per batch, not once per fast step. The L of z counts these layers only.
+        thought_keys: what a token's attention to thoughts goes by. ``content``: keys are computed from z, as in the
+            paper. ``learned``: every thought has a learned key and only its value comes from z, so that tokens find
+            the same thought in every text.
+        position_embeddings: adds a learned embedding of the position to each token's, as GPT-2 does. Rotary positions
+            are relative, and a short window does not tell how far a text has come.
+        constant_thoughts: learned vectors per layer in the place of thoughts, the same for every text: the same network
+            when its thoughts cannot carry anything. It has no latent variable; ``thoughts`` has to be 0.
         kv_heads: key and value heads, a divisor of ``heads`` (grouped-query attention); ``heads`` if not given.
         zero_init_cross_attention: the cross-attention's output starts at zero, so that thoughts can be added to a
             decoder trained without them: the log-likelihood then equals the autoregressive one at first.
@@ -65,6 +72,9 @@ class Decoder(CachedDecoding):
         length: int = 1024,
         thought_width: int | None = None,
         thought_layers: list[int] | None = None,
+        thought_keys: Literal["content", "learned"] = "content",
+        position_embeddings: bool = False,
+        constant_thoughts: int = 0,
         kv_heads: int | None = None,
         zero_init_cross_attention: bool = False,
         attention: Literal["auto", "sdpa", "xformers", "flex", "dense"] = "auto",
@@ -79,21 +89,32 @@ class Decoder(CachedDecoding):
             raise UsageError(
                 f"The decoder needs thoughts ≥ 0 and thought_width ≥ 1, got {thoughts} and {thought_width}."
             )
-        _check_size(vocabulary, layers, max(width, thought_width or 1), max(length, thoughts))
+        if constant_thoughts < 0 or (constant_thoughts and thoughts):
+            raise UsageError(
+                f"The decoder's constant_thoughts are in the place of its thoughts, got {constant_thoughts} and "
+                f"{thoughts} thoughts: set one of them to 0."
+            )
+        vectors = thoughts or constant_thoughts
+        _check_size(vocabulary, layers, max(width, thought_width or 1), max(length, vectors))
         _check_heads(width, heads, kv_heads)
         self.vocabulary, self.width, self.heads = vocabulary, width, heads
         self.window, self.length = window, length
         self.recompute = recompute
         self.layers, self.thought_layers = layers, _check_thought_layers(thought_layers, layers)
         self.thought_shape = ThoughtShape(len(self.thought_layers), thoughts, thought_width or width)
+        self.constants_LKD: nn.Parameter | None = None
+        if constant_thoughts:
+            self.constants_LKD = nn.Parameter(torch.randn(self.thought_shape._replace(thoughts=constant_thoughts)))
         self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width) if position_embeddings else None
         self.blocks = nn.ModuleList()
         for number in range(1, layers + 1):
-            attends = thoughts > 0 and number in self.thought_layers
+            attends = vectors > 0 and number in self.thought_layers
             block_thought_width = self.thought_shape.width if attends else None
-            self.blocks.append(Block(width, heads, kv_heads, window, block_thought_width, attention))
+            learned_keys = vectors if thought_keys == "learned" else 0
+            self.blocks.append(Block(width, heads, kv_heads, window, block_thought_width, attention, learned_keys))
         self.norm = RMSNorm(width)
-        rotary_angles = rotation(torch.arange(max(length, thoughts)), width // heads)
+        rotary_angles = rotation(torch.arange(max(length, vectors)), width // heads)
         self.register_buffer("rotary_angles", rotary_angles, persistent=False)
         self._init_weights(zero_init_cross_attention)
 
@@ -116,6 +137,8 @@ class Decoder(CachedDecoding):
             )
         angles, first = self._angles(start, inputs_BT.shape[1]), self.thought_layers[0] - 1
         x_BTD = F.embedding(inputs_BT, weight_VD, sparse=True)  # a gradient of the rows in use, not of V x D
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.weight[start : start + inputs_BT.shape[1]]
         for block in self.layer_list[:first]:
             x_BTD = self._run(block, x_BTD, angles, None)
         return self.layer_list[first].attend_to_tokens(x_BTD, angles)

@@ -34,6 +34,11 @@ class PiecewiseDecoder(nn.Module):
 
     def __init__(self, decoder: Decoder, context: int | None = None) -> None:
         super().__init__()
+        if decoder.positions is not None:
+            raise UsageError(
+                f"This model has learned embeddings of {decoder.length} positions, and a long document has more: leave "
+                f"`position_embeddings` out."
+            )
         reach = decoder.layers * (decoder.window - 1)
         self.decoder, self.context = decoder, reach if context is None else context
         self.step = decoder.length - self.context

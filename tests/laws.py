@@ -14,6 +14,7 @@ PRIORS = {
     "FlowPrior": {"transforms": 2, "width": 8},
     "SparsePrior": {},
     "EnergyPrior": {"width": 8, "steps": 2, "step_size": 0.05, "contrast": 4},
+    "AutoregressivePrior of mixtures": {"layers": 1, "width": 8, "heads": 1, "components": 3, "spread": 1.0},
     "FlowPrior affine": {"transforms": 2, "width": 8, "kind": "affine"},
 }
 GUIDES = {

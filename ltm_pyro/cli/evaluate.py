@@ -21,7 +21,9 @@ from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import atomic_write
 
 if TYPE_CHECKING:
+    from ltm_pyro.evaluation.context import Context
     from ltm_pyro.evaluation.documents import Exact
+    from ltm_pyro.runs.run import Run
 
 # options that have an effect only without or only with --suite, and their defaults
 OF_ESTIMATORS: dict[str, Any] = {
@@ -34,6 +36,8 @@ OF_ESTIMATORS: dict[str, Any] = {
     "block": 16,
     "normaliser": None,
     "temperatures": 32,
+    "floor": None,
+    "ceiling": None,
 }
 CONVERGED = {None: "", True: "yes", False: "not yet"}
 OF_SUITES: dict[str, Any] = {
@@ -88,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="only the first N sequences; a document that this cuts is marked"
     )
+    about = "the same network with constant thoughts (`constant_thoughts`), for the context recovered; several: seeds"
+    parser.add_argument("--floor", nargs="+", metavar="RUN", help=about)
+    about = "the floor with full attention (`window` is `length`); several: seeds"
+    parser.add_argument("--ceiling", nargs="+", metavar="RUN", help=about)
     add_seed(parser)
     add_device(parser)
     add_trust(parser)
@@ -122,29 +130,34 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{', '.join(estimators)} would have no curve, which is of {', '.join(AVERAGES)}: give one number."
         )
+    from ltm_pyro.evaluation.context import NULLS, context_recovered, known_references
     from ltm_pyro.evaluation.documents import check_documents, document_scores, exact_figure
     from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use, scored_and_observed
     from ltm_pyro.runs.load import load_run
 
     trained = load_run(args.run, args.device, args.trust)
+    others = [[load_run(path, args.device, args.trust) for path in paths or ()] for paths in (args.floor, args.ceiling)]
     if args.by_document:
         args.by_document = check_out(args.by_document, args.force, "--by-document")
+    if args.by_document or args.floor:
         check_documents(args.data or trained.data)
+    if args.floor:
+        for path, other in zip((*args.floor, *args.ceiling), (x for runs in others for x in runs), strict=True):
+            if other.model.decoder.thought_shape.thoughts:
+                raise UsageError(f"{path} has thoughts, but floor and ceiling have none: train them with `thoughts` 0.")
+        estimators += [name for name in NULLS if name not in estimators]
     score, observe = scored_and_observed(trained, args.data, args.score, args.observe)
+    of_figures = {"limit": args.limit, "seed": args.seed, "split": args.split, "score": score, "observe": observe}
     evaluation = evaluate_run(
         trained,
         args.data,
         estimators,
         args.samples,
         args.fast_steps,
-        args.limit,
-        args.seed,
-        args.block,
-        args.normaliser,
-        args.temperatures,
-        args.split,
-        score,
-        observe,
+        block=args.block,
+        normaliser=args.normaliser,
+        temperatures=args.temperatures,
+        **of_figures,
     )
     uses = record_test_use(Path(args.run), args.data or trained.data) if args.split == "test" else None
     if args.by_document:
@@ -154,16 +167,31 @@ def run(args: argparse.Namespace) -> int:
             )
             new.write_text("".join(lines), "utf-8")
     exact = exact_figure(evaluation, trained.reach) if score == "all" else None  # it is that of the whole sequence
+    context, names = None, ("floor", "ceiling")
+    if args.floor:
+        place = args.data or trained.data
+        scored = [[evaluate_run(run, place, ["bound"], 1, **of_figures) for run in runs] for runs in others]
+        floors, ceilings = ([[x.as_dict() for x in document_scores(found)] for found in runs] for runs in scored)
+        ours = [x.as_dict() for x in document_scores(evaluation)]
+        context = context_recovered([ours], floors, ceilings, [*evaluation.estimates])
+    elif exact and (
+        known := known_references(ours := [x.as_dict() for x in document_scores(evaluation)], trained.reach)
+    ):
+        names = (f"best within {trained.reach}", "exact")
+        context = context_recovered([ours], [known[0]], [known[1]], [*evaluation.estimates])
     if args.json:
         found = evaluation.as_dict() | {"split": args.split, "score": score, "observe": observe}
-        known = exact and {"rate": asdict(exact.rate)} | {
+        of_exact = exact and {"rate": asdict(exact.rate)} | {
             field: {str(key): asdict(x) for key, x in getattr(exact, field).items()}
             for field in ("excess", "best_within", "beyond")
         }
-        print_json(found | {"exact": known, "reach": trained.reach, "test_uses": uses})
+        found |= {"exact": of_exact, "reach": trained.reach, "context": context and context.as_dict()}
+        print_json(found | {"test_uses": uses})
     else:
         console = Console()
         console.print(_table(evaluation, args.run, exact, trained.reach))
+        if context:
+            console.print(_context(context, evaluation, trained, names))
         if not score == observe == "all":
             console.print(f"Scored: {score}. Observed by q: {observe}.")
         if len(args.samples) > 1 and any(score.curve for score in evaluation.estimates.values()):
@@ -188,6 +216,8 @@ def _check(args: argparse.Namespace) -> None:
     given = [f"--{name.replace('_', '-')}" for name, default in ignored.items() if getattr(args, name) != default]
     if args.by_document and "--force" in given:
         given.remove("--force")
+    if bool(args.floor) != bool(args.ceiling):
+        raise UsageError("The context recovered lies between --floor and --ceiling: give both.")
     if given and args.suite:
         raise UsageError(f"The suites choose their own data and estimators: leave out {', '.join(given)}.")
     if given:
@@ -290,6 +320,36 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int
     if 1 in (e.documents, e.sequences):
         reasons.append("One document has no standard error, because its pieces are not independent of each other.")
     table.caption = " ".join(reasons) or None
+    return table
+
+
+def _context(context: "Context", evaluation: Evaluation, run: "Run", names: tuple[str, str]) -> Table:
+    """R of every estimator between the floor and the ceiling of these names, or why there is none."""
+    floor, ceiling = names
+    title = f"context recovered: R = ({floor} - model) / ({floor} - {ceiling})"
+    table = Table("", title=title, title_justify="left")
+    table.box, table.padding = box.SIMPLE_HEAD, (0, 1)
+    for column in ("nats/token", "± s.e.", "R", "95 % interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def reference(name: str, rate: Rate) -> None:
+        table.add_row(name, _figure(rate.nats_per_token), _figure(rate.stderr_nats_per_token))
+
+    reference(floor, context.floor)
+    for name, x in context.recovered.items():
+        error = evaluation.estimates[name].stderr_nats_per_token
+        interval = " to ".join(f"{end:.2f}" for end in x.interval)
+        shown = f"{name} (null)" if name in ("shuffled", "prior_iwae") else name
+        table.add_row(shown, _figure(x.nats_per_token), _figure(error), f"{x.share:.2f}", interval)
+    reference(ceiling, context.ceiling)
+    reference(f"{floor} - {ceiling}", context.difference)
+    decoder: Any = run.model.decoder
+    window, (layers, thoughts, _) = decoder.window, decoder.thought_shape
+    notes = [f"A prediction sees {run.reach} tokens; a window of {window}, {layers} x {thoughts} thoughts."]
+    if not context.has_context:
+        notes.append("No R: full attention is not ahead by three standard errors, so there is nothing to carry.")
+    cost = f"{decoder.layers * window + layers * thoughts:,} keys instead of up to {decoder.layers * run.length:,}"
+    table.caption = " ".join([*notes, f"A generated token reads {cost}."])
     return table
 
 

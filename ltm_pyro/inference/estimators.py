@@ -87,6 +87,13 @@ def bound(problem: Problem) -> NatsAndKL:
     return NatsAndKL(kl_SB.mean(0) - log_likelihood_B, kl_SB.mean(0), kl_stderr_B=standard_error(kl_SB))
 
 
+def shuffled(problem: Problem) -> NatsAndKL:
+    """`bound` under another text's q: that of the sequence half a batch further on. No better than a random q."""
+    half = max(1, problem.batch.size // 2)
+    state = problem.state.select(torch.arange(problem.batch.size, device=problem.batch.inputs_BT.device).roll(half))
+    return bound(replace(problem, state=state))
+
+
 def iwae(problem: Problem) -> NatsAndKL:
     r"""−log (1/S) Σ_s p(x, z_s) / q(z_s | x), z_s ~ q(z | x) (Burda et al. 2016, arXiv 1509.00519)."""
     log_weights_SB = torch.cat([log_weights(*problem.fitted, x.particles, x.noise) for x in problem.draws("iwae")])
@@ -174,6 +181,7 @@ class Estimator(NamedTuple):
 
 ESTIMATORS = {
     "bound": Estimator(bound, True, "-ELBO at draws taken after q is fitted"),
+    "shuffled": Estimator(shuffled, True, "bound under another text's q: what it is if thoughts carry nothing"),
     "iwae": Estimator(iwae, True, "importance-weighted bound, tighter than bound"),
     "prior": Estimator(prior, True, "the ELBO of q = p(z): no inference"),
     "prior_iwae": Estimator(prior_iwae, True, "importance-weighted bound with q = p(z): no inference"),
@@ -182,7 +190,7 @@ ESTIMATORS = {
     "causal": Estimator(causal, False, "predictive: q is fitted only to the text before"),
     "causal_prior": Estimator(causal_prior, False, "causal without inference; less causal: the predictive gain"),
 }
-NEED_DENSITY = ("bound", "iwae", "ais", "reused_noise")  # the normalised densities of q and of the prior
+NEED_DENSITY = ("bound", "shuffled", "iwae", "ais", "reused_noise")  # the normalised densities of q and of the prior
 NEED_NONE = ("prior", "prior_iwae", "causal", "causal_prior")  # only draws, of the prior among others
 DEFAULT = ("bound", "iwae", "prior", "reused_noise")  # without causal, which needs a fit per block
 AVERAGES = ("iwae", "prior_iwae", "ais", "causal", "causal_prior")  # over draws, so that they have a curve

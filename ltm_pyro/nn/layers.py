@@ -87,12 +87,21 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention of tokens to the K thoughts of their layer, both with rotary positions of their own."""
+    """Attention of tokens to the K thoughts of their layer, both with rotary positions of their own.
 
-    def __init__(self, width: int, heads: int, kv_heads: int, thought_width: int) -> None:
+    Args:
+        learned_keys: K, if each thought has a learned key (``keys_KGC``) and gives its value only; 0 if keys are
+            computed from the thoughts.
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, thought_width: int, learned_keys: int = 0) -> None:
         super().__init__(width, heads, kv_heads)
         self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(thought_width, 2 * kv_heads * self.channels, bias=False)
+        parts = 1 if learned_keys else 2
+        self.key_value = nn.Linear(thought_width, parts * kv_heads * self.channels, bias=False)
+        self.keys_KGC: nn.Parameter | None = None
+        if learned_keys:
+            self.keys_KGC = nn.Parameter(torch.randn(learned_keys, kv_heads, self.channels))
 
     def forward(
         self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV
@@ -106,7 +115,11 @@ class CrossAttention(Attention):
 
     def project_kv(self, z_BKD: Float[Tensor, "B K thought"], angles: RotaryAngles) -> ThoughtKV:
         """Rotated keys and projected values of thoughts."""
-        k, v = self.split(self.key_value(z_BKD)).chunk(2, dim=2)
+        projected = self.split(self.key_value(z_BKD))
+        if self.keys_KGC is None:
+            k, v = projected.chunk(2, dim=2)
+        else:
+            k, v = self.keys_KGC.to(projected.dtype).expand(len(z_BKD), -1, -1, -1), projected
         k_BHKC, v_BHKC = KeysValues(rotary(k, angles).transpose(1, 2), v.transpose(1, 2)).repeat_heads(self.heads)
         output_HCD = self.output.weight.T.unflatten(0, (self.heads, self.channels))
         values_HND = v_BHKC.transpose(0, 1).flatten(1, 2) @ output_HCD

@@ -125,6 +125,8 @@ def _forward(decoder: CountedDecoder, length: int, use_thoughts: bool) -> _Forwa
     below, rest = decoder.thought_layers[0] - 1, decoder.layers - decoder.thought_layers[0]
     speak, query = _projections(decoder, SelfAttention), _projections(decoder, CrossAttention, "query")
     feed = _projections(decoder, SwiGLU)
+    constants_LKD = getattr(decoder, "constants_LKD", None)
+    thoughts = thoughts if constants_LKD is None else constants_LKD.shape[1]
     if not use_thoughts:
         thoughts, query = 0, 0.0
     window = 4.0 * decoder.width * _keys(decoder.window, length)

@@ -57,7 +57,11 @@ def test_every_layer_attends_to_its_own_thoughts(tiny_decoder):
     assert (gradient[1] == 0).all()  # no sequence attends to those of another
 
 
-SHAPES = [{}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}, {"thought_layers": [2]}]
+SHAPES = [
+    *({}, {"thoughts": 0}, {"kv_heads": 1}, {"thought_width": 4}, {"thought_layers": [2]}),
+    *({"thought_keys": "learned"}, {"thought_keys": "learned", "kv_heads": 1}, {"position_embeddings": True}),
+    *({"thoughts": 0, "constant_thoughts": 3}, {"thoughts": 0, "constant_thoughts": 3, "thought_keys": "learned"}),
+]
 
 
 @pytest.mark.parametrize("changes", SHAPES)
@@ -68,7 +72,7 @@ def test_no_parameter_is_dead(tiny_model, tiny_batch, changes):
     elbo_terms(model, guide, batch, start).elbo_B.sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     crossing = [name for name, _ in model.named_parameters() if "cross" in name]
-    assert bool(crossing) == (changes.get("thoughts") != 0)
+    assert bool(crossing) == (changes.get("thoughts") != 0 or "constant_thoughts" in changes)
 
 
 @pytest.mark.parametrize("changes", SHAPES)

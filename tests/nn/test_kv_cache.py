@@ -23,7 +23,12 @@ def without_cache(decoder, tokens_BT, z_BLKD):
 @given(
     window=st.integers(1, 7),
     pieces=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    changes=st.sampled_from([{}, {"kv_heads": 1}, {"thoughts": 0}, {"thought_width": 4}]),
+    changes=st.sampled_from(
+        [
+            *({}, {"kv_heads": 1}, {"thoughts": 0}, {"thought_width": 4}, {"position_embeddings": True}),
+            *({"thought_keys": "learned", "kv_heads": 1}, {"thoughts": 0, "constant_thoughts": 3}),
+        ]
+    ),
 )
 def test_decoding_in_pieces_equals_decoding_the_whole_text(window, pieces, changes):
     decoder = make(window, **changes)

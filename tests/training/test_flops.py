@@ -39,6 +39,8 @@ def counted_per_token(model, guide, batch, inference) -> float:
         {"window": 8, "length": 32, "thought_width": 8, "kv_heads": 2},
         {"window": 8, "length": 32, "thought_layers": [1, 3]},
         {"window": 8, "length": 32, "thought_layers": [3]},
+        {"window": 8, "length": 32, "thought_keys": "learned"},
+        {"window": 8, "length": 32, "thoughts": 0, "constant_thoughts": 4},
     ],
     ids=str,
 )

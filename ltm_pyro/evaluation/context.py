@@ -1,0 +1,123 @@
+"""How much of what lies beyond a model's window its thoughts recover, between a floor and a ceiling.
+
+Shapes: M trained models (seeds), N documents, S bootstrap samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ltm_pyro.data.make import BEST_WITHIN
+from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import Records, compare
+from ltm_pyro.inference.scores import Rate, rate_of
+
+NULLS = ("shuffled", "prior_iwae")  # what R is of another text's thoughts, and of thoughts that no text was read for
+BOOTSTRAP = 4_000
+
+
+class Recovered(NamedTuple):
+    """R of one estimator and its 95 % interval; ``nats_per_token`` is the model's own figure, the mean over seeds."""
+
+    nats_per_token: float
+    share: float
+    interval: tuple[float, float]
+
+
+class Context(NamedTuple):
+    r"""Context recovered, by estimator of the Latent-Thought model.
+
+    .. math:: R = \frac{\mathrm{floor} - \mathrm{model}}{\mathrm{floor} - \mathrm{ceiling}}
+
+    all in nats on the same documents. The floor is the same network with learned constants in the place of thoughts,
+    the ceiling is the floor with full attention. R is 0 if thoughts carry nothing, and 1 if they carry all that full
+    attention sees beyond the window. ``difference`` is floor − ceiling; where it is not above three of its standard
+    errors, there is nothing to carry, and ``recovered`` is empty.
+    """
+
+    floor: Rate
+    ceiling: Rate
+    difference: Rate
+    recovered: Mapping[str, Recovered]
+
+    @property
+    def has_context(self) -> bool:
+        """Whether full attention is ahead of the floor by more than three paired standard errors."""
+        return self.difference.nats_per_token > 3 * self.difference.stderr_nats_per_token
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, for JSON."""
+        rates = {name: rate._asdict() if hasattr(rate, "_asdict") else vars(rate) for name, rate in self._rates()}
+        return rates | {"recovered": {name: x._asdict() for name, x in self.recovered.items()}}
+
+    def _rates(self) -> list[tuple[str, Rate]]:
+        return [("floor", self.floor), ("ceiling", self.ceiling), ("difference", self.difference)]
+
+
+def context_recovered(
+    models: Sequence[Records], floors: Sequence[Records], ceilings: Sequence[Records], estimators: Sequence[str]
+) -> Context:
+    """R of every estimator of the models, with intervals by a bootstrap over documents and over seeds.
+
+    Args:
+        models: of every seed, `DocumentScore.as_dict` of all documents.
+        floors, ceilings: the same of the floors and of the ceilings, which have no latent variable: their ``bound`` is
+            exact.
+        estimators: of the models.
+
+    Raises:
+        UsageError: not all of them have scored the same documents.
+    """
+    first = floors[0]
+    for others in (*models, *floors[1:], *ceilings):
+        compare(first, [{**x, "bound_nats": x.get("bound_nats", 0.0)} for x in others])  # refuses other documents
+    tokens_N = np.array([x["tokens"] for x in first], float)
+    floor_MN, ceiling_MN = (_nats(found, "bound") for found in (floors, ceilings))
+    rates = [rate_of(*map(torch.from_numpy, (x_MN.mean(0), tokens_N))) for x_MN in (floor_MN, ceiling_MN)]
+    difference = rate_of(*map(torch.from_numpy, (floor_MN.mean(0) - ceiling_MN.mean(0), tokens_N)))
+    context = Context(rates[0], rates[1], difference, {})
+    if not context.has_context:
+        return context
+    generator = np.random.default_rng(0)
+    counts_SN = generator.multinomial(len(tokens_N), np.full(len(tokens_N), 1 / len(tokens_N)), BOOTSTRAP)
+
+    def resampled(nats_MN: np.ndarray) -> np.ndarray:
+        seeds_SM = generator.multinomial(len(nats_MN), np.full(len(nats_MN), 1 / len(nats_MN)), BOOTSTRAP)
+        return np.einsum("sn,mn,sm->s", counts_SN, nats_MN, seeds_SM / len(nats_MN), optimize=True)
+
+    floor_S, ceiling_S = resampled(floor_MN), resampled(ceiling_MN)
+    recovered = {}
+    for name in estimators:
+        nats_MN = _nats(models, name)
+        share = (floor_MN.mean(0) - nats_MN.mean(0)).sum() / (floor_MN.mean(0) - ceiling_MN.mean(0)).sum()
+        low, high = np.quantile((floor_S - resampled(nats_MN)) / (floor_S - ceiling_S), [0.025, 0.975])
+        recovered[name] = Recovered(nats_MN.mean(0).sum() / tokens_N.sum(), float(share), (float(low), float(high)))
+    return context._replace(recovered=recovered)
+
+
+def known_references(documents: Records, reach: int | None) -> tuple[Records, Records] | None:
+    """Floor and ceiling of documents of a task: the best within the reach, and −log p(x); None if they are not known.
+
+    R then has a star: no training is in it but the model's own.
+    """
+    name = f"{BEST_WITHIN}{reach}"
+    if not all("exact_nats" in x and isinstance(x["labels"].get(name), int | float) for x in documents):
+        return None
+    return [{**x, "bound_nats": x["labels"][name]} for x in documents], [
+        {**x, "bound_nats": x["exact_nats"]} for x in documents
+    ]
+
+
+def _nats(found: Sequence[Records], estimator: str) -> np.ndarray:
+    """(M, N), every model's documents in the order of the first one's."""
+    order = [(x["file"], x["id"]) for x in found[0]]
+    rows = []
+    for records in found:
+        known = {(x["file"], x["id"]): x[f"{estimator}_nats"] for x in records}
+        rows.append([known[key] for key in order])
+    nats_MN = np.array(rows, float)
+    if not np.isfinite(nats_MN).all():
+        raise UsageError(f"Not every document has a finite {estimator}: R would be of some documents only.")
+    return nats_MN

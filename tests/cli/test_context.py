@@ -1,0 +1,30 @@
+"""`ltm evaluate RUN --floor … --ceiling …`: the context recovered."""
+
+import json
+
+import pytest
+import yaml
+
+from ltm_pyro.studies.configure import as_options
+from ltm_pyro.studies.context import ceiling, floor
+
+
+def test_evaluate_prints_it_between_a_floor_and_a_ceiling(recipe, run, ltm, refused, tmp_path):
+    decoder = yaml.safe_load(recipe.read_text())["model"]["decoder"]["init_args"]
+    for name, settings in (("floor", floor(decoder)), ("ceiling", ceiling(decoder))):
+        code, _, err = ltm("fit", "--config", recipe, "--run", tmp_path / name, *as_options(settings))
+        assert code == 0, err
+    words = ("evaluate", run, "--limit", 40, "--samples", 4, "--estimators", "bound,iwae")
+    references = ("--floor", tmp_path / "floor", "--ceiling", tmp_path / "ceiling")
+    found = json.loads(ltm(*words, *references, "--json")[1])
+    assert set(found["estimates"]) == {"bound", "iwae", "shuffled", "prior_iwae"}
+    context = found["context"]
+    assert context["floor"]["nats_per_token"] - context["ceiling"]["nats_per_token"] == pytest.approx(
+        context["difference"]["nats_per_token"]
+    )
+    text = ltm(*words, *references)[1]
+    assert "floor - ceiling" in text
+    assert "A prediction sees 7 tokens" in text
+    assert bool(context["recovered"]) != ("No R" in text)
+    assert "give both" in refused(*words, *references[:2])
+    assert "has thoughts" in refused(*words, "--floor", run, "--ceiling", tmp_path / "ceiling")
