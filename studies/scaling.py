@@ -18,9 +18,9 @@ from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.definition import Row
 from ltm_pyro.studies.search.fits import PowerLaw, power_law
 
-WIDTHS = {1e11: (8, 16, 32), 4e11: (16, 32, 64), 1.6e12: (32, 64, 96)}  # around the best of each budget
-SEEDS = 2
 Widths = dict[float, tuple[int, ...]]  # by FLOPs
+WIDTHS: Widths = {1e11: (8, 16, 32), 4e11: (16, 32, 64), 1.6e12: (32, 64, 96)}  # around the best of each budget
+SEEDS = 2
 Way = tuple[int, int]  # (thoughts per layer K, T_fast)
 WAYS: tuple[Way, ...] = ((0, 0), (4, 2), (4, 8), (16, 2))
 
