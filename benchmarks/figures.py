@@ -319,7 +319,7 @@ def pruning(_: Path | None) -> Lines:
 
 
 def speed(_: Path | None) -> Lines:
-    """docs/speed.md: training steps and generation on one core."""
+    """docs/speed.md: training steps on one core."""
     words = ("bench", "steps", "--settings", "tiny", "wide", "--rounds", 5, "--eager", "--threads", 1)
     found = json.loads(command(*LTM, *words, "--clock", "cpu", "--json"))
     lines = []
