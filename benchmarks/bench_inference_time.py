@@ -4,14 +4,13 @@
 
 Three curves over sequences of which the second half is scored given the first: T_fast; draws of z under importance
 weights; tokens between two inferences of q. Standard errors are of the difference from a curve's first point, sequence
-by sequence. Without a run it says so and measures nothing.
+by sequence and clustered by document. Without a run it says so and measures nothing.
 """
 
 import argparse
 import json
 import time
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,8 @@ from ltm_pyro.evaluation.evaluate import held_out
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.scoring import Scoring, score_tokens
-from ltm_pyro.utils.statistics import standard_error
+from ltm_pyro.utils.as_json import finite
+from ltm_pyro.utils.statistics import clustered_mean
 
 Pairs = list[tuple[list[int], list[int]]]
 
@@ -36,12 +36,16 @@ class Point(NamedTuple):
     nats_B: Tensor
 
 
-def split_sequences(run: Run, count: int, text: str | None = None) -> Pairs:
-    """Whole sequences of a text, or of the run's own held-out data, cut in the middle."""
+def split_sequences(run: Run, count: int, text: str | None = None) -> tuple[Pairs, Tensor]:
+    """Whole sequences of a text, or of the run's own held-out data, cut in the middle; and the document of each.
+
+    The first pieces of all documents come first, so that there are as many documents as there can be.
+    """
     dataset, half = load_text_or_pack(text, run.tokenizer, run.length) if text else held_out(run), run.length // 2
     rows = (dataset[index] for index in range(len(dataset)))
-    whole = islice((row.tokens_T.tolist() for row in rows if len(row.tokens_T) == run.length), count)
-    return [(tokens[:half], tokens[half:]) for tokens in whole]
+    whole = sorted((row for row in rows if len(row.tokens_T) == run.length), key=lambda row: row.parts[0].piece or 0)
+    pairs = [(tokens[:half], tokens[half:]) for row in whole[:count] if (tokens := row.tokens_T.tolist())]
+    return pairs, torch.tensor([row.parts[0].number for row in whole[:count]])
 
 
 def point(run: Run, pairs: Pairs, scoring: Scoring, setting: int) -> Point:
@@ -52,12 +56,12 @@ def point(run: Run, pairs: Pairs, scoring: Scoring, setting: int) -> Point:
     return Point(setting, seconds, torch.tensor([found.nats / len(found.nats_U) for found in scores]))
 
 
-def summary(curve: list[Point]) -> list[dict[str, float]]:
+def summary(curve: list[Point], documents_B: Tensor) -> list[dict[str, float]]:
     """Means over sequences, with the standard error of the difference from the curve's first point."""
     rows = []
     for setting, seconds, nats_B in curve:
         gain_B = nats_B - curve[0].nats_B
-        error = float(standard_error(gain_B))
+        error = clustered_mean(gain_B, documents_B).stderr
         rows.append({"setting": setting, "seconds": seconds, "nats_per_token": float(nats_B.mean()), "stderr": error})
     return rows
 
@@ -111,17 +115,17 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     run = load_run(args.run)
-    pairs = split_sequences(run, args.sequences, args.data)
-    found = {name: summary(curve) for name, curve in curves(run, pairs).items()}
+    pairs, documents_B = split_sequences(run, args.sequences, args.data)
+    found = {name: summary(curve, documents_B) for name, curve in curves(run, pairs).items()}
     baseline = None
     if args.baseline:
         baseline = point(load_run(args.baseline), pairs, Scoring(samples=1), 0).nats_B.mean().item()
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         plot_curves(found, baseline, args.out / "inference-time.png")
-        (args.out / "inference-time.json").write_text(
-            json.dumps({"curves": found, "autoregressive": baseline}, indent=1)
-        )
+        counts = {"sequences": len(pairs), "documents": len(documents_B.unique())}
+        figures = {"curves": found, "autoregressive": baseline, **counts}
+        (args.out / "inference-time.json").write_text(json.dumps(finite(figures), indent=1))
     for name, curve in found.items():
         print(f"\n{name:>20}  nats/token  ± s.e.  seconds/sequence")
         for p in curve:

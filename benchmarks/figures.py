@@ -3,23 +3,29 @@
 A table stands in its document between ``<!-- figures NAME -->`` and ``<!-- end of figures -->``, and NAME is a function
 below, which runs a command and returns the lines. What the commands train stays in ``runs/figures`` and is used again;
 ``rm -r runs/figures`` starts afresh. Tables of texts that are not ours need ``DATA=FOLDER``, and are left as they are
-without it.
+without it. Trainings and studies have budgets in FLOPs, so that a busy machine changes seconds and nothing else; the
+quickstart's is in minutes.
 """
 
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "figures"
 QUICKSTART = RUNS / "quickstart"
+PICTURES = ROOT / "docs" / "figures"
+LTM = ("-m", "ltm_pyro.cli")
+STORAGE = f"sqlite:///{RUNS / 'studies.db'}"
 MARKED = re.compile(r"(<!-- figures (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 Lines = list[str]
 
@@ -31,6 +37,47 @@ def command(*words: object) -> str:
     if done.returncode:
         sys.exit(f"figures: the command ended with exit code {done.returncode}.")
     return done.stdout
+
+
+def corpus() -> Path:
+    """The quickstart's packed data: text that comes with every CPython."""
+    from ltm_pyro.studies.quickstart import prepare
+
+    return prepare(QUICKSTART)
+
+
+def text_of(data: Path | None, pattern: str) -> Path:
+    """The first file below the folder of --data whose name fits."""
+    assert data is not None
+    found = next(iter(sorted(data.rglob(pattern))), None)
+    return found or sys.exit(f"figures: there is no {pattern} below {data}.")
+
+
+def study(source: str, name: str, trials: int, limit: int, *words: object) -> list[dict[str, Any]]:
+    """The rows of a study's trials, after running those that are not there yet.
+
+    A row has its trial's figures by document, as `documents.compare` takes them.
+    """
+    from ltm_pyro.evaluation.documents import read_records
+
+    out = RUNS / "studies" / name
+    given = ("--study-name", name, "--storage", STORAGE, "--out", out, "--trials", trials, "--json", *words)
+    options = ("--set", f"data.directory={corpus()}", "--limit", limit, "--samples", 4)
+    found = json.loads(command(*LTM, "study", "run", source, *options, *given))["trials"]
+    folders = {"trial": "trial", "baseline": "check", "repeat": "check"}
+    for row in found:
+        row["records"] = read_records(out / f"{folders[row['role']]}-{row['number']:04}")
+    return [*found]
+
+
+def report(name: str, pictures: dict[str, str]) -> Lines:
+    """What a study's report finds; its pictures are copied into the documents under other names."""
+    out = RUNS / "reports" / name
+    words = ("--study-name", name, "--storage", STORAGE, "--out", out, "--force", "--json")
+    found: Lines = json.loads(command(*LTM, "study", "report", *words))["findings"]
+    for title, file in pictures.items():
+        shutil.copy(out / title, PICTURES / file)
+    return found
 
 
 def table(head: Lines, rows: list[Lines]) -> Lines:
@@ -114,7 +161,9 @@ def suites(data: Path | None) -> Lines:
         for name, row in found[suite].items():
             ours, theirs = row["model"], row["baseline"]
             if "predictive_gain" in ours:
-                gain = f"{ours['predictive_gain']:.3f} ± {_error(ours['predictive_gain_stderr'])}"
+                gain, short = ours["predictive_gain"], ours["shorter_than_a_block"]
+                gain = "" if gain is None else f"{gain:.3f} ± {_error(ours['predictive_gain_stderr'])}"
+                gain += f" ({short} too short)" if short else ""
                 apart = row["model - baseline"]
                 difference = f"{apart[figure]:+.3f} ± {_error(apart['stderr'])}" if apart else "?"
                 rows.append([name, f"{ours[figure]:.3f}", gain, f"{theirs[figure]:.3f}", difference])
@@ -123,10 +172,187 @@ def suites(data: Path | None) -> Lines:
     return lines[:-1]
 
 
-NEED_DATA = (suites,)
-TABLES: dict[str, Callable[[Path | None], Lines]] = {
-    made.__name__: made for made in (quickstart, efficiency, collapse, suites)
-}
+def inference_time(_: Path | None) -> Lines:
+    """docs/inference-time-compute.md: more inference on the quickstart's own held-out text."""
+    return _curves("inference-time")
+
+
+def inference_time_ptb(data: Path | None) -> Lines:
+    """docs/inference-time-compute.md: the same on text of another kind."""
+    return _curves("inference-time-ptb", "--data", text_of(data, "ptb*"))
+
+
+def _curves(name: str, *words: object) -> Lines:
+    trained()
+    out = RUNS / name
+    runs = ("--run", QUICKSTART, "--baseline", QUICKSTART / "autoregressive", "--out", out)
+    command("benchmarks/bench_inference_time.py", *runs, *words)
+    shutil.copy(out / "inference-time.png", PICTURES / f"{name}.png")
+    found = json.loads((out / "inference-time.json").read_text("utf-8"))
+    shown = {"T_fast": (0, 3, 5, 7), "draws": (0, 2, 4, 6), "tokens between fits": (0, 1, 2, 3)}
+    rows: list[Lines] = [[], [], [], []]
+    for curve, places in shown.items():
+        for row, place in zip(rows, places, strict=True):
+            x = found["curves"][curve][place]
+            error = _error(x["stderr"]) if place else ""  # of the difference from the first
+            row += [str(x["setting"]), f"{x['nats_per_token']:.3f}", error, f"{x['seconds']:.2f}"]
+    head = ["T_fast", *(units := ["nats per token", "±", "s"]), "draws", *units, "tokens between fits", *units]
+    about = f"The autoregressive baseline: {found['autoregressive']:.3f}. {found['sequences']} sequences of "
+    return [*table(head, rows), "", f"{about}{found['documents']} document{'s' * (found['documents'] != 1)}."]
+
+
+def priors(_: Path | None) -> Lines:
+    """docs/priors.md: what priors find that was put there."""
+    found = []
+    for seed in range(4):
+        picture = PICTURES / "priors.png" if seed == 0 else RUNS / "priors.png"
+        found.append(json.loads(command("benchmarks/bench_priors.py", "--seed", seed, "--figure", picture)))
+    names = {"the truth": "the density that they are from", "MixturePrior": "`MixturePrior`, 2 components"}
+    rows = []
+    for name in found[0]["mixture"]["bounds"]:
+        points = [x["mixture"]["bounds"][name] for x in found]
+        above = [f"{x['above']:+.2f} ± {x['above_stderr']:.2f}" for x in points]
+        own = [f"{x['bound']:.2f} ± {x['stderr']:.2f}" for x in points]
+        rows.append([names.get(name, f"`{name}`"), *(own if name == "the truth" else above)])
+    shares = {
+        "fresh sequences in the right component": [x["mixture"]["assignment_accuracy"] for x in found],
+        "`SparsePrior`: of 24 useless dimensions off": [x["sparse"]["useless_off"] for x in found],
+        "`SparsePrior`: of 8 useful dimensions on": [x["sparse"]["useful_on"] for x in found],
+        "`SparsePrior`: median scale of the useful ones (truth: 1)": [
+            sorted(x["sparse"]["scales_useful"])[4] for x in found
+        ],
+    }
+    for name, values in shares.items():
+        rows.append([name, *(f"{x:.2f}" if "scale" in name else f"{x:.0%}" for x in values)])
+    return table(["seed", *map(str, range(4))], rows)
+
+
+def scaling(_: Path | None) -> Lines:
+    """docs/scaling.md: budgets, widths and ways of thinking, two seeds each."""
+    rows = study("benchmarks/small_scaling.py", "scaling", 36, 96, "--workers", 2)
+    said = report("scaling", {"iso-flop-curves.png": "scaling-iso-flop.png"})
+    at: dict[tuple[float, int, int], dict[int, list[dict[str, Any]]]] = {}  # FLOPs, K and T_fast; width
+    for row in rows:
+        x = row["parameters"]
+        at.setdefault((x["flops"], x["thoughts"], x["steps"]), {}).setdefault(x["width"], []).append(row)
+    best = {place: min(sizes.values(), key=lambda seeds: mean(_bounds(seeds))) for place, sizes in at.items()}
+    lines = [
+        [
+            f"{flops:.0e}".replace("e+", "·10^"),
+            f"K {thoughts}, T_fast {steps}" if thoughts else "autoregressive",
+            str(seeds[0]["parameters"]["width"]),
+            ", ".join(f"{x:.3f}" for x in _bounds(seeds)),
+            above(seeds, best[flops, 0, 0]) if thoughts else "",
+        ]
+        for (flops, thoughts, steps), seeds in sorted(best.items())
+    ]
+    head = ["FLOPs", "model", "best width", "bound of each seed", "above autoregressive"]
+    return [*table(head, lines), "", *(f"- {sentence}" for sentence in said)]
+
+
+def inference_steps(_: Path | None) -> Lines:
+    """docs/scaling.md: fast steps in training and at test time, two seeds each."""
+    rows = study("benchmarks/small_inference_steps.py", "inference_steps", 10, 32, "--budget", "5e10flops")
+    report("inference_steps", {"fast-steps-in-training.png": "inference-steps-training.png"})
+    at: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        at.setdefault(row["parameters"]["steps"], []).append(row)
+    tested, lines = (0, 4, 16, 32), []
+    for steps, seeds in sorted(at.items()):
+        after = [mean(row["figures"][f"bound_at_{n}"] for row in seeds) for n in tested] if steps else []
+        lines.append(
+            [
+                str(steps) if steps else "0, autoregressive",
+                ", ".join(f"{x:.3f}" for x in _bounds(seeds)),
+                above(seeds, at[0]) if steps else "",
+                *(f"{x:.3f}" for x in after or ()),
+                *[""] * (len(tested) - len(after)),
+                ", ".join(f"{row['figures']['predictive_gain']:.4f}" for row in seeds),
+            ]
+        )
+    head = ["T_fast in training", "bound of each seed", "above autoregressive", "0 steps at test time"]
+    return table([*head, *map(str, tested[1:]), "predictive gain of each seed"], lines)
+
+
+def _bounds(seeds: list[dict[str, Any]]) -> list[float]:
+    return [row["figures"]["bound"] for row in seeds]
+
+
+def above(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """By how much some trials' bound is above others' with the same seeds, paired by document, averaged over seeds."""
+    from ltm_pyro.evaluation.documents import compare
+
+    def averaged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        documents = zip(*(row["records"] for row in rows), strict=True)
+        return [x[0] | {"bound_nats": mean(y["bound_nats"] for y in x)} for x in documents]
+
+    found = compare(averaged(ours), averaged(theirs))
+    return f"{found.value:+.3f} ± {_error(found.stderr)}"
+
+
+def pruning(_: Path | None) -> Lines:
+    """docs/studies.md: one study with and without giving trials up."""
+    lines = []
+    for name, words in {"rates": (), "rates-pruned": ("--prune",)}.items():
+        recipe = ("--base-config", ROOT / "studies" / "recipes" / "scaling.yaml", "--budget", "5e10flops")
+        rows = study("rate_ratio", name, 12, 32, *recipe, *words)
+        searched, baseline, *again = (
+            [row for row in rows if row["role"] == role] for role in ("trial", "baseline", "repeat")
+        )
+        early = [float(row["reason"].split("%")[0].split()[-1]) / 100 for row in searched if row["state"] == "pruned"]
+        complete = [row for row in searched if row["state"] == "complete"]
+        best = min(complete, key=lambda row: row["figures"]["bound"])
+        second = min((row["above_best"], row["above_best_stderr"]) for row in complete if row != best)
+        lines.append(
+            [
+                "with `--prune`" if words else "without",
+                f"{len(complete)} of {len(searched)}",
+                f"{len(complete) + sum(early):.1f}",
+                f"{best['figures']['bound']:.3f} (trial {best['number']})",
+                f"{second[0]:.4f} ± {_error(second[1])}",
+                ", ".join(f"{row['figures']['bound']:.3f}" for row in again[0]),
+                f"{-baseline[0]['above_best']:+.3f} ± {_error(baseline[0]['above_best_stderr'])}",
+            ]
+        )
+    head = ["", "complete", "budgets spent", "best bound", "second best above it", "best, other seeds"]
+    return table([*head, "above the autoregressive baseline"], lines)
+
+
+def speed(_: Path | None) -> Lines:
+    """docs/speed.md: training steps on one core."""
+    words = ("bench", "steps", "--settings", "tiny", "wide", "--rounds", 5, "--eager", "--threads", 1)
+    found = json.loads(command(*LTM, *words, "--clock", "cpu", "--json"))
+    lines = []
+    for name, report in found["steps"].items():
+        for method, x in report["methods"].items():
+            seconds = x["seconds"]
+            lines.append(
+                [
+                    name,
+                    method,
+                    f"{1000 * seconds['median']:.0f} ({1000 * seconds['q1']:.0f} to {1000 * seconds['q3']:.0f})",
+                    f"{x['tokens_per_second']:,.0f}",
+                    f"{x['peak_bytes'] / 2**20:,.0f}",
+                ]
+            )
+    machine = found["machine"]
+    about = f"{machine['processor']}, torch {machine['torch']}, {machine['date']}: processor time of one core."
+    return [*table(["setting", "step", "ms, median (quartiles)", "tokens per second", "MiB"], lines), "", about]
+
+
+def analysis(data: Path | None) -> Lines:
+    """docs/analysis.md: what each command costs, and what it says of a small model."""
+    texts = ("--train", text_of(data, "corpus.train*"), "--texts", text_of(data, "corpus.val*"))
+    printed = command("benchmarks/bench_analysis.py", *texts, "--out", RUNS / "analysis")
+    return table(["", "what it took", "what it said"], json.loads(printed.splitlines()[-1]))
+
+
+NEED_DATA = (suites, inference_time_ptb, analysis)
+MADE: tuple[Callable[[Path | None], Lines], ...] = (
+    *(quickstart, efficiency, collapse, suites, inference_time, inference_time_ptb),
+    *(priors, scaling, inference_steps, pruning, speed, analysis),
+)
+TABLES = {made.__name__: made for made in MADE}
 
 
 def _error(value: float | None) -> str:

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from ltm_pyro.data import read_manifest
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.documents import compare, document_scores
+from ltm_pyro.evaluation.documents import compare, document_scores, read_records, write_records
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
 from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.inference.pareto import TRUSTED
@@ -35,7 +35,7 @@ from ltm_pyro.training.train import train
 from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.files import atomic_write, new_folder
 
-RESULT, DOCUMENTS, SETTINGS = "result.json", "documents.json", "compare.json"
+RESULT, SETTINGS = "result.json", "compare.json"
 K_HAT_SEQUENCES, K_HAT_DRAWS = 32, 100
 
 
@@ -162,8 +162,7 @@ class Comparison:
             **{"name": pair.name, "prior": _short(pair.prior), "guide": _short(pair.guide), "asked": asked},
             **finite(measured),
         }
-        with atomic_write(run / DOCUMENTS) as temp_path:
-            temp_path.write_text(json.dumps(finite(documents), ensure_ascii=False), "utf-8")
+        write_records(run, documents)
         with atomic_write(result) as temp_path:
             temp_path.write_text(json.dumps(figures, ensure_ascii=False), "utf-8")
         return figures
@@ -173,12 +172,11 @@ class Comparison:
 
         None where one of them has no bound, or rows do not know their documents.
         """
-        files = [self.out / x.name / DOCUMENTS for x in (pair, self.pairs[0])]
-        first, second = ([*json.loads(x.read_text("utf-8"))] if x.exists() else [] for x in files)
+        first, second = (read_records(self.out / x.name) for x in (pair, self.pairs[0]))
         if pair.is_ar_baseline or not first or not second or "bound_nats" not in first[0]:
             return {"difference": None, "difference_stderr": None}
         found = compare(first, second)
-        return finite({"difference": found.nats_per_token, "difference_stderr": found.stderr_nats_per_token})
+        return finite({"difference": found.value, "difference_stderr": found.stderr})
 
     def _configure(self, pair: Pair, *options: str) -> Namespace:
         """A pair's recipe, which ends when the time is up and for no other reason."""
@@ -210,6 +208,7 @@ class Comparison:
             "stderr": (bound or prior).stderr_nats_per_token,
             "predictive_gain": gain and gain.nats_per_token,
             "predictive_gain_stderr": gain and gain.stderr_nats_per_token,
+            "shorter_than_a_block": found.shorter_than_a_block,
             "kl": bound and bound.kl_nats_per_token,
             "k_hat": None if k_B is None else k_B.median().item(),
             "trusted": None if k_B is None else (k_B < TRUSTED).double().mean().item(),  # share of the sequences

@@ -5,6 +5,7 @@ with two seeds each; every trained model is scored after 0 to 32 fast steps. T_f
 decoder.
 """
 
+import math
 from itertools import product
 from statistics import mean
 from typing import Any
@@ -43,7 +44,7 @@ def objective(setting: Setting) -> dict[str, float]:
     tested = TESTED if setting.parameters["steps"] and "bound" in figures else ()
     for steps in tested:
         found = score(run, setting, steps)
-        figures |= {f"bound_at_{steps}": found["bound"], f"gain_at_{steps}": found["predictive_gain"]}
+        figures |= {f"bound_at_{steps}": found["bound"], f"gain_at_{steps}": found.get("predictive_gain", math.nan)}
     return figures
 
 
@@ -61,7 +62,7 @@ def analyse(rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
 
 
 def _mean(points: list[Values], figure: str = "bound") -> float:
-    return mean(point[figure] for point in points)
+    return mean(math.nan if point[figure] is None else point[figure] for point in points)
 
 
 def _verdict(width: int, trained: dict[int, list[Values]]) -> str:

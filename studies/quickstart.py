@@ -126,8 +126,8 @@ def summarise(packed: Path, latent_thought: Trained, autoregressive: Trained) ->
     return {
         **figures,
         "autoregressive": baseline.estimates["bound"].nats_per_token,
-        "above_autoregressive": above.nats_per_token,
-        "above_autoregressive_stderr": above.stderr_nats_per_token,
+        "above_autoregressive": above.value,
+        "above_autoregressive_stderr": above.stderr,
         "unigram": unigram(packed),
         "predictive_gain": gain.nats_per_token,
         "predictive_gain_stderr": gain.stderr_nats_per_token,

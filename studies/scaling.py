@@ -2,8 +2,8 @@
 
 Every point of the grid trains until it has spent its FLOPs, fast steps included, so more fast steps mean fewer tokens.
 T_fast = 0 without thoughts is the plain autoregressive decoder. Half of the FLOPs go to a decoder without thoughts, as
-in the quickstart. The whole grid is run for two seeds, one after the other, cheap points first: a study that is
-stopped early has complete curves up to some budget.
+in the quickstart. Every point is run for two seeds, cheap budgets first: a study that is stopped early has complete
+curves up to some budget, and knows what another seed changes there.
 """
 
 from itertools import product
@@ -18,24 +18,36 @@ from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.definition import Row
 from ltm_pyro.studies.search.fits import PowerLaw, power_law
 
-WIDTHS = {1e11: (8, 16, 32), 4e11: (16, 32, 64), 1.6e12: (32, 64, 96)}  # around the best of each budget
+Widths = dict[float, tuple[int, ...]]  # by FLOPs
+WIDTHS: Widths = {1e11: (8, 16, 32), 4e11: (16, 32, 64), 1.6e12: (32, 64, 96)}  # around the best of each budget
 SEEDS = 2
 Way = tuple[int, int]  # (thoughts per layer K, T_fast)
 WAYS: tuple[Way, ...] = ((0, 0), (4, 2), (4, 8), (16, 2))
 
+
+def space_of(widths: Widths) -> dict[str, CategoricalDistribution]:
+    """The study's space for some budgets and widths."""
+    return {
+        "flops": CategoricalDistribution(list(widths)),
+        "width": CategoricalDistribution(sorted({width for some in widths.values() for width in some})),
+        "thoughts": CategoricalDistribution(sorted({k for k, _ in WAYS})),
+        "steps": CategoricalDistribution(sorted({t for _, t in WAYS})),
+    }
+
+
+def points_of(widths: Widths, ways: tuple[Way, ...] = WAYS) -> tuple[dict[str, Any], ...]:
+    """The grid, budget by budget and seed by seed."""
+    return tuple(
+        {"flops": flops, "width": width, "thoughts": thoughts, "steps": steps}
+        for (flops, some), _ in product(widths.items(), range(SEEDS))
+        for width, (thoughts, steps) in product(some, ways)
+    )
+
+
 recipe = recipe_file("scaling.yaml")
 checks = False  # the baseline is on the grid
-space = {
-    "flops": CategoricalDistribution(list(WIDTHS)),
-    "width": CategoricalDistribution(sorted({width for widths in WIDTHS.values() for width in widths})),
-    "thoughts": CategoricalDistribution(sorted({k for k, _ in WAYS})),
-    "steps": CategoricalDistribution(sorted({t for _, t in WAYS})),
-}
-points = tuple(
-    {"flops": flops, "width": width, "thoughts": thoughts, "steps": steps}
-    for _, (flops, widths) in product(range(SEEDS), WIDTHS.items())
-    for width, (thoughts, steps) in product(widths, WAYS)
-)
+space = space_of(WIDTHS)
+points = points_of(WIDTHS)
 
 
 class Point(NamedTuple):
@@ -67,16 +79,16 @@ def settings(parameters: dict[str, Any]) -> dict[str, Any]:
     return decoder(**chosen) | {"model.max_flops": parameters["flops"]}
 
 
-def analyse(rows: list[Row]) -> tuple[dict[str, bytes], list[str]]:
+def analyse(rows: list[Row], widths: Widths = WIDTHS) -> tuple[dict[str, bytes], list[str]]:
     """Iso-FLOP curves, the frontier over sizes with its power laws, and thinking against parameters."""
     grid = _grid(rows)
-    frontiers = {way: frontier for way in grid if (frontier := _frontier(grid[way]))[0]}
+    frontiers = {way: frontier for way in grid if (frontier := _frontier(grid[way], widths))[0]}
     laws = {way: power_law(*points) for way, points in frontiers.items() if len({*points[0]}) > 2}
     said = [f"{_name(way)}: bound of the best size = {law}." for way, law in laws.items()]
     pictures = {"iso flop curves": _iso_flop(grid)}
     if frontiers:  # some budget has every size
         pictures["frontier"] = _plot_frontiers(frontiers, laws)
-    return pictures, [*said, *filter(None, (_trade(grid, flops) for flops in WIDTHS))]
+    return pictures, [*said, *filter(None, (_trade(grid, flops, some) for flops, some in widths.items()))]
 
 
 def _grid(rows: list[Row]) -> Grid:
@@ -92,20 +104,20 @@ def _name(way: Way) -> str:
     return f"K = {way[0]}, T_fast = {way[1]}" if way[1] else "autoregressive"
 
 
-def _frontier(budgets: dict[float, dict[int, Point]]) -> Frontier:
+def _frontier(budgets: dict[float, dict[int, Point]], widths: Widths) -> Frontier:
     """FLOPs and bound of every seed at the size with the lowest mean, for budgets that have all sizes."""
     best = {
         flops: min(sizes.values(), key=lambda point: mean(point.bounds))
         for flops, sizes in sorted(budgets.items())
-        if len(sizes) == len(WIDTHS[flops])
+        if len(sizes) == len(widths[flops])
     }
     flops = [flops for flops, point in best.items() for _ in point.bounds]
     return flops, [bound for point in best.values() for bound in point.bounds]
 
 
-def _trade(grid: Grid, flops: float) -> str:
+def _trade(grid: Grid, flops: float, widths: tuple[int, ...]) -> str:
     """From the smallest thinking model at a budget: do four times the fast steps help more than the next size?"""
-    small, larger, *_ = WIDTHS[flops]
+    small, larger, *_ = widths
     places = (((4, 2), small), ((4, 8), small), ((4, 2), larger))
     found = [grid.get(way, {}).get(flops, {}).get(width) for way, width in places]
     if None in found:

@@ -144,7 +144,7 @@ def _batch_groups(
         groups = _guide_groups(model, guide, batch, inference, options.samples, keys)
     else:
         with seeded(int(keys.key_B) % 2**63):
-            groups = _chain_groups(model, batch, options)
+            groups = _chain_groups(model, batch, options, seed)
     with torch.no_grad(), seeded(seed):
         prior_SLKD = model.sample_prior(options.samples)
     tokens_BT = batch.targets_BT.masked_fill(~batch.mask_BT, MISSING)
@@ -177,7 +177,7 @@ def _guide_groups(
     z_SBLKD = q.densities.z_SBLKD
     site = _thought_site(z_SBLKD, q.sites)
     exact = exact_moments(guide.posterior(site, state.parameters)) if site and hasattr(guide, "posterior") else None
-    moments, prior = exact or sample_moments(z_SBLKD), _prior_moments(model, z_SBLKD, q.sites)
+    moments, prior = exact or sample_moments(z_SBLKD), _prior_moments(model, z_SBLKD, q.sites, keys.seed)
     _add_moments(stats, moments, prior if guide.has_density else None)
     groups["local"] = xr.Dataset(
         {name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()}
@@ -185,13 +185,13 @@ def _guide_groups(
     return groups
 
 
-def _chain_groups(model: Model, batch: Batch, options: DrawOptions) -> Groups:
+def _chain_groups(model: Model, batch: Batch, options: DrawOptions, seed: int) -> Groups:
     """Runs Markov chains for a batch of one sequence; their draws, moments, and how they went (`ChainDraws`)."""
     chains = run_chains(model, batch, options.method, options.samples, options.chains)
     groups = _draw_groups(chains.sites, chains.densities, batch)
     stats = groups["sample_stats"]
     z_SBLKD = chains.densities.z_SBLKD.flatten(0, 1)
-    prior = _prior_moments(model, z_SBLKD, {name: x.flatten(0, 1) for name, x in chains.sites.items()})
+    prior = _prior_moments(model, z_SBLKD, {name: x.flatten(0, 1) for name, x in chains.sites.items()}, seed)
     _add_moments(stats, sample_moments(z_SBLKD, torch.from_numpy(chains.diagnostics["ess"])), prior)
     for name, x_BLKD in chains.diagnostics.items():
         stats[name] = (("sequence", *THOUGHTS), x_BLKD)
@@ -238,12 +238,12 @@ def _thought_site(z_SBLKD: Tensor, sites: Sites) -> str | None:
     return next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
 
 
-def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites) -> Moments:
+def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites, seed: int) -> Moments:
     """The moments of p(z): exact if z is the only site and its moments are known, else from 1,000 draws."""
     site = _thought_site(z_SBLKD, sites) if len(sites) == 1 else None
     if site and (exact := exact_moments(prior_sites(model, z_SBLKD.shape[1])[site])):
         return exact
-    with torch.no_grad(), seeded(0):  # the same for every batch
+    with torch.no_grad(), seeded(seed):  # the same for every batch
         return sample_moments(model.sample_prior(1000))
 
 

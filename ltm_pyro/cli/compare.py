@@ -95,11 +95,14 @@ def _table(rows: list[dict[str, Any]], minutes: float) -> Table:
     for row in rows:
         pair = ("autoregressive", "") if row["name"] == "autoregressive" else (row["prior"], row["guide"])
         table.add_row(*pair, *(_cell(row, figure, error) for figure, (_, error) in COLUMNS.items()))
-    table.caption = "\n".join(
+    said = [
         f"{row['name']}: no bound, because {row['no_bound']}; {row['without_thinking']:.3f} without thinking."
         for row in rows
         if row["no_bound"]
-    )
+    ]
+    if short := rows[0].get("shorter_than_a_block"):  # not in results of before
+        said.append(f"{short:,} sequences are no longer than a block and have no predictive gain.")
+    table.caption = "\n".join(said)
     return table
 
 

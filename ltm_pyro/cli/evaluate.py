@@ -281,7 +281,9 @@ def _curve(evaluation: Evaluation) -> Table:
         ]
         table.add_row(f"{samples:,}", *(cell for row in cells for cell in row if cell is not None))
     if any(point.passes is not None for curve in curves.values() for point in curve.values()):
-        table.caption = "A pass is a sequence through the decoder, forward with one z or back to it."
+        table.caption = (
+            "A pass is a sequence through the decoder, forward with one z or back to it; an encoder is none."
+        )
     return table
 
 
@@ -307,11 +309,12 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int
     if e.predictive_gain:
         gain = (e.predictive_gain.nats_per_token, e.predictive_gain.stderr_nats_per_token)
         table.add_row("predictive gain", *map(_figure, gain))
+    elif e.shorter_than_a_block:
+        table.add_row("predictive gain", "-")
     reasons = [f"{name}: unavailable, because {reason}." for name, reason in e.unavailable.items()]
-    weights = e.rows.scores["causal"].log_weights_SJB if e.predictive_gain and e.rows else None
-    if weights is not None and weights.shape[1] == 1:
+    if e.shorter_than_a_block:
         reasons.insert(
-            0, "The gain is 0 because one block holds each sequence, and nothing is before it: lower --block."
+            0, f"{e.shorter_than_a_block:,} sequences are no longer than a block and have no gain: lower --block."
         )
     if e.excluded:
         reasons.insert(0, f"{len(e.excluded)} sequences have no finite score and are in no figure.")

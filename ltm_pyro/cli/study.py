@@ -157,10 +157,11 @@ def _table(found: dict[str, Any]) -> Table:
     parameters = list(dict.fromkeys(name for row in found["trials"] for name in row["parameters"]))
     title = f"{found['study']}: {found['question']} Every trial trains for {found['each']}."
     short = [name.rsplit(".", 1)[-1] for name in parameters]
-    columns = ("trial", *short, *found["minimise"], "predictive gain", "")
+    columns = ("trial", *short, *found["minimise"], "above best", "± s.e.", "predictive gain", "")
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for row in found["trials"]:
-        figures = [row["figures"].get(name) for name in (*found["minimise"], "predictive_gain")]
+        paired = [row.get(name) for name in ("above_best", "above_best_stderr")]
+        figures = [*map(row["figures"].get, found["minimise"]), *paired, row["figures"].get("predictive_gain")]
         given = [row["parameters"].get(name) for name in parameters]
         label = str(row["number"]) if row["role"] == "trial" else row["role"]
         table.add_row(label, *map(_cell, given), *map(_cell, figures), row["reason"] or row["state"])

@@ -3,10 +3,12 @@
 Shapes: B sequences.
 """
 
+import json
 import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,9 @@ from ltm_pyro.data.make import BEST_WITHIN
 from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.scores import Evaluation, Rate, rate_of
+from ltm_pyro.utils.as_json import finite
+from ltm_pyro.utils.files import atomic_write
+from ltm_pyro.utils.statistics import Estimate, clustered_ratio
 
 
 class DocumentScore(NamedTuple):
@@ -73,13 +78,29 @@ def document_scores(evaluation: Evaluation) -> list[DocumentScore]:
 
 
 Records = Sequence[Mapping[str, Any]]  # `DocumentScore.as_dict` of every document
+RECORDS = "documents.json"  # in the folder of a run that was scored to be compared
 
 
-def compare(first: Records, second: Records, estimator: str = "bound", unit: str = "tokens") -> Rate:
+def write_records(run: Path, records: Records) -> None:
+    """Keeps in a run's folder the figures of every document."""
+    with atomic_write(run / RECORDS) as new:
+        new.write_text(json.dumps(finite(records), ensure_ascii=False), "utf-8", "backslashreplace")
+
+
+def read_records(run: Path) -> Records:
+    """What `write_records` has left there; none if it has not, or on another machine."""
+    try:
+        found = json.loads((run / RECORDS).read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(x, dict) for x in found) else []
+
+
+def compare(first: Records, second: Records, estimator: str = "bound", unit: str = "tokens") -> Estimate:
     """By how much the first model's figure is above the second's, in nats per token, or bits per byte.
 
-    The one comparison of two models on the same texts, paired document by document. Raises `UsageError` unless
-    both have scored the same documents, with as many tokens or bytes.
+    The one comparison of two models on the same texts, paired document by document. Raises `UsageError`, whose first
+    clause is the reason, unless both have that figure of the same documents, with as many tokens or bytes.
     """
     figure = f"{estimator}_nats"
     known: dict[Any, list[Mapping[str, Any]]] = {}
@@ -87,22 +108,26 @@ def compare(first: Records, second: Records, estimator: str = "bound", unit: str
         known.setdefault((y["file"], y["id"]), []).append(y)
     same = [known.get((x["file"], x["id"])) for x in first]  # several if ids repeat: in the order of the corpus
     pairs = [(x, ys.pop() if ys else None) for x, ys in zip(first, same, strict=True)]
-    other = [x["id"] for x, y in pairs if y is None or x[unit] != y[unit]]
-    if other or len(first) != len(second) or any(figure not in x for x in (*first, *second)):
-        which = f"'{other[0]}' differs" if other else "one has more of them, or lacks that figure"
-        raise UsageError(f"Two models are compared on the same documents, but {which}: score both on the same text.")
+    if any(figure not in x for x in (*first, *second)):
+        raise UsageError(f"One of the two models has no {estimator}; compare another figure.")
+    other = next((x["id"] for x, y in pairs if y is None or x[unit] != y[unit]), None)
+    if other is not None or len(first) != len(second):
+        which = (
+            "one has more of them" if other is None else f"'{other}' has other {unit}, by another tokenizer or a cut"
+        )
+        raise UsageError(f"Two models are compared on the same documents, but {which}; score both on the same text.")
     scored = [
         (x[unit], x[figure], y[figure]) for x, y in pairs if y and _is_number(x[figure]) and _is_number(y[figure])
     ]
     if not scored:
-        raise UsageError(f"No document has a finite {figure} under both models, so that there is nothing to compare.")
+        raise UsageError(f"No document has a finite {figure} under both models; there is nothing to compare.")
     if left := len(pairs) - len(scored):
         warnings.warn(
             f"{left} of {len(pairs)} documents have no finite {figure} under both models and are left out.",
             stacklevel=2,
         )
     units_N, first_N, second_N = torch.tensor(scored, dtype=torch.float64).unbind(1)
-    return rate_of((first_N - second_N) / (math.log(2) if unit == "bytes" else 1), units_N)
+    return clustered_ratio((first_N - second_N) / (math.log(2) if unit == "bytes" else 1), units_N)
 
 
 def _is_number(x: float | None) -> bool:

@@ -288,13 +288,15 @@ def evaluate(
     tokens_B, bytes_B, ids_B = (torch.cat(column).double().cpu() for column in zip(*counts, strict=True))
     documents = None if None in parts else tuple(row for found in parts for row in found or ())
     rows = RowScores(ids_B, documents, tokens_B, bytes_B, nats_and_kl)
-    fit_passes = 2 * inference.steps * inference.particles if guide.uses_fast_steps else 0  # forward and backward
+    gradients = inference.steps * inference.particles if guide.uses_fast_steps else 0
+    gradients += guide.finalize_cost(inference.steps) if inference.steps else 0
     not_normalised = not_normalised or _negative_kl(nats_and_kl)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
     is_density = not (normalisers(model) or not_normalised)  # with an estimated normaliser no score is a known bound
     are_bounds = {name: is_density and ESTIMATORS[name].is_bound for name in estimators}
-    return replace(summarise(rows, points, are_bounds, fit_passes), unavailable=missing, rows=rows)
+    found = summarise(rows, points, are_bounds, fit_passes=2 * gradients)  # forward and backward
+    return replace(found, unavailable=missing, rows=rows)
 
 
 @one_at_a_time

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,10 +19,11 @@ from ltm_pyro.contracts import Part, whole_pieces
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED, pareto_k
 from ltm_pyro.utils.as_json import finite
-from ltm_pyro.utils.statistics import clustered_ratio, standard_error
+from ltm_pyro.utils.statistics import Estimate, clustered_ratio, standard_error
 
 NEARLY_ALL = 0.95  # the share of sequences whose k-hat has to be good
 SETTLED = 1e-3  # nats per token that more samples may still take away from a sum of averages
+SLOWEST = 0.9  # of a step of the curve to the step before it: noise would make it larger where both are nearly 0
 GAIN = ("causal", "causal_prior")  # the estimators whose difference is the predictive gain
 
 
@@ -84,9 +86,15 @@ class RowScores(NamedTuple):
 
     @property
     def predictive_gain_B(self) -> Tensor | None:
-        """`causal_prior` − `causal` of each sequence in nats; None if one of the two was not requested."""
+        """`causal_prior` − `causal` of each sequence in nats; None if one of the two was not requested.
+
+        NaN where one block holds all that is scored: nothing is before it, so that 0 would say nothing about thoughts.
+        """
         with_q, without_q = map(self.scores.get, GAIN)
-        return without_q.nats_B - with_q.nats_B if with_q and without_q else None
+        if not with_q or not without_q:
+            return None
+        later_SJB = cast(Tensor, with_q.log_weights_SJB)[:, 1:]  # 0 for blocks behind a sequence's end
+        return (without_q.nats_B - with_q.nats_B).masked_fill((later_SJB == 0).all(0).all(0), torch.nan)
 
     @property
     def is_finite_B(self) -> Tensor:
@@ -100,14 +108,15 @@ class RowScores(NamedTuple):
             return torch.arange(len(self.ids_B))  # not the ids, which `make_batch` counts anew in every batch
         return torch.tensor([piece.number for piece in self.pieces])
 
-    def bits_per_byte(self, nats_B: Tensor) -> "Rate":
+    def bits_per_byte(self, nats_B: Tensor) -> Estimate:
         """Some nats of each sequence, or a difference of two, as bits per byte, over the sequences of `is_finite_B`.
 
+        A sequence whose nats are NaN, as those of `predictive_gain_B` may be, does not count.
         The error is that of this ratio: documents differ in tokens per byte, so that the one per token cannot be
         rescaled.
         """
-        keep_B = self.is_finite_B
-        return rate_of(nats_B[keep_B] / math.log(2), self.bytes_B[keep_B], self.documents_B[keep_B])
+        keep_B = self.is_finite_B & ~nats_B.isnan()
+        return clustered_ratio(nats_B[keep_B] / math.log(2), self.bytes_B[keep_B], self.documents_B[keep_B])
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,7 @@ class Score:
 
     ``converged`` says whether an average over samples can be trusted, None for other estimators. For a weighted average
     k-hat is below min(1 − 1 / log10 S, 0.7) for nearly all sequences (Vehtari et al. 2024, arXiv 1507.02646), or `ais`
-    agrees within its error. For `causal` and `causal_prior`, a quarter of the samples gives less than 0.003 nats per
-    token more: Jensen's gap falls as 1 / S, so about 0.001 of it is left. ``curve`` has the figure by number of
+    agrees within its error. For `causal` and `causal_prior`, see `is_settled`. ``curve`` has the figure by number of
     samples.
     """
 
@@ -168,8 +176,9 @@ class Evaluation:
     .. math:: \sum_b \big[ -\log E_{p(z)}\, p(x_b \mid x_{<b}, z) \big]
         - \big[ -\log E_{q(z \mid x_{<b})}\, p(x_b \mid x_{<b}, z) \big]
 
-    in nats per token; None if one of the two was not requested. Unlike a difference of bounds it is 0 for a decoder
-    that does not use z, and for thoughts of another text it is below 0.
+    in nats per token; None if one of the two was not requested, or no sequence is longer than a block. Those that are
+    not have no gain: they are left out of it, and ``shorter_than_a_block`` counts them. Unlike a difference of bounds
+    it is 0 for a decoder that does not use z, and for thoughts of another text it is below 0.
 
     ``cut`` says whether the last document is not whole, because only the first sequences were scored. ``excluded`` are
     the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an estimator's name to
@@ -183,6 +192,7 @@ class Evaluation:
     excluded: tuple[int, ...]
     estimates: dict[str, Score]
     predictive_gain: Rate | None = None
+    shorter_than_a_block: int | None = None  # None without a predictive gain
     unavailable: dict[str, str] = field(default_factory=dict)
     cut: bool = False
     rows: RowScores | None = field(default=None, compare=False)
@@ -215,12 +225,22 @@ def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:
 
 
 def is_settled(result: NatsAndKL, tokens_B: Tensor) -> bool:
-    """Whether more samples would hardly change a sum of averages, as `Score.converged` says."""
+    r"""Whether more samples would take less than `SETTLED` nats per token away from a sum of averages.
+
+    The last two steps of the curve, from S/16 to S/4 and to S samples, continue as a geometric series,
+
+    .. math:: \sum_{n \geq 1} r^n d_2, \quad d_1 = c(S/16) - c(S/4), \quad d_2 = c(S/4) - c(S), \quad r = d_2 / d_1
+
+    with r at least 1/4, its value if Jensen's gap falls as 1 / S: it falls more slowly where weights have heavy tails.
+    Below 16 samples, where nothing tells how it falls, the answer is no.
+    """
     samples = len(cast(Tensor, result.log_weights_SJB))
-    if samples < 4:
+    if samples < 16:
         return False
-    fallen = result.curve(samples // 4) - result.nats_B
-    return bool(fallen.sum() / tokens_B.sum() < 3 * SETTLED)
+    points = [result.curve(samples // n).sum() for n in (16, 4, 1)]
+    first, second = (float((x - y) / tokens_B.sum()) for x, y in pairwise(points))
+    ratio = min(max(second / first, 1 / 4), SLOWEST) if first > 0 else SLOWEST
+    return second * ratio / (1 - ratio) < SETTLED
 
 
 def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, bool], fit_passes: int) -> Evaluation:
@@ -266,7 +286,12 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
             curve=curve,
         )
 
-    gain_B = rows.predictive_gain_B
+    gain, short = None, None
+    if rows.predictive_gain_B is not None:
+        gain_B = rows.predictive_gain_B[is_finite_B]
+        has_B = ~gain_B.isnan()
+        short = int((~has_B).sum())
+        gain = rate_of(gain_B[has_B], tokens_B[has_B], documents_B[has_B]) if has_B.any() else None
     return Evaluation(
         tokens=int(tokens_B.sum()),
         documents=None if pieces is None else len(documents_B.unique()),
@@ -274,5 +299,6 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
         bytes=int(bytes_B.sum()),
         excluded=excluded,
         estimates={name: score(name, result) for name, result in results.items()},
-        predictive_gain=None if gain_B is None else rate(gain_B[is_finite_B]),
+        predictive_gain=gain,
+        shorter_than_a_block=short,
     )

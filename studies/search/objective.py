@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 from ltm_pyro.data import read_manifest
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import document_scores, write_records
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
 from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.load import load_run
@@ -93,7 +94,10 @@ def train_and_score(setting: Setting) -> Figures:
 
 
 def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
-    """The bound and the predictive gain, nats per held-out token; ``fast_steps`` when not the recipe's own."""
+    """The bound and the predictive gain, nats per held-out token; ``fast_steps`` when not the recipe's own.
+
+    With the recipe's own, the figures of each document stay in the run's folder.
+    """
     found = evaluate_run(
         run,
         estimators=("bound", "prior", *GAIN),
@@ -106,6 +110,8 @@ def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
         raise UsageError(
             f"{len(found.excluded)} of {len(found.excluded) + found.sequences} held-out sequences have no finite score."
         )
+    if fast_steps is None and found.documents:
+        write_records(setting.run, [x.as_dict() for x in document_scores(found)])
     bound, prior, gain = found.estimates.get("bound"), found.estimates["prior"], found.predictive_gain
     figures = {"prior": prior.nats_per_token}
     if gain:

@@ -18,6 +18,7 @@ from ltm_pyro.studies.search.study import describe
 from ltm_pyro.training.trust import is_own_file, list_file
 from ltm_pyro.utils.files import atomic_write, new_folder, writing
 
+PAIRED = ("above_best", "above_best_stderr")  # of a trial's row: the difference from the best, by document
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
@@ -140,9 +141,11 @@ def _plan(found: dict[str, Any]) -> dict[str, Any]:
 
 def _table(rows: list[Row], found: dict[str, Any]) -> str:
     searched = list(dict.fromkeys(name for row in rows if row["role"] == "trial" for name in row["parameters"]))
-    first = [*searched, *found["minimise"], "bound_stderr", *PREDICTIVE]
+    first = [*searched, *found["minimise"], "bound_stderr", *PAIRED, *PREDICTIVE]
     names = list(dict.fromkeys([*first, *(name for row in rows for name in row["figures"])]))
-    body = [[_label(row), *(_cell((row["figures"] | row["parameters"]).get(name)) for name in names)] for row in rows]
+    body = [
+        [_label(row), *(_cell((row | row["figures"] | row["parameters"]).get(name)) for name in names)] for row in rows
+    ]
     best = next((i for i, row in enumerate(rows) if (row["role"], row["number"]) == ("trial", found["best"])), None)
     head = ["trial", *(name.rsplit(".", 1)[-1] for name in names)]
     return _html(head, body, best) if rows else "<p>None.</p>"

@@ -139,6 +139,7 @@ class Worker:
             memory_gib=self.resources.memory_gib,
         )
         trial.set_user_attr(trials.SETTINGS, settings)
+        trial.set_user_attr(trials.RUN, str(run.resolve()))
         trial.set_user_attr(trials.SEED, seed)
         self.watch.trial_started(slot, run.name, parameters)
         return Job(study, trial, *start_process(task), slot)

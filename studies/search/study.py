@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import compare, read_records
+from ltm_pyro.inference.estimators import ESTIMATORS
 from ltm_pyro.studies.budget import MAX_FLOPS, parse_budget
 from ltm_pyro.studies.configure import Values, configure
 from ltm_pyro.studies.search import trials
@@ -30,6 +32,7 @@ from ltm_pyro.studies.search.storage import (
 from ltm_pyro.studies.search.watch import Watch
 from ltm_pyro.training.recipe import dump_recipe
 from ltm_pyro.training.trust import remember_file, remember_recipe
+from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.files import atomic_write, new_folder, writing
 from ltm_pyro.utils.limits import LARGEST_SEED
 
@@ -137,7 +140,11 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
         checks = trials.load_study(storage, study.study_name + trials.CHECKS)
         chosen = trials.best_trial(study)
         checked = trials.existing_checks(checks, chosen).values() if chosen else ()
-        rows = [_row(trial) for trial in (*trials.current_trials(study), *checked)]
+        compared = [*trials.feasible(study), *checked]
+        rows = [
+            _row(trial) | (_above(trial, chosen, plan.minimise[0]) if chosen and trial in compared else {})
+            for trial in (*trials.current_trials(study), *checked)
+        ]
         points_say = any(MAX_FLOPS in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.current_trials(study))
     return {
         **plan.as_dict(),
@@ -164,6 +171,19 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
+def _above(trial: FrozenTrial, best: FrozenTrial, figure: str) -> dict[str, float | None]:
+    """By how much a trial's figure is above that of the best, paired by document; {} without figures by document."""
+    if trial == best or trial.state != TrialState.COMPLETE or figure not in ESTIMATORS:
+        return {}
+    ours, theirs = (read_records(Path(x.user_attrs.get(trials.RUN, ""))) for x in (trial, best))
+    try:
+        found = compare(ours, theirs, figure)
+    except UsageError:
+        return {}
+    figures = {"above_best": found.value, "above_best_stderr": found.stderr, "above_best_p": found.p_value}
+    return cast(dict[str, float | None], finite(figures))  # one document has no error
+
+
 def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Plan) -> str:
     """The best setting in words, with its figure over fresh seeds and the autoregressive baseline's beside it.
 
@@ -183,7 +203,29 @@ def recommend(rows: list[dict[str, Any]], best: dict[str, Any] | None, plan: Pla
         text += f" Trained again with other seeds: {mean(again):.4f}{spread}."
     ar_baseline = [r["figures"][name] for r in done if r["role"] == "baseline"]
     text += f" The autoregressive baseline at the same budget: {ar_baseline[0]:.4f}." if ar_baseline else ""
+    text += _by_document(done, name) if name in ESTIMATORS else ""
     return text + _unequal([r["figures"]["flops"] for r in done if r["figures"].get("flops")], plan)
+
+
+def _by_document(done: list[dict[str, Any]], name: str) -> str:
+    """How far behind the best the others are, document by document, and which of them not for certain."""
+    behind = sorted((row for row in done if "above_best" in row), key=lambda row: row["above_best"])
+    others = [row for row in behind if row["role"] == "trial"]
+    if not behind:
+        lacking = "the trials' folders here have no figures by document"
+        return f" No error is given for these differences: {lacking}." if len(done) > 1 else ""
+    said = [f"trial {row['number']} by {_difference(row)}" for row in others[:1]]
+    said += [f"the autoregressive baseline by {_difference(row)}" for row in behind if row["role"] == "baseline"]
+    if not said:
+        return ""
+    text = f" Document by document, one seed each, above it: {', '.join(said)} (± a standard error)."
+    unsure = [str(row["number"]) for row in others if row["above_best_p"] is None or row["above_best_p"] >= 0.05]
+    return text + (f" Not told apart from it (p of 0.05 and more): {', '.join(unsure)}." if unsure else "")
+
+
+def _difference(row: dict[str, Any]) -> str:
+    error = row["above_best_stderr"]
+    return f"{row['above_best']:+.4f}" + (" (one document)" if error is None else f" ± {error:.4f}")
 
 
 def _unequal(flops: list[float], plan: Plan) -> str:

@@ -26,7 +26,7 @@ from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.storage import without_password
 
 PLAN, SOURCE, REASON = "plan", "source", "reason"  # names of attributes
-FIGURES, SETTINGS, SEED = "figures", "settings", "seed"
+FIGURES, SETTINGS, SEED, RUN = "figures", "settings", "seed", "run"
 CHECKS = ":checks"  # ends the name of a study's companion
 STARTUP = 5  # trials drawn at random before the sampler uses the earlier ones
 

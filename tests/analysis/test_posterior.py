@@ -16,7 +16,7 @@ from ltm_pyro.analysis.storage import write_tree
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import Langevin, MeanField, Point
 from ltm_pyro.inference.state import LocalInference
-from ltm_pyro.models import EnergyPrior
+from ltm_pyro.models import EnergyPrior, HierarchicalPrior
 
 
 @pytest.fixture
@@ -153,3 +153,16 @@ def test_a_folder_is_not_replaced(right, tmp_path, name):
     with pytest.raises(UsageError, match="is a folder"):
         right[1].save(tmp_path / name)
     assert (tmp_path / name / "thesis.txt").exists()
+
+
+def test_the_priors_moments_follow_the_seed(known):
+    """They are estimated from draws where they are not known; q stays at its initial value without a fast step."""
+    known.prior = HierarchicalPrior(known.prior.shape)
+    batch, kl = known.sample_batch(2), []
+    for seed in (0, 1, 1):
+        made = draw_batch_posterior(
+            known, MeanField(known), batch, LocalInference(steps=0), DrawOptions(samples=25), seed=seed
+        )
+        kl.append(made.stats.kl_by_thought.values)
+    assert abs(kl[0] - kl[1]).max() > 1e-6
+    np.testing.assert_array_equal(kl[1], kl[2])

@@ -57,7 +57,8 @@ def test_one_sequence_has_no_standard_error(run, ltm):
     assert list(found["estimates"]) == ["bound"]
     assert found["estimates"]["bound"]["stderr_nats_per_token"] is None
     assert found["predictive_gain"] is None
-    found = json.loads(ltm("evaluate", run, "--limit", 1, "--estimators", "causal,causal_prior", "--json")[1])
+    options = ("--limit", 1, "--estimators", "causal,causal_prior", "--block", 4)
+    found = json.loads(ltm("evaluate", run, *options, "--json")[1])
     with_q, without_q = (found["estimates"][name]["nats_per_token"] for name in ("causal", "causal_prior"))
     assert found["predictive_gain"] == {
         "nats_per_token": without_q - with_q,
@@ -84,11 +85,12 @@ def test_a_curve_is_printed_with_its_cost(run, ltm):
 
 
 def test_one_block_for_a_whole_text_is_said(run, ltm):
-    """Nothing is before it, so that a gain of 0 says nothing about thoughts."""
+    """Nothing is before it, so that there is no gain."""
     options = ("--limit", 2, "--samples", 2, "--estimators", "causal,causal_prior", "--block")
     whole, halves = (" ".join(ltm("evaluate", run, *options, block)[1].split()) for block in (500, 8))
-    assert "The gain is 0 because one block holds each sequence" in whole
-    assert "one block" not in halves
+    assert "predictive gain -" in whole
+    assert "2 sequences are no longer than a block and have no gain: lower --block" in whole
+    assert "no gain" not in halves
 
 
 def test_the_documents_own_example_fits_into_80_columns(run, ltm):

@@ -183,7 +183,7 @@ def test_a_model_and_its_baseline_are_compared_document_by_document(run, recipe,
     assert row["model - baseline"]["nats_per_token"] == pytest.approx(apart)
     files = [tmp_path / "out" / "documents" / f"zero-shot.ptb.{name}.jsonl" for name in ("model", "baseline")]
     ours, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
-    assert compare(ours, theirs).nats_per_token == pytest.approx(apart)
+    assert compare(ours, theirs).value == pytest.approx(apart)
     assert "| ptb | model - baseline |" in (tmp_path / "out" / REPORT).read_text()
     with pytest.raises(UsageError, match="on the same documents"):
         compare(ours, theirs[1:])
@@ -207,13 +207,16 @@ def test_a_comparison_that_is_not_there_has_a_reason(tmp_path):
     files = [tmp_path / "a", tmp_path / "b"]
     for file, line in zip(files, lines, strict=True):
         file.write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8")
+    assert _difference(files, "bytes", "bits_per_byte")["bits_per_byte"] == pytest.approx(-0.2 / math.log(2))
     row = _difference(files, "tokens", "nats_per_token")
     assert "another tokenizer" in row["unavailable"]["nats per token"]
     content = {"settings": {"model": "run"}, "results": {"zero-shot": {"ptb": {"model - baseline": row}}}}
-    assert "model - baseline: nats per token unavailable, because the two do not have the same tokens" in markdown(
-        content
-    )
-    assert _difference(files, "bytes", "bits_per_byte")["bits_per_byte"] == pytest.approx(-0.2 / math.log(2))
+    reason = "because two models are compared on the same documents, but 'one\u2028two' has other tokens"
+    assert f"model - baseline: nats per token unavailable, {reason}" in markdown(content)
+    files[1].write_text(json.dumps(lines[1] | {"bound_nats": None}))
+    assert "no document has a finite bound_nats" in str(_difference(files, "bytes", "bits_per_byte"))
+    files[1].write_text(json.dumps({name: x for name, x in lines[1].items() if name != "bound_nats"}))
+    assert "has no bound" in _difference(files, "bytes", "bits_per_byte")["unavailable"]["bits per byte"]
 
 
 def test_bits_per_byte_of_a_language_have_an_error_by_byte(run, ltm, data, tmp_path):
@@ -226,5 +229,12 @@ def test_bits_per_byte_of_a_language_have_an_error_by_byte(run, ltm, data, tmp_p
     expected = clustered_ratio(nats / math.log(2), size)
     assert found["bits_per_byte"] == pytest.approx(expected.value)
     assert found["stderr"] == pytest.approx(expected.stderr)
-    gain = np.array([x["causal_prior_nats"] - x["causal_nats"] for x in documents])
+    longer = [x for x in documents if x["tokens"] > 4]  # a quarter of the model's length is a block
+    assert found["shorter_than_a_block"] == len(documents) - len(longer) > 0
+    gain, size = (np.array(x, float) for x in zip(*((_gain(x), x["bytes"]) for x in longer), strict=True))
+    assert found["predictive_gain"] == pytest.approx(gain.sum() / math.log(2) / size.sum())
     assert found["predictive_gain_stderr"] == pytest.approx(clustered_ratio(gain / math.log(2), size).stderr)
+
+
+def _gain(document):
+    return document["causal_prior_nats"] - document["causal_nats"]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ltm_pyro.contracts import ThoughtShape
-from ltm_pyro.guides import FullCovariance, MeanField
+from ltm_pyro.guides import FullCovariance, Laplace, MeanField
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.estimators import ESTIMATORS, Problem, evaluate, fit_problem
 from ltm_pyro.inference.local import infer_local
-from ltm_pyro.inference.scores import GAIN, NatsAndKL
+from ltm_pyro.inference.scores import GAIN, NatsAndKL, RowScores, is_settled, summarise
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LinearGaussianModel
 
@@ -117,15 +117,15 @@ def test_the_first_block_gains_nothing_to_the_last_digit(problem):
 def test_an_evaluation_has_it_paired_and_says_if_it_has_settled(problem):
     made = problem()
     options = {"estimators": GAIN, "block": BLOCK}
-    found = evaluate(made.model, made.guide, [made.batch], EXACT, samples=[4, 500, 8000], **options)
+    found = evaluate(made.model, made.guide, [made.batch], EXACT, samples=[4, 500, 32_000], **options)
     with_q, without_q = (found.estimates[name] for name in GAIN)
     gain = found.predictive_gain
     assert gain.nats_per_token == pytest.approx(without_q.nats_per_token - with_q.nats_per_token)
     assert gain.nats_per_token * made.batch.inputs_BT.shape[1] == pytest.approx(exact_gain(made), abs=0.1)
     assert gain.interval[0] < gain.nats_per_token < gain.interval[1]
     assert without_q.converged
-    assert [*without_q.curve] == [4, 500, 8000]
-    assert without_q.curve[4].nats_per_token > without_q.curve[8000].nats_per_token
+    assert [*without_q.curve] == [4, 500, 32_000]
+    assert without_q.curve[4].nats_per_token > without_q.curve[32_000].nats_per_token
     few = evaluate(made.model, made.guide, [made.batch], EXACT, samples=8, **options).estimates
     assert few["causal_prior"].converged is False
     assert evaluate(made.model, made.guide, [made.batch], EXACT, ["causal"], samples=2).predictive_gain is None
@@ -140,6 +140,8 @@ def test_a_curve_says_what_it_costs(problem):
     assert [point.passes for point in found["prior_iwae"].curve.values()] == [1, 16]
     assert [point.passes for point in found["causal"].curve.values()] == [None, None]
     assert found["iwae"].curve[16].stderr_nats_per_token == pytest.approx(found["iwae"].stderr_nats_per_token)
+    laplace = evaluate(made.model, Laplace(made.model), [made.batch], inference, ["iwae"]).estimates["iwae"]
+    assert laplace.curve[16].passes == 46 + 2 * 12, "two gradients for each of 6 coordinates, each forward and back"
 
 
 def test_batches_of_other_lengths_are_joined():
@@ -148,3 +150,41 @@ def test_batches_of_other_lengths_are_joined():
     joined = NatsAndKL.concatenate([NatsAndKL.of_weights(x) for x in (short, long)])
     assert joined.log_weights_SJB.shape == (4, 3, 7)
     torch.testing.assert_close(joined.curve(4), joined.nats_B)
+    rows = RowScores(torch.arange(7), None, torch.full((7,), 3.0), torch.ones(7), dict.fromkeys(GAIN, joined))
+    found = summarise(
+        rows._replace(scores=rows.scores | {"causal": _better(joined)}), [4], dict.fromkeys(GAIN, False), 0
+    )
+    assert found.shorter_than_a_block == 2
+    assert found.predictive_gain.nats_per_token == pytest.approx(1), "over the five that have more than a block"
+    assert (
+        summarise(
+            rows._replace(scores=dict.fromkeys(GAIN, _one_block(joined))), [4], dict.fromkeys(GAIN, False), 0
+        ).predictive_gain
+        is None
+    )
+
+
+def _better(result):
+    """By 3 nats in the second block, where there is one."""
+    weights_SJB = result.log_weights_SJB.clone()
+    weights_SJB[:, 1, 2:] += 3
+    return NatsAndKL.of_weights(weights_SJB)
+
+
+def _one_block(result):
+    return NatsAndKL.of_weights(result.log_weights_SJB[:, :1])
+
+
+@pytest.mark.parametrize(("shape", "settled"), [(0.1, True), (0.8, False)])
+def test_a_figure_has_settled_if_its_curve_says_so(shape, settled):
+    """Weights with heavy tails, whose average falls much more slowly than 1 / S: the right value is 0 nats."""
+    samples, texts = 4096, 400
+    weights_SB = torch.distributions.Pareto(torch.tensor(1.0), torch.tensor(1 / shape)).sample((samples, texts))
+    result = NatsAndKL.of_weights((weights_SB * (1 - shape)).log()[:, None])
+    tokens_B = torch.full((texts,), 20.0)
+    fallen = (result.curve(samples // 4) - result.nats_B).sum() / tokens_B.sum()
+    left = result.nats_B.sum() / tokens_B.sum()
+    assert fallen < 0.003, "a gap that falls as 1 / S would have settled"
+    assert (left < 0.001) == settled
+    assert is_settled(result, tokens_B) == settled
+    assert not is_settled(NatsAndKL.of_weights(result.log_weights_SJB[:8]), tokens_B), "too few to know"

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from ltm_pyro.evaluation.documents import RECORDS
 from ltm_pyro.studies import compare as study
 
 
@@ -21,7 +22,7 @@ def test_documents_without_a_finite_figure_are_written_and_left_out(monkeypatch,
     for pair in made.pairs:
         (tmp_path / pair.name).mkdir()
         assert made.figures(pair)["bound"] is None
-        text = (tmp_path / pair.name / study.DOCUMENTS).read_text("utf-8")
+        text = (tmp_path / pair.name / RECORDS).read_text("utf-8")
         assert json.loads(text, parse_constant=pytest.fail)[2]["bound_nats"] is None
     with pytest.warns(UserWarning, match="^1 of 3 documents"):
         assert made.difference(made.pairs[1])["difference"] == 0

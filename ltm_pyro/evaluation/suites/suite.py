@@ -118,9 +118,7 @@ def score_text(run: Run, place: str, estimators: Sequence[str], options: Options
     if rows.predictive_gain_B is not None:
         nats["predictive_gain"] = rows.predictive_gain_B
     rates = {name: rows.bits_per_byte(nats_B) for name, nats_B in nats.items()}
-    bits = finite(
-        {name: {"bits_per_byte": x.nats_per_token, "stderr": x.stderr_nats_per_token} for name, x in rates.items()}
-    )
+    bits = finite({name: {"bits_per_byte": x.value, "stderr": x.stderr} for name, x in rates.items()})
     return TextScores(found.pop("estimates"), found.pop("predictive_gain") or {}, others=found, bits=bits)
 
 

@@ -28,6 +28,7 @@ SUITES = {
             "iwae",
             "predictive_gain",
             "predictive_gain_stderr",
+            "shorter_than_a_block",
             "accuracy",
             "tokens",
         ),
@@ -35,7 +36,16 @@ SUITES = {
     "multilingual": Suite(
         multilingual.parts,
         "bits per byte and predictive gain in bits per byte, by language",
-        ("bits_per_byte", "stderr", "iwae", "predictive_gain", "predictive_gain_stderr", "bytes_per_token", "tokens"),
+        (
+            "bits_per_byte",
+            "stderr",
+            "iwae",
+            "predictive_gain",
+            "predictive_gain_stderr",
+            "shorter_than_a_block",
+            "bytes_per_token",
+            "tokens",
+        ),
     ),
     "gsm8k": Suite(
         gsm8k.parts,
@@ -175,15 +185,12 @@ def _difference(files: Sequence[Path], unit: str, figure: str) -> dict[str, Any]
     """The model's bound less the baseline's, paired by document; only the reason if they cannot be compared."""
     lines = (file.read_text("utf-8").split("\n") for file in files)  # a string may have other ends of a line in it
     first, second = ([json.loads(line) for line in found if line] for found in lines)
-    lacking = None
-    if not all("bound_nats" in x for x in (*first, *second)):
-        lacking = "one of the two has no bound"
-    elif [x[unit] for x in first] != [x[unit] for x in second]:
-        lacking = f"the two do not have the same {unit}, by another tokenizer or cut elsewhere by --limit"
-    if lacking:
-        return {"unavailable": {figure.replace("_", " "): lacking}}
-    found = compare(first, second, unit=unit)
-    return {figure: found.nats_per_token, "stderr": found.stderr_nats_per_token}
+    try:
+        found = compare(first, second, unit=unit)
+    except UsageError as error:
+        reason = str(error)
+        return {"unavailable": {figure.replace("_", " "): reason[0].lower() + reason[1:]}}
+    return {figure: found.value, "stderr": found.stderr}
 
 
 def markdown(content: dict[str, Any]) -> str:

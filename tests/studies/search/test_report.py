@@ -78,10 +78,13 @@ def test_scaling_says_what_its_points_say():
 
 
 def test_scaling_comes_to_complete_curves_soon():
-    for seed in range(scaling.SEEDS):
-        one = scaling.points[seed * len(scaling.points) // 2 :][: len(scaling.points) // 2]
-        assert len({tuple(p.values()) for p in one}) == len(one)
-        assert [p["flops"] for p in one] == sorted(p["flops"] for p in one)
+    flops = [p["flops"] for p in scaling.points]
+    assert flops == sorted(flops)
+    for budget in scaling.WIDTHS:
+        points = [tuple(p.values()) for p in scaling.points if p["flops"] == budget]
+        one, other = points[: len(points) // 2], points[len(points) // 2 :]
+        assert one == other, "a seed after the other"
+        assert len({*one}) == len(one)
 
 
 def test_inference_steps_says_what_its_points_say():

@@ -5,7 +5,9 @@ import math
 
 import pytest
 
+from ltm_pyro.data import pack
 from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.documents import RECORDS, read_records
 from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
 from ltm_pyro.studies.budget import parse_budget
 from ltm_pyro.studies.configure import configure
@@ -17,6 +19,19 @@ from ltm_pyro.studies.search.storage import open_storage
 from ltm_pyro.training.recipe import build_module
 from tests.studies.search.conftest import FREE
 
+BY_DOCUMENT = """
+from ltm_pyro.evaluation.documents import write_records
+whole = objective
+def objective(setting):
+    figures = whole(setting)
+    factors = [0.5, 1.5, 0.5, 1.5, 0.5, 1.5, 0.5, 1.5]  # of each document's difference; their mean is 1
+    records = [
+        {"id": n, "file": "", "tokens": 7, "bound_nats": 7 * (10 * n + factor * figures["bound"])}
+        for n, factor in enumerate(factors)
+    ]
+    write_records(setting.run, records)
+    return figures
+"""
 HALVING = """
 from optuna.distributions import FloatDistribution
 space = {"model.inference.rate": FloatDistribution(0.1, 1.0)}
@@ -87,6 +102,42 @@ def test_a_trial_spends_its_budget_and_reports_a_bound(recipe, tmp_path):
     assert said[-1][1] > figures["bound"] - 0.2
     assert received == sorted(received)
     assert received[-1] == 1
+
+
+def test_what_a_trial_says_of_each_document_stays_in_its_folder(recipe, tmp_path):
+    texts = "".join(json.dumps({"text": "some words come over and over " * n}) + "\n" for n in range(1, 31))
+    (tmp_path / "text.jsonl").write_text(texts)
+    pack(
+        [tmp_path / "text.jsonl"], tmp_path / "data", tokenizer="bpe:270", seq_len=16, val_fraction=0.3, test_fraction=0
+    )
+    changed = {"data.directory": str(tmp_path / "data"), "data.batch_size": None, "data.tokens": 64}
+    options = options_of(parse_budget("1e8flops"), changed, tmp_path / "run", 0)
+    setting = Setting(recipe=str(recipe), options=options, parameters={}, run=tmp_path / "run", samples=2, limit=40)
+    figures, records = train_and_score(setting), read_records(tmp_path / "run")
+    assert len({record["id"] for record in records}) == len(records) > 2
+    nats, tokens = (sum(record[name] for record in records) for name in ("bound_nats", "tokens"))
+    assert nats / tokens == pytest.approx(figures["bound"])
+
+
+def test_the_best_is_compared_with_the_others_document_by_document(run, study_file, tmp_path):
+    """What is common to all trials of a document, ten times larger than any difference, is in no error."""
+    found = run(5, study_file(FREE + BY_DOCUMENT), repeats=1)
+    best = found["trials"][found["best"]]
+    assert "above_best" not in best
+    others = [row for row in found["trials"] if row != best]
+    for row in others:
+        apart = row["figures"]["bound"] - best["figures"]["bound"]
+        assert row["above_best"] == pytest.approx(apart, abs=1e-6)
+        assert row["above_best_stderr"] == pytest.approx(0.189 * abs(apart), rel=0.01)
+    second = min((row for row in others if row["role"] == "trial"), key=lambda row: row["figures"]["bound"])
+    assert f"trial {second['number']} by {second['above_best']:+.4f} ±" in found["recommendation"]
+    baseline = next(row for row in others if row["role"] == "baseline")
+    assert f"the autoregressive baseline by {baseline['above_best']:+.4f} ±" in found["recommendation"]
+    assert "Not told apart" not in found["recommendation"]
+    for folder in (tmp_path / "out").glob("trial-*"):
+        (folder / RECORDS).unlink()
+    moved = search.describe(f"sqlite:///{tmp_path / 'studies.db'}", found["study"])
+    assert "No error is given for these differences" in moved["recommendation"]
 
 
 def test_tokens_are_counted_where_the_last_batch_is_short(recipe, tmp_path):
