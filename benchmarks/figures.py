@@ -28,6 +28,7 @@ LTM = ("-m", "ltm_pyro.cli")
 STORAGE = f"sqlite:///{RUNS / 'studies.db'}"
 MARKED = re.compile(r"(<!-- figures (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 Lines = list[str]
+TASK_STEPS = 4_000
 
 
 def command(*words: object) -> str:
@@ -347,10 +348,35 @@ def analysis(data: Path | None) -> Lines:
     return table(["", "what it took", "what it said"], json.loads(printed.splitlines()[-1]))
 
 
+def context(_: Path | None) -> Lines:
+    """docs/context.md: the context recovered on tasks whose optimum is known, by the recipe for them."""
+    rows = []
+    for task, thoughts in {"permutation": 6, "markov": 6, "topics": 6, "recall": 16}.items():
+        data, run = RUNS / "tasks" / task, RUNS / "tasks" / f"{task}-run"
+        if not data.exists():
+            command(*LTM, "data", "make", task, "--out", data, "--sequences", 9_200, "--val-fraction", 0.05)
+        recipe = ("--config", "studies/recipes/in-context.yaml", "--data.directory", data, "--run", run)
+        settings = ("--model.decoder.init_args.thoughts", thoughts, "--trainer.max_steps", TASK_STEPS)
+        command(*LTM, "fit", *recipe, *settings, "--ckpt_path", "last")
+        words = ("--estimators", "bound,iwae,shuffled,prior", "--samples", 256, "--split", "test", "--json")
+        found = json.loads(command(*LTM, "evaluate", run, *words))
+        length = found["tokens"] / found["sequences"]
+        context = found["context"]
+        nats = (context["floor"], found["estimates"]["bound"], found["estimates"]["iwae"], context["ceiling"])
+        shares = [
+            f"{x['share']:.2f} ({x['interval'][0]:.2f} to {x['interval'][1]:.2f})"
+            for name in ("bound", "iwae", "shuffled", "prior")
+            for x in (context["recovered"][name],)
+        ]
+        rows.append([task, *(f"{x['nats_per_token'] * length:.2f}" for x in nats), *shares])
+    head = ["nats per sequence", "best within 3", "`bound`", "`iwae`", "optimum", "R of `bound`", "R of `iwae`"]
+    return table([*head, "shuffled", "z from the prior"], rows)
+
+
 NEED_DATA = (suites, inference_time_ptb, analysis)
 MADE: tuple[Callable[[Path | None], Lines], ...] = (
     *(quickstart, efficiency, collapse, suites, inference_time, inference_time_ptb),
-    *(priors, scaling, inference_steps, pruning, speed, analysis),
+    *(priors, scaling, inference_steps, pruning, speed, analysis, context),
 )
 TABLES = {made.__name__: made for made in MADE}
 

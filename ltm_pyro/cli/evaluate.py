@@ -328,6 +328,8 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int
 
 def _context(context: "Context", evaluation: Evaluation, run: "Run", names: tuple[str, str]) -> Table:
     """R of every estimator between the floor and the ceiling of these names, or why there is none."""
+    from ltm_pyro.evaluation.context import NULLS
+
     floor, ceiling = names
     title = f"context recovered: R = ({floor} - model) / ({floor} - {ceiling})"
     table = Table("", title=title, title_justify="left")
@@ -342,8 +344,13 @@ def _context(context: "Context", evaluation: Evaluation, run: "Run", names: tupl
     for name, x in context.recovered.items():
         error = evaluation.estimates[name].stderr_nats_per_token
         interval = " to ".join(f"{end:.2f}" for end in x.interval)
-        shown = f"{name} (null)" if name in ("shuffled", "prior_iwae") else name
-        table.add_row(shown, _figure(x.nats_per_token), _figure(error), f"{x.share:.2f}", interval)
+        table.add_row(
+            f"{name} (null)" if name in NULLS else name,
+            _figure(x.nats_per_token),
+            _figure(error),
+            f"{x.share:.2f}",
+            interval,
+        )
     reference(ceiling, context.ceiling)
     reference(f"{floor} - {ceiling}", context.difference)
     decoder: Any = run.model.decoder

@@ -14,7 +14,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import Records, compare
 from ltm_pyro.inference.scores import Rate, rate_of
 
-NULLS = ("shuffled", "prior_iwae")  # what R is of another text's thoughts, and of thoughts that no text was read for
+NULLS = ("shuffled", "prior")  # what R is of another text's thoughts, and of thoughts that no text was read for
 BOOTSTRAP = 4_000
 
 

@@ -108,7 +108,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--at-most", "peak_memory=9"), "No trial records a figure 'peak_memory': choose from bound, "),
         (("rate.py", "--minimise", "bound,bond"), "No trial records a figure 'bond': choose from bound, "),
         (("rate.py", "--minimise", ""), "No trial records a figure ''"),
-        (("rate.py", "--seed", "4294967296"), "`seed_everything` is 4294967296: choose a seed from 0"),
+        (("rate.py", "--seed", "4294967296"), "argument --seed: '4294967296' is more than 4294967295, the largest"),
         (("rate.py", "--set", "trainer.accumulate_grad_batches=20", "--budget", "2e8flops"), "less than one step"),
         (("rate.py", "--at-most", "k_hat=nan"), "--at-most needs a number, got 'nan'"),
         (("rate.py", "--memory", "nan"), "argument --memory: 'nan' is not a number above 0"),
