@@ -28,7 +28,7 @@ LTM = ("-m", "ltm_pyro.cli")
 STORAGE = f"sqlite:///{RUNS / 'studies.db'}"
 MARKED = re.compile(r"(<!-- figures (\w+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 Lines = list[str]
-TASK_STEPS = 4_000
+TASKS, TASK_STEPS = {"permutation": 6}, 4_000  # thoughts of each task
 
 
 def command(*words: object) -> str:
@@ -351,14 +351,24 @@ def analysis(data: Path | None) -> Lines:
 def context(_: Path | None) -> Lines:
     """docs/context.md: the context recovered on tasks whose optimum is known, by the recipe for them."""
     rows = []
-    for task, thoughts in {"permutation": 6, "markov": 6, "topics": 6, "recall": 16}.items():
+    for task, thoughts in TASKS.items():
         data, run = RUNS / "tasks" / task, RUNS / "tasks" / f"{task}-run"
         if not data.exists():
             command(*LTM, "data", "make", task, "--out", data, "--sequences", 9_200, "--val-fraction", 0.05)
         recipe = ("--config", "studies/recipes/in-context.yaml", "--data.directory", data, "--run", run)
         settings = ("--model.decoder.init_args.thoughts", thoughts, "--trainer.max_steps", TASK_STEPS)
         command(*LTM, "fit", *recipe, *settings, "--ckpt_path", "last")
-        words = ("--estimators", "bound,iwae,shuffled,prior", "--samples", 256, "--split", "test", "--json")
+        words = (
+            "--estimators",
+            "bound,iwae,shuffled,prior",
+            "--samples",
+            256,
+            "--limit",
+            256,
+            "--split",
+            "test",
+            "--json",
+        )
         found = json.loads(command(*LTM, "evaluate", run, *words))
         length = found["tokens"] / found["sequences"]
         context = found["context"]
