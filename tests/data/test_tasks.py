@@ -106,7 +106,7 @@ def test_every_task_is_tested():
     assert {type(task) for task, *_ in SMALL} == {TASKS[name] for name in ours}
 
 
-@pytest.mark.parametrize(("task", "law", "exact", "close"), SMALL, ids=str)
+@pytest.mark.parametrize(("task", "law", "exact", "close"), SMALL, ids=[str(task) for task, *_ in SMALL])
 def test_the_optimum_and_the_best_within_a_reach_are_those_of_brute_force(task, law, exact, close):
     x = everything(task)
     p, expected = np.exp(-task.sequence_nats(x)), law(task, x)
