@@ -88,10 +88,12 @@ def bound(problem: Problem) -> NatsAndKL:
 
 
 def shuffled(problem: Problem) -> NatsAndKL:
-    """`bound` under another text's q: that of the sequence half a batch further on. No better than a random q."""
-    half = max(1, problem.batch.size // 2)
-    state = problem.state.select(torch.arange(problem.batch.size, device=problem.batch.inputs_BT.device).roll(half))
-    return bound(replace(problem, state=state))
+    """`bound` under another text's q, that of the sequence half a batch further on; `prior` if there is no other."""
+    if problem.batch.size == 1:
+        alone = prior(problem)
+        return alone._replace(kl_stderr_B=torch.zeros_like(alone.kl_B))
+    order_B = torch.arange(problem.batch.size, device=problem.batch.inputs_BT.device).roll(problem.batch.size // 2)
+    return bound(replace(problem, state=problem.state.select(order_B)))
 
 
 def iwae(problem: Problem) -> NatsAndKL:
@@ -193,6 +195,7 @@ ESTIMATORS = {
 NEED_DENSITY = ("bound", "shuffled", "iwae", "ais", "reused_noise")  # the normalised densities of q and of the prior
 NEED_NONE = ("prior", "prior_iwae", "causal", "causal_prior")  # only draws, of the prior among others
 DEFAULT = ("bound", "iwae", "prior", "reused_noise")  # without causal, which needs a fit per block
+OF_A_BATCH = ("shuffled",)  # figures that are of several texts, and of no text by itself
 AVERAGES = ("iwae", "prior_iwae", "ais", "causal", "causal_prior")  # over draws, so that they have a curve
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ltm_pyro.data.encode import Tokens, batch_of_rows, encode_document, encode_prompt, split_tokens
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.estimators import check_estimators, estimate, fit_problem, unavailable
+from ltm_pyro.inference.estimators import OF_A_BATCH, check_estimators, estimate, fit_problem, unavailable
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.row_noise import RowKeys
@@ -56,6 +56,8 @@ class Scoring:
 
     def __post_init__(self) -> None:
         check_estimators([self.estimator], self.samples)
+        if self.estimator in OF_A_BATCH:
+            raise UsageError(f"The estimator {self.estimator} is of several texts: ask `ltm evaluate` for it.")
         if self.block < 1 or self.batch_size < 1:
             raise UsageError(f"Scoring needs block and batch_size ≥ 1, got {self.block} and {self.batch_size}.")
         if self.longer not in ("split", "whole"):

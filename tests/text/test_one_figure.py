@@ -15,7 +15,7 @@ from ltm_pyro.data import pack_texts
 from ltm_pyro.data.encode import batch_of_rows, encode_document, encode_prompt
 from ltm_pyro.evaluation.suites.features import run_extractor
 from ltm_pyro.guides import MeanField
-from ltm_pyro.inference.estimators import ESTIMATORS, estimate, evaluate, fit_problem
+from ltm_pyro.inference.estimators import ESTIMATORS, OF_A_BATCH, estimate, evaluate, fit_problem
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.inference.state import LocalInference, Stop
@@ -88,9 +88,10 @@ def texts_written(run, texts, size):
     return [hash(written[text]) % 1000 for text in texts]
 
 
+ALONE = [name for name in ESTIMATORS if name not in OF_A_BATCH]
 DOORS = {
-    **{f"score {name}": of_texts(name) for name in ESTIMATORS},
-    **{f"continuations {name}": of_continuations(name) for name in ESTIMATORS if name != "ais"},  # of whole texts only
+    **{f"score {name}": of_texts(name) for name in ALONE},
+    **{f"continuations {name}": of_continuations(name) for name in ALONE if name != "ais"},  # of whole texts only
     "features": features,
     "posterior": posteriors,
     "generate": texts_written,
