@@ -183,7 +183,6 @@ class Estimator(NamedTuple):
 
 ESTIMATORS = {
     "bound": Estimator(bound, True, "-ELBO at draws taken after q is fitted"),
-    "shuffled": Estimator(shuffled, True, "bound under another text's q: what it is if thoughts carry nothing"),
     "iwae": Estimator(iwae, True, "importance-weighted bound, tighter than bound"),
     "prior": Estimator(prior, True, "the ELBO of q = p(z): no inference"),
     "prior_iwae": Estimator(prior_iwae, True, "importance-weighted bound with q = p(z): no inference"),
@@ -191,6 +190,7 @@ ESTIMATORS = {
     "reused_noise": Estimator(reused_noise, False, "the published code's figure: one draw for fit and score, no bound"),
     "causal": Estimator(causal, False, "predictive: q is fitted only to the text before"),
     "causal_prior": Estimator(causal_prior, False, "causal without inference; less causal: the predictive gain"),
+    "shuffled": Estimator(shuffled, True, "bound under another text's q: what it is if thoughts carry nothing"),
 }
 NEED_DENSITY = ("bound", "shuffled", "iwae", "ais", "reused_noise")  # the normalised densities of q and of the prior
 NEED_NONE = ("prior", "prior_iwae", "causal", "causal_prior")  # only draws, of the prior among others

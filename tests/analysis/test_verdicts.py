@@ -76,7 +76,7 @@ def flagged(inputs, names=JUDGED):
 @pytest.mark.parametrize("repeats", REPEATS)
 def test_an_exact_q_is_seldom_flagged(inputs, repeats):
     found = [flagged(inputs()) for _ in range(repeats)]
-    assert sum(map(bool, found)) <= repeats / 10, found
+    assert sum(map(bool, found)) <= max(repeats / 10, 2), found  # of few repeats three would be too many at one in ten
 
 
 @pytest.mark.parametrize("repeats", REPEATS)
