@@ -9,14 +9,15 @@ from ltm_pyro.data import pack_texts
 from ltm_pyro.data.encode import batch_of_rows, encode_document, encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import Point
-from ltm_pyro.inference.estimators import ESTIMATORS, evaluate
+from ltm_pyro.inference.estimators import ESTIMATORS, OF_A_BATCH, evaluate
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.text import scoring
 from ltm_pyro.text.scoring import Scoring, score, score_continuations, score_tokens
 
 CONTEXTS = ["the old", "", "a long text and"]
-OF_CONTINUATIONS = [name for name in ESTIMATORS if name != "ais"]  # which scores whole texts
+OF_TEXTS = [name for name in ESTIMATORS if name not in OF_A_BATCH]
+OF_CONTINUATIONS = [name for name in OF_TEXTS if name != "ais"]  # which scores whole texts
 CONTINUATIONS = [" model reads", "short", " words about time"]
 
 
@@ -34,7 +35,7 @@ def nats(run, pairs, estimator, **options):
 
 
 @pytest.mark.parametrize(
-    "estimator", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ais")) for name in ESTIMATORS]
+    "estimator", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ais")) for name in OF_TEXTS]
 )
 def test_texts_cost_what_the_estimator_says(run, estimator):
     """One row of packed data, as `evaluate` scores it, and the same tokens as a text."""
@@ -211,3 +212,9 @@ def test_a_window_that_sees_a_whole_row_needs_a_shorter_context(tiny_run):
 def test_annealing_is_for_whole_texts(run):
     with pytest.raises(UsageError, match="The estimator ais scores whole texts, not continuations: choose iwae"):
         nats(run, [([1], [2])], "ais")
+
+
+@pytest.mark.parametrize("name", OF_A_BATCH)
+def test_a_figure_of_several_texts_is_refused_for_one(name):
+    with pytest.raises(UsageError, match="is of several texts: ask `ltm evaluate`"):
+        Scoring(estimator=name)
