@@ -160,25 +160,24 @@ def run(args: argparse.Namespace) -> int:
         **of_figures,
     )
     uses = record_test_use(Path(args.run), args.data or trained.data) if args.split == "test" else None
+    exact = exact_figure(evaluation, trained.reach) if score == "all" else None  # it is that of the whole sequence
+    is_task = exact is not None and bool(exact.beyond) and not evaluation.excluded
+    needed = args.by_document or args.floor or is_task
+    documents = [x.as_dict() for x in document_scores(evaluation)] if needed else []
     if args.by_document:
         with atomic_write(args.by_document) as new:
-            lines = (
-                json.dumps(finite(found.as_dict()), ensure_ascii=False) + "\n" for found in document_scores(evaluation)
-            )
+            lines = (json.dumps(finite(found), ensure_ascii=False) + "\n" for found in documents)
             new.write_text("".join(lines), "utf-8")
-    exact = exact_figure(evaluation, trained.reach) if score == "all" else None  # it is that of the whole sequence
     context, names = None, ("floor", "ceiling")
     if args.floor:
         place = args.data or trained.data
         scored = [[evaluate_run(run, place, ["bound"], 1, **of_figures) for run in runs] for runs in others]
         floors, ceilings = ([[x.as_dict() for x in document_scores(found)] for found in runs] for runs in scored)
-        ours = [x.as_dict() for x in document_scores(evaluation)]
-        context = context_recovered([ours], floors, ceilings, [*evaluation.estimates])
-    elif exact and (
-        known := known_references(ours := [x.as_dict() for x in document_scores(evaluation)], trained.reach)
-    ):
+        context = context_recovered([documents], floors, ceilings, [*evaluation.estimates])
+    elif is_task:
         names = (f"best within {trained.reach}", "exact")
-        context = context_recovered([ours], [known[0]], [known[1]], [*evaluation.estimates])
+        best, optimum = known_references(documents, trained.reach)
+        context = context_recovered([documents], [best], [optimum], [*evaluation.estimates])
     if args.json:
         found = evaluation.as_dict() | {"split": args.split, "score": score, "observe": observe}
         of_exact = exact and {"rate": asdict(exact.rate)} | {

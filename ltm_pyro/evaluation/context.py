@@ -4,6 +4,7 @@ Shapes: M trained models (seeds), N documents, S bootstrap samples.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from ltm_pyro.data.make import BEST_WITHIN
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.documents import Records, compare
+from ltm_pyro.evaluation.documents import Records, paired
 from ltm_pyro.inference.scores import Rate, rate_of
 
 NULLS = ("shuffled", "prior")  # what R is of another text's thoughts, and of thoughts that no text was read for
@@ -49,11 +50,9 @@ class Context(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, for JSON."""
-        rates = {name: rate._asdict() if hasattr(rate, "_asdict") else vars(rate) for name, rate in self._rates()}
-        return rates | {"recovered": {name: x._asdict() for name, x in self.recovered.items()}}
-
-    def _rates(self) -> list[tuple[str, Rate]]:
-        return [("floor", self.floor), ("ceiling", self.ceiling), ("difference", self.difference)]
+        rates = {"floor": self.floor, "ceiling": self.ceiling, "difference": self.difference}
+        found = {name: asdict(rate) for name, rate in rates.items()}
+        return found | {"recovered": {name: x._asdict() for name, x in self.recovered.items()}}
 
 
 def context_recovered(
@@ -71,8 +70,7 @@ def context_recovered(
         UsageError: not all of them have scored the same documents.
     """
     first = floors[0]
-    for others in (*models, *floors[1:], *ceilings):
-        compare(first, [{**x, "bound_nats": x.get("bound_nats", 0.0)} for x in others])  # refuses other documents
+    models, floors, ceilings = ([paired(first, x) for x in found] for found in (models, floors, ceilings))
     tokens_N = np.array([x["tokens"] for x in first], float)
     floor_MN, ceiling_MN = (_nats(found, "bound") for found in (floors, ceilings))
     rates = [rate_of(*map(torch.from_numpy, (x_MN.mean(0), tokens_N))) for x_MN in (floor_MN, ceiling_MN)]
@@ -97,27 +95,15 @@ def context_recovered(
     return context._replace(recovered=recovered)
 
 
-def known_references(documents: Records, reach: int | None) -> tuple[Records, Records] | None:
-    """Floor and ceiling of documents of a task: the best within the reach, and −log p(x); None if they are not known.
-
-    R then has a star: no training is in it but the model's own.
-    """
-    name = f"{BEST_WITHIN}{reach}"
-    if not all("exact_nats" in x and isinstance(x["labels"].get(name), int | float) for x in documents):
-        return None
-    return [{**x, "bound_nats": x["labels"][name]} for x in documents], [
-        {**x, "bound_nats": x["exact_nats"]} for x in documents
-    ]
+def known_references(documents: Records, reach: int | None) -> tuple[Records, Records]:
+    """Floor and ceiling of a task's documents, both known: the best within the reach, and −log p(x)."""
+    floor = [{**x, "bound_nats": x["labels"][f"{BEST_WITHIN}{reach}"]} for x in documents]
+    return floor, [{**x, "bound_nats": x["exact_nats"]} for x in documents]
 
 
 def _nats(found: Sequence[Records], estimator: str) -> np.ndarray:
-    """(M, N), every model's documents in the order of the first one's."""
-    order = [(x["file"], x["id"]) for x in found[0]]
-    rows = []
-    for records in found:
-        known = {(x["file"], x["id"]): x[f"{estimator}_nats"] for x in records}
-        rows.append([known[key] for key in order])
-    nats_MN = np.array(rows, float)
+    """(M, N), one row for each model."""
+    nats_MN = np.array([[x[f"{estimator}_nats"] for x in records] for records in found], float)
     if not np.isfinite(nats_MN).all():
         raise UsageError(f"Not every document has a finite {estimator}: R would be of some documents only.")
     return nats_MN

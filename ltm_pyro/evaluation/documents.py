@@ -96,6 +96,31 @@ def read_records(run: Path) -> Records:
     return found if isinstance(found, list) and all(isinstance(x, dict) for x in found) else []
 
 
+def paired(first: Records, second: Records, unit: str = "tokens") -> Records:
+    """The documents of ``second`` in the order of ``first``; ids that repeat are paired in the order of the corpus.
+
+    Raises `UsageError` unless both are of the same documents, with as many tokens or bytes.
+    """
+    known: dict[Any, list[Mapping[str, Any]]] = {}
+    for y in reversed(second):
+        known.setdefault((y["file"], y["id"]), []).append(y)
+    found: list[Mapping[str, Any]] = []
+    for x in first:
+        same = known.get((x["file"], x["id"]))
+        y = same.pop() if same else {}
+        if x[unit] != y.get(unit):
+            other = f"'{x['id']}' has other {unit}, by another tokenizer or a cut"
+            raise UsageError(
+                f"Two models are compared on the same documents, but {other}; score both on the same text."
+            )
+        found.append(y)
+    if len(first) != len(second):
+        raise UsageError(
+            "Two models are compared on the same documents, but one has more of them; score both on the same text."
+        )
+    return found
+
+
 def compare(first: Records, second: Records, estimator: str = "bound", unit: str = "tokens") -> Estimate:
     """By how much the first model's figure is above the second's, in nats per token, or bits per byte.
 
@@ -103,22 +128,10 @@ def compare(first: Records, second: Records, estimator: str = "bound", unit: str
     clause is the reason, unless both have that figure of the same documents, with as many tokens or bytes.
     """
     figure = f"{estimator}_nats"
-    known: dict[Any, list[Mapping[str, Any]]] = {}
-    for y in reversed(second):
-        known.setdefault((y["file"], y["id"]), []).append(y)
-    same = [known.get((x["file"], x["id"])) for x in first]  # several if ids repeat: in the order of the corpus
-    pairs = [(x, ys.pop() if ys else None) for x, ys in zip(first, same, strict=True)]
     if any(figure not in x for x in (*first, *second)):
         raise UsageError(f"One of the two models has no {estimator}; compare another figure.")
-    other = next((x["id"] for x, y in pairs if y is None or x[unit] != y[unit]), None)
-    if other is not None or len(first) != len(second):
-        which = (
-            "one has more of them" if other is None else f"'{other}' has other {unit}, by another tokenizer or a cut"
-        )
-        raise UsageError(f"Two models are compared on the same documents, but {which}; score both on the same text.")
-    scored = [
-        (x[unit], x[figure], y[figure]) for x, y in pairs if y and _is_number(x[figure]) and _is_number(y[figure])
-    ]
+    pairs = [*zip(first, paired(first, second, unit), strict=True)]
+    scored = [(x[unit], x[figure], y[figure]) for x, y in pairs if _is_number(x[figure]) and _is_number(y[figure])]
     if not scored:
         raise UsageError(f"No document has a finite {figure} under both models; there is nothing to compare.")
     if left := len(pairs) - len(scored):

@@ -14,7 +14,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.documents import compare, read_records
+from ltm_pyro.evaluation.documents import Records, compare, read_records
 from ltm_pyro.inference.estimators import ESTIMATORS
 from ltm_pyro.studies.budget import MAX_FLOPS, parse_budget
 from ltm_pyro.studies.configure import Values, configure
@@ -140,9 +140,10 @@ def describe(url: str, name: str | None) -> dict[str, Any]:
         checks = trials.load_study(storage, study.study_name + trials.CHECKS)
         chosen = trials.best_trial(study)
         checked = trials.existing_checks(checks, chosen).values() if chosen else ()
-        compared = [*trials.feasible(study), *checked]
+        theirs = _documents(chosen) if chosen and plan.minimise[0] in ESTIMATORS else []
+        compared = [x for x in (*trials.feasible(study), *checked) if x != chosen and x.state == TrialState.COMPLETE]
         rows = [
-            _row(trial) | (_above(trial, chosen, plan.minimise[0]) if chosen and trial in compared else {})
+            _row(trial) | (_above(trial, theirs, plan.minimise[0]) if theirs and trial in compared else {})
             for trial in (*trials.current_trials(study), *checked)
         ]
         points_say = any(MAX_FLOPS in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.current_trials(study))
@@ -171,13 +172,16 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def _above(trial: FrozenTrial, best: FrozenTrial, figure: str) -> dict[str, float | None]:
-    """By how much a trial's figure is above that of the best, paired by document; {} without figures by document."""
-    if trial == best or trial.state != TrialState.COMPLETE or figure not in ESTIMATORS:
-        return {}
-    ours, theirs = (read_records(Path(x.user_attrs.get(trials.RUN, ""))) for x in (trial, best))
+def _documents(trial: FrozenTrial) -> Records:
+    """A trial's figures by document; none if its folder is not on this machine, or another program has added it."""
+    place = trial.user_attrs.get(trials.RUN)
+    return read_records(Path(place)) if place else []
+
+
+def _above(trial: FrozenTrial, theirs: Records, figure: str) -> dict[str, float | None]:
+    """By how much a trial's figure is above ``theirs``, paired by document; {} without figures by document."""
     try:
-        found = compare(ours, theirs, figure)
+        found = compare(_documents(trial), theirs, figure)
     except UsageError:
         return {}
     figures = {"above_best": found.value, "above_best_stderr": found.stderr, "above_best_p": found.p_value}

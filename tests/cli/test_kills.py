@@ -16,6 +16,7 @@ import pytest
 from ltm_pyro.analysis import Posterior
 from ltm_pyro.data import PackedDataset
 from ltm_pyro.runs.load import load_run
+from tests.processes import alive
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]  # a study waits 40 s for a dead worker's heartbeat
 
@@ -49,13 +50,6 @@ def descendants(pid):
         for child in task.read_text().split():
             found += [int(child), *descendants(child)]
     return found
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def kill(command, folder, after):

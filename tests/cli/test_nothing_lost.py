@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.training.recipe import read_recipe
 from ltm_pyro.training.train import train
 from ltm_pyro.utils.files import lock_folder
+from tests.processes import alive
 
 SIX = ("--trainer.max_steps", 6, "--checkpoints.every", 1)
 
@@ -151,14 +151,6 @@ if __name__ == "__main__":
     process.start()
     process.join()
 """
-
-
-def alive(pid):
-    """Whether a process runs; one that has ended and waits for its parent does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def assert_told_process_ends_with(parent):

@@ -20,6 +20,7 @@ from ltm_pyro.data import pack, read_manifest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.training.recipe import build, read_recipe
+from tests.processes import alive
 
 SCRIPT = Path(__file__).parent / "ranks.py"
 RECIPE = {
@@ -136,13 +137,6 @@ class Start:
             time.sleep(0.05)
         assert "Traceback" not in err
         return self.first.returncode, err
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def curve(run):
