@@ -17,7 +17,14 @@ from torch.distributions import (
 )
 
 from ltm_pyro.contracts import Batch, Guide, Init, LocalParameters, Model, sequence_plate
-from ltm_pyro.inference.latent_sites import Sites, bijections, prior_moments, prior_sites, unconstrained
+from ltm_pyro.inference.latent_sites import (
+    Sites,
+    bijections,
+    coordinate_shape,
+    prior_moments,
+    prior_sites,
+    unconstrained,
+)
 
 
 class UnconstrainedGuide(Guide):
@@ -33,7 +40,7 @@ class UnconstrainedGuide(Guide):
 
     def __init__(self, model: Model) -> None:
         self.sites = {
-            name: (None if unconstrained(fn) else bijection, Size(bijection.inverse_shape(fn.event_shape)))
+            name: (None if unconstrained(fn) else bijection, coordinate_shape(fn, bijection))
             for name, (fn, bijection) in bijections(prior_sites(model, 1)).items()
         }
 

@@ -298,7 +298,10 @@ class TextModel(Model, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """The initial q: a Gaussian guide starts at the prior's mean, or at 0 if the mean has no closed form.
+    """The initial q: a Gaussian guide starts at the prior's mean and variance in unconstrained coordinates.
+
+    Where they do not exist it is the median and the distance between quantiles, and else 0 and 1
+    (`ltm_pyro.inference.latent_sites.prior_moments`).
 
     Args:
         log_var: log of q's variance divided by the prior's; 0 is the prior's variance, −5 the published code's.

@@ -93,14 +93,30 @@ class AutoregressivePrior(PyroModule):
         """Samples the site ``z`` inside the surrounding plate."""
         return pyro.sample(Z, ThoughtDensity(self))
 
+    @property
+    def is_unimodal(self) -> bool:
+        """Whether each thought has one mode, given those before it."""
+        return self.thinker.components == 1
+
     def log_density(self, z_BLKD: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B"]:
         """log p(z) in nats."""
+        joint_BNM, _, _ = self._components(z_BLKD)
+        return joint_BNM.logsumexp(-1).sum(-1).view(z_BLKD.shape[:-3])
+
+    def component_at(self, z_BLKD: Float[Tensor, "*B L K D"]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the component that each thought is most probably from, given those before it."""
+        joint_BNM, mean_BNMD, log_scale_BNMD = self._components(z_BLKD)
+        index_BN1D = joint_BNM.argmax(-1)[..., None, None].expand(*joint_BNM.shape[:-1], 1, self.shape.width)
+        mean, log_scale = (x.gather(-2, index_BN1D).view(z_BLKD.shape) for x in (mean_BNMD, log_scale_BNMD))
+        return mean, (2 * log_scale).exp()
+
+    def _components(self, z_BLKD: Float[Tensor, "*B L K D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """log π N(z; m, s²) of every component, and m and log s."""
         size, number = z_BLKD.shape[:-3].numel(), self.shape.layers * self.shape.thoughts
         z_BND = z_BLKD.reshape(size, number, self.shape.width)
         mean_BNMD, log_scale_BNMD, log_weight_BNM = self.thinker(z_BND[:, :-1])
         normal = torch.distributions.Normal(mean_BNMD, log_scale_BNMD.exp(), validate_args=False)
-        log_prob_BNM = normal.log_prob(z_BND.unsqueeze(-2)).sum(-1) + log_weight_BNM
-        return log_prob_BNM.logsumexp(-1).sum(-1).view(z_BLKD.shape[:-3])
+        return normal.log_prob(z_BND.unsqueeze(-2)).sum(-1) + log_weight_BNM, mean_BNMD, log_scale_BNMD
 
     def sample(self, sample_shape: torch.Size) -> Float[Tensor, "*S L K D"]:
         """z ~ p(z), one thought after the other."""

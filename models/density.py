@@ -47,6 +47,19 @@ class ThoughtDensity(TorchDistribution):
         with torch.no_grad():
             return self.network.sample(torch.Size(sample_shape) + self.batch_shape)
 
+    @property
+    def is_unimodal(self) -> bool:
+        """Whether the network says that its density has one mode; otherwise q has several starts."""
+        return getattr(self.network, "is_unimodal", False)
+
+    def component_at(
+        self, value: Float[Tensor, "*B L K D"]
+    ) -> tuple[Float[Tensor, "*B L K D"], Float[Tensor, "*B L K D"]] | None:
+        """Mean and variance of the component that z is probably from, where the network has components."""
+        component_at: Any = getattr(self.network, "component_at", None)
+        found: tuple[Tensor, Tensor] | None = component_at and component_at(value)
+        return found
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ThoughtDensity":
         """The same density with another batch shape."""
         return ThoughtDensity(self.network, batch_shape)

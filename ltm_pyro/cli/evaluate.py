@@ -36,6 +36,7 @@ OF_ESTIMATORS: dict[str, Any] = {
     "block": 16,
     "normaliser": None,
     "temperatures": 32,
+    "starts": None,
     "floor": None,
     "ceiling": None,
 }
@@ -77,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; by default the recipe's"
     )
+    about = (
+        "fits of q per sequence, of which the best is kept; by default the recipe's, else 8 if the prior is a mixture"
+    )
+    parser.add_argument("--starts", type=at_least(1), metavar="N", help=about)
     parser.add_argument(
         "--block", type=at_least(1), metavar="N", help="tokens per block of `causal` and `causal_prior`"
     )
@@ -157,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
         block=args.block,
         normaliser=args.normaliser,
         temperatures=args.temperatures,
+        starts=args.starts,
         **of_figures,
     )
     uses = record_test_use(Path(args.run), args.data or trained.data) if args.split == "test" else None

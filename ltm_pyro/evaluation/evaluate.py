@@ -54,6 +54,7 @@ def evaluate_run(
     split: str = "val",
     score: Scored | None = None,
     observe: Observed | None = None,
+    starts: int | None = None,
 ) -> Evaluation:
     """The nats, perplexity and bits per byte of a data set under every estimator, q fitted to each sequence.
 
@@ -75,10 +76,12 @@ def evaluate_run(
         score: what is scored of a document with a prompt: ``all`` of it, or its ``completion``; by default of the run's
             own data what training scored, of others ``all``.
         observe: what q is fitted to: ``all`` of the document, or its ``prompt``; by default as for ``score``.
+        starts: fits of q per sequence, of which the best is kept; by default the recipe's ``evaluation.starts``.
     """
     score, observe = scored_and_observed(run, data, score, observe)
     model = with_estimated_normaliser(run.model, normaliser) if normaliser else run.model
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
+    inference = inference if starts is None else replace(inference, starts=starts)
     if data is not None and split != "val" and not is_pack(data):
         raise UsageError(f"{data} is text, which has no split {split}: leave --split out, or pack the text.")
     if data is None:

@@ -27,7 +27,7 @@ from ltm_pyro.inference.elbo import (
 )
 from ltm_pyro.inference.global_latents import fix_draws_by_keys
 from ltm_pyro.inference.latent_sites import prior_factors
-from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.local import infer_local, number_of_starts, passes_of_fit
 from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.scores import Evaluation, NatsAndKL, RowScores, summarise
@@ -130,7 +130,7 @@ def _prior_log_likelihood(problem: Problem, *purpose: int | str, keys: RowKeys |
 
 def reused_noise(problem: Problem) -> NatsAndKL:
     """−ELBO at the same draw that q was fitted to, as the published code reports it. Not a bound."""
-    published = replace(problem.inference, noise="reused", particles=1, kl="exact", stop=None)
+    published = replace(problem.inference, noise="reused", starts=1, particles=1, kl="exact", stop=None)
     keys = problem.state.keys
     state, _ = infer_local(problem.model, problem.guide, problem.batch, published, keys=keys)
     with seeded(state.noise or 0):
@@ -143,7 +143,7 @@ def causal(problem: Problem, infer: bool = True) -> NatsAndKL:
 
     It is the negative log-likelihood of a valid autoregressive model, but not a bound on the −log p(x) of the given
     model, because that autoregressive model is another distribution over texts. For the first block z is drawn from the
-    prior. Each fit of q starts from the previous one.
+    prior. Each fit of q starts from the previous one, or anew where q has several starts.
 
     Args:
         infer: if False, z comes from the prior for every block (`causal_prior`).
@@ -151,11 +151,13 @@ def causal(problem: Problem, infer: bool = True) -> NatsAndKL:
     batch, length, keys = problem.batch, problem.batch.inputs_BT.shape[1], problem.state.keys
     log_likelihoods: list[Float[Tensor, "S B"]] = []
     state: LocalState | None = None
+    goes_on = number_of_starts(problem.model, problem.guide, problem.inference) == 1
     for first in range(0, length, problem.block):
         if first and infer:
             before, inference = batch.crop(0, first), replace(problem.inference, init=Init())
             before_keys = keys and RowKeys.of_batch(before.observed, keys.seed)  # q may not see the rest of the text
-            state, _ = infer_local(problem.model, problem.guide, before, inference, state, keys=before_keys)
+            previous = state if goes_on else None
+            state, _ = infer_local(problem.model, problem.guide, before, inference, previous, keys=before_keys)
         last = min(first + problem.block, length)
         block = replace(problem, batch=batch.crop(first, last), state=state or problem.state)
         block_keys = keys and RowKeys.of_batch(batch.crop(0, last), keys.seed)  # later tokens do not change a block
@@ -291,14 +293,14 @@ def evaluate(
     tokens_B, bytes_B, ids_B = (torch.cat(column).double().cpu() for column in zip(*counts, strict=True))
     documents = None if None in parts else tuple(row for found in parts for row in found or ())
     rows = RowScores(ids_B, documents, tokens_B, bytes_B, nats_and_kl)
-    gradients = inference.steps * inference.particles if guide.uses_fast_steps else 0
-    gradients += guide.finalize_cost(inference.steps) if inference.steps else 0
     not_normalised = not_normalised or _negative_kl(nats_and_kl)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
+    if worse := _worse_than_prior(rows):
+        warnings.warn(worse, stacklevel=2)
     is_density = not (normalisers(model) or not_normalised)  # with an estimated normaliser no score is a known bound
     are_bounds = {name: is_density and ESTIMATORS[name].is_bound for name in estimators}
-    found = summarise(rows, points, are_bounds, fit_passes=2 * gradients)  # forward and backward
+    found = summarise(rows, points, are_bounds, passes_of_fit(model, guide, inference))
     return replace(found, unavailable=missing, rows=rows)
 
 
@@ -336,6 +338,21 @@ def _likelihood_problem(problem: Problem) -> str | None:
     if not value.is_floating_point() and (log_p > 1e-4).any():
         return f"a token has the probability {log_p.max().exp().item():.3g} under p(x | z)"
     return None
+
+
+def _worse_than_prior(rows: RowScores) -> str | None:
+    """What to do where the ELBO of the fitted q is below that of q = p(z), on average over the same sequences."""
+    fitted, without = rows.scores.get("bound"), rows.scores.get("prior")
+    if fitted is None or without is None or not rows.is_finite_B.any():
+        return None
+    worse_B = (fitted.nats_B - without.nats_B)[rows.is_finite_B]
+    worse, error = worse_B.mean().item(), standard_error(worse_B).nan_to_num(torch.inf).item()
+    if worse < 2 * error:
+        return None
+    return (
+        f"q ends worse than the prior, by {worse:.3g} nats per sequence (standard error {error:.2g}): give the fit "
+        f"more fast steps, several starts (`starts`), or a narrower first q (`init.log_var`)."
+    )
 
 
 def _negative_kl(results: dict[str, NatsAndKL]) -> str | None:

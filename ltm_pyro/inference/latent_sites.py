@@ -10,7 +10,17 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MixtureSameFamily, Transform, biject_to, constraints
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    Transform,
+    TransformedDistribution,
+    biject_to,
+    constraints,
+)
+from torch.distributions.transforms import IndependentTransform
 
 from ltm_pyro.contracts import SEQUENCES, Model
 from ltm_pyro.errors import UsageError
@@ -29,11 +39,7 @@ def prior_sites(model: Model, size: int) -> Sites:
     # the parameters of the prior stay out of Pyro's global store, and outer traces do not record these sites
     with torch.no_grad(), no_param_store(model), poutine.block(), _SubstituteMeans():
         nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
-    sites: Sites = {
-        name: node["fn"]
-        for name, node in nodes.items()
-        if node["type"] == "sample" and not node["is_observed"] and _in_sequences(node)
-    }
+    sites: Sites = {name: node["fn"] for name, node in nodes.items() if is_local(node)}
     _check_density(nodes)
     for name, fn in sites.items():
         if fn.support is not None and fn.support.is_discrete:
@@ -49,7 +55,7 @@ def _check_density(nodes: dict[str, Any]) -> None:
     for name, node in nodes.items():
         if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
             continue
-        family, scale, mask = _base(node["fn"]), node["scale"], node["mask"]
+        family, scale, mask = innermost(node["fn"]), node["scale"], node["mask"]
         if isinstance(scale, Tensor) or scale != 1:
             problem = f"is scaled by {scale} (poutine.scale)"
         elif (mask is not None and mask is not True) or isinstance(family, dist.MaskedDistribution):
@@ -66,7 +72,7 @@ def _check_density(nodes: dict[str, Any]) -> None:
         )
 
 
-def _base(fn: Any) -> Any:
+def innermost(fn: Any) -> Any:
     """A distribution without its expansions and declarations of event axes."""
     while isinstance(fn, Independent | dist.torch_distribution.ExpandedDistribution):
         fn = fn.base_dist
@@ -75,7 +81,7 @@ def _base(fn: Any) -> Any:
 
 def is_factor(node: Any) -> bool:
     """Whether a site is a `pyro.factor`: a number added to the log-density."""
-    return isinstance(_base(node["fn"]), dist.Unit)
+    return isinstance(innermost(node["fn"]), dist.Unit)
 
 
 def prior_factors(model: Model, size: int = 1) -> Mapping[str, Tensor]:
@@ -91,14 +97,19 @@ def factors_of(trace: Any) -> dict[str, Tensor]:
 
 
 class _SubstituteMeans(Messenger):
-    """A Pyro handler that sets every continuous site to its mean, if it has one."""
+    """A Pyro handler that sets every continuous site to its mean, or where that is not finite to where q starts."""
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         if msg["is_observed"] or not _in_sequences(msg) or fn.support is None or fn.support.is_discrete:
             return
-        with suppress(NotImplementedError, AttributeError):
-            msg["value"] = torch.where(fn.mean.isfinite(), fn.mean, fn.sample())
+        with suppress(NotImplementedError):
+            center = biject_to(_support(fn))(prior_moments(fn)[0])
+            msg["value"] = center
+            with suppress(NotImplementedError, AttributeError):
+                mean, drawn = fn.mean, fn.sample()
+                center = torch.where(center.isfinite(), center, drawn)
+                msg["value"] = torch.where(mean.isfinite(), mean, center)
 
 
 def check_coordinates(guide: object, sites: Sites) -> None:
@@ -131,6 +142,11 @@ def _support(fn: Distribution) -> constraints.Constraint | None:
     return getattr(fn.support, "base_constraint", fn.support) if isinstance(fn, MixtureSameFamily) else fn.support
 
 
+def is_local(node: Any) -> bool:
+    """Whether a node of a trace is a latent site inside the plate of sequences."""
+    return node["type"] == "sample" and not node["is_observed"] and _in_sequences(node)
+
+
 def _in_sequences(node: Any) -> bool:
     return any(frame.name == SEQUENCES for frame in node["cond_indep_stack"])
 
@@ -144,13 +160,81 @@ def unconstrained(fn: Distribution) -> bool:
 
 
 def prior_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the prior in unconstrained coordinates; 0 and 1 if they have no closed form."""
+    """Mean and variance of the prior in unconstrained coordinates: where q starts.
+
+    Where they have no closed form or are not finite, median and squared half distance between the quantiles of 16 and
+    84 %, which are the same for a normal; 0 and 1 where these have none either.
+    """
+    pairs = []
+    for find in (_exact_moments, _quantiles):
+        with suppress(NotImplementedError, AttributeError):
+            pairs.append(find(prior))
+    bijection = biject_to(_support(prior))
+    like = pairs[0][0] if pairs else bijection.inv(prior.sample())
+    shape = prior.batch_shape + coordinate_shape(prior, bijection)
+    mean, variance = like.new_zeros(shape), like.new_ones(shape)
+    for found_mean, found_variance in reversed(pairs):
+        known = found_mean.isfinite() & found_variance.isfinite() & (found_variance > 0)
+        mean = torch.where(known, found_mean, mean)
+        variance = torch.where(known, found_variance, variance)
+    return mean, variance
+
+
+def coordinate_shape(fn: Distribution, bijection: Transform) -> torch.Size:
+    """The event shape of a site in unconstrained coordinates."""
+    by_number = bijection.codomain.event_dim == 0 or isinstance(bijection, IndependentTransform)
+    return fn.event_shape if by_number else torch.Size(bijection.inverse_shape(fn.event_shape))
+
+
+def _exact_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
+    """Mean and variance in unconstrained coordinates, in closed form; else `NotImplementedError`."""
     if unconstrained(prior):
-        try:
-            mean, variance = prior.mean, prior.variance
-        except NotImplementedError:
-            mean = variance = torch.full_like(prior.sample(), torch.nan)
-        known = mean.isfinite() & variance.isfinite() & (variance > 0)
-        return torch.where(known, mean, 0.0), torch.where(known, variance, 1.0)
-    sample = biject_to(_support(prior)).inv(prior.sample())
-    return torch.zeros_like(sample), torch.ones_like(sample)
+        return prior.mean, prior.variance
+    base = innermost(prior)
+    match base:
+        case MixtureSameFamily():
+            mean, variance = prior_moments(base.component_distribution)
+            weight = base.mixture_distribution.probs
+            weight = weight.view(*weight.shape, *[1] * (mean.dim() - len(base.component_distribution.batch_shape)))
+            axis = len(base.component_distribution.batch_shape) - 1
+            center = (weight * mean).sum(axis)
+            return center, (weight * (variance + mean**2)).sum(axis) - center**2
+        case dist.Gamma():  # the coordinate is log z
+            return base.concentration.digamma() - base.rate.log(), torch.polygamma(1, base.concentration)
+        case dist.InverseGamma():
+            gamma = base.base_dist
+            return gamma.rate.log() - gamma.concentration.digamma(), torch.polygamma(1, gamma.concentration)
+        case dist.Beta():  # the coordinate is the logit of z
+            return _logit_beta(base.concentration1, base.concentration0)
+        case dist.Dirichlet():  # the coordinates are those of stick-breaking: logit v + log offset, v a Beta
+            alpha = base.concentration
+            rest = alpha.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+            mean, variance = _logit_beta(alpha[..., :-1], rest)
+            return mean + torch.arange(rest.shape[-1], 0, -1, dtype=alpha.dtype, device=alpha.device).log(), variance
+        case TransformedDistribution() if isinstance(normal := innermost(base.base_dist), Normal):
+            bijection = biject_to(_support(base))
+            if base.transforms in ([bijection], getattr(bijection, "parts", None)):
+                return normal.mean, normal.variance
+    raise NotImplementedError
+
+
+def _logit_beta(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the logit of a Beta(a, b)."""
+    return a.digamma() - b.digamma(), torch.polygamma(1, a) + torch.polygamma(1, b)
+
+
+def _quantiles(prior: Distribution) -> tuple[Tensor, Tensor]:
+    """Median, and squared half distance between the quantiles of 16 and 84 %; else `NotImplementedError`.
+
+    For families whose moments may not exist and whose quantiles torch does not have, their location and scale.
+    """
+    base: Any = innermost(prior)
+    if isinstance(base, dist.StudentT | dist.Stable):
+        return base.loc, base.scale**2
+    if base.event_shape:
+        raise NotImplementedError
+    low, median, high = (
+        biject_to(_support(base)).inv(base.icdf(torch.tensor(level, dtype=torch.get_default_dtype())))
+        for level in (0.1587, 0.5, 0.8413)
+    )
+    return median, ((high - low) / 2) ** 2

@@ -11,19 +11,20 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, Init, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.cuda_graphs import graph_cache
-from ltm_pyro.inference.elbo import ElboTerms, elbo_terms
+from ltm_pyro.inference.elbo import Draws, ElboTerms, elbo_terms
 from ltm_pyro.inference.global_latents import fix_draws_by_keys, global_draws
-from ltm_pyro.inference.latent_sites import prior_sites
+from ltm_pyro.inference.latent_sites import Sites, prior_sites
 from ltm_pyro.inference.learning_rates import Rates
 from ltm_pyro.inference.optimizers import OPTIMIZERS, Rate, Update
 from ltm_pyro.inference.param_store import no_param_store
-from ltm_pyro.inference.row_noise import RowKeys, keyed
+from ltm_pyro.inference.row_noise import RowKeys, RowNoise, keyed
+from ltm_pyro.inference.starts import POOL, SCORING, SEVERAL, has_several_modes, sites_at_a_draw
 from ltm_pyro.inference.state import LocalInference, LocalInfo, LocalState, Stop
 from ltm_pyro.inference.trajectory_gradient import TrajectoryGradient
 from ltm_pyro.nn.precision import cast_weights
@@ -52,9 +53,30 @@ def infer_local(
         with torch.no_grad():
             batch = (batch if batch.stem_BTD is not None else model.prepare(batch)).observed
         with frozen(model):
+            starts = 1 if state else number_of_starts(model, guide, inference)
+            inference = replace(inference, starts=1)
             first = initial_state(model, guide, batch, inference, state, keys)
-            state, terms = driver(inference)(model, guide, batch, inference, first, rates)
-            state = finalize(model, guide, batch, inference, state)
+            fits = [fit(model, guide, batch, inference, first, rates)]
+            if starts == 1:
+                return fits[0]
+            for start in range(1, starts):
+                own = keys and keys.fold_in("start", start)
+                pool = [at_a_draw(model, guide, batch, inference, own and own.fold_in(draw)) for draw in range(POOL)]
+                first = select_states(pool, best_state_B(model, guide, batch, inference, pool))
+                fits.append(fit(model, guide, batch, inference, first, rates))
+            states = [state._replace(keys=keys) for state, _ in fits]
+            best_B = best_state_B(model, guide, batch, inference, states, SCORING)
+    columns = map(torch.stack, zip(*(info for _, info in fits), strict=True))
+    info = LocalInfo(*(column.gather(0, best_B.expand_as(column[:1]))[0] for column in columns))
+    return select_states(states, best_B), info
+
+
+def fit(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, first: LocalState, rates: Rates | None
+) -> tuple[LocalState, LocalInfo]:
+    """One fit from a given state: the fast steps, and `Guide.finalize`."""
+    state, terms = driver(inference)(model, guide, batch, inference, first, rates)
+    state = finalize(model, guide, batch, inference, state)
     state = state._replace(parameters={name: x.detach() for name, x in state.parameters.items()})
     return state, LocalInfo(*terms, state.steps_B - first.steps_B)
 
@@ -116,9 +138,74 @@ def training_loss(
 def init(
     model: Model, guide: Guide, batch: Batch, inference: LocalInference, keys: RowKeys | None = None
 ) -> LocalState:
-    """The state before the first fast step: every sequence's q, initialised by ``inference.init``."""
+    """The state before the first fast step: every sequence's q, initialised by ``inference.init``.
+
+    With several ``inference.starts`` it is the one of them with the highest ELBO at one draw.
+    """
+    states = [init_at(model, guide, batch, inference, None, keys)]
+    if guide.uses_fast_steps and inference.use_thoughts and states[0].has_parameters:
+        starts = range(1, inference.starts or 1)
+        states += [at_a_draw(model, guide, batch, inference, keys and keys.fold_in("start", x)) for x in starts]
+    return select_states(states, best_state_B(model, guide, batch, inference, states)) if states[1:] else states[0]
+
+
+def at_a_draw(model: Model, guide: Guide, batch: Batch, inference: LocalInference, keys: RowKeys | None) -> LocalState:
+    """A state before the first fast step, with every sequence's q at a draw from the prior (`sites_at_a_draw`)."""
+    return init_at(model, guide, batch, inference, sites_at_a_draw(model, batch.size, keys), keys)
+
+
+def best_state_B(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, states: list[LocalState], draws: int = 1
+) -> Int[Tensor, " B"]:
+    """Which of several states has the highest ELBO, by sequence, at draws that no fit has used."""
+    elbo_NB = torch.zeros(len(states), batch.size, dtype=torch.float64, device=batch.inputs_BT.device)
+    for elbo_B, state in zip(elbo_NB, states, strict=True):
+        for draw in range(draws):
+            noise = state.keys and RowNoise(state.keys.fold_in("best start"), draw)
+            with torch.no_grad():
+                terms = elbo_terms(model, guide, batch, state.parameters, Draws(kl=inference.kl, noise=noise))
+            elbo_B += terms.log_likelihood_B - inference.kl_weight * terms.kl_B
+    return elbo_NB.nan_to_num(-torch.inf).argmax(0)
+
+
+def select_states(states: list[LocalState], index_B: Int[Tensor, " B"]) -> LocalState:
+    """Of each sequence its part of the state with the given number."""
+    chosen = states[0]
+    for number, state in enumerate(states[1:], 1):
+        where_b = (index_B == number).nonzero()[:, 0]
+        chosen = chosen.put(where_b, state.select(where_b))
+    return chosen
+
+
+def number_of_starts(model: Model, guide: Guide, inference: LocalInference) -> int:
+    """``inference.starts``; by default 1, or `SEVERAL` under a prior that may have several modes.
+
+    1 as well where no fast steps follow a start, and for the published code's reused noise.
+    """
+    if not (guide.uses_fast_steps and inference.steps and inference.use_thoughts) or inference.noise == "reused":
+        return 1
+    with seeded(0):  # the caller's random numbers stay what they are
+        sites = prior_sites(model, 1)
+    if not any(fn.event_shape.numel() for fn in sites.values()):  # no thoughts
+        return 1
+    return inference.starts or (SEVERAL if has_several_modes(sites) else 1)
+
+
+def passes_of_fit(model: Model, guide: Guide, inference: LocalInference) -> int:
+    """The passes of a sequence through the decoder, forward or back, that `infer_local` takes, if none stops early."""
+    gradients = inference.steps * inference.particles if guide.uses_fast_steps else 0
+    gradients += guide.finalize_cost(inference.steps) if inference.steps else 0
+    starts = number_of_starts(model, guide, inference)
+    choice = starts * SCORING + (starts - 1) * POOL if starts > 1 else 0
+    return 2 * gradients * starts + choice
+
+
+def init_at(
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, sites: Sites | None, keys: RowKeys | None
+) -> LocalState:
+    """The state before the first fast step, with q at the moments of the given distributions, else of the prior's."""
     with no_param_store(model), fix_draws_by_keys(model, keys), keyed(keys, "init"):
-        parameters: Any = guide.init(prior_sites(model, batch.size), inference.init)
+        parameters: Any = guide.init(sites or prior_sites(model, batch.size), inference.init)
     if not isinstance(parameters, dict) or not all(isinstance(x, Tensor) for x in parameters.values()):
         given = type(parameters).__name__
         if isinstance(parameters, dict):

@@ -48,6 +48,9 @@ class LocalInference:
         optimizer: of the local parameters; ``natural`` is natural-gradient descent, for Gaussian guides.
         schedule: the schedule of the learning rate within a fit.
         init: the initial q.
+        starts: how many starts each sequence has: that of ``init``, the others at draws from the prior. Evaluation fits
+            q from each and keeps the best; training takes the one with the highest ELBO before the fast steps. By
+            default 1, and in evaluation 8 under a prior that may have several modes.
         particles: S, draws of z per fast step, over which the ELBO is averaged.
         noise: ``fresh`` draws new noise at every step, ``antithetic`` in antithetic pairs; ``reused`` uses the same
             noise at all steps, as the published code does, for comparison only: its ELBO is no bound.
@@ -68,6 +71,7 @@ class LocalInference:
     optimizer: Literal["adam", "adamw", "sgd", "natural"] = "adam"
     schedule: Literal["cosine", "constant"] = "cosine"
     init: Init = field(default_factory=Init)
+    starts: int | None = None
     particles: int = 1
     noise: Literal["fresh", "reused", "antithetic"] = "fresh"
     kl: Literal["exact", "path"] = "exact"
@@ -82,6 +86,10 @@ class LocalInference:
             raise UsageError(f"Fast steps must not be negative, got {self.steps}: choose 0 or more.")
         if self.particles < 1:
             raise UsageError(f"Particles must be at least 1, got {self.particles}: every step needs a draw of z.")
+        if self.starts is not None and not 1 <= self.starts <= MOST:
+            raise UsageError(f"Starts must be 1 to {MOST}, got {self.starts}: leave them out for the default.")
+        if (self.starts or 1) > 1 and self.noise == "reused":
+            raise UsageError(f"Reused noise has one start, got {self.starts}: remove `starts`, or take fresh noise.")
         if max(self.steps, self.particles) > MOST:
             raise UsageError(f"Fast steps and particles are at most {MOST}, got {self.steps} and {self.particles}.")
         for name, value in (("rate", self.rate), ("kl_weight", self.kl_weight)):

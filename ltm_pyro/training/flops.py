@@ -86,7 +86,8 @@ def flops_per_token(decoder: Decoder, guide: Guide, length: int, inference: Loca
     ``"trajectory"`` every fast step needs them as well, and the slow step is left with the stem alone. Every particle
     goes through all but the stem. Early stopping saves an amount that is not known beforehand, and not counted. A guide
     without fast steps pays for the gradients of its `finalize`, and its encoder learns in the slow step. Without
-    ``inference.use_thoughts`` there is neither cross-attention nor a fast step.
+    ``inference.use_thoughts`` there is neither cross-attention nor a fast step. Of several ``inference.starts`` each is
+    a forward pass.
     """
     counted = _counted(decoder)
     one = _forward(counted, length, inference.use_thoughts)
@@ -95,11 +96,13 @@ def flops_per_token(decoder: Decoder, guide: Guide, length: int, inference: Loca
     draws, again = inference.particles, 2.0 * counted.vocabulary * counted.width
     gradient = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
     learned = 3 * (one.total - one.stem) + again
+    starts = inference.starts or 1
+    choice = starts * (one.total - one.stem) if fast_steps and starts > 1 else 0.0
     if inference.slow_gradient == "trajectory" and fast_steps:
-        return Flops(fast=draws * fast_steps * learned + final_steps * gradient, slow=3 * one.stem)
+        return Flops(fast=draws * fast_steps * learned + final_steps * gradient + choice, slow=3 * one.stem)
     encoder = 3 * _encoder(guide, length) if steps else 0.0
     slow = 3 * one.stem + draws * (learned - (0 if encoder else one.thoughts)) + encoder  # who else needs z's gradient?
-    return Flops(fast=(draws * fast_steps + final_steps) * gradient, slow=slow)
+    return Flops(fast=(draws * fast_steps + final_steps) * gradient + choice, slow=slow)
 
 
 def _counted(decoder: Decoder) -> CountedDecoder:

@@ -64,6 +64,7 @@ VALUES = {  # key -> a value that is not the base recipe's
     "model.inference.rate": 0.05,
     "model.inference.schedule": "constant",
     "model.inference.slow_gradient": "last",
+    "model.inference.starts": 3,
     "model.inference.steps": 4,
     "model.inference.stop.tolerance": 1e6,
     "model.inference.stop.window": 1,
