@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltm_pyro.contracts import TOKENS, Batch, Prior, sequence_plate
 from ltm_pyro.inference.check_prior import check_prior
+from ltm_pyro.inference.param_store import OwnParams
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.long_documents import PiecewiseDecoder
 from ltm_pyro.nn.cross_entropy import LateGradient
@@ -21,6 +22,8 @@ class LatentThoughtModel(PyroModule):
     r"""Thoughts from a prior, tokens from a decoder that attends to them (arXiv 2502.01567, section 2).
 
     .. math:: p(x, z) = p(z) \prod_t p_\beta(x_t \mid z, x_{t-W \ldots t-1})
+
+    A `pyro.param` of the prior becomes a parameter of the prior (`ltm_pyro.inference.param_store.adopt_params`).
 
     In the paper's notation β is ``decoder.parameters()`` and z is what ``prior`` returns.
 
@@ -36,11 +39,11 @@ class LatentThoughtModel(PyroModule):
         super().__init__()
         self.prior = prior
         self.decoder = decoder
-        check_prior(self)
+        check_prior(self, adopt=True)
 
     def sample_prior(self, size: int) -> Float[Tensor, "... L K D"]:
         """Samples the thoughts of ``size`` sequences."""
-        with sequence_plate(size), full_precision(next(self.decoder.parameters())):
+        with sequence_plate(size), full_precision(next(self.decoder.parameters())), OwnParams(self.prior):
             return self.prior()
 
     def with_long_documents(self, context: int | None = None) -> "LatentThoughtModel":
@@ -68,7 +71,7 @@ class LatentThoughtModel(PyroModule):
         ``use_thoughts`` is False, the tokens do not depend on z.
         """
         with sequence_plate(batch.size):
-            with full_precision(batch.inputs_BT):
+            with full_precision(batch.inputs_BT), OwnParams(self.prior):
                 z_BLKD = self.prior()
             tokens = self.observation(z_BLKD if use_thoughts else None, batch)
             pyro.sample(TOKENS, tokens, obs=self.observed(batch))

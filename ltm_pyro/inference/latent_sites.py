@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import (
+    Categorical,
     Distribution,
     Independent,
     MixtureSameFamily,
@@ -19,6 +20,7 @@ from torch.distributions import (
     TransformedDistribution,
     biject_to,
     constraints,
+    transform_to,
 )
 from torch.distributions.transforms import IndependentTransform
 
@@ -140,6 +142,17 @@ def _support(fn: Distribution) -> constraints.Constraint | None:
     if isinstance(fn, Independent):
         return constraints.independent(_support(fn.base_dist), fn.reinterpreted_batch_ndims)
     return getattr(fn.support, "base_constraint", fn.support) if isinstance(fn, MixtureSameFamily) else fn.support
+
+
+def _components(constraint: Any) -> Transform:
+    """The bijection to the support of a mixture's components, which torch does not know: NUTS and autoguides ask it."""
+    return biject_to(constraint.base_constraint)
+
+
+for registry in (biject_to, transform_to):
+    registry.register(
+        type(MixtureSameFamily(Categorical(torch.ones(1)), Normal(torch.zeros(1), 1.0)).support), _components
+    )
 
 
 def is_local(node: Any) -> bool:

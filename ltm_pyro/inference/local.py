@@ -20,7 +20,7 @@ from ltm_pyro.inference.cuda_graphs import graph_cache
 from ltm_pyro.inference.elbo import Draws, ElboTerms, elbo_terms
 from ltm_pyro.inference.global_latents import fix_draws_by_keys, global_draws
 from ltm_pyro.inference.latent_sites import Sites, prior_sites
-from ltm_pyro.inference.learning_rates import Rates
+from ltm_pyro.inference.learning_rates import LOCAL, Rates
 from ltm_pyro.inference.optimizers import OPTIMIZERS, Rate, Update
 from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise, keyed
@@ -44,7 +44,7 @@ def infer_local(
 
     Args:
         state: the state to continue from; by default q is initialised by ``inference.init``.
-        rates: optimiser arguments by name of a local parameter, instead of ``inference.rate``.
+        rates: optimiser arguments by name of a local parameter (``local.z_loc``), instead of ``inference.rate``.
         keys: of the sequences' own random streams, so that q of a sequence does not depend on the rest of its batch; by
             default those of ``state``, else all noise comes from torch's generator.
     """
@@ -347,7 +347,7 @@ def run_cuda_graph(
     if not steps:
         return run_steps(model, guide, batch, inference, state, rates)
     rate = torch.full((), inference.rate, device=batch.inputs_BT.device)  # a tensor may change without a new capture
-    key = replace(inference, rate=1.0, init=Init()), repr([rates and rates(name) for name in state.parameters])
+    key = replace(inference, rate=1.0, init=Init()), repr([rates and rates(LOCAL + name) for name in state.parameters])
     modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
     weights = [x for module in modules for x in (*module.parameters(), *module.buffers())] + global_draws(model)
     tensors = batch._replace(parts=None)  # a graph is captured per value of what is no tensor

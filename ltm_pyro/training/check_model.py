@@ -1,6 +1,7 @@
 """Checks before the first step that model and guide can be trained: finite terms, a gradient for every parameter."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,10 +39,10 @@ def check_model(model: Any, guide: Guide, leaves_out_thoughts: bool = False) -> 
     tokens_BT = torch.arange(2 * length).reshape(2, length) % decoder.vocabulary
     batch = make_batch(tokens_BT, torch.full((2,), length), start_token=0)
     with seeded(0):
-        with torch.no_grad(), explain_failure(guide):
+        with torch.no_grad(), explain_failure(guide, model.prior):
             local = init(model, guide, batch, LocalInference()).parameters
             _check_plate(model, guide, batch, local)
-        with torch.no_grad(), explain_failure(model.prior):
+        with torch.no_grad(), explain_failure(model.prior, guide):
             terms = elbo_terms(model, guide, batch, local)
         for name, value in terms._asdict().items():
             if not value.isfinite().all():
@@ -49,7 +50,37 @@ def check_model(model: Any, guide: Guide, leaves_out_thoughts: bool = False) -> 
                     f"{name.removesuffix('_B')} is {value.tolist()} before the first step: see the scales that "
                     f"{source_line(model.prior, 'pyro.sample')} starts with."
                 )
-        _check_gradients(model, guide, batch)
+        with explain_failure(model.prior, guide):
+            _check_gradients(model, guide, batch)
+
+
+def check_state(model: Any, build: Callable[[], Any]) -> None:
+    """Refuses a prior that is more than its ``state_dict``, such as one with a tensor drawn in ``__init__``.
+
+    It would be another one in every process that loads the run. A second one, built under other random numbers and with
+    the first one's ``state_dict``, has to draw the same values with the same density.
+
+    Args:
+        build: builds the model anew.
+    """
+    with seeded(1):
+        other = build()
+    other.load_state_dict(model.state_dict())
+    found = []
+    for each in (model, other):
+        with seeded(0), torch.no_grad(), no_param_store(each):
+            trace = poutine.trace(each.sample_prior).get_trace(3)
+            trace.compute_log_prob()
+        sites = {name: x for name, x in trace.nodes.items() if x["type"] == "sample" and "log_prob" in x}
+        found.append({name: (x["value"], x["log_prob"]) for name, x in sites.items()})
+    for name, pair in found[0].items():
+        if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(pair, found[1][name], strict=True)):
+            source = source_line(model.prior, f'"{name}"', "pyro.sample")
+            raise UsageError(
+                f"Site '{name}' ({source}) is not determined by the "
+                f"prior's state_dict, so that a loaded run would be another model: make what __init__ draws a "
+                f"torch.nn.Parameter, or a buffer (self.register_buffer)."
+            )
 
 
 def _check_plate(model: Any, guide: Guide, batch: Batch, local: LocalParameters) -> None:

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.data.tokenizer import load_tokenizer, tokenizer_hash
 from ltm_pyro.errors import UsageError
-from ltm_pyro.training.check_model import check_model
+from ltm_pyro.training.check_model import check_model, check_state
 from ltm_pyro.training.checkpoints import Checkpoints, Saving
 from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
+from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
 from ltm_pyro.training.ranks import Ranks
@@ -104,6 +105,8 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
     elif config.warm_start:
         add_thoughts(module, content["state_dict"], config.warm_start)
     check_model(module.model, module.guide, module.leaves_out_thoughts)
+    if not type(module.model.prior).__module__.startswith("ltm_pyro."):
+        check_state(module.model, lambda: build_from_recipe(config).model)
     costs = cost_summary(module, config, trainer.world_size) if first else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
