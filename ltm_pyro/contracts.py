@@ -85,6 +85,7 @@ class Batch(NamedTuple):
     number of UTF-8 bytes of the targets' text, for bits per byte. ``stem_BTD`` is the part of the network's activations
     that does not depend on z, computed once per batch. q is fitted to the tokens of ``observed_BT``, which are the
     scored ones if it is None. ``parts`` are the documents of each sequence, None if the data do not tell them.
+    ``covariates_BC`` are the numbers of the labels that the prior asks for (`ltm_pyro.inference.covariates`).
     """
 
     inputs_BT: Int[Tensor, "B T"]
@@ -95,6 +96,7 @@ class Batch(NamedTuple):
     stem_BTD: Float[Tensor, "B T D"] | None = None
     observed_BT: Bool[Tensor, "B T"] | None = None
     parts: tuple[tuple[Part, ...], ...] | None = None
+    covariates_BC: Float[Tensor, "B C"] | None = None
 
     @property
     def observed(self) -> "Batch":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltm_pyro.contracts import TOKENS, Batch, Prior, sequence_plate
 from ltm_pyro.inference.check_prior import check_prior
+from ltm_pyro.inference.covariates import Covariates, documents_of
 from ltm_pyro.inference.param_store import OwnParams
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.long_documents import PiecewiseDecoder
@@ -39,12 +40,21 @@ class LatentThoughtModel(PyroModule):
         super().__init__()
         self.prior = prior
         self.decoder = decoder
+        self.covariates = Covariates(prior)
         check_prior(self, adopt=True)
 
-    def sample_prior(self, size: int) -> Float[Tensor, "... L K D"]:
-        """Samples the thoughts of ``size`` sequences."""
-        with sequence_plate(size), full_precision(next(self.decoder.parameters())), OwnParams(self.prior):
-            return self.prior()
+    def sample_prior(self, size: int, covariates_BC: Float[Tensor, "B C"] | None = None) -> Float[Tensor, "... L K D"]:
+        """Samples the thoughts of ``size`` sequences, of which nothing is known if ``covariates_BC`` is None."""
+        like = next(self.decoder.parameters())
+        arguments = self.covariates.arguments(covariates_BC, size, like.device)
+        with sequence_plate(size), full_precision(like), OwnParams(self.prior):
+            return self.prior(**arguments)
+
+    def covariates_of(self, batch: Batch) -> Float[Tensor, "B C"] | None:
+        """The numbers of the labels that the prior asks for; None if it asks for none."""
+        if not self.covariates.names or batch.covariates_BC is not None:
+            return batch.covariates_BC
+        return self.covariates.encode(documents_of(batch)).to(batch.inputs_BT.device)
 
     def with_long_documents(self, context: int | None = None) -> "LatentThoughtModel":
         """The same model, weights shared, for documents of any length under one z each (`PiecewiseDecoder`).
@@ -62,7 +72,7 @@ class LatentThoughtModel(PyroModule):
         Raises `UsageError` for tokens beyond the vocabulary, a batch that is too long, or one on another device.
         """
         batch.check_tokens(self.decoder.vocabulary)
-        return batch._replace(stem_BTD=self.decoder.stem(batch.inputs_BT))
+        return batch._replace(stem_BTD=self.decoder.stem(batch.inputs_BT), covariates_BC=self.covariates_of(batch))
 
     def forward(self, batch: Batch, use_thoughts: bool = True) -> Float[Tensor, "... L K D"]:
         """Samples z, observes the tokens, and returns z.
@@ -70,9 +80,10 @@ class LatentThoughtModel(PyroModule):
         If ``batch.targets_BT`` is None, the tokens are sampled, each given ``batch.inputs_BT`` up to its position. If
         ``use_thoughts`` is False, the tokens do not depend on z.
         """
+        arguments = self.covariates.arguments(self.covariates_of(batch), batch.size, batch.inputs_BT.device)
         with sequence_plate(batch.size):
             with full_precision(batch.inputs_BT), OwnParams(self.prior):
-                z_BLKD = self.prior()
+                z_BLKD = self.prior(**arguments)
             tokens = self.observation(z_BLKD if use_thoughts else None, batch)
             pyro.sample(TOKENS, tokens, obs=self.observed(batch))
         return z_BLKD

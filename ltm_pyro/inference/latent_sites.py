@@ -32,15 +32,17 @@ Sites = Mapping[str, Distribution]  # the prior's distribution by site name, bat
 PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)  # torch and Pyro declare their support real
 
 
-def prior_sites(model: Model, size: int) -> Sites:
+def prior_sites(model: Model, size: int, covariates_BC: Tensor | None = None) -> Sites:
     """Every latent site inside the plate of sequences, in the order the prior samples it.
 
-    While the prior is traced, every site has its mean as its value, so that the distribution of a site that depends on
-    others is the same at every call. Raises `UsageError` if p(z) is no density, or one that no guide can reach.
+    ``covariates_BC`` is what the prior is told of each sequence. While it is traced, every site has its mean as its
+    value, so that the distribution of a site that depends on others is the same at every call. Raises `UsageError` if
+    p(z) is no density, or one that no guide can reach.
     """
     # the parameters of the prior stay out of Pyro's global store, and outer traces do not record these sites
     with torch.no_grad(), no_param_store(model), poutine.block(), _SubstituteMeans():
-        nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
+        known = () if covariates_BC is None else (covariates_BC,)
+        nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size, *known).nodes)
     sites: Sites = {name: node["fn"] for name, node in nodes.items() if is_local(node)}
     _check_density(nodes)
     for name, fn in sites.items():

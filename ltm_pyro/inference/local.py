@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, Init, Model
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.covariates import prior_arguments
 from ltm_pyro.inference.cuda_graphs import graph_cache
 from ltm_pyro.inference.elbo import Draws, ElboTerms, elbo_terms
 from ltm_pyro.inference.global_latents import fix_draws_by_keys, global_draws
@@ -151,7 +152,7 @@ def init(
 
 def at_a_draw(model: Model, guide: Guide, batch: Batch, inference: LocalInference, keys: RowKeys | None) -> LocalState:
     """A state before the first fast step, with every sequence's q at a draw from the prior (`sites_at_a_draw`)."""
-    return init_at(model, guide, batch, inference, sites_at_a_draw(model, batch.size, keys), keys)
+    return init_at(model, guide, batch, inference, sites_at_a_draw(model, batch, keys), keys)
 
 
 def best_state_B(
@@ -205,7 +206,7 @@ def init_at(
 ) -> LocalState:
     """The state before the first fast step, with q at the moments of the given distributions, else of the prior's."""
     with no_param_store(model), fix_draws_by_keys(model, keys), keyed(keys, "init"):
-        parameters: Any = guide.init(sites or prior_sites(model, batch.size), inference.init)
+        parameters: Any = guide.init(sites or prior_sites(model, *prior_arguments(model, batch)), inference.init)
     if not isinstance(parameters, dict) or not all(isinstance(x, Tensor) for x in parameters.values()):
         given = type(parameters).__name__
         if isinstance(parameters, dict):

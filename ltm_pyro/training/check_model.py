@@ -1,13 +1,14 @@
 """Checks before the first step that model and guide can be trained: finite terms, a gradient for every parameter."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
 
 from ltm_pyro.contracts import SEQUENCES, Batch, Guide, Init, LocalParameters, make_batch
+from ltm_pyro.data.manifest import Label
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.check_prior import check_prior, explain_failure, source_line
 from ltm_pyro.inference.elbo import elbo_terms, latent_sites
@@ -80,6 +81,24 @@ def check_state(model: Any, build: Callable[[], Any]) -> None:
                 f"Site '{name}' ({source}) is not determined by the "
                 f"prior's state_dict, so that a loaded run would be another model: make what __init__ draws a "
                 f"torch.nn.Parameter, or a buffer (self.register_buffer)."
+            )
+
+
+def check_labels(model: Any, labels: Mapping[str, Label], place: str) -> None:
+    """Refuses a prior that asks for a label that the packed data do not have, or of which it knows no value."""
+    covariates: Any = getattr(model, "covariates", None)
+    for name in covariates.names if covariates else ():
+        if name not in labels:
+            has = f"the labels {', '.join(labels)}" if labels else "no labels"
+            raise UsageError(
+                f"{type(model.prior).__name__} asks for the label '{name}', but {place} has {has}: pack the data with "
+                f"--label {name}."
+            )
+        levels, values = covariates.levels.get(name), labels[name].values
+        if levels is not None and values and not {*levels} & {*values}:
+            raise UsageError(
+                f"{type(model.prior).__name__} knows the values {', '.join(map(str, levels))} of the label '{name}', "
+                f"of which {place} has none: its values are {', '.join(map(str, values[:10]))}."
             )
 
 
