@@ -1,6 +1,8 @@
 """A Latent-Thought Language Model as a Pyro program: thoughts from the prior, tokens from the decoder."""
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import pyro
@@ -11,7 +13,8 @@ from torch import Tensor
 from ltm_pyro.contracts import TOKENS, Batch, Prior, sequence_plate
 from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.inference.covariates import Covariates, documents_of
-from ltm_pyro.inference.param_store import OwnParams
+from ltm_pyro.inference.enumeration import responsibilities, sum_out
+from ltm_pyro.inference.param_store import OwnParams, no_param_store
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.long_documents import PiecewiseDecoder
 from ltm_pyro.nn.cross_entropy import LateGradient
@@ -41,14 +44,31 @@ class LatentThoughtModel(PyroModule):
         self.prior = prior
         self.decoder = decoder
         self.covariates = Covariates(prior)
+        self.enumerated: list[dict[str, Tensor]] = []  # every combination of values of the prior's discrete sites
         check_prior(self, adopt=True)
 
     def sample_prior(self, size: int, covariates_BC: Float[Tensor, "B C"] | None = None) -> Float[Tensor, "... L K D"]:
         """Samples the thoughts of ``size`` sequences, of which nothing is known if ``covariates_BC`` is None."""
         like = next(self.decoder.parameters())
         arguments = self.covariates.arguments(covariates_BC, size, like.device)
-        with sequence_plate(size), full_precision(like), OwnParams(self.prior):
+        with sequence_plate(size), full_precision(like):
+            return self._thoughts(arguments)
+
+    def _thoughts(self, arguments: dict[str, Tensor]) -> Float[Tensor, "... L K D"]:
+        """z from the prior, whose discrete sites are summed out, and whose parameters are its own."""
+        with OwnParams(self.prior):
+            if self.enumerated:
+                return sum_out(partial(self.prior, **arguments), self.enumerated)
             return self.prior(**arguments)
+
+    def responsibilities(
+        self, sites: Mapping[str, Tensor], covariates_BC: Float[Tensor, "B C"] | None = None
+    ) -> dict[str, Float[Tensor, "... M"]]:
+        """p(value | z) of every discrete site of the prior, by name, given the values of its continuous sites."""
+        size = next(iter(sites.values())).shape[0]
+        arguments = self.covariates.arguments(covariates_BC, size, next(self.decoder.parameters()).device)
+        with sequence_plate(size), no_param_store(self), OwnParams(self.prior):
+            return responsibilities(partial(self.prior, **arguments), self.enumerated, sites)
 
     def covariates_of(self, batch: Batch) -> Float[Tensor, "B C"] | None:
         """The numbers of the labels that the prior asks for; None if it asks for none."""
@@ -82,8 +102,8 @@ class LatentThoughtModel(PyroModule):
         """
         arguments = self.covariates.arguments(self.covariates_of(batch), batch.size, batch.inputs_BT.device)
         with sequence_plate(batch.size):
-            with full_precision(batch.inputs_BT), OwnParams(self.prior):
-                z_BLKD = self.prior(**arguments)
+            with full_precision(batch.inputs_BT):
+                z_BLKD = self._thoughts(arguments)
             tokens = self.observation(z_BLKD if use_thoughts else None, batch)
             pyro.sample(TOKENS, tokens, obs=self.observed(batch))
         return z_BLKD

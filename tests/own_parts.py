@@ -208,6 +208,12 @@ class Topic(Own):
         return pyro.sample("z", dist.Normal(self.mean + topic[..., None, None, None], 1.0).to_event(3))
 
 
+class SummedTopic(Own):
+    def forward(self):
+        topic = pyro.sample("topic", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+        return pyro.sample("z", dist.Normal(self.mean + topic[..., None, None, None], 1.0).to_event(3))
+
+
 class Dotted(Own):
     def forward(self):
         return pyro.sample("z.all", dist.Normal(self.mean, 1.0).to_event(3))

@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 
 from ltm_pyro.contracts import PARTICLES, SEQUENCES, Guide
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.enumeration import enumerated_sites, values_of
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import bijections, is_local, prior_factors, prior_sites
 from ltm_pyro.inference.param_store import adopt_params, no_param_store, param_statements
@@ -38,7 +39,8 @@ def check_prior(model: Any, adopt: bool = False) -> None:
     that the sites are the same in every call, z a function of them alone, and sequences independent of each other.
 
     Args:
-        adopt: makes every `pyro.param` of the prior a parameter of the prior (`adopt_params`); else they are refused.
+        adopt: for a model that can: makes every `pyro.param` of the prior a parameter of the prior (`adopt_params`),
+            and sums its enumerated sites out (`ltm_pyro.inference.enumeration`); else both are refused.
     """
     prior, shape = model.prior, model.decoder.thought_shape
     _check_modules(prior)
@@ -46,6 +48,7 @@ def check_prior(model: Any, adopt: bool = False) -> None:
         nodes = poutine.trace(model.sample_prior).get_trace(1).nodes
         if adopt:
             adopt_params(prior, nodes, model)
+            model.enumerated = values_of(enumerated_sites(nodes)) if enumerated_sites(nodes) else []
         elif params := param_statements(nodes, model):
             raise UsageError(
                 f"The prior's pyro.param '{next(iter(params))}' would not be learned in {type(model).__name__}: write "
@@ -177,9 +180,10 @@ def explain_failure(part: Any, other: Any = None) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        if isinstance(part, Guide) or "rior site" not in str(error):  # it names what it is about
-            raise
-        raise UsageError(f"{error} See {source_line(part, 'pyro.sample')}.") from None
+        message, _, _ = str(error).partition("\nTrace Shapes:")  # which Pyro adds to what is raised in a trace
+        if isinstance(part, Guide) or "rior site" not in message:  # it names what it is about
+            raise UsageError(message.strip()) from None
+        raise UsageError(f"{message} See {source_line(part, 'pyro.sample')}.") from None
     except Exception as error:
         called = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         part = next((x for x in reversed(called) if x is not None and (x is part or x is other)), part)

@@ -48,8 +48,8 @@ def prior_sites(model: Model, size: int, covariates_BC: Tensor | None = None) ->
     for name, fn in sites.items():
         if fn.support is not None and fn.support.is_discrete:
             raise UsageError(
-                f"Prior site '{name}' is discrete, and a guide needs gradients: "
-                f"marginalise it inside the prior (see MixtureSameFamily)."
+                f"Prior site '{name}' is discrete, and a guide needs gradients: have it summed out by "
+                f'infer={{"enumerate": "parallel"}}, or marginalise it inside the prior (see MixtureSameFamily).'
             )
     return sites
 
