@@ -62,7 +62,10 @@ def parts(folder, kind):
     return ("--model.prior", kind, "--model.prior.label", "source", "--model.prior.levels", levels)
 
 
-@pytest.mark.parametrize("kind", ["ConditionalPrior", "GroupedPrior", "own"])
+SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in ("GroupedPrior", "own")]
+
+
+@pytest.mark.parametrize("kind", ["ConditionalPrior", *SLOW])
 def test_labels_go_all_the_way(kind, labelled, ltm, refused, tmp_path):
     run = tmp_path / "run"
     code, _, err = ltm("fit", "--config", labelled / "recipe.yaml", "--run", run, *parts(labelled, kind))
