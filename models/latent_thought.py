@@ -58,7 +58,9 @@ class LatentThoughtModel(PyroModule):
         """z from the prior, whose discrete sites are summed out, and whose parameters are its own."""
         with OwnParams(self.prior):
             if self.enumerated:
-                return sum_out(partial(self.prior, **arguments), self.enumerated)
+                device = next(cast(Decoder, self._modules["decoder"]).parameters()).device
+                values = [{name: x.to(device) for name, x in each.items()} for each in self.enumerated]
+                return sum_out(partial(self.prior, **arguments), values)
             return self.prior(**arguments)
 
     def responsibilities(

@@ -18,7 +18,7 @@ from ltm_pyro.contracts import PARTICLES, SEQUENCES, Guide
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.enumeration import enumerated_sites, values_of
 from ltm_pyro.inference.global_latents import fix_global_draws
-from ltm_pyro.inference.latent_sites import bijections, is_local, prior_factors, prior_sites
+from ltm_pyro.inference.latent_sites import bijections, check_density, is_local, prior_factors, prior_sites
 from ltm_pyro.inference.param_store import adopt_params, no_param_store, param_statements
 from ltm_pyro.utils.rng import seeded
 
@@ -47,9 +47,11 @@ def check_prior(model: Any, adopt: bool = False) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad(), no_param_store(model), explain_failure(prior):
         nodes = poutine.trace(model.sample_prior).get_trace(1).nodes
         if adopt:
-            adopt_params(prior, nodes, model)
-            model.enumerated = values_of(enumerated_sites(nodes)) if enumerated_sites(nodes) else []
-        elif params := param_statements(nodes, model):
+            adopt_params(prior, nodes)
+            if discrete := enumerated_sites(nodes):
+                check_density(nodes)  # of the program, whose sites are no longer seen one by one
+                model.enumerated = values_of(discrete)
+        elif params := param_statements(nodes):
             raise UsageError(
                 f"The prior's pyro.param '{next(iter(params))}' would not be learned in {type(model).__name__}: write "
                 f"self.name = pyro.nn.PyroParam(…) in the prior's __init__, and use that in forward."

@@ -91,7 +91,7 @@ def elbo_terms(
         # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
         with full_precision(batch.inputs_BT), noise, antithetic, particles, poutine.trace() as q:
             guide(batch, local)
-        refuse_params(guide, q.trace)
+        refuse_params(q.trace)
         with particles, poutine.trace() as p, poutine.replay(trace=q.trace):
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
         prior, posterior = sample_sites(p.trace), latent_sites(q.trace)
@@ -148,10 +148,9 @@ def normalisers(model: Model) -> list[Tensor]:
         return found if found or not prior_factors(model) else [torch.tensor(torch.nan)]
 
 
-def refuse_params(guide: AnyGuide, trace: Trace) -> None:
+def refuse_params(trace: Trace) -> None:
     """Raises `UsageError` for a `pyro.param` in a guide, which nothing would learn and no checkpoint would hold."""
-    params = {name: node for name, node in trace.nodes.items() if node["type"] == "param"}
-    if params and (unknown := param_statements(params, guide)):
+    if unknown := param_statements(trace.nodes):
         raise UsageError(
             f"The guide's pyro.param '{next(iter(unknown))}' would not be learned: return what each sequence has of "
             f"its own from init, and derive a guide with global parameters from torch.nn.Module too, with "

@@ -114,8 +114,13 @@ class _Known(Messenger):
         self.log_p: Tensor | float = 0.0
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"):
+        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
+        if msg["is_observed"]:
+            raise UsageError(
+                f"The prior has the factor '{msg['name']}' beside discrete sites that are summed out: put what it says "
+                f"into the distributions of its sites."
+            )
         if msg["name"] not in self.values:
             raise _NextSiteError(msg["name"], msg["fn"], msg["infer"])
         msg["value"], msg["done"] = self.values[msg["name"]], True

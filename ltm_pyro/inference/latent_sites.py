@@ -44,7 +44,7 @@ def prior_sites(model: Model, size: int, covariates_BC: Tensor | None = None) ->
         known = () if covariates_BC is None else (covariates_BC,)
         nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size, *known).nodes)
     sites: Sites = {name: node["fn"] for name, node in nodes.items() if is_local(node)}
-    _check_density(nodes)
+    check_density(nodes)
     for name, fn in sites.items():
         if fn.support is not None and fn.support.is_discrete:
             raise UsageError(
@@ -54,7 +54,7 @@ def prior_sites(model: Model, size: int, covariates_BC: Tensor | None = None) ->
     return sites
 
 
-def _check_density(nodes: dict[str, Any]) -> None:
+def check_density(nodes: dict[str, Any]) -> None:
     """Refuses what makes p(z) something else than a density on the declared support of its sites."""
     for name, node in nodes.items():
         if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):

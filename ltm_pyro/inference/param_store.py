@@ -52,15 +52,14 @@ def _frozen(model: object) -> Any:
     return {"params": frozen, "constraints": dict.fromkeys(frozen, constraints.real)}
 
 
-def adopt_params(prior: Any, nodes: dict[str, Any], model: nn.Module) -> None:
+def adopt_params(prior: Any, nodes: dict[str, Any]) -> None:
     """Makes every `pyro.param` of a prior a parameter of the prior: learned, saved and loaded as its others are.
 
     Args:
         prior: a `PyroModule`, which gets a `PyroParam` by the statement's name.
         nodes: of a trace of the prior.
-        model: whose modules' own parameters are no statements of the user's.
     """
-    for name, node in param_statements(nodes, model).items():
+    for name, node in param_statements(nodes).items():
         if not isinstance(prior, PyroModule) or not name.isidentifier() or hasattr(prior, name):
             raise UsageError(
                 f"The prior's pyro.param '{name}' cannot be learned: only a PyroModule keeps it, under a name that is "
@@ -76,16 +75,14 @@ def _identifier(name: str) -> str:
     return "".join(x if x.isalnum() else "_" for x in name)
 
 
-def param_statements(nodes: dict[str, Any], module: object) -> dict[str, Any]:
-    """The `pyro.param` statements of a trace that are of none of the module's own parameters, by name."""
-    own = [*module.named_parameters()] if isinstance(module, nn.Module) else []
-    names, tensors = {name.removesuffix("_unconstrained") for name, _ in own}, {id(x) for _, x in own}
+def param_statements(nodes: dict[str, Any]) -> dict[str, Any]:
+    """The `pyro.param` statements of a trace by name, without the parameters of modules, which are there as well."""
 
-    def is_own(name: str, value: Any) -> bool:
-        return name in names or id(value) in tensors or id(getattr(value, "unconstrained", lambda: None)()) in tensors
+    def is_of_module(value: Any) -> bool:
+        return isinstance(value, nn.Parameter) or isinstance(getattr(value, "unconstrained", list)(), nn.Parameter)
 
     params = {name: node for name, node in nodes.items() if node["type"] == "param"}
-    return {name: node for name, node in params.items() if not is_own(name, node["value"])}
+    return {name: node for name, node in params.items() if not is_of_module(node["value"])}
 
 
 class OwnParams(Messenger):
