@@ -84,8 +84,10 @@ class Batch(NamedTuple):
     Every token whose mask is True is scored exactly once; padding never changes a sequence's ELBO. ``bytes_B`` is the
     number of UTF-8 bytes of the targets' text, for bits per byte. ``stem_BTD`` is the part of the network's activations
     that does not depend on z, computed once per batch. q is fitted to the tokens of ``observed_BT``, which are the
-    scored ones if it is None. ``parts`` are the documents of each sequence, None if the data do not tell them.
-    ``covariates_BC`` are the numbers of the labels that the prior asks for (`ltm_pyro.inference.covariates`).
+    scored ones if it is None. ``parts`` are the documents of each sequence, None if the data do not tell them. All
+    tokens are known to be from 0 to below ``below``, so that nobody has to ask the device; None if they are not, as
+    after a change of the tokens. ``covariates_BC`` are the numbers of the labels that the prior asks for
+    (`ltm_pyro.inference.covariates`).
     """
 
     inputs_BT: Int[Tensor, "B T"]
@@ -96,6 +98,7 @@ class Batch(NamedTuple):
     stem_BTD: Float[Tensor, "B T D"] | None = None
     observed_BT: Bool[Tensor, "B T"] | None = None
     parts: tuple[tuple[Part, ...], ...] | None = None
+    below: int | None = None
     covariates_BC: Float[Tensor, "B C"] | None = None
 
     @property
@@ -116,9 +119,8 @@ class Batch(NamedTuple):
 
     def select(self, index_B: Int[Tensor, " b"]) -> "Batch":
         """The sequences at the given indices."""
-        tensors = self._replace(parts=None)
         parts = self.parts and tuple(self.parts[index] for index in index_B.tolist())
-        return Batch._make(x if x is None else x[index_B] for x in tensors)._replace(parts=parts)
+        return Batch._make(x[index_B] if isinstance(x, Tensor) else x for x in self)._replace(parts=parts)
 
     @property
     def size(self) -> int:
@@ -131,10 +133,13 @@ class Batch(NamedTuple):
         return self.mask_BT.sum(-1)
 
     def check_tokens(self, vocabulary: int) -> None:
-        """Raises `UsageError` for a token that is not one of a model's ``vocabulary``; waits for the device once.
+        """Raises `UsageError` for a token that is not one of a model's ``vocabulary``.
 
-        Otherwise an index is out of range, which on a CUDA device ends all further work of the process.
+        Otherwise an index is out of range, which on a CUDA device ends all further work of the process. The host waits
+        for the device only if the tokens were made there, and were not looked at before (`below`).
         """
+        if self.inputs_BT.device.type != "cpu" and self.below is not None and self.below <= vocabulary:
+            return
         tokens = [x for x in (self.inputs_BT, self.targets_BT) if x is not None and x.numel() and not x.is_meta]
         extremes = torch.stack([x for each in tokens for x in each.aminmax()]).tolist() if tokens else []
         if wrong := [token for token in extremes if not 0 <= token < vocabulary]:
@@ -162,13 +167,17 @@ def make_batch(
             f"{tuple(tokens_BT.shape)} and lengths of shape {tuple(lengths_B.shape)}."
         )
     size, length = tokens_BT.shape
-    start_B1 = tokens_BT.new_full((size, 1), start_token)
+    start_B1, below = tokens_BT.new_full((size, 1), start_token), None
+    if tokens_BT.device.type == "cpu" and tokens_BT.numel():
+        lowest, highest = (int(x) for x in tokens_BT.aminmax())
+        below = max(highest, start_token) + 1 if min(lowest, start_token) >= 0 else None
     return Batch(
         inputs_BT=torch.cat([start_B1, tokens_BT[:, :-1]], dim=1),
         targets_BT=tokens_BT,
         mask_BT=torch.arange(length, device=tokens_BT.device) < lengths_B[:, None],
         ids_B=torch.arange(size, device=tokens_BT.device) if ids_B is None else ids_B,
         bytes_B=lengths_B.new_zeros(size) if bytes_B is None else bytes_B,
+        below=below,
     )
 
 

@@ -41,8 +41,8 @@ def validation():
 def case():
     decoder = Decoder(V, layers=2, width=128, heads=2, thoughts=4, window=32, length=T)
     model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder).float().cuda()
-    tokens = torch.randint(1, V, (B, T), device="cuda")
-    return model, MeanField(model), make_batch(tokens, torch.full((B,), T, device="cuda"), start_token=0)
+    batch = make_batch(torch.randint(1, V, (B, T)), torch.full((B,), T), start_token=0)
+    return model, MeanField(model), batch.to("cuda")
 
 
 def test_a_fit_waits_for_the_device_once(case):

@@ -14,6 +14,7 @@ from ltm_pyro.cli.arguments import add_seed, add_trust, at_least, positive
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.files import local_path
 from ltm_pyro.utils.safe_yaml import load_yaml
 
 SEARCH = "ltm_pyro.studies.search"  # by dotted path: the command line imports no study
@@ -63,6 +64,12 @@ def _study_name_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study-name", metavar="S", help="its name in the storage; not needed if there is only one")
 
 
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_name_argument(parser)
+    about = "where the trials' runs are, for differences by document; runs/studies/S by default"
+    parser.add_argument("--runs", type=Path, metavar="DIR", help=about)
+
+
 def _best_arguments(parser: argparse.ArgumentParser) -> None:
     _study_name_argument(parser)
     parser.add_argument("--out", metavar="FILE", help="the recipe to write; S-best.yaml by default")
@@ -90,14 +97,14 @@ def _run(args: argparse.Namespace) -> int:
     )
     name = args.study_name or plan.study
     resources = study.Resources(
-        out=Path(args.out or f"runs/studies/{name}").expanduser(), workers=args.workers, memory_gib=args.memory
+        out=Path(args.out or study.RUNS / name).expanduser(), workers=args.workers, memory_gib=args.memory
     )
     total = args.trials or len(definition.points) or study.TRIALS
     try:
         study.run_study(definition, plan, args.storage, name, total, resources, args.repeats)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
-    found = study.describe(args.storage, name)
+    found = study.describe(args.storage, name, resources.out)
     _print(found, args.json)
     return 0 if any(row["state"] == "complete" for row in found["trials"]) else 2
 
@@ -140,8 +147,12 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    _print(import_module(f"{SEARCH}.study").describe(args.storage, args.study_name), args.json)
+    _print(import_module(f"{SEARCH}.study").describe(args.storage, args.study_name, _runs(args)), args.json)
     return 0
+
+
+def _runs(args: argparse.Namespace) -> Path | None:
+    return None if args.runs is None else local_path(args.runs, "--runs")
 
 
 def _print(found: dict[str, Any], as_json: bool) -> None:
@@ -186,15 +197,16 @@ def _best(args: argparse.Namespace) -> int:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    _study_name_argument(parser)
+    _show_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="folder to write; S-report by default")
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
     add_trust(parser)
 
 
 def _report(args: argparse.Namespace) -> int:
+    out = None if args.out is None else Path(args.out)
     written = import_module(f"{SEARCH}.report").write_report(
-        args.storage, args.study_name, None if args.out is None else Path(args.out), args.force, args.trust
+        args.storage, args.study_name, out, args.force, args.trust, _runs(args)
     )
     if args.json:
         print_json(written)
@@ -210,7 +222,7 @@ def _report(args: argparse.Namespace) -> int:
 _ARGUMENTS = {
     "run": _run_arguments,
     "list": lambda parser: None,
-    "show": _study_name_argument,
+    "show": _show_arguments,
     "report": _report_arguments,
     "best": _best_arguments,
 }

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import check_fractions
 from ltm_pyro.data.sequences import pack_sequences
+from ltm_pyro.data.staging import check_out
 from ltm_pyro.data.tasks import Task
 
 BEST_WITHIN = "best_within_"  # and the reach: a label of every sequence
@@ -60,6 +61,7 @@ def make_task(
         seed: of the sequences and the splits; what all sequences of a task share is an option of the task.
     """
     check_fractions(val_fraction, test_fraction)
+    check_out(out, force)
     rng = np.random.default_rng(seed)
     blocks = [task.sample(min(_ROWS, sequences - n), rng) for n in range(0, sequences, _ROWS)]
     tokens_NT = np.concatenate(blocks)

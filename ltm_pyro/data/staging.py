@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from ltm_pyro.data.manifest import MANIFEST, TOKENIZER
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.files import local_path
+from ltm_pyro.utils.files import check_folder, local_path, writing
 
 _PACKED = re.compile(
     rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val|test)-(\d+\.tar|lengths\.npy)|journal\.jsonl"
@@ -87,6 +87,14 @@ def staged(out: str | Path, force: bool, settings: dict[str, Any]) -> Iterator[S
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted.{goes_on}") from None
         raise
+
+
+def check_out(out: str | Path, force: bool) -> None:
+    """Raises the `UsageError` of `staged` that can be known before anything is computed; nothing is written."""
+    out = local_path(out, "--out").resolve()
+    with writing(out):
+        _check_free(out, force)
+        check_folder(out.parent, "--out")
 
 
 def _folder(out: Path) -> Path:

@@ -88,12 +88,22 @@ def write_records(run: Path, records: Records) -> None:
 
 
 def read_records(run: Path) -> Records:
-    """What `write_records` has left there; none if it has not, or on another machine."""
+    """What `write_records` has left there; none if it has not, or on another machine, or if these are other data."""
     try:
-        found = json.loads((run / RECORDS).read_text("utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((run / RECORDS).read_text("utf-8")) if (run / RECORDS).is_file() else None
+    except (OSError, ValueError, RecursionError):
         return []
-    return found if isinstance(found, list) and all(isinstance(x, dict) for x in found) else []
+    return found if isinstance(found, list) and all(map(_is_record, found)) else []
+
+
+def _is_record(x: Any) -> bool:
+    if not (isinstance(x, dict) and isinstance(x.get("file"), str) and isinstance(x.get("id"), str | int)):
+        return False
+    nats = [value for name, value in x.items() if name.endswith("_nats")]
+    counts = [x.get(name) for name in ("tokens", "bytes")]
+    return all(isinstance(n, int) and 0 <= n < 2**53 for n in counts) and all(
+        n is None or (isinstance(n, float) or (isinstance(n, int) and abs(n) < 2**53)) for n in nats
+    )
 
 
 def paired(first: Records, second: Records, unit: str = "tokens") -> Records:

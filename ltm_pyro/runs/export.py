@@ -33,14 +33,14 @@ def save_pretrained(
     """
     torch_file, folder = extra(*SAFETENSORS), local_path(folder, "--out")
     check_folder(folder, "--out")
-    checkpoint = read_checkpoint(run)
-    texts = checkpoint["ltm_pyro"]
-    loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run, trust)
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not is_export(folder):
         raise UsageError(f"{folder} exists and is no export, because it has no {WEIGHTS}: choose another --out.")
     if taken and not force:
         raise UsageError(f"{folder} exists already: choose another --out, or add --force.")
+    checkpoint = read_checkpoint(run)
+    texts = checkpoint["ltm_pyro"]
+    loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run, trust)
     with writing(folder), new_folder(folder), ExitStack() as replaced:
         weights = {name: weight.contiguous() for name, weight in checkpoint["state_dict"].items()}
         files = {  # replaced from the last to the first: with its weights a folder is an export

@@ -305,8 +305,11 @@ def is_own(recipe: str) -> bool:
 
 
 def is_own_file(file: Path) -> bool:
-    """Whether this user has executed a file before, and it is unchanged."""
-    return str(file.resolve()) in (_unchanged(_digest(file)) or {})
+    """Whether this user has executed a file before, and it is unchanged; one of another name is not even opened."""
+    name = str(file.resolve())
+    if not any(name in files for files in (*_own.values(), *_stored().values())):
+        return False
+    return name in (_unchanged(_digest(file)) or {})
 
 
 def _unchanged(digest: str) -> dict[str, str] | None:

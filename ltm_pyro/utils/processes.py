@@ -7,10 +7,19 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # Linux's name for it, see prctl(2)
-STARTER = "LTM_STARTER"  # in the environment of a process: the number of the one that started it, and has to be alive
+STARTER = "LTM_STARTER"  # in the environment of a process: its `starter`, which has to be alive
 POLL = 0.5  # seconds between two looks at the parent, where nothing tells of its end
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine has been stopped (SIGSTOP, Ctrl-Z); False where there is no /proc to ask."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def end_with_parent(worker: int = 0) -> None:
@@ -42,13 +51,32 @@ def end_with_parent(worker: int = 0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def starter(patience: float) -> str:
+    """This process as the value of `STARTER`: the others end if it is stopped for ``patience`` seconds."""
+    return f"{os.getpid()} {patience}"
+
+
 def end_with_starter() -> None:
     """`end_with_parent` for a process whose environment names its parent; it ends at once if that has gone already.
 
-    To be called before the long imports, in which a parent can be killed as well.
+    It also ends, with a sentence, if its parent is stopped for too long. To be called before the long imports, in which
+    a parent can be killed and stopped as well.
     """
-    starter = os.environ.pop(STARTER, None)
-    if starter is not None:
-        end_with_parent()
-        if starter != str(os.getppid()):
-            os._exit(1)
+    given = os.environ.pop(STARTER, None)
+    if given is None:
+        return
+    parent, patience = given.split()
+    end_with_parent()
+    if parent != str(os.getppid()):
+        os._exit(1)
+
+    def watch() -> None:
+        stopped = 0.0  # seconds in which this process has run: Ctrl-Z stops both
+        while stopped < float(patience):
+            time.sleep(POLL)
+            stopped = stopped + POLL if is_stopped(int(parent)) else 0.0
+        say = f"Process {parent}, which has started this one, has been stopped: see what it said, and start again."
+        print(f"ltm: {say}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -46,13 +46,15 @@ img {{ max-width: none; width: 36rem }} }}
 """
 
 
-def write_report(url: str, name: str | None, out: Path | None, force: bool, trust: bool = False) -> dict[str, Any]:
+def write_report(
+    url: str, name: str | None, out: Path | None, force: bool, trust: bool = False, runs: Path | None = None
+) -> dict[str, Any]:
     """Writes ``report.html``, ``trials.csv`` and a PNG for every picture; returns their names and the findings.
 
     The file that the storage names as the study's is executed for its own analysis if it is one that this user has run
     a study of, unchanged, or with ``trust``.
     """
-    found = describe(url, name)
+    found = describe(url, name, runs)
     out = out or Path(f"{found['study']}-report")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise UsageError(f"{out} is there and not empty: choose another --out, or add --force.")

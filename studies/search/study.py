@@ -14,7 +14,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.documents import Records, compare, read_records
+from ltm_pyro.evaluation.documents import RECORDS, Records, compare, read_records
 from ltm_pyro.inference.estimators import ESTIMATORS
 from ltm_pyro.studies.budget import MAX_FLOPS, parse_budget
 from ltm_pyro.studies.configure import Values, configure
@@ -37,6 +37,7 @@ from ltm_pyro.utils.files import atomic_write, new_folder, writing
 from ltm_pyro.utils.limits import LARGEST_SEED
 
 BASE = "base.yaml"
+RUNS = Path("runs/studies")  # each study's trials in a folder of its name
 BUDGET = "4e12flops"
 TRIALS = 20  # if neither the user nor a grid says how many
 
@@ -132,18 +133,24 @@ def _summary(storage: RDBStorage, name: str) -> dict[str, Any]:
     }
 
 
-def describe(url: str, name: str | None) -> dict[str, Any]:
-    """A study's plan, its trials, the checks of the best one, and what the study recommends."""
+def describe(url: str, name: str | None, runs: Path | None = None) -> dict[str, Any]:
+    """A study's plan, its trials, the checks of the best one, and what the study recommends.
+
+    Args:
+        runs: where the trials' runs are, by default in `RUNS`. Nothing outside is read, whatever the storage says.
+    """
     with open_existing(url) as storage:
         study = trials.load_study(storage, only_name(storage, name))
+        runs = RUNS / study.study_name if runs is None else runs
         plan = trials.plan_of(study)
         checks = trials.load_study(storage, study.study_name + trials.CHECKS)
         chosen = trials.best_trial(study)
         checked = trials.existing_checks(checks, chosen).values() if chosen else ()
-        theirs = _documents(chosen) if chosen and plan.minimise[0] in ESTIMATORS else []
+        theirs = _documents(chosen, runs) if chosen and plan.minimise[0] in ESTIMATORS else []
         compared = [x for x in (*trials.feasible(study), *checked) if x != chosen and x.state == TrialState.COMPLETE]
         rows = [
-            _row(trial) | (_above(trial, theirs, plan.minimise[0]) if theirs and trial in compared else {})
+            _row(trial)
+            | (_above(_documents(trial, runs), theirs, plan.minimise[0]) if theirs and trial in compared else {})
             for trial in (*trials.current_trials(study), *checked)
         ]
         points_say = any(MAX_FLOPS in t.user_attrs.get(trials.SETTINGS, {}) for t in trials.current_trials(study))
@@ -172,16 +179,21 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def _documents(trial: FrozenTrial) -> Records:
-    """A trial's figures by document; none if its folder is not on this machine, or another program has added it."""
-    place = trial.user_attrs.get(trials.RUN)
-    return read_records(Path(place)) if place else []
+def _documents(trial: FrozenTrial, runs: Path) -> Records:
+    """A trial's figures by document; none if its folder is not in ``runs``, or another program has added it.
+
+    Of the path that the storage names only the last part counts, and no link is followed: a storage is data.
+    """
+    name = Path(str(trial.user_attrs.get(trials.RUN, ""))).name
+    folder = runs.resolve() / name
+    inside = re.fullmatch(r"(trial|check)-[0-9]{1,9}", name) and (folder / RECORDS).resolve() == folder / RECORDS
+    return read_records(folder) if inside else []
 
 
-def _above(trial: FrozenTrial, theirs: Records, figure: str) -> dict[str, float | None]:
+def _above(own: Records, theirs: Records, figure: str) -> dict[str, float | None]:
     """By how much a trial's figure is above ``theirs``, paired by document; {} without figures by document."""
     try:
-        found = compare(_documents(trial), theirs, figure)
+        found = compare(own, theirs, figure)
     except UsageError:
         return {}
     figures = {"above_best": found.value, "above_best_stderr": found.stderr, "above_best_p": found.p_value}
@@ -216,7 +228,7 @@ def _by_document(done: list[dict[str, Any]], name: str) -> str:
     behind = sorted((row for row in done if "above_best" in row), key=lambda row: row["above_best"])
     others = [row for row in behind if row["role"] == "trial"]
     if not behind:
-        lacking = "the trials' folders here have no figures by document"
+        lacking = "no figures by document are in the trials' folders, which --runs names"
         return f" No error is given for these differences: {lacking}." if len(done) > 1 else ""
     said = [f"trial {row['number']} by {_difference(row)}" for row in others[:1]]
     said += [f"the autoregressive baseline by {_difference(row)}" for row in behind if row["role"] == "baseline"]

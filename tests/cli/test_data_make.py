@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ltm_pyro.data.tasks import Permutation
+from ltm_pyro.data.tasks import TASKS, Permutation
 
 SMALL = ("--symbols", 4, "--pairs", 4, "--sequences", 300)
 MINE = '''
@@ -95,6 +95,21 @@ def test_a_pack_is_replaced_only_if_asked_to(ltm, refused, tmp_path):
     assert ltm(*command)[0] == 0
     assert "already holds a pack" in refused(*command)
     assert ltm(*command, "--force", "--string", 3)[0] == 0
+
+
+def test_an_output_that_is_there_is_refused_before_anything_is_drawn(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(TASKS["copy"], "sample", lambda *_: pytest.fail("drawn"))
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "manifest.json").touch()
+    (tmp_path / "file").touch()
+    for out, message in {
+        "pack": "already holds a pack; give --force",
+        "file": "is a file, which even --force does not replace",
+        "file/new": "is no folder or is read-only: choose another --out",
+        300 * "n": "File name too long",
+    }.items():
+        assert message in refused("data", "make", "copy", "--out", tmp_path / out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pack"]
 
 
 def test_a_task_of_ones_own_is_named_by_its_file(ltm, mine, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from ltm_pyro.evaluation.documents import RECORDS
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.storage import open_storage
@@ -328,7 +329,7 @@ def test_a_pack_and_a_tokenizer_are_only_data(exported, packed, tmp_path):
     assert_harmless(audited(cases, tmp_path), home)
 
 
-def hostile_study(url, source, recipe, settings):
+def hostile_study(url, source, recipe, settings, run):
     """A storage with one complete trial, as somebody else would have written it."""
     with open_storage(url) as storage:
         plan = Plan(study="theirs", question="?", space={}, recipe=recipe, budget="1s", at_most={})
@@ -339,6 +340,7 @@ def hostile_study(url, source, recipe, settings):
         trial = trials.claim(study, lambda: trials.current_trials(study), seed=0)
         trial.set_user_attr(trials.SETTINGS, settings)
         trial.set_user_attr(trials.SEED, 0)
+        trial.set_user_attr(trials.RUN, run)
         trials.finish(study, trial, {"bound": 1.0})
 
 
@@ -350,17 +352,26 @@ def test_a_study_in_a_database_is_only_data(exported, tmp_path):
     callback = yaml.safe_load(recipe)
     callback["trainer"]["callbacks"] = [called("evil.Prior")]
     (home / "study.py").write_text(f"{EVIL}space = {{}}")
+    secret, runs = tmp_path / "secret" / "trial-0000", home / "runs" / "studies" / "theirs"
+    secret.mkdir(parents=True)
+    (secret / RECORDS).write_text("[]")
+    (secret / "study.py").write_text("space = {}")
+    (runs / "trial-0001").mkdir(parents=True)
+    (runs / "trial-0001" / RECORDS).symlink_to(secret / RECORDS)
+    (runs / "trial-0002").symlink_to(secret)
+    named = [str(secret), str(runs / "trial-0001"), "trial-0002", f"{runs}/../../../../secret/trial-0000", 7, "\0"]
     studies = {  # name -> the study's file, its recipe, its settings, and whether its best is refused
         "file": (str(home / "study.py"), recipe, {}, False),
         "prior": ("rate_ratio", yaml.safe_dump(content), {}, True),
         "callback": ("rate_ratio", yaml.safe_dump(callback), {}, True),
         "settings": ("rate_ratio", recipe, {"model.prior": "evil.Prior"}, True),
         "shell": ("rate_ratio", recipe, {"model.prior": {**SHELL}}, True),
+        "file elsewhere": (str(secret / "study.py"), recipe, {}, False),
     }
     shown, refused = [], []
-    for name, (source, text, settings, bad) in studies.items():
+    for run, (name, (source, text, settings, bad)) in zip(named, studies.items(), strict=True):
         url = f"sqlite:///{home / name}.db"
-        hostile_study(url, source, text, settings)
+        hostile_study(url, source, text, settings, run)
         common = {"home": str(home), "cwd": str(home)}
         for argv in (["list"], ["show"], ["report", "--out", str(home / f"{name} report")]):
             shown.append({"name": f"{name}: {argv[0]}", "argv": ["study", *argv, "--storage", url], **common})

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.nn import PyroModule
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import constraints
 
 from ltm_pyro.contracts import Batch, ThoughtShape, make_batch
@@ -314,6 +315,22 @@ def test_a_token_beyond_the_vocabulary_is_refused_at_every_door(tiny_model, tiny
         door(batch)
         with pytest.raises(UsageError, match=rf"A batch has the token {token}, .* are 0 to 10: .* tokenizer"):
             door(wrong)
+
+
+def test_tokens_that_were_looked_at_on_the_cpu_are_not_asked_for_on_a_device():
+    """A batch on a device that has no values: what asks it for one raises an error of torch's own."""
+    batch = make_batch(torch.tensor([[1, 9, 3]]), torch.tensor([3]), start_token=0)
+    known = (batch.below, batch.select(torch.tensor([0])).below, batch.crop(0, 2).below, batch.observed.below)
+    assert known == (10, 10, 10, 10)
+    assert make_batch(torch.tensor([[1, -2, 3]]), torch.tensor([3]), start_token=0).below is None
+    with FakeTensorMode():
+        there = Batch._make(
+            torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x for x in batch
+        )
+        there.check_tokens(10)
+        for unknown, vocabulary in ((there, 9), (there._replace(below=None), 10)):
+            with pytest.raises(DataDependentOutputException):
+                unknown.check_tokens(vocabulary)
 
 
 def test_tokens_are_checked_once_a_batch_and_not_at_every_fast_step(tiny_model, tiny_batch, monkeypatch):

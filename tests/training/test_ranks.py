@@ -20,6 +20,7 @@ from ltm_pyro.data import pack, read_manifest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.training.recipe import build, read_recipe
+from ltm_pyro.utils.processes import is_stopped
 from tests.processes import alive
 
 SCRIPT = Path(__file__).parent / "ranks.py"
@@ -147,7 +148,8 @@ def curve(run):
 
 
 LOST = (
-    r"ltm fit: (Another rank was lost, or did not answer in time|Rank 1 (was killed by signal 9|has ended with code))"
+    r"ltm fit: (Another rank was lost, or did not answer in time|Rank 1 (was killed by signal 9|has ended with code)"
+    r"|Rank 1 has been stopped)"
 )
 STARTS = int(os.environ.get("LTM_STARTS", "8"))  # 50 take an hour
 
@@ -190,6 +192,42 @@ def test_two_ranks_under_load_never_stand_still(recipe, tmp_path):
         call("-P", "-m", "ltm_pyro.cli", *fit, "--run", run, *again)
         assert curve(run) == expected
     print(f"duration {duration:.0f} s", *told, f"{finished} trainings were finished.", sep="\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_before_its_first_step_ends_the_other_within_a_minute(recipe, tmp_path, rank):
+    start = Start(("fit", "--config", recipe, "--trainer.devices", 2, "--trainer.strategy", "ddp"), tmp_path / "run")
+    try:
+        assert start.wait(lambda: True)  # until the other rank is there, which then imports for seconds
+        os.kill((start.first.pid, *start.others)[rank], signal.SIGSTOP)
+        until = time.monotonic() + 60
+        while alive(start.others[0]) and start.first.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    finally:
+        os.kill(start.first.pid, signal.SIGCONT)
+    code, err = start.end()
+    assert code == 2, err
+    said = (rf"ltm: Process {start.first.pid}, which has started this one,", "ltm fit: Rank 1")[rank]
+    assert f"{said} has been stopped: see what it said, and start" in err
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_whether_a_process_is_stopped_is_seen_from_outside():
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        assert not is_stopped(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert is_stopped(process.pid)
+        process.send_signal(signal.SIGCONT)
+        os.waitpid(process.pid, os.WCONTINUED)
+        assert not is_stopped(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    assert not is_stopped(process.pid)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])

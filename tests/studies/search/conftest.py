@@ -79,6 +79,6 @@ def run(recipe, tmp_path, monkeypatch):
         definition, plan = search.prepare(str(source), str(recipe), {}, **planned)
         resources = search.Resources(out=tmp_path / "out", workers=workers, memory_gib=memory_gib)
         search.run_study(definition, plan, url, name or plan.study, total, resources, repeats)
-        return search.describe(url, name or plan.study)
+        return search.describe(url, name or plan.study, tmp_path / "out")
 
     return run_to

@@ -134,10 +134,12 @@ def test_the_best_is_compared_with_the_others_document_by_document(run, study_fi
     baseline = next(row for row in others if row["role"] == "baseline")
     assert f"the autoregressive baseline by {baseline['above_best']:+.4f} ±" in found["recommendation"]
     assert "Not told apart" not in found["recommendation"]
+    url, lacking = f"sqlite:///{tmp_path / 'studies.db'}", "No error is given for these differences"
+    assert lacking in search.describe(url, found["study"])["recommendation"], "they are not where the default is"
+    assert lacking not in search.describe(url, found["study"], tmp_path / "out")["recommendation"]
     for folder in (tmp_path / "out").glob("trial-*"):
         (folder / RECORDS).unlink()
-    moved = search.describe(f"sqlite:///{tmp_path / 'studies.db'}", found["study"])
-    assert "No error is given for these differences" in moved["recommendation"]
+    assert lacking in search.describe(url, found["study"], tmp_path / "out")["recommendation"]
 
 
 def test_tokens_are_counted_where_the_last_batch_is_short(recipe, tmp_path):
