@@ -185,8 +185,11 @@ def make_batch(
 class Prior(Protocol):
     """p(z): any `pyro.sample` statements that together return ``z_BLKD`` inside the plate of sequences."""
 
-    def __call__(self) -> Float[Tensor, "... L K D"]:
-        """Samples the thoughts of every sequence of the enclosing plate."""
+    def __call__(self, **labels: Tensor) -> Float[Tensor, "... L K D"]:
+        """Samples the thoughts of every sequence of the enclosing plate.
+
+        A prior that asks for labels gets the numbers of each sequence's (`ltm_pyro.inference.covariates`).
+        """
         ...
 
 

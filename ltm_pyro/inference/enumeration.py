@@ -140,10 +140,13 @@ class _Runs(NamedTuple):
 
 
 def _run(prior: Callable[[], Tensor], values: list[dict[str, Tensor]], known: Mapping[str, Tensor]) -> _Runs:
-    log_ps, names, results = [], set(), []
+    log_ps: list[Tensor] = []
+    names: set[str | None] = set()
+    results: list[Any] = []
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     for discrete in values:
-        handler, name = _Known(discrete, known), None
+        name: str | None = None
+        handler = _Known(discrete, known)
         try:  # each with the same random numbers, from which a `GlobalLatent` of the prior draws its value
             with torch.random.fork_rng(devices), poutine.block(), handler:
                 results.append(prior())
