@@ -57,14 +57,14 @@ def infer_local(
             starts = 1 if state else number_of_starts(model, guide, inference)
             inference = replace(inference, starts=1)
             first = initial_state(model, guide, batch, inference, state, keys)
-            fits = [fit(model, guide, batch, inference, first, rates)]
+            fits = [fit_from(model, guide, batch, inference, first, rates)]
             if starts == 1:
                 return fits[0]
             for start in range(1, starts):
                 own = keys and keys.fold_in("start", start)
                 pool = [at_a_draw(model, guide, batch, inference, own and own.fold_in(draw)) for draw in range(POOL)]
                 first = select_states(pool, best_state_B(model, guide, batch, inference, pool))
-                fits.append(fit(model, guide, batch, inference, first, rates))
+                fits.append(fit_from(model, guide, batch, inference, first, rates))
             states = [state._replace(keys=keys) for state, _ in fits]
             best_B = best_state_B(model, guide, batch, inference, states, SCORING)
     columns = map(torch.stack, zip(*(info for _, info in fits), strict=True))
@@ -72,7 +72,7 @@ def infer_local(
     return select_states(states, best_B), info
 
 
-def fit(
+def fit_from(
     model: Model, guide: Guide, batch: Batch, inference: LocalInference, first: LocalState, rates: Rates | None
 ) -> tuple[LocalState, LocalInfo]:
     """One fit from a given state: the fast steps, and `Guide.finalize`."""
