@@ -160,7 +160,7 @@ def test_responsibilities_are_those_of_the_mixture(make):
     torch.testing.assert_close(model.responsibilities({"z": z_BLKD})["topic"], mixture.responsibilities(z_BLKD))
 
 
-@pytest.mark.parametrize("prior", [Topic, Chain])
+@pytest.mark.parametrize("prior", [Topic, pytest.param(Chain, marks=pytest.mark.slow)])
 def test_it_is_trained_and_fitted_from_several_starts_sequence_by_sequence(prior, make, tiny_batch):
     model, batch = make(prior), tiny_batch()
     guide = MeanField(model)
