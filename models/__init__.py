@@ -1,6 +1,7 @@
 """p(x, z): priors over thoughts, the decoder, and the models made of them. One generative model per file."""
 
 from ltm_pyro.models.autoregressive import AutoregressivePrior
+from ltm_pyro.models.conditional import ConditionalPrior, GroupedPrior
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.models.energy import EnergyPrior
 from ltm_pyro.models.flow import FlowPrior
@@ -15,10 +16,12 @@ from ltm_pyro.models.sparse import SparsePrior
 
 __all__ = [
     "AutoregressivePrior",
+    "ConditionalPrior",
     "Decoder",
     "EnergyPrior",
     "FlowPrior",
     "GaussianPrior",
+    "GroupedPrior",
     "HierarchicalPrior",
     "LatentThoughtModel",
     "LearnedGaussianPrior",

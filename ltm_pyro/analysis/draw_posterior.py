@@ -23,6 +23,7 @@ from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, label_values,
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.data.encode import batch_of_rows
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.covariates import prior_arguments, with_labels
 from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
@@ -99,6 +100,7 @@ def draw_posterior(
         for chunk in shown:
             rows = [piece.tokens for piece in chunk]
             batch = batch_of_rows(rows, run.start_token, run.length, run.device, pad_to=length)
+            batch = with_labels(batch, [piece.text.labels for piece in chunk])
             groups = _batch_groups(run.model, run.guide, batch, run.inference, options, seed)
             for name, data in _text_groups(run, chunk).items():
                 groups[name] = groups[name].assign(data)
@@ -177,7 +179,7 @@ def _guide_groups(
     z_SBLKD = q.densities.z_SBLKD
     site = _thought_site(z_SBLKD, q.sites)
     exact = exact_moments(guide.posterior(site, state.parameters)) if site and hasattr(guide, "posterior") else None
-    moments, prior = exact or sample_moments(z_SBLKD), _prior_moments(model, z_SBLKD, q.sites, keys.seed)
+    moments, prior = exact or sample_moments(z_SBLKD), _prior_moments(model, batch, z_SBLKD, q.sites, keys.seed)
     _add_moments(stats, moments, prior if guide.has_density else None)
     groups["local"] = xr.Dataset(
         {name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()}
@@ -191,7 +193,7 @@ def _chain_groups(model: Model, batch: Batch, options: DrawOptions, seed: int) -
     groups = _draw_groups(chains.sites, chains.densities, batch)
     stats = groups["sample_stats"]
     z_SBLKD = chains.densities.z_SBLKD.flatten(0, 1)
-    prior = _prior_moments(model, z_SBLKD, {name: x.flatten(0, 1) for name, x in chains.sites.items()}, seed)
+    prior = _prior_moments(model, batch, z_SBLKD, {n: x.flatten(0, 1) for n, x in chains.sites.items()}, seed)
     _add_moments(stats, sample_moments(z_SBLKD, torch.from_numpy(chains.diagnostics["ess"])), prior)
     for name, x_BLKD in chains.diagnostics.items():
         stats[name] = (("sequence", *THOUGHTS), x_BLKD)
@@ -238,10 +240,10 @@ def _thought_site(z_SBLKD: Tensor, sites: Sites) -> str | None:
     return next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
 
 
-def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites, seed: int) -> Moments:
+def _prior_moments(model: Model, batch: Batch, z_SBLKD: Tensor, sites: Sites, seed: int) -> Moments:
     """The moments of p(z): exact if z is the only site and its moments are known, else from 1,000 draws."""
     site = _thought_site(z_SBLKD, sites) if len(sites) == 1 else None
-    if site and (exact := exact_moments(prior_sites(model, z_SBLKD.shape[1])[site])):
+    if site and (exact := exact_moments(prior_sites(model, *prior_arguments(model, batch))[site])):
         return exact
     with torch.no_grad(), seeded(seed):  # the same for every batch
         return sample_moments(model.sample_prior(1000))

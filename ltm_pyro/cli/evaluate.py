@@ -323,6 +323,8 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int
         )
     if e.excluded:
         reasons.insert(0, f"{len(e.excluded)} sequences have no finite score and are in no figure.")
+    if e.worse_than_prior:
+        reasons.insert(0, e.worse_than_prior)
     if exact and exact.best_within and reach:
         reasons.append(f"Best within r: knowing the r tokens before. A token of this run sees {reach}.")
     if 1 in (e.documents, e.sequences):

@@ -1,6 +1,7 @@
 """`ltm generate RUN`: generates text from the prior, after a prompt, or between two texts."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tokens.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop after TEXT; can be repeated")
     thoughts = parser.add_argument_group("thoughts")
+    about = "label of the document, for a prior that asks for it; can be repeated"
+    thoughts.add_argument("--label", action="append", default=[], metavar="NAME=VALUE", help=about)
     thoughts.add_argument("--fast-steps", type=at_least(0), metavar="N", help="steps per fit; by default the recipe's")
     thoughts.add_argument(
         "--candidates",
@@ -107,6 +110,7 @@ def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
         candidates=args.candidates,
         refit_every=args.refit_every,
         layers=args.layers,
+        labels=_labels(args.label),
     )
     if args.interpolate:
         ends, points = tuple(args.interpolate), args.num_samples
@@ -117,6 +121,22 @@ def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
     return generate(
         trained, args.prompt, sampling, thought_sampling, seed=args.seed, streamer=streamer, compile=args.compile
     )
+
+
+def _labels(given: list[str]) -> dict[str, str | int | float]:
+    """Labels by name; a value that is a number counts as one, as in JSON."""
+    labels: dict[str, str | int | float] = {}
+    for text in given:
+        name, found, value = text.partition("=")
+        if not (name and found and value):
+            raise UsageError(f"--label {text} is not NAME=VALUE: write for example --label source=news.")
+        if name in labels:
+            raise UsageError(f"--label {name} is given twice, as {labels[name]} and {value}: leave one out.")
+        labels[name] = value
+        for number in (float, int):
+            with suppress(ValueError):
+                labels[name] = number(value)
+    return labels
 
 
 def _check(args: argparse.Namespace) -> None:

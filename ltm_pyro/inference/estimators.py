@@ -296,12 +296,10 @@ def evaluate(
     not_normalised = not_normalised or _negative_kl(nats_and_kl)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
-    if worse := _worse_than_prior(rows):
-        warnings.warn(worse, stacklevel=2)
     is_density = not (normalisers(model) or not_normalised)  # with an estimated normaliser no score is a known bound
     are_bounds = {name: is_density and ESTIMATORS[name].is_bound for name in estimators}
     found = summarise(rows, points, are_bounds, passes_of_fit(model, guide, inference))
-    return replace(found, unavailable=missing, rows=rows)
+    return replace(found, unavailable=missing, worse_than_prior=_worse_than_prior(rows), rows=rows)
 
 
 @one_at_a_time
@@ -341,16 +339,16 @@ def _likelihood_problem(problem: Problem) -> str | None:
 
 
 def _worse_than_prior(rows: RowScores) -> str | None:
-    """What to do where the ELBO of the fitted q is below that of q = p(z), on average over the same sequences."""
+    """What to do where the ELBO of the fitted q is below that of q = p(z), by three standard errors over sequences."""
     fitted, without = rows.scores.get("bound"), rows.scores.get("prior")
     if fitted is None or without is None or not rows.is_finite_B.any():
         return None
     worse_B = (fitted.nats_B - without.nats_B)[rows.is_finite_B]
     worse, error = worse_B.mean().item(), standard_error(worse_B).nan_to_num(torch.inf).item()
-    if worse < 2 * error:
+    if not worse > 3 * error:
         return None
     return (
-        f"q ends worse than the prior, by {worse:.3g} nats per sequence (standard error {error:.2g}): give the fit "
+        f"q ends worse than the prior, by {worse:.2f} nats per sequence (standard error {error:.2f}): give the fit "
         f"more fast steps, several starts (`starts`), or a narrower first q (`init.log_var`)."
     )
 

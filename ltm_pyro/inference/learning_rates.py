@@ -11,6 +11,7 @@ from ltm_pyro.contracts import Guide, Model
 
 Points = list[tuple[float, float]]  # (fraction of training, value)
 Rates = Callable[[str], dict[str, Any]]  # parameter name -> optimiser arguments, as in pyro.optim
+LOCAL = "local."  # in front of the names of q's parameters, which are those of sites, and sites have any name
 
 
 def parameter_groups(named: Iterable[tuple[str, Tensor]], rates: Rates) -> list[dict[str, Any]]:

@@ -183,6 +183,7 @@ class Evaluation:
     ``cut`` says whether the last document is not whole, because only the first sequences were scored. ``excluded`` are
     the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an estimator's name to
     the reason why it is not defined for this model and guide. ``rows`` are the figures of every sequence.
+    ``worse_than_prior`` says by how much `bound` is above `prior`, and what to do, where q ended worse than the prior.
     """
 
     tokens: int
@@ -195,6 +196,7 @@ class Evaluation:
     shorter_than_a_block: int | None = None  # None without a predictive gain
     unavailable: dict[str, str] = field(default_factory=dict)
     cut: bool = False
+    worse_than_prior: str | None = None
     rows: RowScores | None = field(default=None, compare=False)
 
     def as_dict(self) -> dict[str, Any]:

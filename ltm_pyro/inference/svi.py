@@ -27,8 +27,9 @@ class DualRateSVI:
     Args:
         model: the Pyro model; its parameters are global.
         guide: the family of q; its local parameters are in a `LocalState`.
-        rates: maps a parameter name to optimiser arguments, as in `pyro.optim`:
-            ``lambda name: {"lr": 0.3 if name.startswith("z_") else 4e-4}``.
+        rates: maps a parameter name to optimiser arguments, as in `pyro.optim`. Names of q's parameters begin with
+            ``local.``, whatever the sites are called; others with the part of the model, as in ``named_parameters``:
+            ``lambda name: {"lr": 0.3 if name.startswith("local.") else 4e-4}``.
         inference: options of the fast loop; ``rates`` replaces its ``rate``.
         optimizer: creates the slow optimiser from parameter groups.
         corpus: N, the number of training sequences, over which the KL of `GlobalLatent` variables is divided; the batch

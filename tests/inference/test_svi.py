@@ -4,6 +4,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
+from pyro.nn import PyroModule
 
 from ltm_pyro.contracts import Init
 from ltm_pyro.guides import MeanField
@@ -11,10 +12,11 @@ from ltm_pyro.inference.local import init
 from ltm_pyro.inference.pyro_guide import LocalPosterior
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.inference.svi import DualRateSVI
+from ltm_pyro.models import LatentThoughtModel
 
 
 def rates(name):
-    return {"lr": 0.3, "betas": (0.9, 0.99)} if name.startswith("z_") else {"lr": 4e-3}
+    return {"lr": 0.3, "betas": (0.9, 0.99)} if name.startswith("local.") else {"lr": 4e-3}
 
 
 def test_one_fast_step_with_persistent_local_parameters_equals_pyros_svi(tiny_model, tiny_batch):
@@ -42,7 +44,10 @@ def test_one_fast_step_with_persistent_local_parameters_equals_pyros_svi(tiny_mo
 def test_training_lowers_the_loss_and_evaluation_does_not_train(tiny_model, tiny_batch):
     model, batch = tiny_model(), tiny_batch()
     svi = DualRateSVI(
-        model, MeanField(model), lambda name: {"lr": 0.1 if name.startswith("z_") else 1e-2}, LocalInference(steps=4)
+        model,
+        MeanField(model),
+        lambda name: {"lr": 0.1 if name.startswith("local.") else 1e-2},
+        LocalInference(steps=4),
     )
     first = svi.evaluate_loss(batch)
     for _ in range(20):
@@ -51,6 +56,37 @@ def test_training_lowers_the_loss_and_evaluation_does_not_train(tiny_model, tiny
     assert svi.evaluate_loss(batch) < first
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name])
+
+
+def test_local_parameters_are_known_by_what_they_are(tiny_decoder, tiny_batch):
+    """A site of another name learns at the fast rate, in `DualRateSVI` and in stock Pyro; the prior's are global."""
+
+    class Prior(PyroModule):
+        def __init__(self, shape):
+            super().__init__()
+            self.z_mean = torch.nn.Parameter(torch.zeros(*shape))
+
+        def forward(self):
+            return pyro.sample("thoughts", pyro.distributions.Normal(self.z_mean, 1.0).to_event(3))
+
+    decoder, batch, asked = tiny_decoder(), tiny_batch(), {}
+    model = LatentThoughtModel(Prior(decoder.thought_shape), decoder)
+    guide = MeanField(model)
+
+    def rates(name):
+        return asked.setdefault(name, {"lr": 0.3 if name.startswith("local.") else 1e-3})
+
+    svi = DualRateSVI(model, guide, rates, LocalInference(steps=1))
+    first = init(model, guide, batch, LocalInference()).parameters["thoughts_loc"]
+    svi.step(batch)
+    assert (svi.state.parameters["thoughts_loc"] - first).abs().max() > 0.2
+    assert {name for name, x in asked.items() if x["lr"] == 0.3} == {"local.thoughts_loc", "local.thoughts_log_var"}
+    assert "prior.z_mean" in asked
+    ours = {*asked}
+    asked.clear()
+    posterior = LocalPosterior(guide, svi.state)
+    SVI(model, posterior, pyro.optim.Adam(rates), TraceMeanField_ELBO()).step(batch)
+    assert {name for name in asked if name.startswith("local.")} == {name for name in ours if name.startswith("local.")}
 
 
 def test_predictive_draws_from_the_fitted_q(tiny_model, tiny_batch):
