@@ -7,6 +7,7 @@ Shapes: N steps, B sequences, P parameters of each.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import signature
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ltm_pyro.contracts import LocalParameters
-from ltm_pyro.inference.learning_rates import Rates
+from ltm_pyro.inference.learning_rates import Rates, check_rates
 from ltm_pyro.inference.state import LocalState, Moments
 
 Rate = float | Tensor  # a tensor on the device if a CUDA graph reads it
@@ -84,6 +85,7 @@ class Optimizer(NamedTuple):
             rates: optimiser arguments by parameter name.
         """
         groups: dict[str, list[str]] = {}
+        check_rates(rates, state.parameters, [*signature(self.tensor_updates).parameters][1:])
         for name in state.parameters:
             groups.setdefault(repr(sorted(rates(name).items())), []).append(name)
         counts_NB = state.steps_B + torch.arange(1, len(factors) + 1, device=state.steps_B.device)[:, None]
