@@ -7,6 +7,7 @@ Shapes: N steps, B sequences, P parameters of each.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import signature
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ltm_pyro.contracts import LocalParameters
-from ltm_pyro.inference.learning_rates import LOCAL, Rates
+from ltm_pyro.inference.learning_rates import LOCAL, Rates, check_rates
 from ltm_pyro.inference.state import LocalState, Moments
 
 Rate = float | Tensor  # a tensor on the device if a CUDA graph reads it
@@ -84,6 +85,8 @@ class Optimizer(NamedTuple):
             rates: optimiser arguments by parameter name, before which is `LOCAL`.
         """
         groups: dict[str, list[str]] = {}
+        known = [*signature(self.tensor_updates).parameters][1:]
+        check_rates(rates, [LOCAL + name for name in state.parameters], known)
         for name in state.parameters:
             groups.setdefault(repr(sorted(rates(LOCAL + name).items())), []).append(name)
         counts_NB = state.steps_B + torch.arange(1, len(factors) + 1, device=state.steps_B.device)[:, None]

@@ -79,6 +79,15 @@ class RowScores(NamedTuple):
     bytes_B: Tensor
     scores: dict[str, NatsAndKL]
 
+    def select(self, index_B: Tensor) -> "RowScores":
+        """The sequences at the given indices, in their order."""
+        parts = None if self.parts is None else tuple(self.parts[index] for index in index_B.tolist())
+        scores = {
+            name: NatsAndKL._make(None if x is None else x[..., index_B] for x in found)
+            for name, found in self.scores.items()
+        }
+        return RowScores(self.ids_B[index_B], parts, self.tokens_B[index_B], self.bytes_B[index_B], scores)
+
     @property
     def pieces(self) -> list[Part] | None:
         """The document of each sequence, or the piece of one; None if a sequence is not of one document alone."""
@@ -254,16 +263,14 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
         fit_passes: passes through the decoder that fit q to a sequence.
     """
     is_finite_B = rows.is_finite_B
-    excluded = tuple(int(x) for x in rows.ids_B[~is_finite_B])
+    excluded = tuple(sorted(int(x) for x in rows.ids_B[~is_finite_B]))
     if excluded:
         warnings.warn(f"No finite score for the sequences {list(excluded)}: they are left out.", stacklevel=3)
     if not is_finite_B.any():
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
     pieces = rows.pieces
     tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, rows.bytes_B, rows.documents_B))
-    results = {
-        name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
-    }
+    results = rows.select(is_finite_B.nonzero()[:, 0]).scores
     rate = partial(rate_of, tokens_B=tokens_B, documents_B=documents_B)
 
     def score(name: str, result: NatsAndKL) -> Score:

@@ -5,6 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.load import SAFETENSORS, build_run, is_export
 from ltm_pyro.runs.run import Run
@@ -42,7 +44,11 @@ def save_pretrained(
     texts = checkpoint["ltm_pyro"]
     loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run, trust)
     with writing(folder), new_folder(folder), ExitStack() as replaced:
-        weights = {name: weight.contiguous() for name, weight in checkpoint["state_dict"].items()}
+        # each weight has memory of its own there, also one that the model has under two names
+        weights = {
+            name: weight.clone(memory_format=torch.contiguous_format)
+            for name, weight in checkpoint["state_dict"].items()
+        }
         files = {  # replaced from the last to the first: with its weights a folder is an export
             WEIGHTS: torch_file.save(weights, metadata={"format": "pt"}),  # safetensors' save_file writes mode 0600
             CARD: card(loaded, figures or {}).encode(),

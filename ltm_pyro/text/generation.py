@@ -46,15 +46,30 @@ def generate(
         batch_size: the most texts generated together; it does not change them.
         compile: decodes single tokens with torch's compiler: about twice as fast after half a minute.
     """
-    sampling, thought_sampling = sampling or Sampling(), thought_sampling or ThoughtSampling()
     rows = [encode_prompt(run.tokenizer, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    if generator:
+        seed = int(torch.randint(2**62, (), generator=generator))
+    return generate_from_tokens(run, rows, sampling, thought_sampling, seed, streamer, batch_size, compile)
+
+
+@one_at_a_time
+def generate_from_tokens(
+    run: Run,
+    rows: Sequence[Tokens],
+    sampling: Sampling | None = None,
+    thought_sampling: ThoughtSampling | None = None,
+    seed: int = 0,
+    streamer: Streamer | None = None,
+    batch_size: int = 32,
+    compile: bool = False,
+) -> list[str]:
+    """`generate` for prompts that are tokens already, such as the end of a longer one."""
+    sampling, thought_sampling = sampling or Sampling(), thought_sampling or ThoughtSampling()
     if too_long := [len(row) for row in rows if len(row) >= run.length]:
         raise UsageError(f"A prompt has {too_long[0]} tokens, but the model's length is {run.length}: shorten it.")
     copies = sampling.num_return_sequences
     if streamer and len(rows) * copies > 1:
         raise UsageError(f"A streamer takes one text, but {len(rows) * copies} are asked for: ask for one at a time.")
-    if generator:
-        seed = int(torch.randint(2**62, (), generator=generator))
     given = Counter[tuple[int, ...]]()
     size = max(1, batch_size // copies)
     texts: list[str] = []
@@ -158,7 +173,7 @@ class _TokenBuffer:
 
     def __init__(self, run: Run, prompts: Sequence[Tokens], sampling: Sampling) -> None:
         self.rows, self.ended = [list(row) for row in prompts], [False] * len(prompts)
-        self._run, self._stops = run, sampling.stop_strings
+        self._run, self._stops = run, tuple(sampling.stop_strings or ())
         bytes_V = token_texts(run.tokenizer) if self._stops else []
         self._decoders, self._tails = [TextDecoder(bytes_V) for _ in prompts], [""] * len(prompts)
         self.seen_BV = torch.zeros(len(prompts), run.model.decoder.vocabulary, dtype=torch.bool, device=run.device)

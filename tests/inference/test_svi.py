@@ -1,5 +1,7 @@
 """`DualRateSVI` against `pyro.infer.SVI`, step by step."""
 
+import math
+
 import pyro
 import pytest
 import torch
@@ -7,6 +9,7 @@ from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 
 from ltm_pyro.contracts import Init
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.local import init
 from ltm_pyro.inference.pyro_guide import LocalPosterior
@@ -97,3 +100,29 @@ def test_predictive_draws_from_the_fitted_q(tiny_model, tiny_batch):
     assert drawn["tokens"].shape == (5, *batch.targets_BT.shape)
     assert drawn["z"].shape == (5, batch.size, 2, 3, 8)
     assert drawn["z"].std() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("which", "arguments", "message"),
+    [
+        ("z_", {}, r"The rates give z_loc \{\}, without lr: give it"),
+        ("decoder.", {"eps": 1e-8}, r"The rates give decoder\.\S+ \{'eps': 1e-08\}, without lr"),
+        (
+            "decoder.",
+            {"lr": 1e-3, "weight_decy": 0.1},
+            "the argument 'weight_decy', which .* not know: choose from lr, ",
+        ),
+        ("z_", {"lr": 0.3, "weight_decay": 0.1}, "the argument 'weight_decay', which its optimizer does not know"),
+        ("z_", {"lr": math.nan}, "the lr nan: give a finite number"),
+        ("decoder.", {"lr": "4e-4"}, "the lr '4e-4': give a finite number"),
+        ("decoder.", 4e-4, r"0\.0004, without lr"),
+    ],
+)
+def test_rates_without_sense(tiny_model, tiny_batch, which, arguments, message):
+    model = tiny_model()
+
+    def wrong(name):
+        return arguments if name.startswith(which) else rates(name)
+
+    with pytest.raises(UsageError, match=message):
+        DualRateSVI(model, MeanField(model), wrong, LocalInference(steps=1)).step(tiny_batch())
