@@ -62,8 +62,9 @@ def generate(
     if generator:
         seed = int(torch.randint(2**62, (), generator=generator))
     if fills_gaps(run):
-        thoughtful = {name: getattr(thought_sampling, name) for name in ("refit_every", "layers")}
-        check_sampling(run, sampling, compile=compile, candidates=thought_sampling.candidates > 1, **thoughtful)
+        others = {name: getattr(thought_sampling, name) for name in ("refit_every", "layers")}
+        others |= {"candidates": thought_sampling.candidates > 1, "stream": streamer is not None, "compile": compile}
+        check_sampling(run, sampling, **others)
         return _continue(run, [row for row in rows for _ in range(copies)], sampling, seed, batch_size, denoising_steps)
     if denoising_steps is not None:
         raise UsageError(
@@ -73,10 +74,8 @@ def generate(
     size = max(1, batch_size // copies)
     texts: list[str] = []
     for first in range(0, len(rows), size):
-        chunk, times = rows[first : first + size], []
-        for row in chunk:
-            times.append(given[tuple(row)])  # a prompt that is given twice has two different texts
-            given[tuple(row)] += 1
+        chunk = rows[first : first + size]
+        times = _times_given(chunk, given)
         sampler = ThoughtSampler(run, chunk, prompt_keys(run, chunk, seed, times), thought_sampling, copies)
         repeated = [row for row in chunk for _ in range(copies)]
         z_BLKD = sampler.sample()
@@ -125,11 +124,8 @@ def _continue(
     """The continuations by masked diffusion; a text that is drawn longer than asked for is left unfinished."""
     given, texts = Counter[tuple[int, ...]](), list[str]()
     for first in range(0, len(prompts), batch_size):
-        chunk, times = prompts[first : first + batch_size], []
-        for row in chunk:
-            times.append(given[tuple(row)])
-            given[tuple(row)] += 1
-        keys = prompt_keys(run, chunk, seed, times)
+        chunk = prompts[first : first + batch_size]
+        keys = prompt_keys(run, chunk, seed, _times_given(chunk, given))
         lengths = draw_lengths(run, chunk, keys)
         most = [min(n - len(row), sampling.max_new_tokens) for n, row in zip(lengths, chunk, strict=True)]
         rows = [[*row, *[None] * n] for row, n in zip(chunk, most, strict=True)]
@@ -138,6 +134,15 @@ def _continue(
             new = new[: new.index(run.start_token)] if run.start_token in new else new
             texts.append(_up_to_stop(run, new, sampling.stop_strings))
     return texts
+
+
+def _times_given(rows: Sequence[Tokens], given: Counter[tuple[int, ...]]) -> list[int]:
+    """How often each row was given before, counted in ``given``: a prompt given twice has two different texts."""
+    times = []
+    for row in rows:
+        times.append(given[tuple(row)])
+        given[tuple(row)] += 1
+    return times
 
 
 def _up_to_stop(run: Run, tokens: Tokens, stops: Sequence[str]) -> str:

@@ -81,9 +81,13 @@ def test_texts_are_written_and_gaps_are_filled(ltm, refused, diffusion):
         ("--candidates", 2, "candidates"),
         ("--refit-every", 2, "refit_every"),
         ("--layers", 1, "layers"),
+        ("--compile", None, "compile"),
+        ("--stream", None, "stream"),
         ("--repetition-penalty", 2, "repetition_penalty"),
     ):
-        assert f"{name} {no_meaning}" in refused("generate", diffusion, option, value)
+        assert f"{name} {no_meaning}" in refused(
+            "generate", diffusion, *([option] if value is None else [option, value])
+        )
     assert "no thoughts to interpolate between" in refused(
         "generate", diffusion, "--interpolate", "a", "b", "--num-samples", 2
     )
