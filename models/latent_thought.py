@@ -35,7 +35,7 @@ class LatentThoughtModel(PyroModule):
             decoder is not causal.
     """
 
-    def __init__(self, prior: Prior, decoder: Decoder) -> None:
+    def __init__(self, prior: Prior, decoder: Decoder | Denoiser) -> None:
         super().__init__()
         if isinstance(decoder, Denoiser):
             raise UsageError(

@@ -2,7 +2,6 @@
 
 from itertools import combinations, permutations, product
 from math import comb
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from pyro import poutine
 from scipy.stats import chisquare
 
 from ltm_pyro.contracts import make_batch
+from ltm_pyro.data.tokenizer import number_tokenizer
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import Masking, MeanField
 from ltm_pyro.inference.elbo import Draws, elbo_terms
@@ -19,6 +19,7 @@ from ltm_pyro.inference.masking import ORDER, SHARE, StratifiedUniform, choose_m
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, Denoiser, GaussianPrior, LatentThoughtModel, MaskedDiffusionModel
+from ltm_pyro.runs.run import Run
 from ltm_pyro.text.denoising import denoise, draw_lengths
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.training.check_model import check_model
@@ -65,6 +66,12 @@ def tiny(vocabulary=V, length=T, **changed):
         for x in model.decoder.parameters():
             x += 0.5 * torch.randn_like(x)
     return model
+
+
+def run_of(model):
+    """A run of sequences of numbers, the largest of which is the end of text."""
+    tokenizer = number_tokenizer(model.decoder.vocabulary - 1)
+    return Run(model, Masking(model), tokenizer, LocalInference(), "nowhere", model.decoder.length)
 
 
 def log_likelihoods(model, batch, masked):
@@ -189,7 +196,7 @@ def test_n_steps_draw_from_the_exact_law_of_n_steps(steps):
             found = conditional(model, TEXTS, before).gather(-1, TEXTS[..., None])[..., 0]
             log_p, before = log_p + found[:, [*now]].sum(-1), before | now
         exact += log_p.exp() / len(ways)
-    run = SimpleNamespace(model=model, start_token=0, device=torch.device("cpu"))
+    run = run_of(model)
     keys = RowKeys(torch.zeros(draws, dtype=torch.long), 0).fold_in(torch.arange(draws))
     drawn = torch.tensor(denoise(run, [[None] * T] * draws, keys, Sampling(), steps))
     counts = torch.bincount((drawn * V ** torch.arange(T - 1, -1, -1)).sum(-1), minlength=len(TEXTS))
@@ -202,7 +209,7 @@ def test_n_steps_draw_from_the_exact_law_of_n_steps(steps):
 def test_a_text_depends_on_its_key_alone_and_lengths_follow_their_law():
     model = tiny(length=8)
     torch.nn.init.normal_(model.length_logits_T)
-    run = SimpleNamespace(model=model, start_token=0, device=torch.device("cpu"))
+    run = run_of(model)
     keys = RowKeys(torch.zeros(6000, dtype=torch.long), 0).fold_in(torch.arange(6000))
     few = RowKeys(keys.key_B[:2], 0)
     both = denoise(run, [[1, None, None], [None] * 8], few, Sampling(), lengths=[5, 8])
@@ -234,7 +241,8 @@ def test_only_the_bound_is_defined_and_its_monte_carlo_error_is_known():
 
 
 def test_it_can_be_trained_and_is_refused_in_other_company():
-    model = MaskedDiffusionModel(GaussianPrior((2, 0, 8)), Denoiser(11, layers=2, width=8, heads=2, length=6))
+    denoiser = Denoiser(11, layers=2, width=8, heads=2, length=6)
+    model = MaskedDiffusionModel(GaussianPrior(denoiser.thought_shape), denoiser)
     check_model(model, Masking(model))
     with pytest.raises(UsageError, match="has no site 'mask_order'"):
         check_model(model, MeanField(model))
@@ -242,7 +250,7 @@ def test_it_can_be_trained_and_is_refused_in_other_company():
     with pytest.raises(UsageError, match=r"sees both sides of a gap, and Decoder does not: set `model.decoder`"):
         MaskedDiffusionModel(GaussianPrior(causal.thought_shape), causal)
     with pytest.raises(UsageError, match=r"set `model.joint` to ltm_pyro.models.MaskedDiffusionModel"):
-        LatentThoughtModel(GaussianPrior((2, 0, 8)), model.decoder)
+        LatentThoughtModel(GaussianPrior(denoiser.thought_shape), denoiser)
     other = LatentThoughtModel(GaussianPrior(causal.thought_shape), causal)
     with pytest.raises(UsageError, match="samples 'mask_order', which the model does not have"):
         check_model(other, Masking(other))
