@@ -330,6 +330,7 @@ class Guide(ABC):
 
     has_density: ClassVar[bool] = True  # False for a point estimate or a sampler's last state: there is no bound
     uses_fast_steps: ClassVar[bool] = True  # False if `finalize` alone computes q
+    strata: ClassVar[int] = 1  # consecutive draws of a sequence that are not independent, but spread evenly
 
     @abstractmethod
     def __init__(self, model: Model) -> None: ...

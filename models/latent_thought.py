@@ -11,11 +11,13 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from ltm_pyro.contracts import TOKENS, Batch, Prior, sequence_plate
+from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.inference.covariates import Covariates, documents_of
 from ltm_pyro.inference.enumeration import responsibilities, sum_out
 from ltm_pyro.inference.param_store import OwnParams, no_param_store
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.denoiser import Denoiser
 from ltm_pyro.models.long_documents import PiecewiseDecoder
 from ltm_pyro.nn.cross_entropy import LateGradient
 from ltm_pyro.nn.precision import full_precision
@@ -36,11 +38,17 @@ class LatentThoughtModel(PyroModule):
         decoder: the network of p_β; ``decoder.thought_shape`` is (L, K, D).
 
     Raises:
-        UsageError: the sites or the thoughts of the prior do not have the shapes that `check_prior` requires.
+        UsageError: the sites or the thoughts of the prior do not have the shapes that `check_prior` requires, or the
+            decoder is not causal.
     """
 
-    def __init__(self, prior: Prior, decoder: Decoder) -> None:
+    def __init__(self, prior: Prior, decoder: Decoder | Denoiser) -> None:
         super().__init__()
+        if isinstance(decoder, Denoiser):
+            raise UsageError(
+                "A denoiser sees what it has to predict, unless it is masked: set `model.joint` to "
+                "ltm_pyro.models.MaskedDiffusionModel."
+            )
         self.prior = prior
         self.decoder = decoder
         self.covariates = Covariates(prior)

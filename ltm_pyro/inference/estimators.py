@@ -83,8 +83,11 @@ def bound(problem: Problem) -> NatsAndKL:
     """−ELBO averaged over S draws, taken after q is fitted."""
     terms = [elbo_terms(*problem.fitted, draws) for draws in problem.draws("bound")]
     kl_SB = torch.cat([t.kl_B for t in terms])
-    log_likelihood_B = torch.cat([t.log_likelihood_B for t in terms]).mean(0)
-    return NatsAndKL(kl_SB.mean(0) - log_likelihood_B, kl_SB.mean(0), kl_stderr_B=standard_error(kl_SB))
+    nats_SB = kl_SB - torch.cat([t.log_likelihood_B for t in terms])
+    strata = problem.guide.strata
+    whole_SB = nats_SB[: len(nats_SB) // strata * strata].unflatten(0, (-1, strata)).mean(1)  # independent draws
+    error_B, kl_error_B = standard_error(whole_SB), standard_error(kl_SB)
+    return NatsAndKL(nats_SB.mean(0), kl_SB.mean(0), kl_stderr_B=kl_error_B, nats_stderr_B=error_B)
 
 
 def shuffled(problem: Problem) -> NatsAndKL:
@@ -309,6 +312,8 @@ def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[s
     if reason and guide.has_density:
         reason += "; ask for an estimate with --normaliser SAMPLES"
     missing = {name: reason for name in estimators if reason and name in NEED_DENSITY}
+    if only_bound := getattr(model, "only_bound", None):
+        missing |= {name: only_bound for name in estimators if name != "bound"}
     with seeded(0), torch.no_grad(), no_param_store(model):
         factors = [*prior_factors(model)]
     if factors:  # which draws from the prior's sites leave out
@@ -316,7 +321,7 @@ def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[s
             n: f"the prior's factor '{factors[0]}' leaves it without draws" for n in estimators if n in NEED_NONE
         }
     if missing and len(missing) == len(estimators):
-        advice = NEED_DENSITY if factors else NEED_NONE
+        advice = ("bound",) if only_bound else NEED_DENSITY if factors else NEED_NONE
         raise UsageError(f"No figure for {', '.join(missing)}: {missing[estimators[0]]}; ask for {', '.join(advice)}.")
     return missing
 

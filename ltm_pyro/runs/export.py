@@ -60,10 +60,24 @@ def save_pretrained(
     return folder
 
 
+_ABOUT = (
+    "# A Latent-Thought Language Model",
+    "",
+    "A decoder that reads a few latent vectors of each text, its thoughts, inferred by a few gradient steps",
+    "([arXiv 2502.01567](https://arxiv.org/abs/2502.01567)). Made with ltm_pyro.",
+)
+_ABOUT_BASELINE = (
+    "# A baseline of Latent-Thought Language Models",
+    "",
+    "A language model without latent vectors, of the same trunk. Made with ltm_pyro.",
+)
+
+
 def card(run: Run, figures: Mapping[str, Any]) -> str:
     """What a reader of the hub sees first."""
     decoder: Any = run.model.decoder
     _, thoughts, width = decoder.thought_shape
+    window = "all" if decoder.window is None else decoder.window
     lines = [
         "---",
         "library_name: ltm_pyro",
@@ -71,16 +85,13 @@ def card(run: Run, figures: Mapping[str, Any]) -> str:
         "tags: [latent-thought-model, variational-bayes, pyro]",
         "---",
         "",
-        "# A Latent-Thought Language Model",
-        "",
-        "A decoder that reads a few latent vectors of each text, its thoughts, inferred by a few gradient steps",
-        "([arXiv 2502.01567](https://arxiv.org/abs/2502.01567)). Made with ltm_pyro.",
+        *(_ABOUT if thoughts else _ABOUT_BASELINE),
         "",
         "| | |",
         "| --- | --- |",
         f"| parameters | {sum(p.numel() for p in run.model.parameters()):,} |",
         f"| prior, guide | `{_dotted(run.model.prior)}`, `{_dotted(run.guide)}` |",
-        f"| layers, width, window, length | {decoder.layers}, {decoder.width}, {decoder.window}, {run.length} |",
+        f"| layers, width, window, length | {decoder.layers}, {decoder.width}, {window}, {run.length} |",
         f"| thoughts per layer, their width | {thoughts}, {width} |",
         f"| vocabulary | {decoder.vocabulary:,} |",
         f"| fast steps, rate (evaluation) | {run.inference.steps}, {run.inference.rate} |",

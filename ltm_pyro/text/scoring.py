@@ -182,6 +182,8 @@ def score_tokens(
     run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scoring | None = None
 ) -> list[ContinuationScore]:
     """`score_continuations` for contexts and continuations that are tokens already."""
+    if reason := getattr(run.model, "only_bound", None):
+        raise UsageError(f"Continuations have no score token by token: {reason}; score whole texts by bound.")
     for index, (context, tokens) in enumerate(pairs):
         if not tokens:
             raise UsageError(f"Continuation {index} is empty: there is nothing to score; leave it out.")

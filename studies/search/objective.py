@@ -112,8 +112,8 @@ def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
         )
     if fast_steps is None and found.documents:
         write_records(setting.run, [x.as_dict() for x in document_scores(found)])
-    bound, prior, gain = found.estimates.get("bound"), found.estimates["prior"], found.predictive_gain
-    figures = {"prior": prior.nats_per_token}
+    bound, prior, gain = found.estimates.get("bound"), found.estimates.get("prior"), found.predictive_gain
+    figures = {} if prior is None else {"prior": prior.nats_per_token}  # masked diffusion has none
     if gain:
         figures |= {"predictive_gain": gain.nats_per_token, "predictive_gain_stderr": gain.stderr_nats_per_token}
     if bound is None:
