@@ -29,7 +29,7 @@ FINAL = LocalInference(steps=64, rate=0.1, particles=4)
 
 def train_prior(model: LinearGaussianModel, data: Any, steps: int, rate: float) -> None:
     """Trains the prior on the ELBO, with sixteen fast steps for the q of each batch."""
-    rates = lambda name: {"lr": 0.1 if name.startswith("z_") else rate}  # noqa: E731
+    rates = lambda name: {"lr": 0.1 if name.startswith("local.") else rate}  # noqa: E731
     svi = DualRateSVI(model, MeanField(model), rates, LOCAL, corpus=TRAIN)
     for _ in range(steps):
         svi.step(data.select(torch.randint(0, TRAIN, (BATCH,))))

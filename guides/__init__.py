@@ -5,6 +5,7 @@ from ltm_pyro.guides.flow import FlowGuide
 from ltm_pyro.guides.full_covariance import BlockCovariance, FullCovariance
 from ltm_pyro.guides.langevin import Langevin
 from ltm_pyro.guides.low_rank import LowRank
+from ltm_pyro.guides.masking import Masking
 from ltm_pyro.guides.mean_field import MeanField
 from ltm_pyro.guides.point import Laplace, Point
 
@@ -16,6 +17,7 @@ __all__ = [
     "Langevin",
     "Laplace",
     "LowRank",
+    "Masking",
     "MeanField",
     "Point",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ltm_pyro.contracts import Batch, Init, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides.mean_field import MeanField
+from ltm_pyro.inference.covariates import prior_arguments
 from ltm_pyro.inference.latent_sites import Sites, check_coordinates, prior_sites
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.nn.transformer import Transformer
@@ -56,7 +57,7 @@ class Amortized(MeanField, nn.Module):
 
     def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
         """The prior's moments plus the encoder's output; the current ``local`` is ignored."""
-        local = self.init(prior_sites(model, batch.size), Init())
+        local = self.init(prior_sites(model, *prior_arguments(model, batch)), Init())
         parts = zip(self.sizes, self.encode(batch).split(list(self.sizes.values()), dim=-1), strict=True)
         return {name: local[name] + part.reshape(local[name].shape) for name, part in parts}
 

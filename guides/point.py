@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ltm_pyro.contracts import Batch, LocalParameters, Model
 from ltm_pyro.guides.unconstrained import UnconstrainedGuide
+from ltm_pyro.inference.covariates import prior_arguments
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_moments, prior_sites
@@ -60,7 +61,7 @@ class Laplace(Point):
 
     def finalize(self, model: Model, batch: Batch, local: LocalParameters, steps: int, rate: float) -> LocalParameters:
         """Adds the Cholesky factors of the covariances."""
-        factors, sites = {}, prior_sites(model, batch.size)
+        factors, sites = {}, prior_sites(model, *prior_arguments(model, batch))
         for name in self.sites:
             with fix_global_draws(model, torch.initial_seed()):  # the differences are between gradients of one density
                 hessian_BNN = self._hessian(model, batch, local, f"{name}_loc")

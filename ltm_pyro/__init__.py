@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ltm_pyro.inference.svi import DualRateSVI
     from ltm_pyro.runs.load import load_run
     from ltm_pyro.runs.run import Run
-    from ltm_pyro.text.generation import generate, interpolate
+    from ltm_pyro.text.generation import generate, infill, interpolate
     from ltm_pyro.text.sampling import Sampling
     from ltm_pyro.text.scoring import Scoring, score, score_continuations
     from ltm_pyro.text.streaming import TextStreamer
@@ -56,6 +56,7 @@ __all__ = [
     "evaluate_run",
     "generate",
     "infer_local",
+    "infill",
     "interpolate",
     "load_run",
     "make_batch",
@@ -79,7 +80,7 @@ _PUBLIC = {  # module -> its public names
     "inference.svi": ("DualRateSVI",),
     "runs.load": ("load_run",),
     "runs.run": ("Run",),
-    "text.generation": ("generate", "interpolate"),
+    "text.generation": ("generate", "infill", "interpolate"),
     "text.sampling": ("Sampling",),
     "text.scoring": ("Scoring", "score", "score_continuations"),
     "text.streaming": ("TextStreamer",),

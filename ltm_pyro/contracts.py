@@ -86,7 +86,8 @@ class Batch(NamedTuple):
     that does not depend on z, computed once per batch. q is fitted to the tokens of ``observed_BT``, which are the
     scored ones if it is None. ``parts`` are the documents of each sequence, None if the data do not tell them. All
     tokens are known to be from 0 to below ``below``, so that nobody has to ask the device; None if they are not, as
-    after a change of the tokens.
+    after a change of the tokens. ``covariates_BC`` are the numbers of the labels that the prior asks for
+    (`ltm_pyro.inference.covariates`).
     """
 
     inputs_BT: Int[Tensor, "B T"]
@@ -98,6 +99,7 @@ class Batch(NamedTuple):
     observed_BT: Bool[Tensor, "B T"] | None = None
     parts: tuple[tuple[Part, ...], ...] | None = None
     below: int | None = None
+    covariates_BC: Float[Tensor, "B C"] | None = None
 
     @property
     def observed(self) -> "Batch":
@@ -183,8 +185,11 @@ def make_batch(
 class Prior(Protocol):
     """p(z): any `pyro.sample` statements that together return ``z_BLKD`` inside the plate of sequences."""
 
-    def __call__(self) -> Float[Tensor, "... L K D"]:
-        """Samples the thoughts of every sequence of the enclosing plate."""
+    def __call__(self, **labels: Tensor) -> Float[Tensor, "... L K D"]:
+        """Samples the thoughts of every sequence of the enclosing plate.
+
+        A prior that asks for labels gets the numbers of each sequence's (`ltm_pyro.inference.covariates`).
+        """
         ...
 
 
@@ -325,6 +330,7 @@ class Guide(ABC):
 
     has_density: ClassVar[bool] = True  # False for a point estimate or a sampler's last state: there is no bound
     uses_fast_steps: ClassVar[bool] = True  # False if `finalize` alone computes q
+    strata: ClassVar[int] = 1  # consecutive draws of a sequence that are not independent, but spread evenly
 
     @abstractmethod
     def __init__(self, model: Model) -> None: ...

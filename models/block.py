@@ -1,6 +1,6 @@
 """One layer of the decoder. Shapes: B sequences (particles folded in), T tokens, U new tokens, D width."""
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ltm_pyro.nn.attention import KeysValues, ThoughtKV
@@ -13,7 +13,7 @@ class Block(nn.Module):
     """One pre-norm layer: x += SelfAttention(x), x += CrossAttention(x, z), x += SwiGLU(x), each after an RMSNorm.
 
     Args:
-        width, heads, kv_heads, window, attention: as for `Decoder`.
+        width, heads, kv_heads, window, attention: as for `Decoder`; without a window attention is full, not causal.
         thought_width: of the thoughts that the layer attends to; None for a layer without cross-attention.
         learned_keys: K thoughts have learned keys; 0 if keys are computed from the thoughts.
     """
@@ -23,7 +23,7 @@ class Block(nn.Module):
         width: int,
         heads: int,
         kv_heads: int,
-        window: int,
+        window: int | None,
         thought_width: int | None,
         attention: str,
         learned_keys: int = 0,
@@ -38,14 +38,20 @@ class Block(nn.Module):
         self.norm_forward, self.feed_forward = RMSNorm(width), SwiGLU(width)
 
     def forward(
-        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, thoughts: ThoughtKV | None
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        angles: RotaryAngles,
+        thoughts: ThoughtKV | None,
+        visible_BT: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The whole layer."""
-        return self.after_self_attention(self.attend_to_tokens(x_BTD, angles), angles, thoughts)
+        """The whole layer; ``visible_BT`` are the tokens that full attention sees."""
+        return self.after_self_attention(self.attend_to_tokens(x_BTD, angles, visible_BT), angles, thoughts)
 
-    def attend_to_tokens(self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles) -> Float[Tensor, "B T D"]:
+    def attend_to_tokens(
+        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, visible_BT: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
         """The self-attention sublayer."""
-        return x_BTD + self.self_attention(self.norm_self(x_BTD), angles)
+        return x_BTD + self.self_attention(self.norm_self(x_BTD), angles, visible_BT)
 
     def attend_to_cache(
         self, x_BUD: Float[Tensor, "B U D"], angles: RotaryAngles, ring: KeysValues, slots: CacheSlots

@@ -4,7 +4,6 @@ Shapes: B sequences, T tokens, L layers, K thoughts per layer, D width, V vocabu
 particles.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -18,6 +17,7 @@ from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.models.block import Block
 from ltm_pyro.models.cached_decoding import CachedDecoding
+from ltm_pyro.models.trunk import check_heads, check_size, init_weights
 from ltm_pyro.nn.layers import rotation
 from ltm_pyro.nn.rms_norm import RMSNorm
 
@@ -95,8 +95,8 @@ class Decoder(CachedDecoding):
                 f"{thoughts} thoughts: set one of them to 0."
             )
         vectors = thoughts or constant_thoughts
-        _check_size(vocabulary, layers, max(width, thought_width or 1), max(length, vectors))
-        _check_heads(width, heads, kv_heads)
+        check_size(vocabulary, layers, max(width, thought_width or 1), max(length, vectors))
+        check_heads(width, heads, kv_heads)
         self.vocabulary, self.width, self.heads = vocabulary, width, heads
         self.window, self.length = window, length
         self.recompute = recompute
@@ -116,7 +116,7 @@ class Decoder(CachedDecoding):
         self.norm = RMSNorm(width)
         rotary_angles = rotation(torch.arange(max(length, vectors)), width // heads)
         self.register_buffer("rotary_angles", rotary_angles, persistent=False)
-        self._init_weights(zero_init_cross_attention)
+        init_weights(self, layers, zero_init_cross_attention)
 
     def stem(self, inputs_BT: Int[Tensor, "B T"], start: int = 0) -> Float[Tensor, "B T D"]:
         """The part that z does not enter: all up to the self-attention of the first layer that attends to thoughts.
@@ -176,19 +176,6 @@ class Decoder(CachedDecoding):
             return cast(Tensor, checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False))
         return layer(*arguments)
 
-    def _init_weights(self, zero_init_cross_attention: bool) -> None:
-        """N(0, 1 / fan-in); weights that add to the residual stream are smaller by √(2L), as in GPT-2.
-
-        GPT-2's fixed standard deviation of 0.02 is far too small at small widths: after 250 steps a decoder of width 64
-        had a loss of 5.3 nats per token with it, and of 4.6 with this rule and the learning rate that it allows.
-        """
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                residual = name.endswith(("output.weight", "down.weight"))
-                nn.init.normal_(weight, std=(weight.shape[1] * (2 * self.layers if residual else 1)) ** -0.5)
-            if zero_init_cross_attention and name.endswith("cross_attention.output.weight"):
-                nn.init.zeros_(weight)
-
 
 def _check_thought_layers(thought_layers: list[int] | None, layers: int) -> tuple[int, ...]:
     numbers = tuple(range(1, layers + 1) if thought_layers is None else sorted(set(thought_layers)))
@@ -197,25 +184,3 @@ def _check_thought_layers(thought_layers: list[int] | None, layers: int) -> tupl
             f"The decoder's thought_layers are some of its {layers} layers, counted from 1, got {thought_layers}."
         )
     return numbers
-
-
-def _check_size(vocabulary: int, layers: int, width: int, positions: int) -> None:
-    """Refuses weights that this machine has no memory for, before it is used up."""
-    if torch.get_default_device().type == "meta":  # where nothing is stored
-        return
-    size = 4 * width * (vocabulary + 12 * layers * width + positions)  # bytes, about
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise UsageError(
-            f"A decoder of {layers} layers, width {width}, {vocabulary} tokens and {positions} positions needs "
-            f"{size / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}: make it smaller."
-        )
-
-
-def _check_heads(width: int, heads: int, kv_heads: int) -> None:
-    if min(width, heads, kv_heads) < 1:
-        raise UsageError(f"Width, heads and kv_heads must be at least 1, got {width}, {heads} and {kv_heads}.")
-    if width % (2 * heads):
-        raise UsageError(f"Width {width} is not a multiple of 2 x heads = {2 * heads}: change `width` or `heads`.")
-    if heads % kv_heads:
-        raise UsageError(f"kv_heads {kv_heads} does not divide heads {heads}: choose a divisor for `kv_heads`.")

@@ -1,6 +1,8 @@
 """A Latent-Thought Language Model as a Pyro program: thoughts from the prior, tokens from the decoder."""
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import pyro
@@ -9,8 +11,13 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from ltm_pyro.contracts import TOKENS, Batch, Prior, sequence_plate
+from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.check_prior import check_prior
+from ltm_pyro.inference.covariates import Covariates, documents_of
+from ltm_pyro.inference.enumeration import responsibilities, sum_out
+from ltm_pyro.inference.param_store import OwnParams, no_param_store
 from ltm_pyro.models.decoder import Decoder
+from ltm_pyro.models.denoiser import Denoiser
 from ltm_pyro.models.long_documents import PiecewiseDecoder
 from ltm_pyro.nn.cross_entropy import LateGradient
 from ltm_pyro.nn.precision import full_precision
@@ -22,6 +29,8 @@ class LatentThoughtModel(PyroModule):
 
     .. math:: p(x, z) = p(z) \prod_t p_\beta(x_t \mid z, x_{t-W \ldots t-1})
 
+    A `pyro.param` of the prior becomes a parameter of the prior (`ltm_pyro.inference.param_store.adopt_params`).
+
     In the paper's notation β is ``decoder.parameters()`` and z is what ``prior`` returns.
 
     Args:
@@ -29,19 +38,53 @@ class LatentThoughtModel(PyroModule):
         decoder: the network of p_β; ``decoder.thought_shape`` is (L, K, D).
 
     Raises:
-        UsageError: the sites or the thoughts of the prior do not have the shapes that `check_prior` requires.
+        UsageError: the sites or the thoughts of the prior do not have the shapes that `check_prior` requires, or the
+            decoder is not causal.
     """
 
-    def __init__(self, prior: Prior, decoder: Decoder) -> None:
+    def __init__(self, prior: Prior, decoder: Decoder | Denoiser) -> None:
         super().__init__()
+        if isinstance(decoder, Denoiser):
+            raise UsageError(
+                "A denoiser sees what it has to predict, unless it is masked: set `model.joint` to "
+                "ltm_pyro.models.MaskedDiffusionModel."
+            )
         self.prior = prior
         self.decoder = decoder
-        check_prior(self)
+        self.covariates = Covariates(prior)
+        self.enumerated: list[dict[str, Tensor]] = []  # every combination of values of the prior's discrete sites
+        check_prior(self, adopt=True)
 
-    def sample_prior(self, size: int) -> Float[Tensor, "... L K D"]:
-        """Samples the thoughts of ``size`` sequences."""
-        with sequence_plate(size), full_precision(next(self.decoder.parameters())):
-            return self.prior()
+    def sample_prior(self, size: int, covariates_BC: Float[Tensor, "B C"] | None = None) -> Float[Tensor, "... L K D"]:
+        """Samples the thoughts of ``size`` sequences, of which nothing is known if ``covariates_BC`` is None."""
+        like = next(self.decoder.parameters())
+        arguments = self.covariates.arguments(covariates_BC, size, like.device)
+        with sequence_plate(size), full_precision(like):
+            return self._thoughts(arguments)
+
+    def _thoughts(self, arguments: dict[str, Tensor]) -> Float[Tensor, "... L K D"]:
+        """z from the prior, whose discrete sites are summed out, and whose parameters are its own."""
+        with OwnParams(self.prior):
+            if self.enumerated:
+                device = next(cast(Decoder, self._modules["decoder"]).parameters()).device
+                values = [{name: x.to(device) for name, x in each.items()} for each in self.enumerated]
+                return sum_out(partial(self.prior, **arguments), values)
+            return self.prior(**arguments)
+
+    def responsibilities(
+        self, sites: Mapping[str, Tensor], covariates_BC: Float[Tensor, "B C"] | None = None
+    ) -> dict[str, Float[Tensor, "... M"]]:
+        """p(value | z) of every discrete site of the prior, by name, given the values of its continuous sites."""
+        size = next(iter(sites.values())).shape[0]
+        arguments = self.covariates.arguments(covariates_BC, size, next(self.decoder.parameters()).device)
+        with sequence_plate(size), no_param_store(self), OwnParams(self.prior):
+            return responsibilities(partial(self.prior, **arguments), self.enumerated, sites)
+
+    def covariates_of(self, batch: Batch) -> Float[Tensor, "B C"] | None:
+        """The numbers of the labels that the prior asks for; None if it asks for none."""
+        if not self.covariates.names or batch.covariates_BC is not None:
+            return batch.covariates_BC
+        return self.covariates.encode(documents_of(batch)).to(batch.inputs_BT.device)
 
     def with_long_documents(self, context: int | None = None) -> "LatentThoughtModel":
         """The same model, weights shared, for documents of any length under one z each (`PiecewiseDecoder`).
@@ -59,7 +102,7 @@ class LatentThoughtModel(PyroModule):
         Raises `UsageError` for tokens beyond the vocabulary, a batch that is too long, or one on another device.
         """
         batch.check_tokens(self.decoder.vocabulary)
-        return batch._replace(stem_BTD=self.decoder.stem(batch.inputs_BT))
+        return batch._replace(stem_BTD=self.decoder.stem(batch.inputs_BT), covariates_BC=self.covariates_of(batch))
 
     def forward(self, batch: Batch, use_thoughts: bool = True) -> Float[Tensor, "... L K D"]:
         """Samples z, observes the tokens, and returns z.
@@ -67,9 +110,10 @@ class LatentThoughtModel(PyroModule):
         If ``batch.targets_BT`` is None, the tokens are sampled, each given ``batch.inputs_BT`` up to its position. If
         ``use_thoughts`` is False, the tokens do not depend on z.
         """
+        arguments = self.covariates.arguments(self.covariates_of(batch), batch.size, batch.inputs_BT.device)
         with sequence_plate(batch.size):
             with full_precision(batch.inputs_BT):
-                z_BLKD = self.prior()
+                z_BLKD = self._thoughts(arguments)
             tokens = self.observation(z_BLKD if use_thoughts else None, batch)
             pyro.sample(TOKENS, tokens, obs=self.observed(batch))
         return z_BLKD

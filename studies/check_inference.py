@@ -59,6 +59,7 @@ BEST = "the best factorised Gaussian"
 CLOSE = {"mean": 0.05, "variance": 0.05, "covariance": 0.05}  # mean in prior sd, others relative: a good fit
 LEFT_OUT = {  # shipped guides that this cannot judge
     "Amortized": "its encoder has to be trained first; `ltm calibrate RUN` judges a trained one",
+    "Masking": "it draws which tokens are masked, and infers nothing",
     "Langevin": "its draws have no density; `ltm calibrate RUN` judges them",
     "Point": "one point, without a spread; Laplace gives it one",
 }

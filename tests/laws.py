@@ -4,6 +4,7 @@ import torch
 
 from ltm_pyro import guides, models
 from ltm_pyro.contracts import ThoughtShape
+from ltm_pyro.inference.global_latents import GlobalLatent
 
 PRIORS = {
     "GaussianPrior": {},
@@ -13,6 +14,8 @@ PRIORS = {
     "AutoregressivePrior": {"layers": 1, "width": 8, "heads": 1},
     "FlowPrior": {"transforms": 2, "width": 8},
     "SparsePrior": {},
+    "ConditionalPrior": {"label": "source", "levels": ["a", "b"]},
+    "GroupedPrior": {"label": "source", "levels": ["a", "b"]},
     "EnergyPrior": {"width": 8, "steps": 2, "step_size": 0.05, "contrast": 4},
     "AutoregressivePrior of mixtures": {"layers": 1, "width": 8, "heads": 1, "components": 3, "spread": 1.0},
     "FlowPrior affine": {"transforms": 2, "width": 8, "kind": "affine"},
@@ -37,8 +40,9 @@ def make_prior(name, shape=None):
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-        if name == "SparsePrior":
-            prior.scale.log_scale.fill_(-30.0)  # q of the scales is a point at their medians
+        for part in prior.modules():
+            if isinstance(part, GlobalLatent):
+                part.log_scale.fill_(-30.0)  # q of what is global is a point at its median
     return prior
 
 

@@ -6,8 +6,9 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Predictive
+from pyro.infer import SVI, Predictive, Trace_ELBO, autoguide
 
+from ltm_pyro.analysis.reference import KERNELS, ChainOptions, run_chains
 from ltm_pyro.contracts import SEQUENCES, Init, ThoughtShape, make_batch
 from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.global_latents import global_kl
@@ -82,6 +83,35 @@ def test_the_slow_step_reaches_every_parameter(prior, slow_gradient, make_model,
     without_gradient = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without_gradient
     assert all(p.grad.abs().sum() > 0 for p in model.prior.parameters())
+
+
+AUTOGUIDES = [
+    autoguide.AutoDelta,
+    autoguide.AutoNormal,
+    autoguide.AutoDiagonalNormal,
+    autoguide.AutoMultivariateNormal,
+    autoguide.AutoLowRankMultivariateNormal,
+    autoguide.AutoIAFNormal,
+    autoguide.AutoLaplaceApproximation,
+]
+
+
+@pytest.mark.filterwarnings("ignore:Found plate statements in guide but not model")  # ours is made once per size
+@pytest.mark.parametrize("auto", AUTOGUIDES)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_stock_autoguide_fits_every_prior(prior, auto, make_model, batch):
+    model = make_model(prior)
+    svi = SVI(model, auto(model), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    assert all(math.isfinite(svi.step(batch)) for _ in range(2))
+
+
+@pytest.mark.parametrize("method", KERNELS)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_chain_runs_under_every_prior(prior, method, make_model, batch):
+    model = make_model(prior)
+    found = run_chains(model, batch.select(torch.tensor([0])), method, 4, ChainOptions(chains=2, warmup=2, thin=1))
+    assert found.densities.z_SBLKD.shape == (2, 4, 1, 2, 1, 2)
+    assert found.densities.z_SBLKD.isfinite().all()
 
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])

@@ -5,6 +5,7 @@ Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +22,9 @@ from ltm_pyro.analysis.reference import ChainOptions, run_chains
 from ltm_pyro.analysis.storage import stamp
 from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, label_values, pieces
 from ltm_pyro.contracts import Batch, Guide, Model
-from ltm_pyro.data.encode import batch_of_rows
+from ltm_pyro.data.encode import batch_of_rows, batches_of_like_length
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.covariates import prior_arguments, with_labels
 from ltm_pyro.inference.elbo import missing_bound
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
@@ -89,19 +91,19 @@ def draw_posterior(
     run = run._replace(guide=guide or run.guide)
     run = run if steps is None else run._replace(inference=replace(run.inference, steps=steps))
     options, found = options or DrawOptions(), pieces(run, as_texts(texts), longer)
-    length = max(len(piece.tokens) for piece in found)
-    size = BATCH if options.method == "guide" else 1
-    chunks = [found[first : first + size] for first in range(0, len(found), size)]
+    lengths = [len(piece.tokens) for piece in found]
+    batches = [[index] for index in range(len(found))]
+    if options.method == "guide":
+        batches = batches_of_like_length(lengths, BATCH, run.length)
     console = Console(stderr=True)
-    shown = track(chunks, "inferring", console=console, transient=True, disable=not console.is_terminal)
-    parts = []
+    shown = track(batches, "inferring", console=console, transient=True, disable=not console.is_terminal)
+    parts, prior = [], _Prior(run.model, options.samples, seed)
     with fix_global_draws(run.model, seed):
-        for chunk in shown:
-            rows = [piece.tokens for piece in chunk]
-            batch = batch_of_rows(rows, run.start_token, run.length, run.device, pad_to=length)
-            groups = _batch_groups(run.model, run.guide, batch, run.inference, options, seed)
-            for name, data in _text_groups(run, chunk).items():
-                groups[name] = groups[name].assign(data)
+        for indices in shown:
+            rows = [found[index].tokens for index in indices]
+            batch = batch_of_rows(rows, run.start_token, run.length, run.device)
+            batch = with_labels(batch, [found[index].text.labels for index in indices])
+            groups = _batch_groups(run.model, run.guide, batch, run.inference, options, prior)
             if options.replicas:
                 z_RBLKD = torch.from_numpy(groups["posterior"]["z"].values[0, : options.replicas]).to(run.device)
                 keys = RowKeys.of_batch(batch, seed)
@@ -109,10 +111,12 @@ def draw_posterior(
                 axes = (*SAMPLES, "sequence", "token")
                 groups["posterior_predictive"] = xr.Dataset({"tokens": (axes, _numpy(torch.stack(tokens))[None])})
             parts.append(groups)
+        shared = {"prior": prior.draws}
     attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed, "run": run.source}
     if options.method != "guide":
         attrs |= {"chains": options.chains.chains, "warmup": options.chains.warmup, "thin": options.chains.thin}
-    return _concatenate(parts, options.method, attrs)
+    order = np.argsort([index for indices in batches for index in indices])
+    return _concatenate(parts, shared, options.method, attrs, order, _text_groups(run, found))
 
 
 @seeded(0)
@@ -128,35 +132,61 @@ def draw_batch_posterior(
     options = options or DrawOptions()
     alone = [batch.select(torch.tensor([index])) for index in range(batch.size)]
     batches = [batch] if options.method == "guide" else alone
+    prior = _Prior(model, options.samples, seed)
     with fix_global_draws(model, seed):
-        parts = [_batch_groups(model, guide, part, inference, options, seed) for part in batches]
-    return _concatenate(parts, options.method)
+        parts = [_batch_groups(model, guide, part, inference, options, prior) for part in batches]
+        shared = {"prior": prior.draws}
+    return _concatenate(parts, shared, options.method)
+
+
+@dataclass
+class _Prior:
+    """What all batches have in common: draws of p(z), and its moments; at the same draw of the global latents."""
+
+    model: Model
+    samples: int
+    seed: int
+
+    @cached_property
+    def draws(self) -> xr.Dataset:
+        """S draws of z."""
+        with torch.no_grad(), seeded(self.seed):
+            return xr.Dataset({"z": ((*SAMPLES, *THOUGHTS), _numpy(self.model.sample_prior(self.samples))[None])})
+
+    def moments(self, batch: Batch, z_SBLKD: Tensor, sites: Sites) -> Moments:
+        """Exact if z is the only site and its moments are known, else from 1,000 draws."""
+        site = _thought_site(z_SBLKD, sites) if len(sites) == 1 else None
+        if site and (exact := exact_moments(prior_sites(self.model, *prior_arguments(self.model, batch))[site])):
+            return exact
+        return self._moments_of_draws
+
+    @cached_property
+    def _moments_of_draws(self) -> Moments:
+        with torch.no_grad(), seeded(self.seed):
+            return sample_moments(self.model.sample_prior(1000))
 
 
 def _batch_groups(
-    model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions, seed: int
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions, prior: _Prior
 ) -> Groups:
-    """All groups of a `Posterior` that do not need text; each sequence has a random stream of its own."""
-    keys = RowKeys.of_batch(batch, seed)
+    """All groups of a `Posterior` of one batch that do not need text; each sequence has a random stream of its own."""
+    keys = RowKeys.of_batch(batch, prior.seed)
     with torch.no_grad():
         batch = batch if batch.stem_BTD is not None else model.prepare(batch)
     if options.method == "guide":
-        groups = _guide_groups(model, guide, batch, inference, options.samples, keys)
+        groups = _guide_groups(model, guide, batch, inference, options.samples, keys, prior)
     else:
         with seeded(int(keys.key_B) % 2**63):
-            groups = _chain_groups(model, batch, options, seed)
-    with torch.no_grad(), seeded(seed):
-        prior_SLKD = model.sample_prior(options.samples)
+            groups = _chain_groups(model, batch, options, prior)
     tokens_BT = batch.targets_BT.masked_fill(~batch.mask_BT, MISSING)
     groups["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), _numpy(tokens_BT))})
     names = np.array([f"sequence:{index}" for index in batch.ids_B.tolist()], dtype=object)
     groups["constant_data"] = xr.Dataset({"document": ("sequence", names)})
-    groups["prior"] = xr.Dataset({"z": ((*SAMPLES, *THOUGHTS), _numpy(prior_SLKD)[None])})
     return groups
 
 
 def _guide_groups(
-    model: Model, guide: Guide, batch: Batch, inference: LocalInference, samples: int, keys: RowKeys
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, samples: int, keys: RowKeys, prior: _Prior
 ) -> Groups:
     """Fits q; draws from it, with k-hat, moments and, if log p(z) is known, the bounds and the KL in nats."""
     state, _ = infer_local(model, guide, batch, inference, keys=keys)
@@ -177,22 +207,23 @@ def _guide_groups(
     z_SBLKD = q.densities.z_SBLKD
     site = _thought_site(z_SBLKD, q.sites)
     exact = exact_moments(guide.posterior(site, state.parameters)) if site and hasattr(guide, "posterior") else None
-    moments, prior = exact or sample_moments(z_SBLKD), _prior_moments(model, z_SBLKD, q.sites, keys.seed)
-    _add_moments(stats, moments, prior if guide.has_density else None)
+    moments = exact or sample_moments(z_SBLKD)
+    _add_moments(stats, moments, prior.moments(batch, z_SBLKD, q.sites) if guide.has_density else None)
     groups["local"] = xr.Dataset(
         {name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()}
     )
     return groups
 
 
-def _chain_groups(model: Model, batch: Batch, options: DrawOptions, seed: int) -> Groups:
+def _chain_groups(model: Model, batch: Batch, options: DrawOptions, prior: _Prior) -> Groups:
     """Runs Markov chains for a batch of one sequence; their draws, moments, and how they went (`ChainDraws`)."""
     chains = run_chains(model, batch, options.method, options.samples, options.chains)
     groups = _draw_groups(chains.sites, chains.densities, batch)
     stats = groups["sample_stats"]
     z_SBLKD = chains.densities.z_SBLKD.flatten(0, 1)
-    prior = _prior_moments(model, z_SBLKD, {name: x.flatten(0, 1) for name, x in chains.sites.items()}, seed)
-    _add_moments(stats, sample_moments(z_SBLKD, torch.from_numpy(chains.diagnostics["ess"])), prior)
+    moments = sample_moments(z_SBLKD, torch.from_numpy(chains.diagnostics["ess"]))
+    sites = {name: x.flatten(0, 1) for name, x in chains.sites.items()}
+    _add_moments(stats, moments, prior.moments(batch, z_SBLKD, sites))
     for name, x_BLKD in chains.diagnostics.items():
         stats[name] = (("sequence", *THOUGHTS), x_BLKD)
     for name, x_CS in chains.steps.items():
@@ -238,15 +269,6 @@ def _thought_site(z_SBLKD: Tensor, sites: Sites) -> str | None:
     return next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
 
 
-def _prior_moments(model: Model, z_SBLKD: Tensor, sites: Sites, seed: int) -> Moments:
-    """The moments of p(z): exact if z is the only site and its moments are known, else from 1,000 draws."""
-    site = _thought_site(z_SBLKD, sites) if len(sites) == 1 else None
-    if site and (exact := exact_moments(prior_sites(model, z_SBLKD.shape[1])[site])):
-        return exact
-    with torch.no_grad(), seeded(seed):  # the same for every batch
-        return sample_moments(model.sample_prior(1000))
-
-
 def _text_groups(run: Run, found: Sequence[Piece]) -> Groups:
     """The text of each sequence as the decoder sees it, its document and its labels."""
     texts = [run.tokenizer.decode([x for x in piece.tokens if x != run.start_token]) for piece in found]
@@ -259,18 +281,42 @@ def _text_groups(run: Run, found: Sequence[Piece]) -> Groups:
     }
 
 
-def _concatenate(parts: Sequence[Groups], method: str, attrs: dict[str, Any] | None = None) -> Posterior:
-    """One `Posterior` of the groups of several batches, with numbered axes; the prior's draws are the first batch's."""
+def _concatenate(
+    parts: Sequence[Groups],
+    shared: Groups,
+    method: str,
+    attrs: dict[str, Any] | None = None,
+    order: Int[np.ndarray, " N"] | None = None,
+    texts: Groups | None = None,
+) -> Posterior:
+    """One `Posterior` of the groups of several batches, with numbered axes.
+
+    Args:
+        shared: groups that are not of sequences.
+        order: where each sequence is among those of the batches, if it is not where it was given.
+        texts: further variables of the groups, of all sequences in the order in which they were given.
+    """
     groups = {}
+    for name in parts[0]:
+        longest = max(part[name].sizes.get("token", 0) for part in parts)
+        padded = [_pad_tokens(part[name], longest) for part in parts]
+        data = xr.concat(padded, "sequence", data_vars="all", join="override")
+        data = data if order is None else data.isel(sequence=order)
+        groups[name] = data.assign((texts or {}).get(name, {}))
     first = dict.fromkeys(("sequence", *SAMPLES, "dim", "token"), 0) | {"layer": 1, "thought": 1}
-    for name, data in parts[0].items():
-        if name != "prior":
-            data = xr.concat([part[name] for part in parts], "sequence", data_vars="all", join="override")
+    for name, data in (groups | shared).items():
         axes = {axis: np.arange(n, n + data.sizes[axis]) for axis, n in first.items() if axis in data.sizes}
         groups[name] = data.assign_coords(axes)
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = stamp("posterior") | {"method": method} | (attrs or {})
     return Posterior(tree)
+
+
+def _pad_tokens(data: xr.Dataset, longest: int) -> xr.Dataset:
+    """A batch's group with as many tokens as that of the longest sequence: `MISSING`, and NaN for figures."""
+    if not 0 < (tokens := data.sizes.get("token", 0)) < longest:
+        return data
+    return data.pad(token=(0, longest - tokens), constant_values={"tokens": MISSING, "by_token": np.nan})
 
 
 def write_tokens(run: Run, z_BLKD: Float[Tensor, "B L K D"], length: int, keys: RowKeys) -> Int[Tensor, "B T"]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.covariates import prior_arguments
 from ltm_pyro.inference.elbo import sum_log_probs
 from ltm_pyro.inference.estimators import TOKENS_AT_ONCE
 from ltm_pyro.inference.latent_sites import prior_sites
@@ -82,7 +83,7 @@ def log_densities(model: Model, batch: Batch, sites: Sites) -> LogDensities:
     """log p(z) and log p(x | z) at given draws of all latent sites, without gradients."""
     samples = len(next(iter(sites.values())))
     with no_param_store(), torch.no_grad(), pyro.plate(PARTICLES, samples, dim=-2):
-        p = poutine.trace(poutine.condition(model.sample_prior, data=sites)).get_trace(batch.size)
+        p = poutine.trace(poutine.condition(model.sample_prior, data=sites)).get_trace(*prior_arguments(model, batch))
     z_SBLKD = cast(Tensor, p.nodes["_RETURN"]["value"])
     return LogDensities(z_SBLKD, sum_log_probs(p, sites), token_log_likelihood(model, batch, z_SBLKD))
 

@@ -18,6 +18,7 @@ from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.two_sample import Discrepancy, mmd
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, Model, make_batch
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.covariates import with_labels
 from ltm_pyro.inference.elbo import sum_log_probs
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.param_store import no_param_store
@@ -115,7 +116,14 @@ def observed_batch(posterior: Posterior, start_token: int = 0) -> Batch:
     """The batch of the posterior's sequences."""
     tokens_BT = torch.from_numpy(posterior.group("observed_data")["tokens"].values.astype(np.int64))
     lengths_B = (tokens_BT >= 0).sum(1)
-    return make_batch(tokens_BT.clamp(min=0), lengths_B, start_token)
+    known = posterior.group("constant_data")
+    columns = {name: x.values.tolist() for name, x in known.items() if x.dims == ("sequence",) and name != "document"}
+    missing = ("", None)  # and NaN, as which numbers are missing
+    labels = [
+        {name: x for name, column in columns.items() if (x := column[row]) not in missing and x == x}
+        for row in range(len(tokens_BT))
+    ]
+    return with_labels(make_batch(tokens_BT.clamp(min=0), lengths_B, start_token), labels)
 
 
 class Aggregate(NamedTuple):

@@ -323,8 +323,12 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int
         )
     if e.excluded:
         reasons.insert(0, f"{len(e.excluded)} sequences have no finite score and are in no figure.")
+    if e.worse_than_prior:
+        reasons.insert(0, e.worse_than_prior)
     if exact and exact.best_within and reach:
         reasons.append(f"Best within r: knowing the r tokens before. A token of this run sees {reach}.")
+    errors = {name: s.monte_carlo_stderr for name, s in e.estimates.items() if s.monte_carlo_stderr is not None}
+    reasons += [f"Of the error of {name}, {_figure(x)} is that of its draws." for name, x in errors.items()]
     if 1 in (e.documents, e.sequences):
         reasons.append("One document has no standard error, because its pieces are not independent of each other.")
     table.caption = " ".join(reasons) or None
@@ -363,7 +367,8 @@ def _context(context: "Context", evaluation: Evaluation, run: "Run", names: tupl
     notes = [f"A prediction sees {run.reach} tokens; a window of {window}, {layers} x {thoughts} thoughts."]
     if not context.has_context:
         notes.append("No R: full attention is not ahead by three standard errors, so there is nothing to carry.")
-    cost = f"{decoder.layers * window + layers * thoughts:,} keys instead of up to {decoder.layers * run.length:,}"
+    keys, most = decoder.layers * (window or run.length) + layers * thoughts, decoder.layers * run.length
+    cost = f"{keys:,} keys instead of up to {most:,}"
     table.caption = " ".join([*notes, f"A generated token reads {cost}."])
     return table
 

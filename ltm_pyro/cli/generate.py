@@ -1,12 +1,17 @@
 """`ltm generate RUN`: generates text from the prior, after a prompt, or between two texts."""
 
 import argparse
+import re
+from contextlib import suppress
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
+
+GAP = re.compile(r"\[\[([0-9]{1,6})\]\]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint or exported model")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text to continue; without it z is from the prior")
     parser.add_argument("--interpolate", nargs=2, metavar="TEXT", help="interpolate between the thoughts of two texts")
+    about = "text with gaps to fill, [[N]] for one of N tokens: for runs of masked diffusion"
+    parser.add_argument("--infill", metavar="TEXT", help=about)
+    about = "of masked diffusion: fill a text in N steps; by default token by token"
+    parser.add_argument("--denoising-steps", type=at_least(1), metavar="N", help=about)
     parser.add_argument("--num-samples", type=at_least(1), default=1, metavar="N", help="texts to generate, one z each")
     add_seed(parser, "random seed of z and of the tokens")
     parser.add_argument("--stream", action="store_true", help="print the text while it is generated")
@@ -44,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tokens.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop after TEXT; can be repeated")
     thoughts = parser.add_argument_group("thoughts")
+    about = "label of the document, for a prior that asks for it; can be repeated"
+    thoughts.add_argument("--label", action="append", default=[], metavar="NAME=VALUE", help=about)
     thoughts.add_argument("--fast-steps", type=at_least(0), metavar="N", help="steps per fit; by default the recipe's")
     thoughts.add_argument(
         "--candidates",
@@ -88,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--compile does not work on this machine ({first}): leave it out.") from None
     if args.json:
         given = {"interpolate": args.interpolate} if args.interpolate else {"prompt": args.prompt}
+        given = given if args.infill is None else {"infill": args.infill}
         print_json({**given, "samples": texts})
     elif args.stream:
         print()
@@ -97,16 +109,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
-    from ltm_pyro.text.generation import generate, interpolate
+    from ltm_pyro.text.generation import generate, infill, interpolate
     from ltm_pyro.text.streaming import TextStreamer
     from ltm_pyro.text.thoughts import ThoughtSampling
 
+    if args.infill is not None:
+        parts = [int(x) if odd else x for odd, x in zip(cycle([0, 1]), GAP.split(args.infill), strict=False)]
+        given = [part for part in parts if part != ""]
+        return infill(trained, given, sampling, seed=args.seed, denoising_steps=args.denoising_steps)
     steps = trained.inference.steps if args.fast_steps is None else args.fast_steps
     thought_sampling = ThoughtSampling(
         inference=replace(trained.inference, steps=steps),
         candidates=args.candidates,
         refit_every=args.refit_every,
         layers=args.layers,
+        labels=_labels(args.label),
     )
     if args.interpolate:
         ends, points = tuple(args.interpolate), args.num_samples
@@ -114,17 +131,38 @@ def _texts(trained: Any, args: argparse.Namespace, sampling: Any) -> list[str]:
     if args.stream:
         print(args.prompt, end="", flush=True)
     streamer = TextStreamer(trained.tokenizer) if args.stream else None
-    return generate(
-        trained, args.prompt, sampling, thought_sampling, seed=args.seed, streamer=streamer, compile=args.compile
-    )
+    options = {"seed": args.seed, "compile": args.compile, "denoising_steps": args.denoising_steps}
+    return generate(trained, args.prompt, sampling, thought_sampling, streamer=streamer, **options)
+
+
+def _labels(given: list[str]) -> dict[str, str | int | float]:
+    """Labels by name; a value that is a number counts as one, as in JSON."""
+    labels: dict[str, str | int | float] = {}
+    for text in given:
+        name, found, value = text.partition("=")
+        if not (name and found and value):
+            raise UsageError(f"--label {text} is not NAME=VALUE: write for example --label source=news.")
+        if name in labels:
+            raise UsageError(f"--label {name} is given twice, as {labels[name]} and {value}: leave one out.")
+        labels[name] = value
+        for number in (float, int):
+            with suppress(ValueError):
+                labels[name] = number(value)
+    return labels
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.infill is not None and (args.prompt or args.stream or args.interpolate or args.compile):
+        raise UsageError("--infill does not go with --prompt, --stream, --interpolate and --compile: leave them out.")
     if args.interpolate and (args.prompt or args.stream or args.refit_every):
         raise UsageError("--interpolate does not go with --prompt, --stream and --refit-every: leave them out.")
     if args.stream and args.json:
         raise UsageError("--stream prints text at once, --json one object at the end: choose one of them.")
-    for name, text in (("--prompt", args.prompt), *(("--interpolate", text) for text in args.interpolate or [])):
+    for name, text in (
+        ("--prompt", args.prompt),
+        ("--infill", args.infill or ""),
+        *(("--interpolate", text) for text in args.interpolate or []),
+    ):
         try:
             text.encode()
         except UnicodeEncodeError as error:

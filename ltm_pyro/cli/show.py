@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     model, guide = _parts(args.source, args.trust)
     tokens_BT = torch.ones(SEQUENCES, min(TOKENS, model.decoder.length), dtype=torch.long)
     batch = make_batch(tokens_BT, torch.full((SEQUENCES,), tokens_BT.shape[1]), start_token=0)
-    with torch.no_grad(), no_param_store():
+    with torch.no_grad(), no_param_store(model):
         trace = poutine.trace(model).get_trace(batch)
         local = init(model, guide, batch, LocalInference()).parameters
         if guide.uses_fast_steps:

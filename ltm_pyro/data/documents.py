@@ -20,9 +20,9 @@ class Document(NamedTuple):
     """One text of the corpus.
 
     ``id`` is ``"file:line"``, the line counted from 1 with blank lines (with the path where two inputs have one name),
-    or the value of a field, a string or a whole number; ``source`` is the record's value of ``"source"``, else the
-    file's name. The first ``prompt`` characters of ``text`` are its prompt;
-    None if it has none. ``exact_nats`` is −log p(text), if the text was generated and that is known.
+    or the value of a field, a string or a whole number; ``source`` is the record's value of ``"source"``, a string
+    or a number, else the file's name. The first ``prompt`` characters of ``text`` are its prompt; None if it has none.
+    ``exact_nats`` is −log p(text), if the text was generated and that is known.
     """
 
     id: str | int
@@ -68,6 +68,8 @@ def read_documents(inputs: Iterable[str | Path], fields: Fields = Fields()) -> I
 
 def _document(record: Record, name: str, line: str, where: str, fields: Fields) -> Document:
     source = record.fields.get("source")
+    source = source.item() if isinstance(source, np.generic) else source
+    is_number = isinstance(source, int | float) and not isinstance(source, bool) and math.isfinite(source)
     id: str | int = f"{name}:{line}"
     if fields.id is not None:
         value = record.fields.get(fields.id)
@@ -82,7 +84,8 @@ def _document(record: Record, name: str, line: str, where: str, fields: Fields) 
         }
     else:
         labels = {key: check_label(record.fields.get(key), f"{where} has under {key!r}") for key in fields.labels}
-    return Document(id, record.text, source if isinstance(source, str) else name, name, record.prompt, labels, None)
+    source = str(source) if isinstance(source, str) or is_number else name
+    return Document(id, record.text, source, name, record.prompt, labels, None)
 
 
 def check_label(value: Any, where: str) -> Label:

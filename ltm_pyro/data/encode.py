@@ -127,6 +127,21 @@ def split_tokens(tokens: Tokens, length: int) -> list[Tokens]:
     return [tokens[first : first + length] for first in range(0, len(tokens), length)]
 
 
+def batches_of_like_length(lengths: Sequence[int], batch_size: int, longest: int) -> list[list[int]]:
+    """The indices of rows in batches, the longest rows first: of B rows of the ``longest`` kind, or of as many tokens.
+
+    Padding counts as tokens. A batch has at most 4 B rows, however short they are, because each has thoughts of its
+    own. The order of rows that are equally long stays.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    while order:
+        size = min(max(batch_size, batch_size * longest // max(1, lengths[order[0]])), 4 * batch_size)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
 def batch_of_rows(
     rows: Sequence[Tokens], start_token: int, length: int, device: torch.device | str = "cpu", pad_to: int = 1
 ) -> Batch:

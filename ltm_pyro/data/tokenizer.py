@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -15,11 +16,9 @@ from ltm_pyro.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"  # follows every document, and is the start token of every sequence
 SMALLEST_VOCABULARY = 257  # every byte and END_OF_TEXT
-_WORD = 2**12  # characters
+KEEP_TEXT = ("ByteLevel", "Digits", "FixedLength", "Punctuation", "Split", "UnicodeScripts")  # pre-tokenizers
+_WORD = 32  # characters: of longer words, such as lines without a space, pieces are learned from
 _RUN = re.compile(rf"(?<!\S)\S{{{_WORD + 1},}}|(?<!\s)\s{{{_WORD + 1},}}")
-_PROBE = (
-    "The quick-brown fox\u2019s 1,234 jumps!\r\n\t  A\u0308\u00c4 \ufb01 \u4f60\u597d \U0001f600\n\n " + END_OF_TEXT
-)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -38,17 +37,27 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     with no_panic("the texts"):
-        tokenizer.train_from_iterator(_short_words(texts), trainer)
+        tokenizer.train_from_iterator(short_words(texts, vocabulary), trainer)
     return _as_plain_text(tokenizer)
 
 
-def _short_words(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, with words of over 4,096 characters cut: what a word costs to learn from grows with its square."""
+def short_words(texts: Iterable[str], vocabulary: int) -> Iterator[str]:
+    """The texts, with words of over 32 characters cut into pieces, of which the n-th is kept with frequency V / n.
+
+    What a word costs to learn from grows with its square, and what a text without spaces costs with the number of its
+    different words: nearly all of its pieces are different. V (1 + log(n / V)) of n pieces are kept.
+    """
+    pieces, kept = 0, 0.0
     for text in texts:
         start = 0
         for run in _RUN.finditer(text):
             yield text[start : run.start()]
-            yield from (run[0][i : i + _WORD] for i in range(0, len(run[0]), _WORD))
+            for first in range(run.start(), run.end(), _WORD):
+                pieces += 1
+                kept += min(1.0, vocabulary / pieces)
+                if kept >= 1:
+                    kept -= 1
+                    yield text[first : min(first + _WORD, run.end())]
             start = run.end()
         yield text[start:]
 
@@ -99,13 +108,8 @@ def load_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
     tokenizer = _as_plain_text(tokenizer)
     if tokenizer_hash(tokenizer) == tokenizer_hash(number_tokenizer(end_of_text(tokenizer))):
         return tokenizer
-    if not _is_byte_level(tokenizer):
-        raise UsageError(f"tokenizer {path} does not keep every byte of a text; give a byte-level BPE or use bpe:SIZE.")
-    if missing := {*pre_tokenizers.ByteLevel.alphabet()} - tokenizer.get_vocab(with_added_tokens=False).keys():
-        raise UsageError(
-            f"tokenizer {path} has no token for {len(missing)} of the 256 bytes, which texts would lose; "
-            f"train it with initial_alphabet=ByteLevel.alphabet() or use bpe:SIZE."
-        )
+    if reason := _what_is_lost(tokenizer):
+        raise UsageError(f"tokenizer {path} loses text: {reason}; give a byte-level BPE or use bpe:SIZE.")
     return tokenizer
 
 
@@ -170,9 +174,63 @@ def _as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    """Whether a text with letters, marks, spaces and emoji is decoded unchanged, with every byte counted."""
-    with no_panic("every text"):
-        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-        whole = tokenizer.decode(ids, skip_special_tokens=False) == _PROBE
-    return whole and int(token_bytes(tokenizer)[ids].sum()) == len(_PROBE.encode())
+def _what_is_lost(tokenizer: Tokenizer) -> str | None:
+    """Why some text would not come back from its tokens, or not be the same tokens every time; None if all would.
+
+    It is read off the tokenizer's parts: each of them has to be one that keeps every text.
+    """
+    parts = json.loads(tokenizer.to_str())
+    model, added = parts["model"], tokenizer.get_added_tokens_decoder()
+    if changing := _flat(parts["normalizer"], "normalizers"):
+        return f"its normalizer {changing[0]['type']} changes texts"
+    before = _flat(parts["pre_tokenizer"], "pretokenizers")
+    for part in before:
+        keeps = part["type"] in KEEP_TEXT and str(part.get("behavior")).lower() != "removed"
+        if not keeps or part.get("add_prefix_space"):
+            return f"its pre-tokenizer {part['type']} changes texts"
+    if [part["type"] for part in before].count("ByteLevel") != 1:
+        return "it is not byte-level: its pre-tokenizer needs ByteLevel once"
+    if [part["type"] for part in _flat(parts["decoder"], "decoders")] != ["ByteLevel"]:
+        return "its decoder is not ByteLevel alone"
+    if model.get("type") != "BPE":
+        return f"its model is {model.get('type')}, not BPE"
+    if model.get("dropout"):
+        return f"its dropout of {model['dropout']} gives a text other tokens every time"
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            return f"its {name} is no part of a text"
+    letters = byte_alphabet().keys()
+    learned = tokenizer.get_vocab(with_added_tokens=False)
+    if missing := letters - learned.keys():
+        return (
+            f"it has no token for {len(missing)} of the 256 bytes: train it with initial_alphabet=ByteLevel.alphabet()"
+        )
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    from_text = {*learned} if model.get("ignore_merges") else {*letters, *map("".join, pairs)}
+    contents = {token.content for token in added.values()}
+    if strange := [token for token in learned if token not in contents and not letters >= {*token}]:
+        return f"its token {strange[0]!r} is not made of bytes"
+    if end_of_text(tokenizer) not in added or not added[end_of_text(tokenizer)].special:
+        return f"its token {END_OF_TEXT} is not special, so that texts may spell it"
+    for index, token in added.items():
+        if token.special and token.content in from_text:
+            return f"its special token {token.content!r} may be part of a text"
+        if not token.special and (token.lstrip or token.rstrip):
+            return f"its added token {token.content!r} swallows the spaces beside it"
+        if not token.special and tokenizer.decode([index]) != token.content:
+            return f"its added token {token.content!r} is decoded as another text"
+    return None
+
+
+def _flat(part: Any, inside: str) -> list[dict[str, Any]]:
+    """The parts of a part of a tokenizer, whose sequences may have sequences in them; none of None."""
+    if part is None:
+        return []
+    return [x for one in part[inside] for x in _flat(one, inside)] if part["type"] == "Sequence" else [part]
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Letter to byte in byte-level BPE: printable Latin-1 bytes are their own letters, the others U+0100 and up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

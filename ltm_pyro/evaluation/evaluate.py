@@ -5,7 +5,7 @@ Shapes: B sequences.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
+from ltm_pyro.contracts import Batch
 from ltm_pyro.data import PackedDataset, load_text_or_pack
 from ltm_pyro.data.dataset import Observed, Scored
+from ltm_pyro.data.encode import batches_of_like_length
 from ltm_pyro.data.manifest import is_pack, read_manifest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.ais import Annealing
@@ -36,7 +37,8 @@ from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.threads import one_at_a_time
 
-BATCH = 32  # sequences fitted together
+BATCH = 32  # sequences of full length fitted together
+WINDOW = 2048  # sequences of which those of like length are fitted together
 
 
 @seeded(0)
@@ -88,17 +90,34 @@ def evaluate_run(
         dataset = held_out(run, split, score, observe)
     else:
         dataset = load_text_or_pack(data, run.tokenizer, run.length, split, score, observe)
-    chosen = Subset(dataset, range(len(dataset))[:limit])
-    own = torch.Generator()  # because a loader would draw from torch's global one
-    batches = DataLoader(chosen, batch_size=BATCH, collate_fn=dataset.collate, generator=own)
+    chosen, order = range(len(dataset))[:limit], list[int]()
+    batches = batches_of(dataset, chosen, order)
     console = Console(stderr=True)
-    shown = track(batches, "scoring", console=console, transient=True, disable=not console.is_terminal)
+    hidden = not console.is_terminal
+    shown = track(batches, "scoring", len(chosen) / BATCH, console=console, transient=True, disable=hidden)
     on_device = (batch.to(run.device) for batch in shown)
     annealing = Annealing(temperatures=temperatures)
     some = len(chosen) < len(dataset) and dataset.manifest.rows == "documents"
     cut = some and bool(dataset[len(chosen)].parts[0].piece)  # the first row that is left out is a later piece
     found = evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing)
-    return replace(found, cut=cut)
+    rows = found.rows and found.rows.select(torch.tensor(order).argsort())
+    return replace(found, cut=cut, rows=rows)
+
+
+def batches_of(dataset: PackedDataset, chosen: range, order: list[int] | None = None) -> Iterator[Batch]:
+    """Batches of like length of the chosen rows: of 32 rows of full length, or of shorter ones of as many tokens.
+
+    Args:
+        order: is given the rows' indices in the order of the batches, which is that of the data only `WINDOW` by
+            `WINDOW`: so few shards are read at a time.
+    """
+    longest = dataset.manifest.seq_len
+    for first in range(0, len(chosen), WINDOW):
+        rows = [dataset[index] for index in chosen[first : first + WINDOW]]
+        for indices in batches_of_like_length([len(row.tokens_T) for row in rows], BATCH, longest):
+            if order is not None:
+                order.extend(first + index for index in indices)
+            yield dataset.collate([rows[index] for index in indices])
 
 
 def scored_and_observed(

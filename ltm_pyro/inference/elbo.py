@@ -22,7 +22,7 @@ from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.antithetic import Antithetic
 from ltm_pyro.inference.latent_sites import prior_factors
-from ltm_pyro.inference.param_store import no_param_store
+from ltm_pyro.inference.param_store import no_param_store, param_statements
 from ltm_pyro.inference.row_noise import RowNoise
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.utils.rng import seeded
@@ -91,6 +91,7 @@ def elbo_terms(
         # antithetic is outside the plate of particles, because Pyro runs inner handlers first and it needs the plate
         with full_precision(batch.inputs_BT), noise, antithetic, particles, poutine.trace() as q:
             guide(batch, local)
+        refuse_params(q.trace)
         with particles, poutine.trace() as p, poutine.replay(trace=q.trace):
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
         prior, posterior = sample_sites(p.trace), latent_sites(q.trace)
@@ -145,6 +146,16 @@ def normalisers(model: Model) -> list[Tensor]:
     found = [x for x in values if isinstance(x, Tensor)]
     with seeded(0), torch.no_grad(), no_param_store(model):
         return found if found or not prior_factors(model) else [torch.tensor(torch.nan)]
+
+
+def refuse_params(trace: Trace) -> None:
+    """Raises `UsageError` for a `pyro.param` in a guide, which nothing would learn and no checkpoint would hold."""
+    if unknown := param_statements(trace.nodes):
+        raise UsageError(
+            f"The guide's pyro.param '{next(iter(unknown))}' would not be learned: return what each sequence has of "
+            f"its own from init, and derive a guide with global parameters from torch.nn.Module too, with "
+            f"torch.nn.Parameter in __init__."
+        )
 
 
 def check_sites(guide: Iterable[str], model: Iterable[str]) -> None:

@@ -83,8 +83,11 @@ def bound(problem: Problem) -> NatsAndKL:
     """−ELBO averaged over S draws, taken after q is fitted."""
     terms = [elbo_terms(*problem.fitted, draws) for draws in problem.draws("bound")]
     kl_SB = torch.cat([t.kl_B for t in terms])
-    log_likelihood_B = torch.cat([t.log_likelihood_B for t in terms]).mean(0)
-    return NatsAndKL(kl_SB.mean(0) - log_likelihood_B, kl_SB.mean(0), kl_stderr_B=standard_error(kl_SB))
+    nats_SB = kl_SB - torch.cat([t.log_likelihood_B for t in terms])
+    strata = problem.guide.strata
+    whole_SB = nats_SB[: len(nats_SB) // strata * strata].unflatten(0, (-1, strata)).mean(1)  # independent draws
+    error_B, kl_error_B = standard_error(whole_SB), standard_error(kl_SB)
+    return NatsAndKL(nats_SB.mean(0), kl_SB.mean(0), kl_stderr_B=kl_error_B, nats_stderr_B=error_B)
 
 
 def shuffled(problem: Problem) -> NatsAndKL:
@@ -296,12 +299,10 @@ def evaluate(
     not_normalised = not_normalised or _negative_kl(nats_and_kl)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
-    if worse := _worse_than_prior(rows):
-        warnings.warn(worse, stacklevel=2)
     is_density = not (normalisers(model) or not_normalised)  # with an estimated normaliser no score is a known bound
     are_bounds = {name: is_density and ESTIMATORS[name].is_bound for name in estimators}
     found = summarise(rows, points, are_bounds, passes_of_fit(model, guide, inference))
-    return replace(found, unavailable=missing, rows=rows)
+    return replace(found, unavailable=missing, worse_than_prior=_worse_than_prior(rows), rows=rows)
 
 
 @one_at_a_time
@@ -311,6 +312,8 @@ def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[s
     if reason and guide.has_density:
         reason += "; ask for an estimate with --normaliser SAMPLES"
     missing = {name: reason for name in estimators if reason and name in NEED_DENSITY}
+    if only_bound := getattr(model, "only_bound", None):
+        missing |= {name: only_bound for name in estimators if name != "bound"}
     with seeded(0), torch.no_grad(), no_param_store(model):
         factors = [*prior_factors(model)]
     if factors:  # which draws from the prior's sites leave out
@@ -318,7 +321,7 @@ def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[s
             n: f"the prior's factor '{factors[0]}' leaves it without draws" for n in estimators if n in NEED_NONE
         }
     if missing and len(missing) == len(estimators):
-        advice = NEED_DENSITY if factors else NEED_NONE
+        advice = ("bound",) if only_bound else NEED_DENSITY if factors else NEED_NONE
         raise UsageError(f"No figure for {', '.join(missing)}: {missing[estimators[0]]}; ask for {', '.join(advice)}.")
     return missing
 
@@ -341,16 +344,16 @@ def _likelihood_problem(problem: Problem) -> str | None:
 
 
 def _worse_than_prior(rows: RowScores) -> str | None:
-    """What to do where the ELBO of the fitted q is below that of q = p(z), on average over the same sequences."""
+    """What to do where the ELBO of the fitted q is below that of q = p(z), by three standard errors over sequences."""
     fitted, without = rows.scores.get("bound"), rows.scores.get("prior")
     if fitted is None or without is None or not rows.is_finite_B.any():
         return None
     worse_B = (fitted.nats_B - without.nats_B)[rows.is_finite_B]
     worse, error = worse_B.mean().item(), standard_error(worse_B).nan_to_num(torch.inf).item()
-    if worse < 2 * error:
+    if not worse > 3 * error:
         return None
     return (
-        f"q ends worse than the prior, by {worse:.3g} nats per sequence (standard error {error:.2g}): give the fit "
+        f"q ends worse than the prior, by {worse:.2f} nats per sequence (standard error {error:.2f}): give the fit "
         f"more fast steps, several starts (`starts`), or a narrower first q (`init.log_var`)."
     )
 

@@ -33,9 +33,9 @@ class FactorPrior(PyroModule):
         self.prior = prior
         self.register_buffer("log_normaliser", torch.tensor(torch.nan), persistent=False)
 
-    def forward(self) -> Tensor:
+    def forward(self, **labels: Tensor) -> Tensor:
         """Samples the sites of the program, and subtracts log C from its log-density."""
-        z_BLKD: Tensor = self.prior()
+        z_BLKD: Tensor = self.prior(**labels)
         pyro.factor("log_normaliser", -self.log_normaliser.nan_to_num(0.0))
         return z_BLKD
 

@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import (
+    Categorical,
     Distribution,
     Independent,
     MixtureSameFamily,
@@ -19,6 +20,7 @@ from torch.distributions import (
     TransformedDistribution,
     biject_to,
     constraints,
+    transform_to,
 )
 from torch.distributions.transforms import IndependentTransform
 
@@ -30,27 +32,29 @@ Sites = Mapping[str, Distribution]  # the prior's distribution by site name, bat
 PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)  # torch and Pyro declare their support real
 
 
-def prior_sites(model: Model, size: int) -> Sites:
+def prior_sites(model: Model, size: int, covariates_BC: Tensor | None = None) -> Sites:
     """Every latent site inside the plate of sequences, in the order the prior samples it.
 
-    While the prior is traced, every site has its mean as its value, so that the distribution of a site that depends on
-    others is the same at every call. Raises `UsageError` if p(z) is no density, or one that no guide can reach.
+    ``covariates_BC`` is what the prior is told of each sequence. While it is traced, every site has its mean as its
+    value, so that the distribution of a site that depends on others is the same at every call. Raises `UsageError` if
+    p(z) is no density, or one that no guide can reach.
     """
     # the parameters of the prior stay out of Pyro's global store, and outer traces do not record these sites
     with torch.no_grad(), no_param_store(model), poutine.block(), _SubstituteMeans():
-        nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
+        known = () if covariates_BC is None else (covariates_BC,)
+        nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size, *known).nodes)
     sites: Sites = {name: node["fn"] for name, node in nodes.items() if is_local(node)}
-    _check_density(nodes)
+    check_density(nodes)
     for name, fn in sites.items():
         if fn.support is not None and fn.support.is_discrete:
             raise UsageError(
-                f"Prior site '{name}' is discrete, and a guide needs gradients: "
-                f"marginalise it inside the prior (see MixtureSameFamily)."
+                f"Prior site '{name}' is discrete, and a guide needs gradients: have it summed out by "
+                f'infer={{"enumerate": "parallel"}}, or marginalise it inside the prior (see MixtureSameFamily).'
             )
     return sites
 
 
-def _check_density(nodes: dict[str, Any]) -> None:
+def check_density(nodes: dict[str, Any]) -> None:
     """Refuses what makes p(z) something else than a density on the declared support of its sites."""
     for name, node in nodes.items():
         if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
@@ -140,6 +144,17 @@ def _support(fn: Distribution) -> constraints.Constraint | None:
     if isinstance(fn, Independent):
         return constraints.independent(_support(fn.base_dist), fn.reinterpreted_batch_ndims)
     return getattr(fn.support, "base_constraint", fn.support) if isinstance(fn, MixtureSameFamily) else fn.support
+
+
+def _components(constraint: Any) -> Transform:
+    """The bijection to the support of a mixture's components, which torch does not know: NUTS and autoguides ask it."""
+    return biject_to(constraint.base_constraint)
+
+
+for registry in (biject_to, transform_to):
+    registry.register(
+        type(MixtureSameFamily(Categorical(torch.ones(1)), Normal(torch.zeros(1), 1.0)).support), _components
+    )
 
 
 def is_local(node: Any) -> bool:

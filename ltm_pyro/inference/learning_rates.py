@@ -1,16 +1,18 @@
 """Learning rates: optimiser arguments by parameter name, and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from ltm_pyro.contracts import Guide, Model
+from ltm_pyro.errors import UsageError
 
 Points = list[tuple[float, float]]  # (fraction of training, value)
 Rates = Callable[[str], dict[str, Any]]  # parameter name -> optimiser arguments, as in pyro.optim
+LOCAL = "local."  # in front of the names of q's parameters, which are those of sites, and sites have any name
 
 
 def parameter_groups(named: Iterable[tuple[str, Tensor]], rates: Rates) -> list[dict[str, Any]]:
@@ -21,6 +23,21 @@ def parameter_groups(named: Iterable[tuple[str, Tensor]], rates: Rates) -> list[
         group = groups.setdefault(repr(sorted(arguments.items())), {"params": [], **arguments})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def check_rates(rates: Rates, names: Iterable[str], known: Collection[str] | None = None) -> None:
+    """Raises `UsageError` unless ``rates`` gives every name an ``lr``, and only arguments that are ``known``."""
+    for name in names:
+        arguments = rates(name)
+        if not isinstance(arguments, Mapping) or "lr" not in arguments:
+            raise UsageError(f"The rates give {name} {arguments!r}, without lr: give it, such as {{'lr': 4e-4}}.")
+        if known is not None and (unknown := [key for key in arguments if key not in known]):
+            raise UsageError(
+                f"The rates give {name} the argument {unknown[0]!r}, which its optimizer does not know: choose from "
+                f"{', '.join(known)}."
+            )
+        if not isinstance(lr := arguments["lr"], int | float | Tensor) or not 0 <= lr < math.inf:
+            raise UsageError(f"The rates give {name} the lr {lr!r}: give a finite number that is not negative.")
 
 
 def slow_parameters(model: Model, guide: Guide) -> list[tuple[str, nn.Parameter]]:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ltm_pyro.contracts import Batch, Guide, Init, Model
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.covariates import prior_arguments
 from ltm_pyro.inference.cuda_graphs import graph_cache
 from ltm_pyro.inference.elbo import Draws, ElboTerms, elbo_terms
 from ltm_pyro.inference.global_latents import fix_draws_by_keys, global_draws
 from ltm_pyro.inference.latent_sites import Sites, prior_sites
-from ltm_pyro.inference.learning_rates import Rates
+from ltm_pyro.inference.learning_rates import LOCAL, Rates
 from ltm_pyro.inference.optimizers import OPTIMIZERS, Rate, Update
 from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise, keyed
@@ -44,7 +45,7 @@ def infer_local(
 
     Args:
         state: the state to continue from; by default q is initialised by ``inference.init``.
-        rates: optimiser arguments by name of a local parameter, instead of ``inference.rate``.
+        rates: optimiser arguments by name of a local parameter (``local.z_loc``), instead of ``inference.rate``.
         keys: of the sequences' own random streams, so that q of a sequence does not depend on the rest of its batch; by
             default those of ``state``, else all noise comes from torch's generator.
     """
@@ -56,14 +57,14 @@ def infer_local(
             starts = 1 if state else number_of_starts(model, guide, inference)
             inference = replace(inference, starts=1)
             first = initial_state(model, guide, batch, inference, state, keys)
-            fits = [fit(model, guide, batch, inference, first, rates)]
+            fits = [fit_from(model, guide, batch, inference, first, rates)]
             if starts == 1:
                 return fits[0]
             for start in range(1, starts):
                 own = keys and keys.fold_in("start", start)
                 pool = [at_a_draw(model, guide, batch, inference, own and own.fold_in(draw)) for draw in range(POOL)]
                 first = select_states(pool, best_state_B(model, guide, batch, inference, pool))
-                fits.append(fit(model, guide, batch, inference, first, rates))
+                fits.append(fit_from(model, guide, batch, inference, first, rates))
             states = [state._replace(keys=keys) for state, _ in fits]
             best_B = best_state_B(model, guide, batch, inference, states, SCORING)
     columns = map(torch.stack, zip(*(info for _, info in fits), strict=True))
@@ -71,7 +72,7 @@ def infer_local(
     return select_states(states, best_B), info
 
 
-def fit(
+def fit_from(
     model: Model, guide: Guide, batch: Batch, inference: LocalInference, first: LocalState, rates: Rates | None
 ) -> tuple[LocalState, LocalInfo]:
     """One fit from a given state: the fast steps, and `Guide.finalize`."""
@@ -151,7 +152,7 @@ def init(
 
 def at_a_draw(model: Model, guide: Guide, batch: Batch, inference: LocalInference, keys: RowKeys | None) -> LocalState:
     """A state before the first fast step, with every sequence's q at a draw from the prior (`sites_at_a_draw`)."""
-    return init_at(model, guide, batch, inference, sites_at_a_draw(model, batch.size, keys), keys)
+    return init_at(model, guide, batch, inference, sites_at_a_draw(model, batch, keys), keys)
 
 
 def best_state_B(
@@ -205,7 +206,7 @@ def init_at(
 ) -> LocalState:
     """The state before the first fast step, with q at the moments of the given distributions, else of the prior's."""
     with no_param_store(model), fix_draws_by_keys(model, keys), keyed(keys, "init"):
-        parameters: Any = guide.init(sites or prior_sites(model, batch.size), inference.init)
+        parameters: Any = guide.init(sites or prior_sites(model, *prior_arguments(model, batch)), inference.init)
     if not isinstance(parameters, dict) or not all(isinstance(x, Tensor) for x in parameters.values()):
         given = type(parameters).__name__
         if isinstance(parameters, dict):
@@ -347,7 +348,7 @@ def run_cuda_graph(
     if not steps:
         return run_steps(model, guide, batch, inference, state, rates)
     rate = torch.full((), inference.rate, device=batch.inputs_BT.device)  # a tensor may change without a new capture
-    key = replace(inference, rate=1.0, init=Init()), repr([rates and rates(name) for name in state.parameters])
+    key = replace(inference, rate=1.0, init=Init()), repr([rates and rates(LOCAL + name) for name in state.parameters])
     modules = [part for part in (model, guide) if isinstance(part, nn.Module)]
     weights = [x for module in modules for x in (*module.parameters(), *module.buffers())] + global_draws(model)
     tensors = batch._replace(parts=None)  # a graph is captured per value of what is no tensor

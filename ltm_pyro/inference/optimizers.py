@@ -7,6 +7,7 @@ Shapes: N steps, B sequences, P parameters of each.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import signature
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ltm_pyro.contracts import LocalParameters
-from ltm_pyro.inference.learning_rates import Rates
+from ltm_pyro.inference.learning_rates import LOCAL, Rates, check_rates
 from ltm_pyro.inference.state import LocalState, Moments
 
 Rate = float | Tensor  # a tensor on the device if a CUDA graph reads it
@@ -81,14 +82,16 @@ class Optimizer(NamedTuple):
 
         Args:
             factors: the factor on the learning rate at each step.
-            rates: optimiser arguments by parameter name.
+            rates: optimiser arguments by parameter name, before which is `LOCAL`.
         """
         groups: dict[str, list[str]] = {}
+        known = [*signature(self.tensor_updates).parameters][1:]
+        check_rates(rates, [LOCAL + name for name in state.parameters], known)
         for name in state.parameters:
-            groups.setdefault(repr(sorted(rates(name).items())), []).append(name)
+            groups.setdefault(repr(sorted(rates(LOCAL + name).items())), []).append(name)
         counts_NB = state.steps_B + torch.arange(1, len(factors) + 1, device=state.steps_B.device)[:, None]
         updates_of_groups = [
-            self.tensor_updates(counts_NB.to(state.parameters[names[0]].dtype), **rates(names[0]))
+            self.tensor_updates(counts_NB.to(state.parameters[names[0]].dtype), **rates(LOCAL + names[0]))
             for names in groups.values()
         ]
         for factor, steps_B, *tensor_updates in zip(factors, counts_NB, *updates_of_groups, strict=True):

@@ -3,6 +3,7 @@
 from html import escape
 from typing import Any, NamedTuple
 
+from pyro import poutine
 from pyro.infer.inspect import get_model_relations
 
 from ltm_pyro.contracts import SEQUENCES, Batch
@@ -27,8 +28,9 @@ class Node(NamedTuple):
 @one_at_a_time
 def plate_diagram(model: Any, batch: Batch) -> str:
     """An SVG: an ellipse per site with its distribution, grey if observed; a frame is the plate of sequences."""
-    with no_param_store():
-        relations = get_model_relations(model, (batch,))
+    with no_param_store(model):
+        drawn = poutine.trace(model).get_trace(batch)  # Pyro's tracking of dependencies cannot draw from every family
+        relations = get_model_relations(poutine.replay(model, trace=drawn), (batch,))
     parents = {name: [p for p in names if p != name] for name, names in relations["sample_sample"].items()}
     global_names = {part.name for part in model.modules() if isinstance(part, GlobalLatent)}
     for name in global_names & parents.keys():

@@ -6,6 +6,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from ltm_pyro.contracts import Batch, Guide
+from ltm_pyro.inference.learning_rates import LOCAL
 from ltm_pyro.inference.state import LocalState
 
 
@@ -13,6 +14,7 @@ class LocalPosterior(PyroModule):
     """q(z | x_i) for the sequences of one batch, as a module: its local parameters are the module's parameters.
 
     It is a guide for `pyro.infer.SVI`, `Predictive` and the importance samplers, for the batch that q was fitted to.
+    Pyro's optimisers see its parameters under the names that `DualRateSVI` has, ``local.z_loc``.
 
     Args:
         guide: the variational family.
@@ -20,7 +22,7 @@ class LocalPosterior(PyroModule):
     """
 
     def __init__(self, guide: Guide, state: LocalState) -> None:
-        super().__init__()
+        super().__init__(LOCAL.removesuffix("."))
         self._guide, self._names = guide, list(state.parameters)
         for name, value in state.parameters.items():
             setattr(self, name, nn.Parameter(value.detach().clone()))

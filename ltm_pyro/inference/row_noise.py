@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ltm_pyro.contracts import SEQUENCES, Batch
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.masking import StratifiedUniform
 from ltm_pyro.utils.rng import mix
 
 WEYL = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64 (Steele, Lea & Flood 2014)
@@ -83,8 +84,18 @@ class RowNoise(Messenger):
                 f"Site '{name}' has batch shape {tuple(shape)} for {len(key_B)} sequences: give its distribution a "
                 f"batch shape that ends in B."
             )
+        if isinstance(fn, StratifiedUniform):
+            return fn.of_rows(*self._sets(shape, fn.STRATA))
         with self.mode(shape):
             return fn.rsample() if fn.has_rsample else fn.sample()
+
+    def _sets(self, shape: torch.Size, strata: int) -> tuple[Tensor, Tensor]:
+        """A uniform number for each cell, the same for each set of a row's draws, and the numbers of the draws."""
+        self.sites += 1
+        draw_S1 = torch.arange(self.first, self.first + shape[:-1].numel(), device=self.keys.key_B.device)[:, None]
+        key_SB = fold_in(fold_in(self.keys.key_B, self.sites), draw_S1 // strata)
+        uniform_SB = _uniform(key_SB.flatten(), 1, torch.float64).view(shape)
+        return uniform_SB, draw_S1.view(*shape[:-1], 1)
 
     def mode(self, shape: torch.Size) -> "RowNoiseMode":
         """A torch mode in which each cell of a shape (…, B) has a random stream of its own, new at every call."""

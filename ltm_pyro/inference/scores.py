@@ -30,15 +30,16 @@ GAIN = ("causal", "causal_prior")  # the estimators whose difference is the pred
 class NatsAndKL(NamedTuple):
     """An estimate of −log p(x) for each sequence, and its KL term, in nats.
 
-    ``kl_stderr_B`` is the Monte Carlo error of the KL, and ``log_weights_SJB`` are the weights whose averages the
-    estimate is made of (`of_weights`); None where an estimator has none. An estimate of the whole text has one average,
-    one block by block has an average for each block.
+    ``kl_stderr_B`` is the Monte Carlo error of the KL, ``nats_stderr_B`` that of the nats, and ``log_weights_SJB`` are
+    the weights whose averages the estimate is made of (`of_weights`); None where an estimator has none. An estimate of
+    the whole text has one average, one block by block has an average for each block.
     """
 
     nats_B: Float[Tensor, " B"]
     kl_B: Float[Tensor, " B"]
     kl_stderr_B: Float[Tensor, " B"] | None = None
     log_weights_SJB: Float[Tensor, "S J B"] | None = None
+    nats_stderr_B: Float[Tensor, " B"] | None = None
 
     @classmethod
     def of_weights(
@@ -78,6 +79,15 @@ class RowScores(NamedTuple):
     tokens_B: Tensor
     bytes_B: Tensor
     scores: dict[str, NatsAndKL]
+
+    def select(self, index_B: Tensor) -> "RowScores":
+        """The sequences at the given indices, in their order."""
+        parts = None if self.parts is None else tuple(self.parts[index] for index in index_B.tolist())
+        scores = {
+            name: NatsAndKL._make(None if x is None else x[..., index_B] for x in found)
+            for name, found in self.scores.items()
+        }
+        return RowScores(self.ids_B[index_B], parts, self.tokens_B[index_B], self.bytes_B[index_B], scores)
 
     @property
     def pieces(self) -> list[Part] | None:
@@ -149,6 +159,9 @@ class Score:
 
     ``stderr`` is over documents, whose pieces are not independent; over sequences if the data do not tell them.
 
+    ``monte_carlo_stderr`` is the part of it that comes from the draws: 0 with infinitely many. None for estimators
+    that do not know it, and for too few draws.
+
     ``converged`` says whether an average over samples can be trusted, None for other estimators. For a weighted average
     k-hat is below min(1 − 1 / log10 S, 0.7) for nearly all sequences (Vehtari et al. 2024, arXiv 1507.02646), or `ais`
     agrees within its error. For `causal` and `causal_prior`, see `is_settled`. ``curve`` has the figure by number of
@@ -163,6 +176,7 @@ class Score:
     samples: int
     is_bound: bool
     converged: bool | None = None
+    monte_carlo_stderr: float | None = None
     curve: dict[int, Point] = field(default_factory=dict)
 
 
@@ -183,6 +197,7 @@ class Evaluation:
     ``cut`` says whether the last document is not whole, because only the first sequences were scored. ``excluded`` are
     the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an estimator's name to
     the reason why it is not defined for this model and guide. ``rows`` are the figures of every sequence.
+    ``worse_than_prior`` says by how much `bound` is above `prior`, and what to do, where q ended worse than the prior.
     """
 
     tokens: int
@@ -195,6 +210,7 @@ class Evaluation:
     shorter_than_a_block: int | None = None  # None without a predictive gain
     unavailable: dict[str, str] = field(default_factory=dict)
     cut: bool = False
+    worse_than_prior: str | None = None
     rows: RowScores | None = field(default=None, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -207,6 +223,13 @@ class Evaluation:
 def rate_of(nats_B: Tensor, tokens_B: Tensor, documents_B: Tensor | None = None) -> Rate:
     """Nats per token of all sequences; ``documents_B`` has the same number for the pieces of one document."""
     return Rate(*clustered_ratio(nats_B, tokens_B, documents_B)[:3])
+
+
+def _monte_carlo(result: NatsAndKL, tokens_B: Tensor) -> float | None:
+    """The standard error of nats per token over the draws, which are independent between sequences."""
+    if result.nats_stderr_B is None or not result.nats_stderr_B.isfinite().all():
+        return None
+    return float(result.nats_stderr_B.square().sum().sqrt() / tokens_B.sum())
 
 
 def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:
@@ -252,16 +275,14 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
         fit_passes: passes through the decoder that fit q to a sequence.
     """
     is_finite_B = rows.is_finite_B
-    excluded = tuple(int(x) for x in rows.ids_B[~is_finite_B])
+    excluded = tuple(sorted(int(x) for x in rows.ids_B[~is_finite_B]))
     if excluded:
         warnings.warn(f"No finite score for the sequences {list(excluded)}: they are left out.", stacklevel=3)
     if not is_finite_B.any():
         raise UsageError("No sequence has a finite score: the checkpoint or the text is broken; try another.")
     pieces = rows.pieces
     tokens_B, bytes_B, documents_B = (x[is_finite_B] for x in (rows.tokens_B, rows.bytes_B, rows.documents_B))
-    results = {
-        name: NatsAndKL._make(x if x is None else x[..., is_finite_B] for x in t) for name, t in rows.scores.items()
-    }
+    results = rows.select(is_finite_B.nonzero()[:, 0]).scores
     rate = partial(rate_of, tokens_B=tokens_B, documents_B=documents_B)
 
     def score(name: str, result: NatsAndKL) -> Score:
@@ -283,6 +304,7 @@ def summarise(rows: RowScores, points: Sequence[int], are_bounds: Mapping[str, b
             samples=1 if name == "reused_noise" else max(points),
             is_bound=are_bounds[name],
             converged=converged,
+            monte_carlo_stderr=_monte_carlo(result, tokens_B),
             curve=curve,
         )
 

@@ -16,7 +16,8 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from ltm_pyro.contracts import Model
+from ltm_pyro.contracts import Batch, Model
+from ltm_pyro.inference.covariates import prior_arguments
 from ltm_pyro.inference.latent_sites import Sites, bijections, innermost, is_local, prior_moments, unconstrained
 from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
@@ -46,7 +47,7 @@ def _is_unimodal(fn: Distribution) -> bool:
     return type(fn).__module__.startswith(OF_LIBRARIES) and "Mixture" not in type(fn).__name__
 
 
-def sites_at_a_draw(model: Model, size: int, keys: RowKeys | None) -> Sites:
+def sites_at_a_draw(model: Model, batch: Batch, keys: RowKeys | None) -> Sites:
     """Distributions for `Guide.init` in place of the prior's: every site's q then starts at a draw from the prior.
 
     Where the site is a mixture, q gets mean and variance of the component that the draw is from; elsewhere the draw
@@ -54,7 +55,7 @@ def sites_at_a_draw(model: Model, size: int, keys: RowKeys | None) -> Sites:
     returns mean and variance in unconstrained coordinates.
     """
     with torch.no_grad(), no_param_store(model), poutine.block(), RowNoise(keys) if keys else nullcontext():
-        nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(size).nodes)
+        nodes: dict[str, Any] = dict(poutine.trace(model.sample_prior).get_trace(*prior_arguments(model, batch)).nodes)
         starts: dict[str, Distribution] = {}
         sites: Sites = {name: node["fn"] for name, node in nodes.items() if is_local(node)}
         for name, (fn, bijection) in bijections(sites).items():

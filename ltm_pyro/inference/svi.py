@@ -8,7 +8,7 @@ import torch
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.inference.elbo import elbo_terms
 from ltm_pyro.inference.global_latents import global_kl
-from ltm_pyro.inference.learning_rates import Rates, parameter_groups, slow_parameters
+from ltm_pyro.inference.learning_rates import Rates, check_rates, parameter_groups, slow_parameters
 from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.utils.threads import one_at_a_time
@@ -27,8 +27,9 @@ class DualRateSVI:
     Args:
         model: the Pyro model; its parameters are global.
         guide: the family of q; its local parameters are in a `LocalState`.
-        rates: maps a parameter name to optimiser arguments, as in `pyro.optim`:
-            ``lambda name: {"lr": 0.3 if name.startswith("z_") else 4e-4}``.
+        rates: maps a parameter name to optimiser arguments, among them ``lr``, as in `pyro.optim`. Names of q's
+            parameters begin with ``local.``, whatever the sites are called; others with the part of the model, as in
+            ``named_parameters``: ``lambda name: {"lr": 0.3 if name.startswith("local.") else 4e-4}``.
         inference: options of the fast loop; ``rates`` replaces its ``rate``.
         optimizer: creates the slow optimiser from parameter groups.
         corpus: N, the number of training sequences, over which the KL of `GlobalLatent` variables is divided; the batch
@@ -46,7 +47,11 @@ class DualRateSVI:
     ) -> None:
         self.model, self.guide, self.rates, self.inference = model, guide, rates, inference
         self.corpus = corpus
-        self.optimizer = optimizer(parameter_groups(slow_parameters(model, guide), rates))
+        slow = slow_parameters(model, guide)
+        names = [name for name, _ in slow]
+        check_rates(rates, names)
+        self.optimizer = optimizer(parameter_groups(slow, rates))
+        check_rates(rates, names, self.optimizer.defaults)  # torch takes any argument, and uses those that it knows
         self.state: LocalState | None = None
 
     @one_at_a_time

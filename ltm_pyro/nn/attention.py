@@ -1,4 +1,4 @@
-"""Attention: causal self-attention over a window of W tokens, and cross-attention of tokens to thoughts.
+"""Attention: causal self-attention over a window of W tokens or full self-attention, and attention to thoughts.
 
 Shapes: B sequences (times particles), H query heads, G key and value heads, T tokens, U new tokens, K thoughts,
 W window, C channels of a head.
@@ -125,6 +125,16 @@ def _flex_mask(length: int, window: int, device: str) -> Any:
         return (i >= j) & (i - j < window)
 
     return create_block_mask(in_window, None, None, length, length, device=device)
+
+
+def full_attention(
+    q_BHTC: Float[Tensor, "B H T C"],
+    k_BHTC: Float[Tensor, "B H T C"],
+    v_BHTC: Float[Tensor, "B H T C"],
+    visible_BT: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B H T C"]:
+    """softmax(q kᵀ / √C) v over all visible tokens of the sequence, before and behind; each has at least one."""
+    return attend(q_BHTC, k_BHTC, v_BHTC, visible_BT[:, None, None])
 
 
 BACKENDS = {  # fastest first

@@ -5,10 +5,17 @@ Shapes: B sequences (times particles), T tokens, K thoughts, D width, H heads, C
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ltm_pyro.nn.attention import KeysValues, ThoughtKV, cross_attention, ring_attention, window_attention
+from ltm_pyro.nn.attention import (
+    KeysValues,
+    ThoughtKV,
+    cross_attention,
+    full_attention,
+    ring_attention,
+    window_attention,
+)
 from ltm_pyro.nn.kv_cache import CacheSlots
 
 RotaryAngles = Tensor  # (..., T, 1, C/2, 2): cosine and sine of one angle per position and pair of channels
@@ -55,17 +62,30 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Causal attention of every token to the last ``window`` tokens, itself included; see `attention.BACKENDS`."""
+    """Causal attention of every token to the last ``window`` tokens, itself included; see `attention.BACKENDS`.
 
-    def __init__(self, width: int, heads: int, kv_heads: int, window: int, attention: str = "auto") -> None:
+    Without a window every token attends to all visible ones, also to those behind it.
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, window: int | None, attention: str = "auto") -> None:
         super().__init__(width, heads, kv_heads)
         self.window, self.attention = window, attention
         self.query_key_value = nn.Linear(width, (heads + 2 * kv_heads) * self.channels, bias=False)
 
-    def forward(self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles) -> Float[Tensor, "B T D"]:
-        """The layer's output for normalised input; the caller adds the residual."""
+    def forward(
+        self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles, visible_BT: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """The layer's output for normalised input; the caller adds the residual.
+
+        Args:
+            visible_BT: the tokens that are attended to without a window: all but padding.
+        """
         q_BHTC, new = self.project(x_BTD, angles)
-        return self.merge(window_attention(q_BHTC, *new.repeat_heads(self.heads), self.window, self.attention))
+        new = new.repeat_heads(self.heads)
+        if self.window is not None:
+            return self.merge(window_attention(q_BHTC, *new, self.window, self.attention))
+        assert visible_BT is not None
+        return self.merge(full_attention(q_BHTC, *new, visible_BT))
 
     def project(
         self, x_BTD: Float[Tensor, "B T D"], angles: RotaryAngles

@@ -23,7 +23,7 @@ class TokenCategorical(TorchDistribution):
     Args:
         hidden_BTD: the decoder's output; it may have leading particle axes.
         embedding_VD: E, the embedding, tied to the output layer.
-        mask_BT: m, False at padding.
+        mask_BT: m, False at padding; or weights of the tokens.
         late: the part for E's gradient, created before the decoder runs, which saves memory if E needs a gradient.
     """
 
@@ -35,7 +35,7 @@ class TokenCategorical(TorchDistribution):
         self,
         hidden_BTD: Float[Tensor, "... B T D"],
         embedding_VD: Float[Tensor, "V D"],
-        mask_BT: Bool[Tensor, "B T"],
+        mask_BT: Bool[Tensor, "B T"] | Float[Tensor, "... B T"],
         late: LateGradient | None = None,
     ) -> None:
         self.hidden_BTD, self.embedding_VD, self.mask_BT, self.late = hidden_BTD, embedding_VD, mask_BT, late

@@ -5,6 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.load import SAFETENSORS, build_run, is_export
 from ltm_pyro.runs.run import Run
@@ -42,7 +44,11 @@ def save_pretrained(
     texts = checkpoint["ltm_pyro"]
     loaded = build_run(texts["recipe"], texts["tokenizer"], checkpoint["state_dict"], run, trust)
     with writing(folder), new_folder(folder), ExitStack() as replaced:
-        weights = {name: weight.contiguous() for name, weight in checkpoint["state_dict"].items()}
+        # each weight has memory of its own there, also one that the model has under two names
+        weights = {
+            name: weight.clone(memory_format=torch.contiguous_format)
+            for name, weight in checkpoint["state_dict"].items()
+        }
         files = {  # replaced from the last to the first: with its weights a folder is an export
             WEIGHTS: torch_file.save(weights, metadata={"format": "pt"}),  # safetensors' save_file writes mode 0600
             CARD: card(loaded, figures or {}).encode(),
@@ -54,10 +60,24 @@ def save_pretrained(
     return folder
 
 
+_ABOUT = (
+    "# A Latent-Thought Language Model",
+    "",
+    "A decoder that reads a few latent vectors of each text, its thoughts, inferred by a few gradient steps",
+    "([arXiv 2502.01567](https://arxiv.org/abs/2502.01567)). Made with ltm_pyro.",
+)
+_ABOUT_BASELINE = (
+    "# A baseline of Latent-Thought Language Models",
+    "",
+    "A language model without latent vectors, of the same trunk. Made with ltm_pyro.",
+)
+
+
 def card(run: Run, figures: Mapping[str, Any]) -> str:
     """What a reader of the hub sees first."""
     decoder: Any = run.model.decoder
     _, thoughts, width = decoder.thought_shape
+    window = "all" if decoder.window is None else decoder.window
     lines = [
         "---",
         "library_name: ltm_pyro",
@@ -65,16 +85,13 @@ def card(run: Run, figures: Mapping[str, Any]) -> str:
         "tags: [latent-thought-model, variational-bayes, pyro]",
         "---",
         "",
-        "# A Latent-Thought Language Model",
-        "",
-        "A decoder that reads a few latent vectors of each text, its thoughts, inferred by a few gradient steps",
-        "([arXiv 2502.01567](https://arxiv.org/abs/2502.01567)). Made with ltm_pyro.",
+        *(_ABOUT if thoughts else _ABOUT_BASELINE),
         "",
         "| | |",
         "| --- | --- |",
         f"| parameters | {sum(p.numel() for p in run.model.parameters()):,} |",
         f"| prior, guide | `{_dotted(run.model.prior)}`, `{_dotted(run.guide)}` |",
-        f"| layers, width, window, length | {decoder.layers}, {decoder.width}, {decoder.window}, {run.length} |",
+        f"| layers, width, window, length | {decoder.layers}, {decoder.width}, {window}, {run.length} |",
         f"| thoughts per layer, their width | {thoughts}, {width} |",
         f"| vocabulary | {decoder.vocabulary:,} |",
         f"| fast steps, rate (evaluation) | {run.inference.steps}, {run.inference.rate} |",

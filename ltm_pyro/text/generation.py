@@ -16,6 +16,7 @@ from ltm_pyro.data.encode import Tokens, batch_of_rows, encode_document, encode_
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.runs.run import Run
+from ltm_pyro.text.denoising import check_sampling, denoise, draw_lengths, fills_gaps
 from ltm_pyro.text.sampling import Sampling, choose, penalise
 from ltm_pyro.text.streaming import Streamer, TextDecoder, token_texts
 from ltm_pyro.text.thoughts import ThoughtSampler, ThoughtSampling
@@ -34,40 +35,142 @@ def generate(
     streamer: Streamer | None = None,
     batch_size: int = 32,
     compile: bool = False,
+    denoising_steps: int | None = None,
 ) -> list[str]:
     """Continuations of the prompts, in the order of the prompts.
 
     z ~ p(z) for an empty prompt; otherwise q is fitted to the prompt alone and z ~ q(z | prompt) (arXiv 2502.01567,
     section 2.3). `END_OF_TEXT` is not appended to a prompt.
 
+    Masked diffusion keeps a prompt as it is, draws the length of the text from the model's law of lengths, and fills
+    the rest in a random order (`ltm_pyro.text.denoising.denoise`); see also `infill`.
+
     Args:
         generator: draws the random seed, in place of ``seed``.
         streamer: receives the tokens of a single text as they are generated.
         batch_size: the most texts generated together; it does not change them.
         compile: decodes single tokens with torch's compiler: about twice as fast after half a minute.
+        denoising_steps: N of masked diffusion: in so many steps a text is filled; by default token by token.
     """
-    sampling, thought_sampling = sampling or Sampling(), thought_sampling or ThoughtSampling()
     rows = [encode_prompt(run.tokenizer, prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    if generator:
+        seed = int(torch.randint(2**62, (), generator=generator))
+    return generate_from_tokens(
+        run, rows, sampling, thought_sampling, seed, streamer, batch_size, compile, denoising_steps
+    )
+
+
+@one_at_a_time
+def generate_from_tokens(
+    run: Run,
+    rows: Sequence[Tokens],
+    sampling: Sampling | None = None,
+    thought_sampling: ThoughtSampling | None = None,
+    seed: int = 0,
+    streamer: Streamer | None = None,
+    batch_size: int = 32,
+    compile: bool = False,
+    denoising_steps: int | None = None,
+) -> list[str]:
+    """`generate` for prompts that are tokens already, such as the end of a longer one."""
+    sampling, thought_sampling = sampling or Sampling(), thought_sampling or ThoughtSampling()
     if too_long := [len(row) for row in rows if len(row) >= run.length]:
         raise UsageError(f"A prompt has {too_long[0]} tokens, but the model's length is {run.length}: shorten it.")
     copies = sampling.num_return_sequences
     if streamer and len(rows) * copies > 1:
         raise UsageError(f"A streamer takes one text, but {len(rows) * copies} are asked for: ask for one at a time.")
-    if generator:
-        seed = int(torch.randint(2**62, (), generator=generator))
+    if fills_gaps(run):
+        others = {name: getattr(thought_sampling, name) for name in ("refit_every", "layers")}
+        others |= {"candidates": thought_sampling.candidates > 1, "stream": streamer is not None, "compile": compile}
+        check_sampling(run, sampling, **others)
+        return _continue(run, [row for row in rows for _ in range(copies)], sampling, seed, batch_size, denoising_steps)
+    if denoising_steps is not None:
+        raise UsageError(
+            f"This run writes from left to right, not in {denoising_steps} denoising steps: leave them out."
+        )
     given = Counter[tuple[int, ...]]()
     size = max(1, batch_size // copies)
     texts: list[str] = []
     for first in range(0, len(rows), size):
-        chunk, times = rows[first : first + size], []
-        for row in chunk:
-            times.append(given[tuple(row)])  # a prompt that is given twice has two different texts
-            given[tuple(row)] += 1
+        chunk = rows[first : first + size]
+        times = _times_given(chunk, given)
         sampler = ThoughtSampler(run, chunk, prompt_keys(run, chunk, seed, times), thought_sampling, copies)
         repeated = [row for row in chunk for _ in range(copies)]
         z_BLKD = sampler.sample()
         texts += decode(run, write(run, repeated, z_BLKD, sampler.keys, sampling, sampler, streamer, compile))
     return texts
+
+
+@one_at_a_time
+def infill(
+    run: Run,
+    parts: Sequence[str | int],
+    sampling: Sampling | None = None,
+    *,
+    seed: int = 0,
+    denoising_steps: int | None = None,
+) -> list[str]:
+    """Whole texts in which the gaps between the given parts are filled; for runs of masked diffusion only.
+
+    Args:
+        parts: texts, each encoded by itself, and gaps: numbers of tokens. The text ends behind the last one.
+        sampling: ``num_return_sequences`` says how many texts; ``max_new_tokens`` has no meaning.
+        denoising_steps: N; by default the gaps are filled token by token.
+    """
+    sampling = sampling or Sampling()
+    if not fills_gaps(run):
+        raise UsageError(
+            "This run writes from left to right and sees no text behind a gap: use a masked diffusion run."
+        )
+    check_sampling(run, sampling, stop_strings=sampling.stop_strings)
+    row: list[int | None] = []
+    for part in parts:
+        row += encode_prompt(run.tokenizer, part) if isinstance(part, str) else [None] * part
+    if None not in row or any(part < 1 for part in parts if isinstance(part, int)):
+        raise UsageError("There is no gap to fill, or one of no tokens: give each at least one token.")
+    if len(row) >= run.length:
+        raise UsageError(f"Text and gaps have {len(row)} tokens, but the model's length is {run.length}: shorten them.")
+    rows = [[*row, run.start_token]] * sampling.num_return_sequences  # the text ends there
+    known = [[token for token in row if token is not None]] * len(rows)
+    keys = prompt_keys(run, known, seed, range(len(rows)))
+    return decode(run, [x[:-1] for x in denoise(run, rows, keys, sampling, denoising_steps, never=run.start_token)])
+
+
+def _continue(
+    run: Run, prompts: Sequence[Tokens], sampling: Sampling, seed: int, batch_size: int, steps: int | None
+) -> list[str]:
+    """The continuations by masked diffusion; a text that is drawn longer than asked for is left unfinished."""
+    given, texts = Counter[tuple[int, ...]](), list[str]()
+    for first in range(0, len(prompts), batch_size):
+        chunk = prompts[first : first + batch_size]
+        keys = prompt_keys(run, chunk, seed, _times_given(chunk, given))
+        lengths = draw_lengths(run, chunk, keys)
+        most = [min(n - len(row), sampling.max_new_tokens) for n, row in zip(lengths, chunk, strict=True)]
+        rows = [[*row, *[None] * n] for row, n in zip(chunk, most, strict=True)]
+        for row, tokens in zip(chunk, denoise(run, rows, keys, sampling, steps, lengths), strict=True):
+            new = tokens[len(row) :]
+            new = new[: new.index(run.start_token)] if run.start_token in new else new
+            texts.append(_up_to_stop(run, new, sampling.stop_strings))
+    return texts
+
+
+def _times_given(rows: Sequence[Tokens], given: Counter[tuple[int, ...]]) -> list[int]:
+    """How often each row was given before, counted in ``given``: a prompt given twice has two different texts."""
+    times = []
+    for row in rows:
+        times.append(given[tuple(row)])
+        given[tuple(row)] += 1
+    return times
+
+
+def _up_to_stop(run: Run, tokens: Tokens, stops: Sequence[str]) -> str:
+    """The text of tokens up to the one that completes a stop string."""
+    decoder, text = TextDecoder(token_texts(run.tokenizer)), ""
+    for token in tokens:
+        text += decoder.push([token])
+        if any(stop in text for stop in stops):
+            break
+    return text
 
 
 @one_at_a_time
@@ -87,6 +190,8 @@ def interpolate(
     z₁ and z₂ are draws from the posteriors of the two texts, each read as a whole document. If they were independent
     draws from a standard normal prior, so would every z(α) be. The tokens of all steps are chosen with the same noise.
     """
+    if fills_gaps(run):
+        raise UsageError("This run has no thoughts to interpolate between: leave that to a Latent-Thought model.")
     if steps < 2:
         raise UsageError(f"An interpolation needs both ends: ask for at least 2 texts, not {steps}.")
     rows = [encode_document(run.tokenizer, text) for text in texts]
@@ -158,7 +263,7 @@ class _TokenBuffer:
 
     def __init__(self, run: Run, prompts: Sequence[Tokens], sampling: Sampling) -> None:
         self.rows, self.ended = [list(row) for row in prompts], [False] * len(prompts)
-        self._run, self._stops = run, sampling.stop_strings
+        self._run, self._stops = run, tuple(sampling.stop_strings or ())
         bytes_V = token_texts(run.tokenizer) if self._stops else []
         self._decoders, self._tails = [TextDecoder(bytes_V) for _ in prompts], [""] * len(prompts)
         self.seen_BV = torch.zeros(len(prompts), run.model.decoder.vocabulary, dtype=torch.bool, device=run.device)

@@ -4,7 +4,8 @@ Shapes: B rows, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,30 +18,37 @@ from ltm_pyro.errors import UsageError
 class Sampling:
     """How many tokens are generated after a prompt, and how each of them is chosen.
 
+    None as a filter or as the stop strings is none, as it is in Hugging Face's `GenerationConfig`.
+
     Args:
         max_new_tokens: the most tokens after the prompt; `END_OF_TEXT` stops earlier.
         do_sample: draws the tokens; if False, takes the likeliest.
         temperature: divides the logits.
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: of those, only the likeliest that together have this probability (arXiv 1904.09751).
+        top_k: only the k likeliest tokens, and those as likely as the last of them; 0 for all.
+        top_p: of those, the fewest of the likeliest that together have this probability (arXiv 1904.09751); 1 for all.
         min_p: of those, only tokens with at least this share of the likeliest token's probability (arXiv 2407.01082).
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the row has
             already (Keskar et al. 2019, arXiv 1909.05858).
         num_return_sequences: texts per prompt, each with thoughts of its own.
-        stop_strings: a text ends with the token that completes one of them; that token is kept.
+        stop_strings: a text ends with the token that completes one of them; that token is kept. One string is itself.
     """
 
     max_new_tokens: int = 64
     do_sample: bool = True
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_k: int | None = 0
+    top_p: float | None = 1.0
+    min_p: float | None = 0.0
     repetition_penalty: float = 1.0
     num_return_sequences: int = 1
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: str | Sequence[str] | None = ()
 
     def __post_init__(self) -> None:
+        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings or ())
+        object.__setattr__(self, "stop_strings", stops)
+        for option in fields(self):
+            if getattr(self, option.name) is None:
+                object.__setattr__(self, option.name, option.default)
         for name in ("max_new_tokens", "num_return_sequences"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -48,17 +56,18 @@ class Sampling:
             raise UsageError(
                 f"Temperature must be positive and finite, got {self.temperature}: for the likeliest, do not sample."
             )
-        if self.top_k < 0:
-            raise UsageError(f"top_k must not be negative, got {self.top_k}: use 0 for all tokens.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be in (0, 1], got {self.top_p}.")
-        if not 0 <= self.min_p <= 1:
-            raise UsageError(f"min_p must be in [0, 1], got {self.min_p}.")
+        top_k, top_p, min_p = self.filters
+        if top_k < 0:
+            raise UsageError(f"top_k must not be negative, got {top_k}: use 0 for all tokens.")
+        if not 0 < top_p <= 1:
+            raise UsageError(f"top_p must be in (0, 1], got {top_p}.")
+        if not 0 <= min_p <= 1:
+            raise UsageError(f"min_p must be in [0, 1], got {min_p}.")
         if not 0 < self.repetition_penalty < math.inf:
             raise UsageError(
                 f"repetition_penalty must be positive and finite, got {self.repetition_penalty}: 1 is none."
             )
-        if "" in self.stop_strings:
+        if "" in stops:
             raise UsageError("A stop string is empty, so every text would end at once: leave it out.")
         neutral = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
         ignored = [name for name, value in neutral.items() if getattr(self, name) != value]
@@ -67,6 +76,11 @@ class Sampling:
                 f"{ignored[0]} {getattr(self, ignored[0])} chooses among draws, but nothing is sampled: drop it."
             )
 
+    @property
+    def filters(self) -> tuple[int, float, float]:
+        """top_k, top_p and min_p; 0, 1 and 0 filter nothing."""
+        return self.top_k or 0, 1.0 if self.top_p is None else self.top_p, self.min_p or 0.0
+
 
 def penalise(logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"], penalty: float) -> Float[Tensor, "B V"]:
     """Logits with a lower value at tokens seen before."""
@@ -74,14 +88,22 @@ def penalise(logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"], pena
 
 
 def filter_logits(logits_BV: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
-    """Logits divided by the temperature; −∞ outside the top k, then outside top p, then below min p."""
-    sorted_BV, order_BV = (logits_BV / sampling.temperature).sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k:
-        sorted_BV[:, sampling.top_k :] = -torch.inf
-    p_BV = sorted_BV.softmax(-1)
-    drop_BV = (p_BV.cumsum(-1) - p_BV >= sampling.top_p) | (p_BV < sampling.min_p * p_BV[:, :1])
-    drop_BV[:, 0] = False
-    return torch.empty_like(sorted_BV).scatter(-1, order_BV, sorted_BV.masked_fill(drop_BV, -torch.inf))
+    """Logits divided by the temperature; −∞ outside the top k, then outside top p, then below min p.
+
+    As the warpers of `transformers` do it: also where several tokens are as likely as the last one within top p.
+    """
+    x_BV, (top_k, top_p, min_p) = logits_BV / sampling.temperature, sampling.filters
+    if 0 < top_k < x_BV.shape[-1]:
+        x_BV = x_BV.masked_fill(x_BV < x_BV.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        sorted_BV, order_BV = x_BV.sort(dim=-1)
+        drop_BV = sorted_BV.softmax(-1).cumsum(-1) <= 1 - top_p  # from the least likely on, where sums lose no digits
+        drop_BV[:, -1] = False
+        x_BV = x_BV.masked_fill(torch.empty_like(drop_BV).scatter(-1, order_BV, drop_BV), -torch.inf)
+    if min_p:
+        p_BV = x_BV.softmax(-1)
+        x_BV = x_BV.masked_fill(p_BV < min_p * p_BV.amax(-1, keepdim=True), -torch.inf)
+    return x_BV
 
 
 def choose(logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"], sampling: Sampling) -> Int[Tensor, " B"]:

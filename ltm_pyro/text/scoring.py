@@ -12,7 +12,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ltm_pyro.data.encode import Tokens, batch_of_rows, encode_document, encode_prompt, split_tokens
+from ltm_pyro.data.encode import (
+    Tokens,
+    batch_of_rows,
+    batches_of_like_length,
+    encode_document,
+    encode_prompt,
+    split_tokens,
+)
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.estimators import OF_A_BATCH, check_estimators, estimate, fit_problem, unavailable
 from ltm_pyro.inference.global_latents import fix_global_draws
@@ -36,7 +43,7 @@ class Scoring:
         inference: settings of local inference; those of the run's evaluation when not given.
         block: tokens between two fits of ``causal``.
         seed: the random seed.
-        batch_size: texts fitted together.
+        batch_size: texts of full length fitted together; of shorter ones up to four times as many.
         longer: what happens to a text longer than the model: ``split`` into rows with thoughts of their own, or scored
             as a ``whole`` under one z, alone in its batch (`ltm_pyro.models.PiecewiseDecoder` says what fits in
             memory).
@@ -128,13 +135,23 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
         batch = batch_of_rows([tokens], run.start_token, len(tokens), run.device)
         problem = fit_problem(long, run.guide, batch, inference, scoring.samples, scoring.seed, scoring.block)
         nats[index] = estimate(problem, scoring.estimator).nats_B.item()
-    for first in range(0, len(rows), scoring.batch_size):
-        chunk = rows[first : first + scoring.batch_size]
-        batch = batch_of_rows([row for _, row in chunk], run.start_token, run.length, run.device)
-        problem = fit_problem(run.model, run.guide, batch, inference, scoring.samples, scoring.seed, scoring.block)
-        for (index, _), row_nats in zip(chunk, estimate(problem, scoring.estimator).nats_B.tolist(), strict=True):
-            nats[index] += row_nats
+    for (index, _), row_nats in zip(rows, score_rows(run, [row for _, row in rows], scoring), strict=True):
+        nats[index] += row_nats
     return [TextScore(n, len(x), len(text.encode())) for n, x, text in zip(nats, documents, texts, strict=True)]
+
+
+@seeded(0)
+def score_rows(run: Run, rows: Sequence[Tokens], scoring: Scoring | None = None) -> list[float]:
+    """−log p(x) by the estimator, in nats, of rows of at most T tokens, each with thoughts of its own."""
+    scoring, nats = scoring or Scoring(), [0.0] * len(rows)
+    unavailable(run.model, run.guide, [scoring.estimator])
+    for chosen in batches_of_like_length([*map(len, rows)], scoring.batch_size, run.length):
+        batch = batch_of_rows([rows[index] for index in chosen], run.start_token, run.length, run.device)
+        inference = scoring.inference or run.inference
+        problem = fit_problem(run.model, run.guide, batch, inference, scoring.samples, scoring.seed, scoring.block)
+        for index, row_nats in zip(chosen, estimate(problem, scoring.estimator).nats_B.tolist(), strict=True):
+            nats[index] = row_nats
+    return nats
 
 
 def score_continuations(
@@ -146,13 +163,15 @@ def score_continuations(
         \qquad z_s \sim q(z \mid x)
 
     ``iwae`` has :math:`w_s = p(x, z_s) / q(z_s \mid x)`, ``prior_iwae`` draws from p(z) and has :math:`w_s =
-    p(x \mid z_s)`, ``causal`` and ``reused_noise`` equal weights; ``causal`` fits
-    q again to what came before each block. ``bound`` and ``prior`` average −log p(y_u | x, z_s) instead, over draws
-    from q and from p(z). None of these bounds −log p(y | x): they are predictive scores.
+    p(x \mid z_s)`, ``causal``, ``causal_prior`` and ``reused_noise`` equal weights; ``causal`` fits q again to what
+    came before each block, and ``causal_prior`` draws from p(z) for each. ``bound`` and ``prior`` average
+    −log p(y_u | x, z_s) instead, over draws from q and from p(z). None of these bounds −log p(y | x): they are
+    predictive scores.
 
     Args:
         pairs: context and continuation, each encoded by itself and without `END_OF_TEXT`; z comes from the prior if the
-            context is empty.
+            context is empty. Continuations of one context are scored at the same draws of one fit: the choices of a
+            question cost one fit, and the noise of z has no part in which of them is the likeliest.
     """
     encoded = [(encode_prompt(run.tokenizer, context), encode_prompt(run.tokenizer, text)) for context, text in pairs]
     return score_tokens(run, encoded, scoring)
@@ -163,6 +182,8 @@ def score_tokens(
     run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scoring | None = None
 ) -> list[ContinuationScore]:
     """`score_continuations` for contexts and continuations that are tokens already."""
+    if reason := getattr(run.model, "only_bound", None):
+        raise UsageError(f"Continuations have no score token by token: {reason}; score whole texts by bound.")
     for index, (context, tokens) in enumerate(pairs):
         if not tokens:
             raise UsageError(f"Continuation {index} is empty: there is nothing to score; leave it out.")
@@ -171,56 +192,75 @@ def score_tokens(
                 f"Context and continuation {index} have {len(context) + len(tokens)} tokens, but the model's length is "
                 f"{run.length}: shorten the context."
             )
-    scoring, scores = scoring or Scoring(), []
+    scoring, scores = scoring or Scoring(), [ContinuationScore([], [])] * len(pairs)
     if scoring.estimator == "ais":
         raise UsageError("The estimator ais scores whole texts, not continuations: choose iwae.")
-    longest = max((len(tokens) for _, tokens in pairs), default=1)
-    size = max(1, min(scoring.batch_size, LOGITS_AT_ONCE // (longest * run.model.decoder.vocabulary)))
-    for first in range(0, len(pairs), size):
+    same: dict[tuple[int, ...], list[int]] = {}  # the pairs of one context, whose fit they share
+    for index, (context, _) in enumerate(pairs):
+        alone = (-1, index) if scoring.estimator == "causal" else ()  # because later fits are of other texts
+        same.setdefault((*alone, *context), []).append(index)
+    groups = [*same.values()]
+    for chosen in batches_of_like_length([len(pairs[x[0]][0]) for x in groups], scoring.batch_size, run.length):
+        rows = [index for group in chosen for index in groups[group]]
         with fix_global_draws(run.model, scoring.seed):  # z and its weight belong to one draw of the global latents
-            scores += _score_batch(run, pairs[first : first + size], scoring)
+            for index, found in zip(rows, _score_batch(run, [pairs[row] for row in rows], scoring), strict=True):
+                scores[index] = found
     return scores
 
 
 def _score_batch(run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scoring) -> list[ContinuationScore]:
-    """Block by block under ``causal``, where q continues from block to block; else all tokens at once.
+    """Block by block under ``causal``, where q continues, and ``causal_prior``; else all tokens at once.
 
-    The random streams depend on the tokens before a block and on nothing after them.
+    Continuations of the same tokens share one fit of q and its draws. The random streams depend on the tokens before a
+    block and on nothing after them.
     """
     name, inference = scoring.estimator, scoring.inference or run.inference
     samples = scoring.samples
     if name == "reused_noise":  # its only draw is the one that q was fitted with
         inference, samples = replace(inference, noise="reused", particles=1, kl="exact", stop=None), 1
+    is_prior = name in ("prior", "prior_iwae", "causal_prior")
+    if is_prior:
+        inference = replace(inference, steps=0)
     longest = max(len(tokens) for _, tokens in pairs)
-    block = scoring.block if name == "causal" else longest
-    scores = [ContinuationScore([], []) for _ in pairs]
-    rows, state = torch.arange(len(pairs)), None
+    block = scoring.block if name in ("causal", "causal_prior") else longest
+    scores, state = [ContinuationScore([], []) for _ in pairs], None
+    rows: Sequence[int] = range(len(pairs))
+    fit_of: dict[tuple[int, ...], int] = {}
     for first in range(0, longest, block):
-        unfinished = torch.tensor([len(pairs[row][1]) > first for row in rows]).nonzero()[:, 0]
-        rows, state = rows[unfinished], state and state.select(unfinished)
-        known = [[*pairs[row][0], *pairs[row][1][:first]] for row in rows]
-        targets = [pairs[row][1][first : first + block] for row in rows]
-        context = batch_of_rows(known, run.start_token, run.length, run.device)
-        keys = RowKeys.of_batch(context, scoring.seed)
-        if name in ("prior", "prior_iwae"):
-            context = batch_of_rows([[] for _ in known], run.start_token, run.length, run.device)
+        rows = [row for row in rows if len(pairs[row][1]) > first]
+        known = [(*pairs[row][0], *pairs[row][1][:first]) for row in rows]
+        before, fit_of = fit_of, {tokens: index for index, tokens in enumerate(dict.fromkeys(known))}
+        if state is not None:  # every fit continues that of the text without its last block
+            state = state.select(torch.tensor([before[tokens[:-block]] for tokens in fit_of], device=run.device))
+        batch = batch_of_rows([*fit_of], run.start_token, run.length, run.device)
+        keys, context = RowKeys.of_batch(batch, scoring.seed), batch
+        if is_prior:
+            context = batch_of_rows([[] for _ in fit_of], run.start_token, run.length, run.device)
         with torch.no_grad():
             state, _ = infer_local(run.model, run.guide, context, inference, state, keys=keys)
-        average = _PredictiveAverage(run, known, targets)
-        chunk = max(1, LOGITS_AT_ONCE // average.numerator_BUV.numel())  # draws that fit in memory
-        for done in range(0, samples, chunk):
-            noise = inference.draws_of_step(state).noise if name == "reused_noise" else None
-            z_SBLKD, log_weight_SB = draw_thoughts(run, context, state, min(chunk, samples - done), keys, done, noise)
-            if name == "prior_iwae":  # what p(z | context) weighs draws of p(z) with
-                with torch.no_grad():
-                    batch = batch_of_rows(known, run.start_token, run.length, run.device)
-                    log_weight_SB = run.model.observation(z_SBLKD, batch).log_prob(run.model.observed(batch))
-            average.add(z_SBLKD, log_weight_SB * (name in ("iwae", "prior_iwae")))
-        nats_BU = average.mean_nats_BU() if name in ("bound", "prior") else average.nats_BU()
-        found = zip(rows.tolist(), targets, nats_BU.tolist(), average.likeliest_BU().tolist(), strict=True)
-        for row, tokens, nats_U, likeliest_U in found:
-            scores[row].nats_U.extend(nats_U[: len(tokens)])
-            scores[row].likeliest_U.extend(likeliest_U[: len(tokens)])
+        targets = [pairs[row][1][first : first + block] for row in rows]
+        room = max(1, LOGITS_AT_ONCE // (max(map(len, targets)) * run.model.decoder.vocabulary))
+        for start in range(0, len(rows), room):
+            part = slice(start, start + room)
+            fit_B = torch.tensor([fit_of[tokens] for tokens in known[part]], device=run.device)
+            used_F, which_B = fit_B.unique(return_inverse=True)
+            fitted, q, fit_keys = context.select(used_F), state.select(used_F), keys.select(used_F)
+            average = _PredictiveAverage(run, known[part], targets[part])
+            chunk = max(1, LOGITS_AT_ONCE // average.numerator_BUV.numel())  # draws that fit in memory
+            for done in range(0, samples, chunk):
+                noise = inference.draws_of_step(q).noise if name == "reused_noise" else None
+                drawn = draw_thoughts(run, fitted, q, min(chunk, samples - done), fit_keys, done, noise)
+                z_SFLKD, log_weight_SF = drawn
+                if name == "prior_iwae":  # what p(z | context) weighs draws of p(z) with
+                    with torch.no_grad():
+                        seen = batch.select(used_F)
+                        log_weight_SF = run.model.observation(z_SFLKD, seen).log_prob(run.model.observed(seen))
+                average.add(z_SFLKD[:, which_B], log_weight_SF[:, which_B] * (name in ("iwae", "prior_iwae")))
+            nats_BU = average.mean_nats_BU() if name in ("bound", "prior") else average.nats_BU()
+            found = zip(rows[part], targets[part], nats_BU.tolist(), average.likeliest_BU().tolist(), strict=True)
+            for row, tokens, nats_U, likeliest_U in found:
+                scores[row].nats_U.extend(nats_U[: len(tokens)])
+                scores[row].likeliest_U.extend(likeliest_U[: len(tokens)])
     return scores
 
 

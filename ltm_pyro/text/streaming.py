@@ -8,7 +8,7 @@ from typing import Protocol, TextIO, runtime_checkable
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ltm_pyro.data.tokenizer import vocabulary_size
+from ltm_pyro.data.tokenizer import byte_alphabet, vocabulary_size
 
 
 @runtime_checkable
@@ -57,7 +57,7 @@ class TextStreamer:
 
 def token_texts(tokenizer: Tokenizer) -> list[bytes]:
     """The UTF-8 bytes of each token; none for special tokens."""
-    byte_of, added = _byte_alphabet(), tokenizer.get_added_tokens_decoder()
+    byte_of, added = byte_alphabet(), tokenizer.get_added_tokens_decoder()
     bytes_V = [b""] * vocabulary_size(tokenizer)
     for token, index in tokenizer.get_vocab().items():
         if index not in added:
@@ -65,10 +65,3 @@ def token_texts(tokenizer: Tokenizer) -> list[bytes]:
         elif not added[index].special:
             bytes_V[index] = token.encode()
     return bytes_V
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Letter to byte in byte-level BPE: printable Latin-1 bytes are their own letters, the others U+0100 and up."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

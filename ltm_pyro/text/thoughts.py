@@ -4,10 +4,10 @@ Each row has random streams of its own (`RowKeys`), so that its thoughts do not 
 Shapes: B rows, L layers, K thoughts per layer, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from ltm_pyro.contracts import PARTICLES, Batch
 from ltm_pyro.data.encode import Tokens, batch_of_rows
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.covariates import prior_arguments, with_labels
 from ltm_pyro.inference.elbo import log_weights
 from ltm_pyro.inference.global_latents import fix_draws_by_keys
 from ltm_pyro.inference.local import infer_local
@@ -41,12 +42,14 @@ class ThoughtSampling:
         refit_every: fits q again, and draws z anew, after so many new tokens; 0 for never.
         layers: which layers attend to their thoughts, counted from 1 among those that have thoughts; all when not
             given.
+        labels: of the documents that are written, for a prior that asks for them: by name, such as their source.
     """
 
     inference: LocalInference | None = None
     candidates: int = 1
     refit_every: int = 0
     layers: tuple[int, ...] | None = None
+    labels: Mapping[str, str | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.candidates < 1:
@@ -101,9 +104,9 @@ def draw_thoughts(
         replayed = poutine.replay(run.guide, trace=q)
         log_weight_B = log_weights(run.model, replayed, batch, state.parameters, particles)
         with plate:
-            z_BLKD = poutine.replay(run.model.sample_prior, trace=q)(batch.size)
+            z_BLKD = poutine.replay(run.model.sample_prior, trace=q)(*prior_arguments(run.model, batch))
         with prior_noise or nullcontext(), plate:
-            prior_BLKD = run.model.sample_prior(batch.size)
+            prior_BLKD = run.model.sample_prior(*prior_arguments(run.model, batch))
     has_tokens_B = batch.tokens_B > 0
     return WeightedThoughts(z_BLKD.where(has_tokens_B[:, None, None, None], prior_BLKD), log_weight_B * has_tokens_B)
 
@@ -133,17 +136,26 @@ class ThoughtSampler:
 
     def sample(self) -> Float[Tensor, "B L K D"]:
         """One z per text, given its prompt; q is fitted once per prompt."""
-        batch = batch_of_rows(self.prompts, self.run.start_token, self.run.length, self.run.device)
+        batch = self._labelled(batch_of_rows(self.prompts, self.run.start_token, self.run.length, self.run.device))
         state, _ = infer_local(self.run.model, self.run.guide, batch, self.inference, keys=self.prompt_keys)
         return self._draw(batch.select(self.prompt_B), state.select(self.prompt_B))
 
     def resample(self, rows: Sequence[Tokens]) -> Float[Tensor, "B L K D"]:
         """One z per text, given prompt and everything written so far; q continues from its last state."""
-        batch = batch_of_rows(rows, self.run.start_token, self.run.length, self.run.device)
+        batch = self._labelled(batch_of_rows(rows, self.run.start_token, self.run.length, self.run.device))
         keys = self.keys.fold_in(self.fits)
         return self._draw(
             batch, infer_local(self.run.model, self.run.guide, batch, self.inference, self.state, keys=keys)[0]
         )
+
+    def _labelled(self, batch: Batch) -> Batch:
+        """The batch with the labels that are asked for; `UsageError` for those that the prior does not ask for."""
+        labels: Mapping[str, str | float] = self.thought_sampling.labels
+        asked: Any = getattr(self.run.model, "covariates", None)
+        if wrong := sorted({*labels} - {*(asked.names if asked else ())}):
+            known = f"its labels are {', '.join(asked.names)}" if asked and asked.names else "it asks for none"
+            raise UsageError(f"The run's prior does not ask for the label '{wrong[0]}': {known}.")
+        return with_labels(batch, [labels] * batch.size) if labels else batch
 
     def _draw(self, batch: Batch, state: LocalState) -> Float[Tensor, "B L K D"]:
         """Sampling importance resampling: the candidates, and one of them per text by its weight."""

@@ -1,12 +1,14 @@
 """Checks before the first step that model and guide can be trained: finite terms, a gradient for every parameter."""
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
 
 from ltm_pyro.contracts import SEQUENCES, Batch, Guide, Init, LocalParameters, make_batch
+from ltm_pyro.data.manifest import Label
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.check_prior import check_prior, explain_failure, source_line
 from ltm_pyro.inference.elbo import elbo_terms, latent_sites
@@ -38,10 +40,10 @@ def check_model(model: Any, guide: Guide, leaves_out_thoughts: bool = False) -> 
     tokens_BT = torch.arange(2 * length).reshape(2, length) % decoder.vocabulary
     batch = make_batch(tokens_BT, torch.full((2,), length), start_token=0)
     with seeded(0):
-        with torch.no_grad(), explain_failure(guide):
+        with torch.no_grad(), explain_failure(guide, model.prior):
             local = init(model, guide, batch, LocalInference()).parameters
             _check_plate(model, guide, batch, local)
-        with torch.no_grad(), explain_failure(model.prior):
+        with torch.no_grad(), explain_failure(model.prior, guide):
             terms = elbo_terms(model, guide, batch, local)
         for name, value in terms._asdict().items():
             if not value.isfinite().all():
@@ -49,7 +51,55 @@ def check_model(model: Any, guide: Guide, leaves_out_thoughts: bool = False) -> 
                     f"{name.removesuffix('_B')} is {value.tolist()} before the first step: see the scales that "
                     f"{source_line(model.prior, 'pyro.sample')} starts with."
                 )
-        _check_gradients(model, guide, batch)
+        with explain_failure(model.prior, guide):
+            _check_gradients(model, guide, batch)
+
+
+def check_state(model: Any, build: Callable[[], Any]) -> None:
+    """Refuses a prior that is more than its ``state_dict``, such as one with a tensor drawn in ``__init__``.
+
+    It would be another one in every process that loads the run. A second one, built under other random numbers and with
+    the first one's ``state_dict``, has to draw the same values with the same density.
+
+    Args:
+        build: builds the model anew.
+    """
+    with seeded(1):
+        other = build()
+    other.load_state_dict(model.state_dict())
+    found = []
+    for each in (model, other):
+        with seeded(0), torch.no_grad(), no_param_store(each):
+            trace = poutine.trace(each.sample_prior).get_trace(3)
+            trace.compute_log_prob()
+        sites = {name: x for name, x in trace.nodes.items() if x["type"] == "sample" and "log_prob" in x}
+        found.append({name: (x["value"], x["log_prob"]) for name, x in sites.items()})
+    for name, pair in found[0].items():
+        if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(pair, found[1][name], strict=True)):
+            source = source_line(model.prior, f'"{name}"', "pyro.sample")
+            raise UsageError(
+                f"Site '{name}' ({source}) is not determined by the "
+                f"prior's state_dict, so that a loaded run would be another model: make what __init__ draws a "
+                f"torch.nn.Parameter, or a buffer (self.register_buffer)."
+            )
+
+
+def check_labels(model: Any, labels: Mapping[str, Label], place: str) -> None:
+    """Refuses a prior that asks for a label that the packed data do not have, or of which it knows no value."""
+    covariates: Any = getattr(model, "covariates", None)
+    for name in covariates.names if covariates else ():
+        if name not in labels:
+            has = f"the labels {', '.join(labels)}" if labels else "no labels"
+            raise UsageError(
+                f"{type(model.prior).__name__} asks for the label '{name}', but {place} has {has}: pack the data with "
+                f"--label {name}."
+            )
+        levels, values = covariates.levels.get(name), labels[name].values
+        if levels is not None and values and not {*levels} & {*values}:
+            raise UsageError(
+                f"{type(model.prior).__name__} knows the values {', '.join(map(str, levels))} of the label '{name}', "
+                f"of which {place} has none: its values are {', '.join(map(str, values[:10]))}."
+            )
 
 
 def _check_plate(model: Any, guide: Guide, batch: Batch, local: LocalParameters) -> None:

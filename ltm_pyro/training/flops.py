@@ -23,7 +23,7 @@ class CountedDecoder(Protocol):
     layers: int
     width: int
     heads: int
-    window: int
+    window: int | None  # None if attention is full
     thought_layers: tuple[int, ...]
     thought_shape: ThoughtShape
 
@@ -143,10 +143,11 @@ def _forward(decoder: CountedDecoder, length: int, use_thoughts: bool) -> _Forwa
     )
 
 
-def _keys(window: int, length: int) -> float:
+def _keys(window: int | None, length: int) -> float:
     """How many keys a query is multiplied with, the padding of the last block shared among the tokens."""
-    blocks = -(-length // window)
-    return float(length) if blocks == 1 else 2.0 * window * blocks * window / length
+    if window is None or window >= length:
+        return float(length)
+    return 2.0 * window * -(-length // window) * window / length
 
 
 def _projections(decoder: CountedDecoder, kind: type[nn.Module], *parts: str) -> float:

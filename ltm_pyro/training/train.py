@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 from ltm_pyro.data.dataset import open_pack
 from ltm_pyro.data.tokenizer import load_tokenizer, tokenizer_hash
 from ltm_pyro.errors import UsageError
-from ltm_pyro.training.check_model import check_model
+from ltm_pyro.training.check_model import check_labels, check_model, check_state
 from ltm_pyro.training.checkpoints import Checkpoints, Saving
 from ltm_pyro.training.cost_summary import cost_summary
 from ltm_pyro.training.metrics import MetricsFile
+from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.progress import Progress
 from ltm_pyro.training.ranks import Ranks
@@ -79,7 +80,7 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
     keep = resumed is not None and resumed.resolve().is_relative_to(run.resolve())
     if first:
         check_run(run, config.force, keep)
-    _, tokenizer = open_pack(config.data.directory)
+    manifest, tokenizer = open_pack(config.data.directory)
     recipe, text = dump_recipe(config), tokenizer.to_str()
     content = _content(resumed or config.warm_start, tokenizer)
     log = MetricsFile(run / METRICS, *(content["global_step"], content.get("metrics_rows")) if keep else ())
@@ -103,7 +104,10 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
         load_weights(module, content["state_dict"], resumed)
     elif config.warm_start:
         add_thoughts(module, content["state_dict"], config.warm_start)
+    check_labels(module.model, manifest.labels, config.data.directory)
     check_model(module.model, module.guide, module.leaves_out_thoughts)
+    if not type(module.model.prior).__module__.startswith("ltm_pyro."):
+        check_state(module.model, lambda: build_from_recipe(config).model)
     costs = cost_summary(module, config, trainer.world_size) if first else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)

@@ -132,9 +132,8 @@ def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
     if fast_steps is None and records:
         write_records(setting.run, records)
     bound, gain = found.estimates.get("bound"), found.predictive_gain
-    figures = {
-        name: found.estimates[name].nats_per_token for name in ("prior", "causal", *asked) if name in found.estimates
-    }
+    known = [name for name in ("prior", "causal", *asked) if name in found.estimates]  # masked diffusion has no `prior`
+    figures = {name: found.estimates[name].nats_per_token for name in known}
     if gain:
         figures |= {"predictive_gain": gain.nats_per_token, "predictive_gain_stderr": gain.stderr_nats_per_token}
     if bound is None:

@@ -104,6 +104,10 @@ BASES = {  # what a key needs beside itself
 WITHOUT_EFFECT = {  # key -> why no training shows it
     "checkpoints.every": "when it is saved",
     "checkpoints.keep": "what is kept",
+    "ConditionalPrior.label": "for documents with labels: tests/cli/test_labels.py",
+    "ConditionalPrior.levels": "for documents with labels: tests/cli/test_labels.py",
+    "GroupedPrior.label": "for documents with labels: tests/cli/test_labels.py",
+    "GroupedPrior.levels": "for documents with labels: tests/cli/test_labels.py",
     "ckpt_path": "where it goes on from",
     "data.cache": "where shards lie",
     "data.directory": "the data themselves",

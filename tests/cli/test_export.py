@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ltm_pyro.runs import export
 from ltm_pyro.runs.load import load_run
 
 
@@ -32,6 +33,24 @@ def test_suites_take_it(exported, ltm, tmp_path):
     assert code == 0, err
     weights = (exported / "model.safetensors").read_bytes()
     assert json.loads(out)["settings"]["sha256"] == {"model": hashlib.sha256(weights).hexdigest()}
+
+
+def test_a_weight_under_two_names_is_written_under_both(run, tmp_path, monkeypatch):
+    read = export.read_checkpoint
+
+    def tied(path):
+        checkpoint = read(path)
+        weights = checkpoint["state_dict"]
+        first, second = (f"model.decoder.blocks.{n}.norm_forward.weight" for n in (0, 1))
+        weights[second] = weights[first].view(-1)
+        return checkpoint
+
+    monkeypatch.setattr(export, "read_checkpoint", tied)
+    export.save_pretrained(run, tmp_path / "shared")
+    blocks = load_run(tmp_path / "shared").model.decoder.blocks
+    assert blocks[0].norm_forward.weight.equal(blocks[1].norm_forward.weight)
+    with pytest.raises(RuntimeError, match="share memory"):  # what it would be otherwise
+        save_file(tied(run)["state_dict"], tmp_path / "tied")
 
 
 def test_the_card_says_what_it_is(exported):

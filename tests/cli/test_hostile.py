@@ -167,6 +167,7 @@ def commands(export):
         ["calibrate", folder, "--simulations", "20", "--samples", "9"],
         ["fit", "--config", recipe, "--run", f"{out} run"],
         ["compare", "--config", recipe, "--out", f"{out} compare"],
+        ["baselines", "--config", recipe, "--budget", "1e9flops", "--out", f"{out} baselines"],
         ["study", "run", "rate_ratio", "--base-config", recipe, "--storage", f"sqlite:///{out}.db", "--out", out],
     ):
         yield " ".join(argv[:2] if argv[0] == "study" else argv[:1]), {"argv": argv}
@@ -189,7 +190,7 @@ def test_what_only_training_reads_is_not_built_to_load_a_model(exported, tmp_pat
     cases = []
     for number, (label, change) in enumerate(TRAINER.items()):
         cases += cases_of(with_recipe(exported, f"trainer{number}", change), label)
-    training = ("fit", "compare", "study run")
+    training = ("fit", "compare", "baselines", "study run")
     results = audited(cases, tmp_path)
     assert_harmless([x for x in results if x["name"].endswith(training)], exported.parent)
     assert_harmless([x for x in results if not x["name"].endswith(training)], exported.parent, codes=(0,))

@@ -54,7 +54,7 @@ BAD = {  # kind -> the words given to an option
     "nothing": [],
 }
 SECONDS = 60  # of one case
-COSTLY = {"bench", "check-inference", "compare", "study run"}  # whose defaults work for minutes
+COSTLY = {"baselines", "bench", "check-inference", "compare", "study run"}  # whose defaults work for minutes
 TRAINER = ("max_steps", "max_epochs", "devices", "accelerator", "precision", "limit_val_batches", "val_check_interval")
 
 

@@ -45,6 +45,17 @@ def test_labels_come_from_the_data_or_are_the_files_name(tmp_path):
     assert [d.source for d in read_documents([tmp_path])] == ["a.txt"] * 3 + ["s0", "s1", "s2"]
 
 
+def test_a_source_may_be_a_number(tmp_path):
+    values = [2020, 0, 1.5, "2020", None, True, ["x"]]
+    (tmp_path / "a.JSONL").write_text("".join(json.dumps({"text": "x", "source": value}) + "\n" for value in values))
+    found = [d.source for d in read_documents([tmp_path / "a.JSONL"])]
+    assert found == ["2020", "0", "1.5", "2020", "a.JSONL", "a.JSONL", "a.JSONL"]
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"text": ["x", "y"], "source": [7, None]}), tmp_path / "b.parquet")
+    assert [d.source for d in read_documents([tmp_path / "b.parquet"])] == ["7", "b.parquet"]
+
+
 @given(st.text(alphabet="ab\n\r é", max_size=60), st.integers(1, 9))
 def test_txt_is_split_alike_whatever_the_pieces(tmp_path_factory, text, chunk):
     file = tmp_path_factory.mktemp("x") / "a.txt"

@@ -1,11 +1,13 @@
 import json
+import math
+import random
 import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from ltm_pyro.data.encode import text_pieces
 from ltm_pyro.data.tokenizer import (
@@ -13,6 +15,7 @@ from ltm_pyro.data.tokenizer import (
     end_of_text,
     load_tokenizer,
     parse_tokenizer,
+    short_words,
     token_bytes,
     token_dtype,
     tokenizer_hash,
@@ -20,6 +23,7 @@ from ltm_pyro.data.tokenizer import (
     vocabulary_size,
 )
 from ltm_pyro.errors import UsageError
+from ltm_pyro.text.streaming import token_texts
 
 TEXTS = ["the cat sat on the mat, the cat sat", "naïve café 你好 😀"] * 3
 TOKENIZER = train_tokenizer(TEXTS, 280)
@@ -46,6 +50,21 @@ def test_training_is_deterministic_and_saving_keeps_the_hash(tmp_path):
     assert tokenizer_hash(train_tokenizer(iter(TEXTS), 280)) == tokenizer_hash(TOKENIZER)
     assert tokenizer_hash(load_tokenizer(path)) == tokenizer_hash(TOKENIZER)
     assert tokenizer_hash(train_tokenizer(TEXTS, 279)) != tokenizer_hash(TOKENIZER)
+
+
+@pytest.mark.parametrize("length", [400, 40_000, 4_000_000])
+def test_what_is_learned_from_a_text_without_spaces_grows_with_its_logarithm(length):
+    text = "".join(random.Random(0).choices("ACGT", k=length))
+    pieces = [*filter(None, short_words([text[: length // 2], text[length // 2 :]], 260))]
+    cut = length / 32
+    assert max(map(len, pieces)) <= 32
+    assert all(piece in text for piece in pieces)
+    assert len(pieces) == pytest.approx(cut if cut < 260 else 260 * (1 + math.log(cut / 260)), rel=0.05, abs=2)
+
+
+def test_words_are_all_learned_from():
+    texts = ["a word\n and " + "x" * 32 + " " * 32 + "\ttoo, ", "", "the rest"]
+    assert "".join(short_words(texts, 260)) == "".join(texts)
 
 
 def test_sizes():
@@ -89,41 +108,148 @@ def test_specs():
         parse_tokenizer("bpe:256")
 
 
-def _without_end(raw):
-    raw["added_tokens"] = []
-    del raw["model"]["vocab"][END_OF_TEXT]
-
-
-def _with_prefix_space(raw):
-    raw["pre_tokenizer"]["add_prefix_space"] = True
-
-
-def _lowercasing(raw):
-    raw["normalizer"] = {"type": "Lowercase"}
-
-
-def _without_letters(raw):
-    """As of training without an alphabet: the letters of bytes that the texts do not have."""
-    for letter in "\u00d0\u00d1":
-        del raw["model"]["vocab"][letter]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_without_end, "has no token <|endoftext|>; add it as a special token or use bpe:SIZE."),
-        (_with_prefix_space, "does not keep every byte of a text; give a byte-level BPE or use bpe:SIZE."),
-        (_lowercasing, "does not keep every byte of a text; give a byte-level BPE or use bpe:SIZE."),
-        (_without_letters, "has no token for 2 of the 256 bytes, which texts would lose; train it with"),
-    ],
-)
-def test_unfit_tokenizers_are_refused(tmp_path, change, message):
+def _changed(**changes):
+    """The tokenizer's JSON with other parts; a dictionary changes what is inside a part."""
     raw = json.loads(TOKENIZER.to_str())
-    change(raw)
-    path = tmp_path / "tokenizer.json"
+    for name, value in changes.items():
+        if isinstance(value, dict) and isinstance(raw[name], dict) and "type" not in value:
+            raw[name] |= value
+        else:
+            raw[name] = value
+    return raw
+
+
+def _without(*tokens):
+    raw = _changed(added_tokens=[])
+    for token in tokens:
+        del raw["model"]["vocab"][token]
+    return raw
+
+
+def _with_token(content, special=False, **options):
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+    add([AddedToken(content, special=special, **options)])
+    return json.loads(tokenizer.to_str())
+
+
+def _saved(raw, folder):
+    path = folder / "tokenizer.json"
     path.write_text(json.dumps(raw), "utf-8")
-    with pytest.raises(UsageError, match=re.escape(f"tokenizer {path} {message}")):
-        load_tokenizer(path)
+    return path
+
+
+BYTE_LEVEL = json.loads(TOKENIZER.to_str())["pre_tokenizer"]
+SPACES = {"type": "Split", "pattern": {"Regex": r"\s+"}, "invert": False}
+
+
+def _sequence(kind, *parts):
+    return {"type": "Sequence", kind: [*parts]}
+
+
+KEPT = {
+    "as GPT-2": _changed(),
+    "as Llama 3": _changed(
+        pre_tokenizer=_sequence("pretokenizers", SPACES | {"behavior": "Isolated"}, BYTE_LEVEL | {"use_regex": False})
+    ),
+    "an empty normalizer": _changed(normalizer=_sequence("normalizers")),
+    "no dropout": _changed(model={"dropout": 0.0}),
+    "digits": _changed(
+        pre_tokenizer=_sequence("pretokenizers", {"type": "Digits", "individual_digits": True}, BYTE_LEVEL)
+    ),
+    "words added": _with_token("cat sat"),
+    "letters added": _with_token("\u4f60"),
+    "special": _with_token("<s>", special=True, lstrip=True),
+}
+
+
+@pytest.mark.parametrize("raw", KEPT.values(), ids=KEPT.keys())
+def test_an_accepted_tokenizer_gives_every_text_and_every_byte_back(raw, tmp_path):
+    tokenizer = load_tokenizer(_saved(raw, tmp_path))
+    sizes, texts_V = token_bytes(tokenizer), token_texts(tokenizer)
+    single = [chr(x) for x in range(256)]  # in UTF-8 these and the two below have all bytes that occur in it
+    wide = [chr(x << 12 | 0x3F) for x in [*range(13), 14, 15, *range(16, 0x110, 16)]]
+
+    def check(text):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert b"".join(texts_V[index] for index in ids) == text.encode()
+        assert sizes[ids].sum() == len(text.encode())
+        assert end_of_text(tokenizer) not in ids
+
+    for text in [*single, *wide, "".join(single), " cat sat \u4f60 <s> ", END_OF_TEXT]:
+        check(text)
+    every = sorted(texts_V[tokenizer.token_to_id(letter)] for letter in pre_tokenizers.ByteLevel.alphabet())
+    assert every == [bytes([x]) for x in range(256)]
+    draw = random.Random(0)
+    planes = [(0, 0x80), (0x80, 0x3000), (0x3000, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    for _ in range(10_000):
+        check("".join(chr(draw.randrange(*draw.choice(planes))) for _ in range(draw.randrange(12))))
+    words = st.sampled_from(["cat sat", " cat", "\u4f60", "<s>", END_OF_TEXT, "12", "  "])
+    texts = st.lists(st.one_of(st.text(max_size=20), words), max_size=6).map("".join)
+    settings(max_examples=200, deadline=None, database=None)(given(texts)(check))()
+
+
+LOST = {
+    "no end": (_without(END_OF_TEXT), "has no token <|endoftext|>; add it as a special token"),
+    "an end that is no special token": (
+        _changed(added_tokens=[json.loads(TOKENIZER.to_str())["added_tokens"][0] | {"special": False}]),
+        "loses text: its token <|endoftext|> is not special",
+    ),
+    "a space before": (_changed(pre_tokenizer={"add_prefix_space": True}), "its pre-tokenizer ByteLevel changes texts"),
+    "lower case": (_changed(normalizer={"type": "Lowercase"}), "its normalizer Lowercase changes texts"),
+    "NFC": (_changed(normalizer=_sequence("normalizers", {"type": "NFC"})), "its normalizer NFC changes texts"),
+    "Strip": (
+        _changed(normalizer={"type": "Strip", "strip_left": True, "strip_right": True}),
+        "its normalizer Strip changes texts",
+    ),
+    "Replace": (
+        _changed(normalizer={"type": "Replace", "pattern": {"String": "q"}, "content": "k"}),
+        "its normalizer Replace changes texts",
+    ),
+    "Replace when it is decoded": (
+        _changed(
+            decoder=_sequence("decoders", BYTE_LEVEL, {"type": "Replace", "pattern": {"String": "q"}, "content": "k"})
+        ),
+        "its decoder is not ByteLevel alone",
+    ),
+    "Strip when it is decoded": (
+        _changed(decoder=_sequence("decoders", BYTE_LEVEL, {"type": "Strip", "content": " ", "start": 1, "stop": 0})),
+        "its decoder is not ByteLevel alone",
+    ),
+    "spaces removed": (
+        _changed(pre_tokenizer=_sequence("pretokenizers", SPACES | {"behavior": "Removed"}, BYTE_LEVEL)),
+        "its pre-tokenizer Split changes texts",
+    ),
+    "bytes of bytes": (
+        _changed(pre_tokenizer=_sequence("pretokenizers", BYTE_LEVEL, BYTE_LEVEL)),
+        "its pre-tokenizer needs ByteLevel once",
+    ),
+    "dropout": (_changed(model={"dropout": 0.1}), "its dropout of 0.1 gives a text other tokens every time"),
+    "the end of a word": (
+        _changed(model={"end_of_word_suffix": "</w>"}),
+        "its end_of_word_suffix is no part of a text",
+    ),
+    "letters missing": (
+        _without("\u00d0", "\u00d1") | {"added_tokens": json.loads(TOKENIZER.to_str())["added_tokens"]},
+        "it has no token for 2 of the 256 bytes: train it with initial_alphabet=ByteLevel.alphabet()",
+    ),
+    "an added token that takes spaces": (
+        _with_token("cat", lstrip=True),
+        "its added token 'cat' swallows the spaces beside it",
+    ),
+    "an added token that is a letter for a byte": (
+        _with_token("\u0120"),
+        "its added token '\u0120' is decoded as another text",
+    ),
+    "a special token in words": (_with_token("the", special=True), "its special token 'the' may be part of a text"),
+}
+
+
+@pytest.mark.parametrize(("raw", "message"), LOST.values(), ids=LOST.keys())
+def test_a_tokenizer_that_loses_text_is_refused(raw, message, tmp_path):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_tokenizer(_saved(raw, tmp_path))
 
 
 def test_missing_and_malformed_tokenizers_are_refused(tmp_path):

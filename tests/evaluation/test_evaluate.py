@@ -1,12 +1,18 @@
-"""An estimated normaliser belongs to one evaluation, not to the caller's run."""
+"""Evaluations leave the run as it was, and take rows of like length together."""
 
 import copy
+import json
+import sys
 
 import pytest
 import torch
 
+from ltm_pyro.data import load_text_or_pack
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.evaluate import evaluate_run, with_estimated_normaliser
+from ltm_pyro.evaluation.evaluate import batches_of, evaluate_run, with_estimated_normaliser
+from ltm_pyro.evaluation.suites.features import run_extractor
+from ltm_pyro.inference.estimators import evaluate
+from ltm_pyro.inference.local import infer_local
 from ltm_pyro.models import EnergyPrior
 from ltm_pyro.utils.rng import seeded
 
@@ -59,3 +65,62 @@ def test_the_copy_shares_the_decoder_and_nothing_of_the_prior(energy_run):
 def test_a_normalised_prior_has_nothing_to_estimate(tiny_run, text):
     with pytest.raises(UsageError, match="leave --normaliser out"):
         evaluate_run(tiny_run(), text, normaliser=100, **OPTIONS)
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Documents of one, of few and of many words, in no order of length."""
+    words = ["the", "old", "model", "reads", "a", "long", "text", "about", "time"]
+    path = tmp_path / "uneven.jsonl"
+    texts = [" ".join((words * 3)[: 1 + (7 * i) % 11]) for i in range(30)]
+    path.write_text("".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(texts)))
+    return str(path)
+
+
+def test_rows_of_like_length_are_taken_together_and_come_back_in_order(tiny_run, uneven, monkeypatch):
+    """The figures of every row are those of the rows in the order of the data, at fewer tokens of padding."""
+    run, module = tiny_run(), sys.modules["ltm_pyro.evaluation.evaluate"]
+    data = load_text_or_pack(uneven, run.tokenizer, run.length)
+    names, padding = ["bound", "iwae", "causal", "causal_prior"], []
+
+    def watched(batches):
+        for batch in batches:
+            padding.append(int((~batch.mask_BT).sum()))
+            yield batch
+
+    rows = [*data]
+    batches = watched(data.collate(rows[i : i + 4]) for i in range(0, len(rows), 4))
+    expected = evaluate(run.model, run.guide, batches, run.inference, names, samples=3, block=4)
+    before = sum(padding)
+    padding.clear()
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "WINDOW", 20)
+    monkeypatch.setattr(module, "batches_of", lambda *a: watched(batches_of(*a)))
+    found = evaluate_run(run, uneven, names, samples=3, block=4)
+    assert found.rows.ids_B.tolist() == expected.rows.ids_B.tolist() == [*range(len(rows))]
+    assert [x[0].document.id for x in found.rows.parts] == [x[0].document.id for x in expected.rows.parts]
+    for name in names:
+        torch.testing.assert_close(found.rows.scores[name].nats_B, expected.rows.scores[name].nats_B, rtol=0, atol=1e-8)
+        assert found.estimates[name].nats_per_token == pytest.approx(expected.estimates[name].nats_per_token)
+    torch.testing.assert_close(
+        found.rows.predictive_gain_B, expected.rows.predictive_gain_B, rtol=0, atol=1e-8, equal_nan=True
+    )
+    assert sum(padding) < before / 2
+
+
+def test_texts_that_come_again_are_not_fitted_again(tiny_run, monkeypatch):
+    run, fitted = tiny_run(), []
+
+    def watched(model, guide, batch, *rest, **options):
+        fitted.append(batch.size)
+        return infer_local(model, guide, batch, *rest, **options)
+
+    monkeypatch.setattr(sys.modules["ltm_pyro.evaluation.suites.features"], "infer_local", watched)
+    extract = run_extractor(run)
+    texts = ["the old", "a long text and short words", "model"]
+    first = extract(texts, 0)
+    again = extract([*texts[::-1], "reads", texts[0]], 0)
+    assert sum(fitted) == 4
+    assert (again[[2, 1, 0]] == first).all()
+    assert (again[4] == first[0]).all()
+    assert not (extract(texts, 1) == first).all()

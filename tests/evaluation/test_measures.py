@@ -16,9 +16,18 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites import gsm8k
 from ltm_pyro.evaluation.suites.features import load_extractor, run_extractor
 from ltm_pyro.evaluation.suites.generation import compression_ratio, distinct, repetition, self_bleu
-from ltm_pyro.evaluation.suites.gsm8k import Problem, build_prompt, extract_number, pass_at_k, read_problems, wilson
+from ltm_pyro.evaluation.suites.gsm8k import (
+    Problem,
+    as_compared,
+    build_prompt,
+    extract,
+    is_right,
+    pass_at_k,
+    read_problems,
+    wilson,
+)
 from ltm_pyro.evaluation.suites.mauve import SCALE, frontier_area, mauve
-from ltm_pyro.evaluation.suites.suite import Options
+from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Options
 
 
 def kl(p, r):
@@ -98,6 +107,15 @@ def test_self_bleu_is_bleu_against_all_others(texts):
     assert self_bleu(texts) == pytest.approx(expected)
 
 
+def test_mauve_of_few_and_of_equal_texts():
+    draw = np.random.default_rng(0)
+    for sizes in ((1, 5), (5, 1), (0, 2)):
+        with pytest.raises(UsageError, match=f"sets of at least two texts, got {sizes[0]} and {sizes[1]}: give more"):
+            mauve(*(draw.normal(size=(n, 4)) for n in sizes))
+    assert mauve(np.ones((30, 4)), np.ones((20, 4))) == pytest.approx(1)
+    assert 0 < mauve(np.repeat(np.eye(4)[:2], 20, 0), np.repeat(np.eye(4)[1:3], 20, 0)) < 1  # fewer texts than clusters
+
+
 def test_equal_texts_have_self_bleu_1():
     assert self_bleu([list("abcde")] * 3) == pytest.approx([1] * 3)
 
@@ -111,18 +129,38 @@ def test_repetition_and_distinctness():
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
+    ("answer", "strict", "flexible"),
     [
-        ("She has 3 + 4 = 7 apples.\n#### 7", 7),
-        ("#### 1,234.50 dollars", 1234.5),
-        ("so $18 a day, that is -2", -2),
-        (" 5\n\nQuestion: What of 9?", 5),
-        ("no idea", None),
-        ("#### none, though 4 before", 4),
+        ("She has 3 + 4 = 7 apples.\n#### 7", "7", "7"),
+        ("#### 1,234.50 dollars", "1234.50", "1234.50"),
+        ("so $18 a day, that is -2", None, "-2"),
+        ("It costs $1,800.", None, "1800"),
+        ("no idea", None, None),
+        ("#### none, though 4 before", None, "4"),
+        ("#### -5", "-5", "-5"),
+        ("#### \u22125", None, "5"),  # the sign of a Unicode minus is lost, there too
+        ("#### - 5", None, "5"),
+        ("#### $12", None, "12"),
+        ("#### 3/4 of it", "3", "4"),
+        ("\\boxed{42}", None, "42"),
+        ("between 10-20", None, "-20"),
+        ("#### 7.", "7", "7"),
+        ("#### 7.0", "7.0", "7.0"),
+        ("#### 7\n#### 8", "7", "8"),
+        ("#### 12 km\u00b2", "12", "12"),  # no digit of its own: a superscript two
     ],
 )
-def test_answers(text, number):
-    assert extract_number(text) == number
+def test_results_are_found_as_by_the_harness(answer, strict, flexible):
+    found = {way: extract(answer, way) for way in ("strict", "flexible")}
+    assert {way: x and as_compared(x) for way, x in found.items()} == {"strict": strict, "flexible": flexible}
+
+
+def test_thousands_dollars_and_the_last_stop_do_not_count():
+    truth = "He pays 2 * 900 = <<2*900=1800>>1,800.\n#### 1,800"
+    assert is_right("so #### 1800", truth, "strict")
+    assert is_right("It costs $1,800.", truth, "flexible")
+    assert not is_right("It costs $1,800.", truth, "strict")
+    assert not is_right("#### 1800.0", truth, "strict")
 
 
 def test_pass_at_k_is_the_average_over_choices(tiny_run, monkeypatch):
@@ -134,7 +172,9 @@ def test_pass_at_k_is_the_average_over_choices(tiny_run, monkeypatch):
     found = pass_at_k(problems, Options(shots=0, attempts=6), tiny_run(length=120))
     for k in (1, 5):
         shares = [np.mean([any(chosen) for chosen in itertools.combinations(row, k)]) for row in right]
-        assert found[f"pass@{k}"] == pytest.approx(np.mean(shares))
+        for way in ("strict", "flexible"):
+            assert found[f"pass@{k}_{way}"] == pytest.approx(np.mean(shares))
+    assert [(x["strict"], x["flexible"]) for x in found[BY_DOCUMENT]] == [(sum(row), sum(row)) for row in right]
     assert (found["questions"], found["no_number"]) == (3, 0)
 
 
@@ -142,7 +182,9 @@ def test_answers_are_written_for_the_question_asked(tiny_run):
     run = tiny_run(length=200)
     found = pass_at_k([Problem("1 + 1?", "#### 2")] * 3, Options(shots=1, attempts=2, fast_steps=1), run)
     assert (found["questions"], found["left_out"], found["shots"], found["attempts"]) == (2, 0, 1, 2)
-    assert 0 <= found["pass@1_low"] <= found["pass@1"] <= found["pass@1_high"] <= 1
+    for way in ("strict", "flexible"):
+        assert 0 <= found[f"pass@1_{way}_low"] <= found[f"pass@1_{way}"] <= found[f"pass@1_{way}_high"] <= 1
+    assert [(x["result"], len(x["answers"])) for x in found[BY_DOCUMENT]] == [("2", 2)] * 2
 
 
 def test_examples_are_left_out_until_the_prompt_fits(tiny_run):
@@ -154,6 +196,17 @@ def test_examples_are_left_out_until_the_prompt_fits(tiny_run):
     assert all(len(encode_prompt(run.tokenizer, text)) + room <= 100 for room, text in texts.items() if text)
     assert texts[50].endswith("Question: 9 + 9?\nAnswer:")
     assert "2 + 2?" in texts[20] or texts[20].count("Question:") == 1  # the last example is the last to go
+
+
+def test_capital_letters_do_not_hide_data(tmp_path):
+    (tmp_path / "Eval").mkdir()
+    for name in ("PTB.Test.TXT", "gsm8k.Train.JSONL", "GSM8K.test.Jsonl"):
+        (tmp_path / "Eval" / name).write_text("")
+    options = Options(directory=tmp_path)
+    assert options.find("ptb", "ptb*test*") == str(tmp_path / "Eval" / "PTB.Test.TXT")
+    assert options.find("gsm8k", "gsm8k*test*.jsonl", "gsm8k*.jsonl") == str(tmp_path / "Eval" / "GSM8K.test.Jsonl")
+    assert options.find("gsm8k", "eval/*train*.jsonl") == str(tmp_path / "Eval" / "gsm8k.Train.JSONL")
+    assert options.find("lm1b", "lm1b*") is None
 
 
 def test_wilson():

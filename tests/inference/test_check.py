@@ -27,6 +27,7 @@ from ltm_pyro.guides import (
 from ltm_pyro.inference.check_prior import check_prior
 from ltm_pyro.inference.estimators import evaluate
 from ltm_pyro.inference.local import infer_local, training_loss
+from ltm_pyro.inference.plate_diagram import plate_diagram
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.inference.svi import DualRateSVI
 from ltm_pyro.models import FlowPrior, LatentThoughtModel, LinearGaussianModel
@@ -90,6 +91,47 @@ class Broken(Valid):
         return self.nothing
 
 
+class Dotted(Valid):
+    def forward(self):
+        return pyro.sample("z.a", dist.Normal(self.mean, 1.0).to_event(3))
+
+
+class Slashed(Valid):
+    def forward(self):
+        return pyro.sample("z/a", dist.Normal(self.mean, 1.0).to_event(3))
+
+
+class Sometimes(Valid):
+    def forward(self):
+        if torch.rand(()) < 0.5:
+            pyro.sample("u", dist.Normal(self.mean, 1.0).to_event(3))
+        return pyro.sample("z", dist.Normal(self.mean, 1.0).to_event(3))
+
+
+class SamePlate(Valid):
+    def forward(self):
+        with pyro.plate("mine", 3, dim=-1):
+            return pyro.sample("z", dist.Normal(self.mean, 1.0).to_event(3))
+
+
+class Coupled(Valid):
+    def forward(self):
+        z = pyro.sample("z", dist.Normal(self.mean, 1.0).to_event(3))
+        return z - z.mean(0)
+
+
+class CoupledDensity(Valid):
+    def forward(self):
+        u = pyro.sample("u", dist.Normal(self.mean, 1.0).to_event(3))
+        return pyro.sample("z", dist.Normal(u.sum(0), 1.0).expand(u.shape).to_event(3))
+
+
+class Beside(Valid):
+    def forward(self):
+        z = pyro.sample("z", dist.Normal(self.mean, 1.0).to_event(3))
+        return z + 0.1 * torch.randn(z.shape)
+
+
 class UnusedParameter(Valid):
     def forward(self):
         return pyro.sample("z", dist.Normal(torch.zeros(self.shape), 1.0).to_event(3))
@@ -124,6 +166,13 @@ FAULTS = {
     Sphere: (r"No guide reaches the support of prior site 'z'", "pyro.sample"),
     NoParticleAxis: (r"NoParticleAxis returns .*\(S, B, L, K, D\) = \(2, 7", "return"),
     Broken: (r"Broken fails at .*AttributeError", "self.nothing"),
+    Dotted: (r"Site 'z.a' .* has '\.' in its name.* write 'z_a'", '"z.a"'),
+    Slashed: (r"Site 'z/a' .* has '/' in its name.* write 'z_a'", '"z/a"'),
+    Sometimes: (r"Site 'u' .* is sampled in some calls and not in others", '"u"'),
+    SamePlate: (r"SamePlate fails at .*collide at dim=-1: leave the plate out", "pyro.plate"),
+    Coupled: (r"Coupled couples sequences", "return"),
+    CoupledDensity: (r"CoupledDensity couples sequences", "return"),
+    Beside: (r"Beside draws random numbers beside its sites", "torch.rand"),
 }
 
 
@@ -307,3 +356,42 @@ def test_a_missing_optional_dependency_is_named(make_model, tiny_decoder, monkey
         FlowPrior(tiny_decoder().thought_shape)
     with pytest.raises(UsageError, match="FlowGuide needs zuko"):
         FlowGuide(make_model(Valid))
+
+
+class Unknown(MeanField):
+    def __call__(self, batch, local):
+        return undefined
+
+
+class UnknownLater(MeanField):
+    def finalize(self, model, batch, local, steps, rate):
+        return undefined
+
+
+@pytest.mark.parametrize("guide", [Unknown, UnknownLater])
+def test_an_error_in_a_guide_is_told_as_the_guides(guide, make_model):
+    """In whatever step of inference it appears, and although the prior is defined in the same file."""
+    model = make_model(Valid)
+    with pytest.raises(UsageError, match=rf"{guide.__name__} fails at .*test_check.py:\d+: NameError"):
+        check_model(model, guide(model))
+
+
+FAMILIES = {
+    "Laplace": lambda x: dist.Laplace(x, 1.0),
+    "Cauchy": lambda x: dist.Cauchy(x, 1.0),
+    "HalfCauchy": lambda x: dist.HalfCauchy(x.exp()),
+    "Exponential": lambda x: dist.Exponential(x.exp()),
+    "Pareto": lambda x: dist.Pareto(x.exp(), 3.0),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_diagram_of_a_site_that_depends_on_another(family, make_model, tiny_batch):
+    class Below(Valid):
+        def forward(self):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            return pyro.sample("z", FAMILIES[family](self.mean + u[..., None, None, None]).to_event(3))
+
+    drawn = plate_diagram(make_model(Below), tiny_batch())
+    assert f">{family}<" in drawn
+    assert drawn.count("<line") == 2  # from u to z, and from z to the tokens

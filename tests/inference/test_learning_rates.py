@@ -31,8 +31,8 @@ def test_interpolation_is_linear_and_constant_outside():
 
 
 def test_equal_arguments_share_a_group():
-    named = [(name, torch.zeros(2)) for name in ("z_loc", "weight", "z_log_var", "norm.weight")]
-    groups = parameter_groups(named, lambda name: {"lr": 0.3 if name.startswith("z_") else 4e-4})
+    named = [(name, torch.zeros(2)) for name in ("local.z_loc", "weight", "local.u_log_var", "norm.weight")]
+    groups = parameter_groups(named, lambda name: {"lr": 0.3 if name.startswith("local.") else 4e-4})
     assert [(group["lr"], len(group["params"])) for group in groups] == [(0.3, 2), (4e-4, 2)]
     assert groups[0]["params"][1] is named[2][1]
 

@@ -4,12 +4,14 @@ from importlib import import_module
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pyro import poutine
 
 from ltm_pyro.analysis import DrawOptions, draw_posterior
 from ltm_pyro.data import pack_texts
 from ltm_pyro.data.documents import Document
-from ltm_pyro.data.encode import batch_of_rows, encode_document, encode_documents, encode_prompt
+from ltm_pyro.data.encode import batch_of_rows, batches_of_like_length, encode_document, encode_documents, encode_prompt
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites import features
 from ltm_pyro.inference import estimators
@@ -113,3 +115,17 @@ def test_rows_are_padded_to_the_longest(run):
     assert batch_of_rows([[3]], run.start_token, run.length, pad_to=5).targets_BT.shape == (1, 5)
     with pytest.raises(UsageError, match="A text has 25 tokens, but the model's length is 24: shorten it"):
         batch_of_rows([[1] * 25], run.start_token, run.length)
+
+
+@given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 9))
+def test_batches_of_like_length_are_a_partition_within_their_budget(lengths, size):
+    batches = batches_of_like_length(lengths, size, 40)
+    assert sorted(index for batch in batches for index in batch) == [*range(len(lengths))]
+    for batch in batches:
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) * longest <= size * 40
+        assert len(batch) <= 4 * size
+    flat = [index for batch in batches for index in batch]
+    assert flat == sorted(flat, key=lambda index: -lengths[index])  # the order of equal ones stays
+    for batch in batches[:-1]:  # nothing is left that would have fitted in as well
+        assert len(batch) == 4 * size or (len(batch) + 1) * lengths[batch[0]] > size * 40

@@ -9,33 +9,59 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.text.sampling import Sampling, choose, filter_logits, penalise
 
 
-def filtered(p, top_k, top_p, min_p):
-    """The tokens kept, filter after filter, from the definitions."""
-    kept = p.argsort(descending=True).tolist()[: top_k or None]
-    total, mass, nucleus = float(p[kept].sum()), 0.0, []
-    for token in kept:
-        if mass / total >= top_p and nucleus:
-            break
-        nucleus.append(token)
-        mass += float(p[token])
-    return {token for token in nucleus if p[token] >= min_p * p[kept[0]]}
+def by_their_warpers(logits, sampling):
+    """What the warpers of transformers make of logits, in the order of its `generate`."""
+    warpers = pytest.importorskip("transformers.generation.logits_process", reason="transformers is not installed")
+    top_k, top_p, min_p = sampling.filters
+    chain = [warpers.TemperatureLogitsWarper(sampling.temperature)]
+    chain += [warpers.TopKLogitsWarper(top_k)] if top_k else []
+    chain += [warpers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    chain += [warpers.MinPLogitsWarper(min_p)] if min_p else []
+    for warper in chain:
+        logits = warper(None, logits)
+    return logits
 
 
-@settings(max_examples=60, deadline=None)
+def random_logits(seed, levels, vocabulary):
+    """Normal logits, or of only so many levels, so that many tokens are as likely."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, vocabulary, dtype=torch.float32, generator=generator) * 2
+    return (logits * levels / 4).round() * 4 / levels if levels else logits
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    top_k=st.integers(0, 12),
-    top_p=st.floats(0.01, 1),
-    min_p=st.floats(0, 0.9),
-    temperature=st.floats(0.05, 5),
+    top_k=st.sampled_from([0, 1, 2, 5, 40, 300]),
+    top_p=st.one_of(st.just(1.0), st.sampled_from([0.5, 0.25, 0.9, 1 - 1e-7]), st.floats(0.01, 1)),
+    min_p=st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 0.9)),
+    temperature=st.sampled_from([1.0, 0.5, 2.0, 0.7]),
     seed=st.integers(0, 99),
+    levels=st.sampled_from([0, 1, 2, 8]),
+    vocabulary=st.sampled_from([1, 2, 9, 257]),
 )
-def test_filters_keep_what_their_definitions_keep(top_k, top_p, min_p, temperature, seed):
-    logits = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def test_the_tokens_kept_are_those_of_hugging_face(top_k, top_p, min_p, temperature, seed, levels, vocabulary):
+    logits = random_logits(seed, levels, vocabulary)
     sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
-    kept = filter_logits(logits, sampling).isfinite()
-    for row in range(2):
-        expected = filtered((logits[row] / temperature).softmax(-1), top_k, top_p, min_p)
-        assert set(kept[row].nonzero()[:, 0].tolist()) == expected
+    ours, theirs = filter_logits(logits, sampling), by_their_warpers(logits, sampling)
+    assert torch.equal(ours, theirs)
+
+
+def test_top_p_of_one_keeps_every_token():
+    logits = torch.linspace(-30, 30, 50_257, dtype=torch.float32)[None]  # whose sum is 1 long before the last of them
+    assert filter_logits(logits, Sampling(top_p=1.0)).isfinite().all()
+    assert not filter_logits(logits, Sampling(top_p=1 - 1e-6)).isfinite().all()
+
+
+def test_of_two_equal_halves_one_is_top_p_of_a_half():
+    assert filter_logits(torch.zeros(1, 4), Sampling(top_p=0.5)).isfinite().sum() == 2
+    assert filter_logits(torch.zeros(1, 4), Sampling(top_p=0.51)).isfinite().sum() == 3
+
+
+def test_none_is_the_default_and_one_stop_string_is_one():
+    unset = ("top_k", "top_p", "min_p", "stop_strings")
+    assert Sampling(**dict.fromkeys(unset)) == Sampling()
+    assert Sampling(do_sample=False, top_k=None, top_p=None) == Sampling(do_sample=False)
+    assert Sampling(stop_strings="abc") == Sampling(stop_strings=["abc"]) == Sampling(stop_strings=("abc",))
 
 
 def test_temperature_divides():
@@ -74,6 +100,7 @@ def test_tokens_seen_become_less_likely():
         {"num_return_sequences": 0},
         {"repetition_penalty": 0.0},
         {"stop_strings": ("",)},
+        {"stop_strings": ""},
         {"do_sample": False, "top_k": 5},
         {"do_sample": False, "temperature": 0.7},
     ],

@@ -135,6 +135,70 @@ def test_causal_fits_again_to_what_came_before(run, monkeypatch):
     assert [row[-1] for row in lengths] == list(range(0, longest, 3))
 
 
+@pytest.fixture
+def fitted(monkeypatch):
+    """The rows of tokens that q is fitted to, and with how many tokens of padding."""
+    rows, padding = [], []
+
+    def watched(model, guide, batch, inference, *rest, **options):
+        if inference.steps:
+            lengths = batch.tokens_B.tolist()
+            rows.extend(tuple(x[:n].tolist()) for x, n in zip(batch.targets_BT, lengths, strict=True))
+            padding.append(batch.inputs_BT.numel() - sum(lengths))
+        return infer_local(model, guide, batch, inference, *rest, **options)
+
+    monkeypatch.setattr(scoring, "infer_local", watched)
+    return rows, padding
+
+
+@pytest.mark.parametrize("estimator", OF_CONTINUATIONS)
+@pytest.mark.parametrize("room", [scoring.LOGITS_AT_ONCE, 1], ids=["at once", "row by row"])
+def test_choices_of_one_question_share_a_fit_and_their_draws(run, fitted, monkeypatch, estimator, room):
+    """The answers are those of separate fits with the same draws: of each choice by itself."""
+    pairs = [(encode(run, c), encode(run, y)) for c in CONTEXTS for y in [*CONTINUATIONS, " day"]]
+    alone = [nats(run, [pair], estimator, block=3)[0] for pair in pairs]
+    separate = len(fitted[0])
+    fitted[0].clear()
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", room)
+    found = nats(run, pairs, estimator, block=3)
+    for one, other in zip(found, alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-8)
+    without_q = estimator in ("prior", "prior_iwae", "causal_prior")
+    texts = {tuple(c) for c, _ in pairs}
+    if estimator == "causal":  # and what is before each later block
+        texts |= {(*c, *y[:n]) for c, y in pairs for n in range(3, len(y), 3)}
+    assert len(fitted[0]) == len({*fitted[0]}) == len(texts) * (not without_q)
+    assert separate - len(fitted[0]) == 3 * len(CONTEXTS) * (not without_q)
+
+
+def test_causal_without_inference_draws_from_the_prior(run):
+    """As `prior_iwae` does, in one block; its q does not count, however far it is fitted."""
+    pairs = [(encode(run, CONTEXTS[2]), encode(run, CONTINUATIONS[2]))]
+    options = {"estimator": "causal_prior", "samples": 4, "block": 99}
+    found = [
+        score_tokens(run, pairs, Scoring(**options, inference=LocalInference(steps=steps, rate=1.0)))
+        for steps in (0, 9)
+    ]
+    assert found[0] == found[1] != score_tokens(run, pairs, Scoring(**options | {"estimator": "causal"}))
+    without = [([], encode(run, CONTINUATIONS[2]))]  # where no text is before it, they are the same
+    expected = score_tokens(run, without, Scoring(estimator="prior_iwae", samples=4))
+    assert score_tokens(run, without, Scoring(**options)) == expected
+
+
+def test_batches_hold_as_many_tokens_as_rows_of_full_length(run, fitted, monkeypatch):
+    contexts = [[1 + i % 250] * (1 if i % 4 else 20) for i in range(64)]
+    pairs = [([*context, 5 + i], [3]) for i, context in enumerate(contexts)]
+    in_order = [pairs[i : i + 4] for i in range(0, 64, 4)]
+    for part in in_order:
+        nats(run, part, "bound", batch_size=4)
+    before, batches = sum(fitted[1]), len(fitted[1])
+    for seen in fitted:
+        seen.clear()
+    nats(run, pairs, "bound", batch_size=4)
+    assert sum(fitted[1]) == 0 < before
+    assert len(fitted[1]) == 4 + 48 / 16 < batches
+
+
 def test_continuations_are_tokenised_apart(run):
     pairs = list(zip(CONTEXTS, CONTINUATIONS, strict=True))
     tokens = [(encode(run, c), encode(run, y)) for c, y in pairs]

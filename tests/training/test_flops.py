@@ -7,9 +7,10 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltm_pyro.guides import Amortized, Langevin, Laplace, MeanField
+from ltm_pyro.guides import Amortized, Langevin, Laplace, Masking, MeanField
 from ltm_pyro.inference.local import infer_local, training_loss
 from ltm_pyro.inference.state import LocalInference
+from ltm_pyro.models import Denoiser, GaussianPrior, MaskedDiffusionModel
 from ltm_pyro.models.decoder import Decoder
 from ltm_pyro.studies.bench.suites import NoModules
 from ltm_pyro.training.flops import flops_per_token, flops_per_token_as_published
@@ -51,6 +52,16 @@ def test_ours_is_what_torch_counts(tiny_model, tiny_batch, shape, steps, slow_gr
     guide = MeanField(model)
     flops = flops_per_token(model.decoder, guide, shape["length"], inference.from_start())
     assert flops.total == pytest.approx(counted_per_token(model, guide, batch, inference), rel=0.02)
+
+
+@pytest.mark.parametrize("length", [32, 27])
+def test_masked_diffusion_costs_what_torch_counts(tiny_batch, length):
+    decoder = Denoiser(50, layers=3, width=32, heads=4, length=32, kv_heads=2)
+    model = MaskedDiffusionModel(GaussianPrior(decoder.thought_shape), decoder)
+    guide, batch = Masking(model), tiny_batch(size=2, length=length, vocabulary=50)
+    flops = flops_per_token(decoder, guide, length, LocalInference())
+    assert flops.fast == 0
+    assert flops.total == pytest.approx(counted_per_token(model, guide, batch, LocalInference()), rel=0.02)
 
 
 @pytest.mark.parametrize("slow_gradient", ["last", "trajectory"])

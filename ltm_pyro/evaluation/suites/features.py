@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ltm_pyro.data.encode import batch_of_rows, encode_document
+from ltm_pyro.data.encode import batch_of_rows, batches_of_like_length, encode_document
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.row_noise import RowKeys
@@ -41,21 +41,27 @@ def load_extractor(place: str, trust: bool = False) -> Extractor:
 
 
 def run_extractor(run: Run, batch_size: int = BATCH) -> Extractor:
-    """The state from which `END_OF_TEXT` is predicted, under one z ~ q(z | x) of the text as a document."""
+    """The state from which `END_OF_TEXT` is predicted, under one z ~ q(z | x) of the text as a document.
+
+    A text that comes again, as those do that several sets are compared with, is not fitted again.
+    """
+    known: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # seed and tokens -> (F,)
 
     def features(texts: Sequence[str], seed: int) -> Float[np.ndarray, "N F"]:
-        rows = [encode_document(run.tokenizer, text)[: run.length] for text in texts]
-        found = []
-        for first in range(0, len(rows), batch_size):
-            batch = batch_of_rows(rows[first : first + batch_size], run.start_token, run.length, run.device)
+        rows = [tuple(encode_document(run.tokenizer, text)[: run.length]) for text in texts]
+        new = [row for row in dict.fromkeys(rows) if (seed, row) not in known]
+        for chosen in batches_of_like_length([*map(len, new)], batch_size, run.length):
+            some = [new[index] for index in chosen]
+            batch = batch_of_rows(some, run.start_token, run.length, run.device)
             with torch.no_grad():
                 batch = run.model.prepare(batch)
                 keys = RowKeys.of_batch(batch, seed)
                 state, _ = infer_local(run.model, run.guide, batch, run.inference, keys=keys)
                 z_BLKD = draw_thoughts(run, batch, state, keys=keys).z_BLKD
                 hidden_BTD = run.model.decoder(cast(Tensor, batch.stem_BTD), z_BLKD)
-            found.append(hidden_BTD[torch.arange(batch.size), batch.tokens_B - 1])
-        return torch.cat(found).double().cpu().numpy()
+            last_BD = hidden_BTD[torch.arange(batch.size), batch.tokens_B - 1].double().cpu()
+            known.update(zip(((seed, row) for row in some), last_BD, strict=True))
+        return torch.stack([known[seed, row] for row in rows]).numpy()
 
     return features
 

@@ -42,25 +42,34 @@ def parts(options: Options) -> list[Part]:
 
 def score_generated(options: Options, sampling: Sampling, run: Run) -> Figures:
     """The figures of texts whose thoughts are drawn from the prior; a text ends at the end-of-text token."""
-    count = options.limit or TEXTS
+    count = _count(options)
     texts = generate(run, [""] * count, replace(sampling, max_new_tokens=min(LENGTH, run.length)), seed=options.seed)
     return text_figures(texts, held_out_texts(run, count), options)
 
 
 def score_held_out(options: Options, run: Run) -> Figures:
     """The figures of held-out texts of the same length; their MAUVE compares them with other held-out texts."""
-    count = options.limit or TEXTS
-    texts = held_out_texts(run, 2 * count)
+    texts = held_out_texts(run, 2 * _count(options), least=4)
     return text_figures(texts[: len(texts) // 2], texts[len(texts) // 2 :], options)
 
 
-def held_out_texts(run: Run, count: int) -> list[str]:
-    """The beginnings of ``count`` held-out sequences, as long as the generated texts."""
+def _count(options: Options) -> int:
+    """How many texts are compared with as many others."""
+    if options.limit == 1:
+        raise UsageError("The suite generation compares texts with each other, but --limit is 1: give at least 2.")
+    return options.limit or TEXTS
+
+
+def held_out_texts(run: Run, count: int, least: int = 2) -> list[str]:
+    """The beginnings of ``count`` held-out sequences, as long as the generated texts, but at ``least`` so many."""
     dataset, length = held_out(run), min(LENGTH, run.length)
     rows = (dataset[index] for index in range(len(dataset)))
     texts = decode(run, [row.tokens_T[:length].tolist() for row in islice(rows, count)])
-    if len(texts) < 2:
-        raise UsageError("The run's held-out data has fewer than two sequences: pack it with a larger --val-fraction.")
+    if len(texts) < least:
+        raise UsageError(
+            f"The run's held-out data has {len(texts)} sequences, fewer than {least}: pack it with a larger "
+            f"--val-fraction."
+        )
     return texts
 
 

@@ -10,21 +10,25 @@ from typing import NamedTuple
 
 from ltm_pyro.data.encode import encode_prompt
 from ltm_pyro.errors import UsageError
-from ltm_pyro.evaluation.suites.suite import Figures, Options, Part, no_data
+from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Figures, Options, Part, no_data
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.thoughts import ThoughtSampling
 
 ANSWER_TOKENS = 128  # at most half of the model's length
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+STOP = "Question:"  # where the next question begins
+# the filters and the comparison of the task gsm8k, version 3, of lm-evaluation-harness 0.4.13, pattern by pattern
+EXTRACT = {"strict": (r"#### (\-?[0-9\.\,]+)", 0), "flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)}
+IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 
 
 class Problem(NamedTuple):
-    """A question and its worked answer, which ends with ``#### RESULT``."""
+    """A question and its worked answer, which ends with ``#### RESULT``; ``line`` is that of the file."""
 
     question: str
     answer: str
+    line: int = 0
 
 
 def parts(options: Options) -> list[Part]:
@@ -42,22 +46,21 @@ def read_problems(file: Path, limit: int | None = None) -> list[Problem]:
     """The problems of a JSONL file; `UsageError` names the first line that is not a problem."""
     try:
         with file.open(encoding="utf-8") as lines:
-            return [
-                _problem(line, f"{file} line {i}") for i, line in enumerate(islice(lines, limit), 1) if line.strip()
-            ]
+            return [_problem(line, str(file), i) for i, line in enumerate(islice(lines, limit), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read as text ({error}): give a JSONL file in UTF-8.") from None
 
 
-def _problem(line: str, where: str) -> Problem:
+def _problem(line: str, file: str, number: int) -> Problem:
+    where = f"{file} line {number}"
     try:
         record = json.loads(line)
-        problem = Problem(record["question"], record["answer"])
-        "".join(problem).encode()  # fails unless both are text without lone surrogates
+        problem = Problem(record["question"], record["answer"], number)
+        "".join(problem[:2]).encode()  # fails unless both are text without lone surrogates
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{where} is not an object with "question" and "answer" ({error}): fix it.') from None
-    if extract_number(problem.answer) is None:
-        raise UsageError(f"{where} has no number in its answer: fix the line.")
+    if not re.fullmatch(r"-?[0-9.]+", result := as_compared(problem.answer)):
+        raise UsageError(f"{where} has no number at the end of its answer, but {result[-40:]!r}: fix the line.")
     return problem
 
 
@@ -66,39 +69,60 @@ def pass_at_k(problems: list[Problem], options: Options, run: Run) -> Figures:
     n, room = options.attempts, min(ANSWER_TOKENS, run.length // 2)
     examples, asked = problems[: options.shots], problems[options.shots :]
     prompts = [build_prompt(run, examples, problem.question, room) for problem in asked]
-    kept = [(text, extract_number(problem.answer)) for text, problem in zip(prompts, asked, strict=True) if text]
+    kept = [(text, problem) for text, problem in zip(prompts, asked, strict=True) if text]
     if not kept:
         raise UsageError(f"No question of GSM8K fits into {run.length - room} tokens: use a longer model.")
-    sampling = Sampling(max_new_tokens=room, num_return_sequences=n, stop_strings=("Question:",), temperature=0.8)
+    sampling = Sampling(max_new_tokens=room, num_return_sequences=n, stop_strings=STOP, temperature=0.8)
     thought_sampling = ThoughtSampling(inference=options.inference(run))
     texts = generate(run, [text for text, _ in kept], sampling, thought_sampling, seed=options.seed)
-    numbers = [extract_number(text) for text in texts]
-    correct = [numbers[i * n : (i + 1) * n].count(truth) for i, (_, truth) in enumerate(kept)]
+    by_question: list[Figures] = []
+    for first, (_, problem) in zip(range(0, len(texts), n), kept, strict=True):
+        answers = [text.split(STOP)[0] for text in texts[first : first + n]]
+        right = {way: sum(is_right(answer, problem.answer, way) for answer in answers) for way in EXTRACT}
+        known = {"id": problem.line, "question": problem.question, "result": as_compared(problem.answer)}
+        by_question.append({**known, "attempts": n, **right, "answers": answers})
     figures: Figures = {}
-    for k in {1, min(5, n)}:
-        share = sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in correct) / len(correct)
-        low, high = wilson(share, len(correct))
-        figures |= {f"pass@{k}": share, f"pass@{k}_low": low, f"pass@{k}_high": high}
-    shots = sum(text.count("Question:") - 1 for text, _ in kept) / len(kept)
+    for k in sorted({1, min(5, n)}):
+        for way in EXTRACT:
+            share = sum(1 - math.comb(n - c[way], k) / math.comb(n, k) for c in by_question) / len(kept)
+            low, high = wilson(share, len(kept))
+            figures |= {f"pass@{k}_{way}": share, f"pass@{k}_{way}_low": low, f"pass@{k}_{way}_high": high}
+    shots = sum(text.count(STOP) - 1 for text, _ in kept) / len(kept)
     counts = {"questions": len(kept), "left_out": len(asked) - len(kept), "attempts": n, "shots": shots}
-    return figures | counts | {"no_number": numbers.count(None) / len(texts)}
+    without = sum(extract(answer, "flexible") is None for found in by_question for answer in found["answers"])
+    return figures | counts | {"no_number": without / len(texts), BY_DOCUMENT: by_question}
 
 
 def build_prompt(run: Run, examples: list[Problem], question: str, room: int) -> str | None:
     """The prompt with as many worked examples as leave ``room`` tokens; None if the question alone is too long."""
     for first in range(len(examples) + 1):
-        shown = [f"Question: {p.question}\nAnswer: {p.answer}\n\n" for p in examples[first:]]
-        text = "".join(shown) + f"Question: {question}\nAnswer:"
+        shown = [f"{STOP} {p.question}\nAnswer: {p.answer}\n\n" for p in examples[first:]]
+        text = "".join(shown) + f"{STOP} {question}\nAnswer:"
         if len(encode_prompt(run.tokenizer, text)) + room <= run.length:
             return text
     return None
 
 
-def extract_number(answer: str) -> float | None:
-    """The first number after ``####``, or, without that mark, the last number before another question begins."""
-    text, marker, after = answer.split("Question:")[0].partition("####")
-    found = _NUMBER.findall(after if marker else text)
-    return float(found[0 if marker else -1].replace(",", "").replace("$", "")) if found else None
+def extract(answer: str, way: str) -> str | None:
+    """The result in an answer, as the harness finds it: ``strict``, after ``#### ``, or ``flexible``, the last one."""
+    pattern, which = EXTRACT[way]
+    found = re.findall(pattern, answer)
+    if not found:
+        return None
+    return (found[which] if isinstance(found[which], str) else "".join(found[which])).strip()
+
+
+def as_compared(result: str) -> str:
+    """A result, or a worked answer that ends with it, without what the harness does not compare."""
+    for pattern in IGNORED:
+        result = re.sub(pattern, "", result)
+    return result.lower()
+
+
+def is_right(answer: str, truth: str, way: str) -> bool:
+    """Whether an answer's result is that of the worked answer ``truth``, character by character."""
+    found = extract(answer, way)
+    return found is not None and as_compared(found) == as_compared(truth)
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -6,6 +6,7 @@ Shapes: N, M texts, F features, C clusters.
 import numpy as np
 from jaxtyping import Float
 
+from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.extras import extra
 
 SCALE = 5.0  # c in the paper
@@ -20,8 +21,10 @@ def mauve(p_NF: Float[np.ndarray, "N F"], q_MF: Float[np.ndarray, "M F"], seed: 
         R = \lambda P + (1 - \lambda) Q, \quad 0 < \lambda < 1, \quad c = 5
 
     The features are scaled to length 1, reduced by PCA to 90 % of their variance, and clustered by k-means, with a
-    tenth as many clusters as texts.
+    tenth as many clusters as texts. Raises `UsageError` for fewer than two texts on a side.
     """
+    if min(len(p_NF), len(q_MF)) < 2:
+        raise UsageError(f"MAUVE compares sets of at least two texts, got {len(p_NF)} and {len(q_MF)}: give more.")
     P_C, Q_C = histograms(p_NF, q_MF, seed)
     return frontier_area(P_C, Q_C)
 
@@ -33,7 +36,10 @@ def histograms(
     cluster, decomposition = (extra(f"sklearn.{part}", "suites", "MAUVE") for part in ("cluster", "decomposition"))
     both = np.concatenate([p_NF, q_MF])
     both = both / np.linalg.norm(both, axis=1, keepdims=True).clip(1e-12)
-    clusters = max(2, round(min(len(p_NF), len(q_MF)) / 10))
+    different = len(np.unique(both, axis=0))
+    if different == 1:  # nothing to cluster by
+        return np.ones(1), np.ones(1)
+    clusters = min(max(2, round(min(len(p_NF), len(q_MF)) / 10)), different)
     reduced = decomposition.PCA(n_components=VARIANCE, svd_solver="full").fit_transform(both)
     labels = cluster.KMeans(clusters, n_init=5, random_state=seed).fit_predict(reduced)
     counts = (np.bincount(part, minlength=clusters) for part in (labels[: len(p_NF)], labels[len(p_NF) :]))

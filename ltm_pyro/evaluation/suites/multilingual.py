@@ -16,7 +16,7 @@ def parts(options: Options) -> list[Part]:
     folder = Path(options.find("multilingual", "multilingual") or options.folder)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: the suite multilingual needs one with a file for each language.")
-    files = sorted(path for path in folder.iterdir() if path.name.endswith((".txt", ".jsonl")))
+    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith((".txt", ".jsonl")))
     if not files:
         raise no_data("multilingual", "a folder `multilingual` of .txt or .jsonl files", options)
     return [Part(file.stem.split(".")[-1], partial(bits_per_byte, str(file), options)) for file in files]

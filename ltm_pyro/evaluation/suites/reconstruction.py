@@ -9,11 +9,10 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from ltm_pyro.contracts import Batch, whole_pieces
 from ltm_pyro.contracts import Part as DocumentPart
-from ltm_pyro.evaluation.evaluate import BATCH, held_out
+from ltm_pyro.evaluation.evaluate import batches_of, held_out
 from ltm_pyro.evaluation.suites.suite import Figures, Options, Part
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.row_noise import RowKeys
@@ -33,9 +32,7 @@ def token_accuracy(options: Options, run: Run) -> Figures:
     Layers above l do not attend to their thoughts; l = 0 is the decoder without thoughts.
     """
     dataset, layers = held_out(run), run.model.decoder.thought_shape.layers
-    batches = DataLoader(
-        Subset(dataset, range(len(dataset))[: options.limit]), batch_size=BATCH, collate_fn=dataset.collate
-    )
+    batches = batches_of(dataset, range(len(dataset))[: options.limit])
     found, sizes = [], []
     parts: list[tuple[DocumentPart, ...]] = []
     for batch in batches:

@@ -5,7 +5,7 @@ A part is computed for one run at a time.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ltm_pyro.errors import UsageError
@@ -49,10 +49,16 @@ class Options:
     trust: bool = False
 
     def find(self, name: str, *patterns: str) -> str | None:
-        """The path of a data set: its source, or the first file in ``directory`` that matches the first pattern."""
+        """The path of a data set: its source, or the first file in ``directory`` that matches the first pattern.
+
+        Capital letters in a file's name do not matter.
+        """
         if self.sources and (name in self.sources or self.directory is None):
             return self.sources.get(name)
-        matches = (path for pattern in patterns for path in sorted(self.folder.rglob(pattern)))
+        names = {
+            path: PurePosixPath(path.relative_to(self.folder).as_posix().lower()) for path in self.folder.rglob("*")
+        }
+        matches = (path for pattern in patterns for path in sorted(names) if names[path].match(pattern))
         return next((str(path) for path in matches), None)
 
     def inference(self, run: Run) -> LocalInference:

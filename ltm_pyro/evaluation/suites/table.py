@@ -51,12 +51,7 @@ SUITES = {
         gsm8k.parts,
         "the share of questions that at least one of k answers solves, with its 95 % interval",
         (
-            "pass@1",
-            "pass@1_low",
-            "pass@1_high",
-            "pass@5",
-            "pass@5_low",
-            "pass@5_high",
+            *(f"pass@{k}_{way}{end}" for way in gsm8k.EXTRACT for k in (1, 5) for end in ("", "_low", "_high")),
             "shots",
             "questions",
             "left_out",
