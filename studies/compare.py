@@ -1,4 +1,4 @@
-"""Priors and guides side by side: every pair trained for the same time, then scored; resumed where it was interrupted.
+"""Priors and guides side by side: every pair trained for the same budget, then scored; resumed where interrupted.
 
 `ltm compare` makes a `Comparison`, checks it, writes its settings, and asks for the figures of each pair.
 """
@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from ltm_pyro.data import read_manifest
 from ltm_pyro.errors import UsageError
+from ltm_pyro.evaluation.context import context_recovered
 from ltm_pyro.evaluation.documents import compare, document_scores, read_records, write_records
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run, k_hat
 from ltm_pyro.inference.elbo import missing_bound
@@ -24,17 +25,19 @@ from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
-from ltm_pyro.studies.budget import Budget
+from ltm_pyro.studies.budget import Budget, check_dearest_step, parse_budget
 from ltm_pyro.studies.configure import Values, as_options
+from ltm_pyro.studies.context import ceiling, floor
 from ltm_pyro.training.check_model import check_model
 from ltm_pyro.training.cost_summary import tokens_per_step
 from ltm_pyro.training.model_config import build_from_recipe
-from ltm_pyro.training.recipe import check_data, read_recipe
+from ltm_pyro.training.recipe import build_module, check_data, read_recipe
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
 from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.files import atomic_write, new_folder
 
+__all__ = ["Budget", "Comparison", "parse_budget"]
 RESULT, SETTINGS = "result.json", "compare.json"
 K_HAT_SEQUENCES, K_HAT_DRAWS = 32, 100
 
@@ -44,12 +47,12 @@ class Pair(NamedTuple):
 
     prior: str
     guide: str
-    is_ar_baseline: bool = False
+    reference: str = ""  # autoregressive, floor or ceiling, all without a latent variable
 
     @property
     def name(self) -> str:
         """That of its run's folder."""
-        return "autoregressive" if self.is_ar_baseline else f"{_short(self.prior)}-{_short(self.guide)}"
+        return self.reference or f"{_short(self.prior)}-{_short(self.guide)}"
 
     @property
     def full_names(self) -> dict[str, str]:
@@ -59,13 +62,15 @@ class Pair(NamedTuple):
 
     @property
     def settings(self) -> Values:
-        """What the pair changes in the recipe."""
-        if self.is_ar_baseline:
+        """What the pair changes in the recipe; `Comparison` knows of a floor or a ceiling what it depends on."""
+        if self.reference:
             return ar_baseline()
         return {f"model.{part}": name for part, name in self.full_names.items()}
 
 
-AR_BASELINE = Pair(PARTS["model.prior"], PARTS["model.guide"], is_ar_baseline=True)
+AR_BASELINE, FLOOR, CEILING = (
+    Pair(PARTS["model.prior"], PARTS["model.guide"], reference) for reference in ("autoregressive", "floor", "ceiling")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,33 +80,31 @@ class Comparison:
     Args:
         config: the recipe that every training follows.
         priors, guides: names of ours, dotted paths, or ``file.py:Name``.
-        minutes: of training, for each pair and for the autoregressive baseline.
+        budget: of training, for each pair and for the autoregressive baseline.
         out: a directory with a run for each pair.
         samples: S, draws per sequence for the bounds.
         limit: held-out sequences that are scored; all when not given.
         options: further options of ``ltm fit``.
         trust: lets the recipe of a run or of an export name code of others.
+        context: whether R of every pair is given, between a floor and a ceiling that are trained beside them.
     """
 
     config: str
     priors: Sequence[str]
     guides: Sequence[str]
-    minutes: float
+    budget: Budget
     out: Path
     samples: int = 16
     limit: int | None = None
     options: Sequence[str] = ()
     trust: bool = False
+    context: bool = False
 
     @property
     def pairs(self) -> list[Pair]:
-        """Every prior with every guide, behind the autoregressive baseline."""
-        return [AR_BASELINE, *(Pair(prior, guide) for prior, guide in product(self.priors, self.guides))]
-
-    @property
-    def budget(self) -> Budget:
-        """What each training may spend."""
-        return Budget(60 * self.minutes, "s")
+        """Every prior with every guide, behind the autoregressive baseline and the references of R."""
+        references = [FLOOR, CEILING] if self.context else []
+        return [AR_BASELINE, *references, *(Pair(prior, guide) for prior, guide in product(self.priors, self.guides))]
 
     def check(self) -> None:
         """Refuses, before the first is trained, a pair that could not be, and two of one name."""
@@ -118,21 +121,24 @@ class Comparison:
             read_manifest(config.data.directory).split("val", config.data.directory)
             built = build_from_recipe(config)
             check_model(built.model, built.guide)
+            if self.budget.unit == "flops":
+                check_dearest_step(build_module(config), config)
 
     def write_settings(self) -> None:
         """Writes what is compared into the directory; refuses one in which something else was compared."""
         settings = {
             "config": Path(self.config).read_text("utf-8"),
             "pack": read_manifest(self._configure(AR_BASELINE).data.directory).digest,
-            **{name: getattr(self, name) for name in ("minutes", "samples", "limit")},
+            **({"minutes": self.budget.amount / 60} if self.budget.unit == "s" else {"budget": str(self.budget)}),
+            **{name: getattr(self, name) for name in ("samples", "limit")},
             "options": [*self.options],
         }
         path = self.out / SETTINGS
         try:
             if path.exists() and json.loads(path.read_text("utf-8")) != settings:
                 raise UsageError(
-                    f"{self.out} holds a comparison with another recipe, data, time, samples, limit or options: choose "
-                    f"another --out."
+                    f"{self.out} holds a comparison with another recipe, data, budget, samples, limit or options: "
+                    f"choose another --out."
                 )
             with new_folder(self.out), atomic_write(path) as new:
                 new.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
@@ -173,16 +179,30 @@ class Comparison:
         None where one of them has no bound, or rows do not know their documents.
         """
         first, second = (read_records(self.out / x.name) for x in (pair, self.pairs[0]))
-        if pair.is_ar_baseline or not first or not second or "bound_nats" not in first[0]:
+        if pair == AR_BASELINE or not first or not second or "bound_nats" not in first[0]:
             return {"difference": None, "difference_stderr": None}
         found = compare(first, second)
         return finite({"difference": found.value, "difference_stderr": found.stderr})
 
+    def recovered(self, pair: Pair) -> dict[str, Any]:
+        """R of a pair's bound and its 95 % interval (see `Context`); None where it is not asked for or not defined."""
+        nothing = {"context_recovered": None, "context_recovered_interval": None}
+        model, floor, ceiling = (read_records(self.out / x.name) for x in (pair, FLOOR, CEILING))
+        if not self.context or pair.reference or not all((model, floor, ceiling)) or "bound_nats" not in model[0]:
+            return nothing
+        found = context_recovered([model], [floor], [ceiling], ["bound"]).recovered
+        if not found:
+            return nothing
+        return {"context_recovered": found["bound"].share, "context_recovered_interval": [*found["bound"].interval]}
+
     def _configure(self, pair: Pair, *options: str) -> Namespace:
-        """A pair's recipe, which ends when the time is up and for no other reason."""
-        settings = as_options(pair.settings | self.budget.settings)
-        trust = ["--trust"] if self.trust else []
-        return read_recipe(["--config", self.config, *self.options, *settings, *options, *trust])
+        """A pair's recipe, which ends when the budget is spent and for no other reason."""
+        settings, trust = pair.settings, ["--trust"] if self.trust else []
+        if pair in (FLOOR, CEILING):
+            base = read_recipe(["--config", self.config, *self.options, *trust]).model.decoder.init_args.as_dict()
+            settings = floor(base) if pair == FLOOR else ceiling(base)
+        changes = as_options(settings | self.budget.settings)
+        return read_recipe(["--config", self.config, *self.options, *changes, *options, *trust])
 
     def _score(self, run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The bounds on held-out sequences (nats per token), the predictive gain, and Pareto k-hat.
@@ -224,11 +244,12 @@ def _pace(run: Path) -> dict[str, Any]:
     with (run / METRICS).open(newline="") as file:
         speeds = [float(speed) for row in csv.DictReader(file) if (speed := row["train/tokens_per_second"])]
     if not speeds:
-        raise UsageError(f"{run} has logged no step: give more --minutes, or log more often.")
-    config = read_recipe(["--config", str(run / "config.yaml")])
+        raise UsageError(f"{run} has logged no step: give a larger budget, or log more often.")
+    config, checkpoint = read_recipe(["--config", str(run / "config.yaml")]), read_checkpoint(run)
     return {
         "seconds_per_step": tokens_per_step(config) / statistics.median(speeds),
-        "steps": read_checkpoint(run)["global_step"],
+        "steps": checkpoint["global_step"],
+        "flops": checkpoint["state_dict"]["flops"].item(),
     }
 
 

@@ -21,7 +21,8 @@ def floor(decoder: Mapping[str, Any]) -> Values:
     Args:
         decoder: the ``init_args`` of the Latent-Thought model's decoder.
     """
-    return {**ar_baseline(), f"{DECODER}constant_thoughts": decoder["thoughts"]}
+    constant = {f"{DECODER}constant_thoughts": decoder["thoughts"], "model.keep_local": None}  # no q to keep
+    return {**ar_baseline(), **constant}
 
 
 def ceiling(decoder: Mapping[str, Any]) -> Values:

@@ -38,6 +38,9 @@ COMMANDS = {  # name -> module, line of help
     "study show": ("ltm_pyro.cli.study", "show a study's trials, failed and pruned ones with the reason"),
     "study report": ("ltm_pyro.cli.study", "write a study as a page: plots, trials and the recommended setting"),
     "study best": ("ltm_pyro.cli.study", "write the recommended setting as a recipe for `ltm fit`"),
+    "study enqueue": ("ltm_pyro.cli.study", "add a point of your own, tried before the sampler's"),
+    "study rename": ("ltm_pyro.cli.study", "give a study another name"),
+    "study delete": ("ltm_pyro.cli.study", "delete a study and its trials from a storage"),
 }
 
 _OF_THE_PLACE = (  # what a path can be to blame for

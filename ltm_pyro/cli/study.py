@@ -1,7 +1,8 @@
-"""`ltm study run|list|show|report|best`: which setting is best at a fixed budget?"""
+"""`ltm study run|list|show|report|best|enqueue|rename|delete`: which setting is best at a fixed budget?"""
 
 import argparse
 import math
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = parser.prog.split()[-1]
     _ARGUMENTS[command](parser)
     parser.set_defaults(command=command)
-    parser.add_argument("--storage", default=STORAGE, metavar="URL", help=f"of the trials; {STORAGE} by default")
+    kinds = "sqlite:///FILE, journal:///FILE, postgresql+psycopg://…, grpc://HOST:PORT"
+    about = f"of the trials: {kinds}; {STORAGE} by default"
+    parser.add_argument("--storage", default=STORAGE, metavar="URL", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -44,14 +47,30 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--base-config", metavar="FILE", help="the recipe that is varied; the study's own by default")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe in all trials")
-    add("--budget", metavar="N[flops|s]", help="training of each trial: 2e13flops or 120s; 4e12flops by default")
+    about = "training of each trial: 2e13flops, 120s, 5m or 1h; 4e12flops by default"
+    add("--budget", metavar="N[flops|s|m|h]", help=about)
     add("--trials", type=at_least(1), metavar="N", help="in total, over workers and restarts; 20, or the grid's")
     add("--workers", type=at_least(1), default=1, metavar="N", help="trials at a time on this machine")
     add("--study-name", metavar="S", help="its name in the storage; the study's by default")
-    add("--minimise", default="bound", metavar="A[,B]", help="figures to minimise; several give a Pareto front")
+    add("--minimise", metavar="A[,B]", help="figures to minimise, `bound` by default; several give a Pareto front")
+    add("--maximise", metavar="A[,B]", help="figures to maximise, such as predictive_gain or context_recovered")
+    add("--floor", metavar="RUN", help="of context_recovered, on text whose optimum is not known")
+    add("--ceiling", metavar="RUN", help="the same with full attention")
     add("--at-most", action="append", default=[], metavar="FIGURE=X", help="a limit, such as peak_memory_mib=4000")
-    add("--prune", action="store_true", help="give up early on trials that are behind (Hyperband)")
-    add("--repeats", type=at_least(0), default=2, metavar="N", help="trainings of the best setting with other seeds")
+    add("--sampler", default="tpe", metavar="NAME", help="tpe, gp, cmaes, qmc, random, grid, nsga2 or nsga3")
+    add("--prune", action="store_true", help="give up early on trials that are behind: --pruner hyperband")
+    add("--pruner", default="none", metavar="NAME", help="none, median, hyperband, or wilcoxon over documents")
+    add(
+        "--repeats",
+        type=at_least(0),
+        default=5,
+        metavar="N",
+        help="other seeds that the best settings are trained with",
+    )
+    add("--finalists", type=at_least(1), default=4, metavar="N", help="settings that are, halved until two are left")
+    add("--warm-start", metavar="S", help="try the five best points of another study of the storage first")
+    add("--timeout", type=duration, metavar="N[s|m|h]", help="after it no further trial is started here")
+    add("--trial-timeout", type=duration, metavar="N[s|m|h]", help="a trial that takes longer fails")
     add("--memory", type=positive, metavar="GIB", help="the most memory one trial may allocate")
     add("--samples", type=at_least(1), default=8, metavar="S", help="draws per sequence after q is final")
     add("--limit", type=at_least(2), default=64, metavar="N", help="score only the first N held-out sequences")
@@ -74,6 +93,11 @@ def _best_arguments(parser: argparse.ArgumentParser) -> None:
     _study_name_argument(parser)
     parser.add_argument("--out", metavar="FILE", help="the recipe to write; S-best.yaml by default")
     parser.add_argument("--trial", type=at_least(0), metavar="N", help="this trial instead of the recommended one")
+    parser.add_argument(
+        "--pick", type=at_least(0), metavar="INDEX", help="this one of the Pareto front, as `show` lists it"
+    )
+    about = "of an objective; the trial of the Pareto front with the least weighted sum is taken"
+    parser.add_argument("--weight", action="append", default=[], metavar="FIGURE=X", help=about)
     parser.add_argument("--force", action="store_true", help="replace the file")
     add_trust(parser)
 
@@ -88,25 +112,54 @@ def _run(args: argparse.Namespace) -> int:
         {key: _value(key, text) for key, text in _pairs("--set", args.set)},
         budget=args.budget,
         trust=args.trust,
-        minimise=tuple(name.strip() for name in args.minimise.split(",")),
+        references=_references(args),
+        minimise=_names(args.minimise if args.minimise is not None or args.maximise else "bound"),
+        maximise=_names(args.maximise),
         at_most={figure: _number("--at-most", value) for figure, value in _pairs("--at-most", args.at_most)},
         samples=args.samples,
         limit=args.limit,
-        pruned=args.prune,
+        sampler=args.sampler,
+        pruner="hyperband" if args.prune and args.pruner == "none" else args.pruner,
         seed=args.seed,
     )
     name = args.study_name or plan.study
     resources = study.Resources(
-        out=Path(args.out or study.RUNS / name).expanduser(), workers=args.workers, memory_gib=args.memory
+        out=Path(args.out or study.RUNS / name).expanduser(),
+        workers=args.workers,
+        memory_gib=args.memory,
+        trial_seconds=args.trial_timeout,
+        seconds=args.timeout,
     )
     total = args.trials or len(definition.points) or study.TRIALS
     try:
-        study.run_study(definition, plan, args.storage, name, total, resources, args.repeats)
+        study.run_study(
+            definition, plan, args.storage, name, total, resources, args.repeats, args.finalists, args.warm_start
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
     found = study.describe(args.storage, name, resources.out)
     _print(found, args.json)
     return 0 if any(row["state"] == "complete" for row in found["trials"]) else 2
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    return () if given is None else tuple(name.strip() for name in given.split(","))
+
+
+def _references(args: argparse.Namespace) -> tuple[str, ...]:
+    given = [place for place in (args.floor, args.ceiling) if place]
+    if len(given) == 1:
+        raise UsageError("--floor and --ceiling belong together: give both, or none on a task whose optimum is known.")
+    return tuple(given)
+
+
+def duration(text: str) -> float:
+    """An argument type: seconds, from ``90s``, ``5m`` or ``2h``."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smh])", text)
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no time: write 90s, 5m or 2h")
+    return seconds
 
 
 def _pairs(option: str, given: list[str]) -> list[list[str]]:
@@ -165,17 +218,23 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
 
 
 def _table(found: dict[str, Any]) -> Table:
-    parameters = list(dict.fromkeys(name for row in found["trials"] for name in row["parameters"]))
+    searched = [row for row in found["trials"] if row["role"] in ("trial", "added")]
+    parameters = list(dict.fromkeys(name for row in searched for name in row["parameters"]))
     title = f"{found['study']}: {found['question']} Every trial trains for {found['each']}."
     short = [name.rsplit(".", 1)[-1] for name in parameters]
-    columns = ("trial", *short, *found["minimise"], "above best", "± s.e.", "predictive gain", "")
+    objectives, front = [*found["minimise"], *found["maximise"]], found["front"]
+    columns = ("trial", *short, *objectives, "above best", "± s.e.", "predictive gain", "")
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for row in found["trials"]:
         paired = [row.get(name) for name in ("above_best", "above_best_stderr")]
-        figures = [*map(row["figures"].get, found["minimise"]), *paired, row["figures"].get("predictive_gain")]
+        figures = [*map(row["figures"].get, objectives), *paired, row["figures"].get("predictive_gain")]
         given = [row["parameters"].get(name) for name in parameters]
-        label = str(row["number"]) if row["role"] == "trial" else row["role"]
-        table.add_row(label, *map(_cell, given), *map(_cell, figures), row["reason"] or row["state"])
+        is_searched = row in searched
+        label = str(row["number"]) if is_searched else f"{row['role']} of {row['of']}"
+        state = row["reason"] or row["state"]
+        if is_searched and row["number"] in front:
+            state += f", front {front.index(row['number'])}"
+        table.add_row(label, *map(_cell, given), *map(_cell, figures), state)
     return table
 
 
@@ -184,15 +243,60 @@ def _cell(value: Any) -> str:
 
 
 def _best(args: argparse.Namespace) -> int:
-    written = import_module(f"{SEARCH}.study").write_best(
-        args.storage, args.study_name, None if args.out is None else Path(args.out), args.trial, args.force, args.trust
-    )
+    study, number = import_module(f"{SEARCH}.study"), args.trial
+    if args.pick is not None:
+        front = study.describe(args.storage, args.study_name)["front"]
+        if args.pick >= len(front):
+            raise UsageError(
+                f"--pick is {args.pick}, and the front has {len(front)} trials: `ltm study show` lists them."
+            )
+        number = front[args.pick]
+    weights = {figure: _number("--weight", value) for figure, value in _pairs("--weight", args.weight)}
+    out = None if args.out is None else Path(args.out)
+    written = study.write_best(args.storage, args.study_name, out, number, args.force, args.trust, weights)
     if args.json:
         print_json(written)
     else:
         print(
             f"Written: {written['recipe']}, from trial {written['number']}. Next: ltm fit --config {written['recipe']}"
         )
+    return 0
+
+
+def _enqueue_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_name_argument(parser)
+    about = "a parameter of the point; the sampler chooses those that are left out"
+    parser.add_argument("--set", action="append", default=[], required=True, metavar="NAME=VALUE", help=about)
+
+
+def _enqueue(args: argparse.Namespace) -> int:
+    point = {name: _value(name, text) for name, text in _pairs("--set", args.set)}
+    number = import_module(f"{SEARCH}.manage").Study(args.storage, args.study_name).enqueue(point)
+    return _say(args, {"trial": number}, f"Trial {number} waits; the next free worker takes it.")
+
+
+def _rename_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_name_argument(parser)
+    parser.add_argument("new", metavar="NEW", help="its new name")
+
+
+def _rename(args: argparse.Namespace) -> int:
+    import_module(f"{SEARCH}.manage").Study(args.storage, args.study_name).rename(args.new)
+    return _say(args, {"study": args.new}, f"It is called '{args.new}' now.")
+
+
+def _delete_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--study-name", metavar="S", required=True, help="its name in the storage")
+    parser.add_argument("--force", action="store_true", help="also while trials run")
+
+
+def _delete(args: argparse.Namespace) -> int:
+    count = import_module(f"{SEARCH}.manage").Study(args.storage, args.study_name).delete(args.force)
+    return _say(args, {"deleted": count}, f"Deleted, with {count} trials; their runs are where they were.")
+
+
+def _say(args: argparse.Namespace, found: dict[str, Any], text: str) -> int:
+    print_json(found) if args.json else print(text)
     return 0
 
 
@@ -225,5 +329,17 @@ _ARGUMENTS = {
     "show": _show_arguments,
     "report": _report_arguments,
     "best": _best_arguments,
+    "enqueue": _enqueue_arguments,
+    "rename": _rename_arguments,
+    "delete": _delete_arguments,
 }
-_COMMANDS = {"run": _run, "list": _list, "show": _show, "report": _report, "best": _best}
+_COMMANDS = {
+    "run": _run,
+    "list": _list,
+    "show": _show,
+    "report": _report,
+    "best": _best,
+    "enqueue": _enqueue,
+    "rename": _rename,
+    "delete": _delete,
+}

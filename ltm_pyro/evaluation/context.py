@@ -95,6 +95,12 @@ def context_recovered(
     return context._replace(recovered=recovered)
 
 
+def is_task(documents: Records, reach: int | None) -> bool:
+    """Whether the optimum of every document is known, and the best within a reach: floor and ceiling without a run."""
+    label = f"{BEST_WITHIN}{reach}"
+    return bool(documents) and all("exact_nats" in x and label in x["labels"] for x in documents)
+
+
 def known_references(documents: Records, reach: int | None) -> tuple[Records, Records]:
     """Floor and ceiling of a task's documents, both known: the best within the reach, and −log p(x)."""
     floor = [{**x, "bound_nats": x["labels"][f"{BEST_WITHIN}{reach}"]} for x in documents]

@@ -18,18 +18,24 @@ class Milestones(Callback):
     Args:
         fractions: increasing, each in (0, 1); a step that passes several of them reports the last.
         score: evaluates the module, which is in evaluation mode during the call.
+        check: called with the module before the first step; may refuse it.
     """
 
     def __init__(
         self,
         fractions: Sequence[float],
-        score: Callable[[LTMModule], float],
-        report: Callable[[int, float], None],
+        score: Callable[[LTMModule], Any],
+        report: Callable[[int, Any], None],
         tick: Callable[[float], None],
+        check: Callable[[LTMModule], None] = lambda module: None,
     ) -> None:
-        self._fractions, self._score, self._report, self._tick = fractions, score, report, tick
+        self._fractions, self._score, self._report, self._tick, self._check = fractions, score, report, tick, check
         self._passed = 0
         self.tokens = 0  # trained on so far by all ranks, padding included, as for FLOPs
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        """Calls `check`."""
+        self._check(module)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Batch, index: int) -> None:
         """Counts tokens, then calls `tick`, and `report` if a fraction has just been passed."""

@@ -1,5 +1,7 @@
 """One trial in a process of its own: if it runs out of memory, turns non-finite or crashes, no other trial ends."""
 
+import errno
+import json
 import multiprocessing
 import os
 import resource
@@ -8,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,13 +22,31 @@ import torch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.studies.search.definition import load_definition
 from ltm_pyro.studies.search.objective import Setting
-from ltm_pyro.utils.files import DISK_IS_FULL, DiskFullError
+from ltm_pyro.studies.search.samplers import RUNGS
+from ltm_pyro.utils.files import DISK_IS_FULL, DiskFullError, atomic_write
 from ltm_pyro.utils.malloc import keep_freed_memory
 from ltm_pyro.utils.processes import end_with_parent
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks before any tensor or device exists
 CONTEXT.set_forkserver_preload(["ltm_pyro.utils.fork_server", __name__])
 TICK = 0.5  # seconds between two reports of the progress
+FULL = "the disk is full"
+UNREACHABLE = {  # a disk or a network that is gone, whatever the setting
+    getattr(errno, name)
+    for name in (
+        "EIO",
+        "ESTALE",
+        "EROFS",
+        "ENODEV",
+        "ENOTCONN",
+        "ETIMEDOUT",
+        "EHOSTUNREACH",
+        "ENETUNREACH",
+        "EREMOTEIO",
+    )
+    if hasattr(errno, name)
+}
+FIGURES = "figures.json"  # in the folder of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +57,8 @@ class Task:
         threads: of one trial.
         device: the CUDA device it sees, None for all (unverified).
         memory_gib: the most memory it may allocate.
+        objectives: how many there are; a report needs one.
+        key: of everything that decides the figures; they are kept under it in the run's folder.
     """
 
     study: str
@@ -43,13 +66,15 @@ class Task:
     threads: int
     device: int | None = None
     memory_gib: float | None = None
+    objectives: int = 1
+    key: str = ""
 
 
 def start_process(task: Task) -> tuple[Any, Connection]:
     """The running process, and the end of a pipe on which its messages arrive.
 
-    They are ``("tick", progress)``, ``("report", rung, bound)``, and at last ``("done", figures)``,
-    ``("failed", reason)``, or ``("full", reason)`` if the disk was full.
+    They are ``("tick", progress)``, ``("report", rung, bound, by document)``, and at last ``("done", figures)``,
+    ``("failed", reason)``, or ``("trouble", cause)`` if the machine, and not the setting, is why it failed.
     """
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_run, args=(task, sender))
@@ -70,11 +95,13 @@ def _run(task: Task, sender: Connection) -> None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         outcome = "done", _objective(task, sender)
+        with suppress(OSError, UsageError), atomic_write(run / FIGURES) as new:
+            new.write_text(json.dumps({"key": task.key, "figures": outcome[1]}), "utf-8")
     except BaseException as error:
         with suppress(OSError):
             traceback.print_exc()
-        full = isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in DISK_IS_FULL)
-        outcome = "full" if full else "failed", failure_reason(error)
+        cause = machine_trouble(error)
+        outcome = ("trouble", cause) if cause else ("failed", failure_reason(error))
     with suppress(OSError):
         sys.stderr.flush()
     with suppress(FileNotFoundError):
@@ -97,9 +124,47 @@ def _objective(task: Task, sender: Connection) -> dict[str, float]:
             last = time.monotonic()
             sender.send(("tick", progress))
 
-    setting = Setting(**task.setting, tick=tick, report=lambda rung, bound: sender.send(("report", rung, bound)))
-    figures = load_definition(task.study).objective(setting)
+    def report(rung: int, bound: float, documents: Sequence[float] = ()) -> None:
+        if task.objectives > 1:
+            raise UsageError("`report` needs one objective, and this study has several: leave it out.")
+        if isinstance(rung, bool) or not isinstance(rung, int) or not 0 <= rung < len(RUNGS):
+            raise UsageError(
+                f"`report` was given the rung {rung!r}: there are {', '.join(map(str, range(len(RUNGS))))}."
+            )
+        if not _is_number(bound) or not all(map(_is_number, documents)):
+            raise UsageError(f"`report` was given {bound!r}: give a number.")
+        sender.send(("report", rung, float(bound), [float(x) for x in documents]))
+
+    figures = load_definition(task.study).objective(Setting(**task.setting, tick=tick, report=report))
+    if not isinstance(figures, Mapping):
+        raise UsageError(f"`objective` returned {figures!r}: let it return figures by name, such as {{'bound': 3.2}}.")
+    if odd := next((name for name, x in figures.items() if not isinstance(name, str) or not _is_number(x)), None):
+        raise UsageError(f"`objective` returned {odd!r}: {figures[odd]!r}, which is no number by a name.")
     return {name: float(value) for name, value in figures.items()}
+
+
+def _is_number(x: Any) -> bool:
+    try:
+        float(x)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(x, str | bytes)
+
+
+def kept_figures(run: Path, key: str) -> dict[str, float] | None:
+    """The figures that a trial has left in its folder, of which the storage has not heard."""
+    try:
+        found = json.loads((run / FIGURES).read_text("utf-8"))
+        return {str(k): float(v) for k, v in found["figures"].items()} if found["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def machine_trouble(error: BaseException) -> str | None:
+    """What of the machine made a trial fail; None if it was the trial itself."""
+    if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in DISK_IS_FULL):
+        return FULL
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno in UNREACHABLE else None
 
 
 def failure_reason(error: BaseException) -> str:

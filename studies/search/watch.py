@@ -1,4 +1,4 @@
-"""The progress of a running study on the terminal: every trial's, and the lowest objective so far."""
+"""The progress of a running study on the terminal: every trial's, and the best objective so far."""
 
 import sys
 from typing import Any
@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ltm_pyro.studies.search.plan import Plan
-from ltm_pyro.studies.search.trials import REASON, best_trial, current_trials, plan_of
+from ltm_pyro.studies.search.trials import REASON, current_trials, feasible, is_ours, plan_of
 from ltm_pyro.utils.console import Console
 
 
@@ -43,6 +43,13 @@ class Watch:
         """Updates the bar of a trial: ``progress`` from 0 to 1."""
         self._bar.update(self._slots[slot], completed=progress)
 
+    def say(self, line: str) -> None:
+        """Prints a line."""
+        if self._bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(line, highlight=False)
+
     def trial_ended(self, slot: int, study: optuna.Study, number: int) -> None:
         """Removes the bar of a trial, and prints its outcome."""
         self._bar.remove_task(self._slots.pop(slot))
@@ -50,18 +57,15 @@ class Watch:
         role = trial.user_attrs.get("role")
         line = f"{role or 'trial'} {number}: {_outcome(trial, plan)}"
         if not role:
-            finished = [t for t in current_trials(study) if t.state.is_finished()]
+            finished = [t for t in current_trials(study) if t.state.is_finished() and is_ours(t)]
             self._bar.update(self._study, completed=len(finished))
-            lowest = best_trial(study)
-            known = f", lowest {plan.minimise[0]} {lowest.values[0]:.4f}" if lowest else ""
+            (name, sign), done = plan.objectives[0], [t.values[0] for t in feasible(study)]
+            known = f", best {name} {min(done) if sign > 0 else max(done):.4f}" if done else ""
             line += f"  ({len(finished)} of {self._total}{known})"
-        if self._bar.disable:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.console.print(line, highlight=False)
+        self.say(line)
 
 
 def _outcome(trial: FrozenTrial, plan: Plan) -> str:
     if trial.state == TrialState.COMPLETE:
-        return ", ".join(f"{name} {value:.4g}" for name, value in zip(plan.minimise, trial.values, strict=True))
+        return ", ".join(f"{name} {value:.4g}" for (name, _), value in zip(plan.objectives, trial.values, strict=True))
     return str(trial.user_attrs.get(REASON, trial.state.name))

@@ -338,11 +338,11 @@ def hostile_study(url, source, recipe, settings, run):
         trials.open_study(storage, "theirs" + trials.CHECKS, plan)
         study.set_user_attr(trials.SOURCE, source)
         trials.enqueue(study, [{}])
-        trial = trials.claim(study, lambda: trials.current_trials(study), seed=0)
+        trial = trials.claim(study, lambda: trials.current_trials(study), trials.plan_of(study))
         trial.set_user_attr(trials.SETTINGS, settings)
         trial.set_user_attr(trials.SEED, 0)
         trial.set_user_attr(trials.RUN, run)
-        trials.finish(study, trial, {"bound": 1.0})
+        trials.finish(study, trial, {"bound": 1.0}, trials.plan_of(study))
 
 
 def test_a_study_in_a_database_is_only_data(exported, tmp_path):

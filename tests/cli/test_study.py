@@ -14,7 +14,7 @@ SPACE = """
 from optuna.distributions import FloatDistribution
 space = {"model.inference.rate": FloatDistribution(0.05, 0.5, log=True)}
 """
-SMALL = ("--budget", "2e8flops", "--limit", 4, "--samples", 2)
+SMALL = ("--budget", "1e9flops", "--limit", 4, "--samples", 2)
 
 
 FULL_ONCE = f"""{SPACE}
@@ -43,15 +43,13 @@ def search(tmp_path):
     return path
 
 
-def test_a_full_disk_ends_a_search_and_costs_no_trial(ltm, recipe, tmp_path):
+def test_a_disk_that_was_full_costs_no_trial(ltm, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("ltm_pyro.studies.search.runner.PAUSES", (0.1,))
     (tmp_path / "rate.py").write_text(FULL_ONCE)
     base = ("study", "run", "rate.py", "--base-config", recipe, *SMALL, "--repeats", 0, "--trials", 2)
     code, out, err = ltm(*base, "--json")
-    assert (code, out) == (2, ""), err
-    said = "ltm study run: The disk under runs/studies/rate is full: make room, and give the same command again."
-    assert err.splitlines()[-1] == said
-    code, out, err = ltm(*base, "--json")
     assert code == 0, err
+    assert "the disk is full: trial 1 waits again" in err
     assert [row["state"] for row in json.loads(out)["trials"]] == ["complete"] * 3
 
 
@@ -60,7 +58,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
     code, out, err = ltm(*base, "--trials", 2, "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert [row["role"] for row in found["trials"]] == ["trial", "trial", "baseline", "repeat"]
+    assert [row["role"] for row in found["trials"]] == ["trial", "trial", "baseline", "repeat", "repeat"]
     assert all(row["state"] == "complete" for row in found["trials"])
     assert "trial 1: bound" in err
     best = found["trials"][found["best"]]
@@ -69,7 +67,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
 
     code, out, _ = ltm("study", "list", "--json")
     assert json.loads(out)[0] | {"best": 0} == {
-        **{"study": "rate", "trials": 2, "complete": 2, "fail": 0, "pruned": 0, "best": 0, "budget": "2e8flops"}
+        **{"study": "rate", "trials": 2, "complete": 2, "fail": 0, "pruned": 0, "best": 0, "budget": "1e9flops"}
     }
     assert "rate" in ltm("study", "list")[1]
     assert "Which fast rate?" in ltm("study", "show")[1]
@@ -79,7 +77,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
     assert written["number"] == best["number"]
     content = yaml.safe_load((tmp_path / written["recipe"]).read_text())
     assert content["model"]["inference"]["rate"] == best["parameters"]["model.inference.rate"]
-    assert content["model"]["max_flops"] == 2e8
+    assert content["model"]["max_flops"] == 1e9
     assert ltm("study", "best")[0] == 2
     assert "Cannot write rate.py/x.yaml: " in ltm("study", "best", "--out", "rate.py/x.yaml")[2]
     assert ltm("study", "best", "--force", "--trial", 0)[0] == 0
@@ -105,11 +103,20 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         ),
         (("rate.py", "--set", "data.directory=nowhere"), "no packed data at nowhere"),
         (("rate.py", "--at-most", "k_hat=low"), "needs a number, got 'low'"),
-        (("rate.py", "--at-most", "peak_memory=9"), "No trial records a figure 'peak_memory': choose from bound, "),
-        (("rate.py", "--minimise", "bound,bond"), "No trial records a figure 'bond': choose from bound, "),
+        (
+            ("rate.py", "--at-most", "peak_memory=9"),
+            "No trial records a figure 'peak_memory' (did you mean peak_memory_mib?): choose",
+        ),
+        (
+            ("rate.py", "--minimise", "bound,bond"),
+            "No trial records a figure 'bond' (did you mean bound?): choose from bound, ",
+        ),
         (("rate.py", "--minimise", ""), "No trial records a figure ''"),
         (("rate.py", "--seed", "4294967296"), "argument --seed: '4294967296' is more than 4294967295, the largest"),
-        (("rate.py", "--set", "trainer.accumulate_grad_batches=20", "--budget", "2e8flops"), "less than one step"),
+        (
+            ("rate.py", "--set", "trainer.accumulate_grad_batches=20", "--budget", "1e9flops"),
+            "less than 50 of the dearest",
+        ),
         (("rate.py", "--at-most", "k_hat=nan"), "--at-most needs a number, got 'nan'"),
         (("rate.py", "--memory", "nan"), "argument --memory: 'nan' is not a number above 0"),
         (("rate.py", "--memory", "-1"), "argument --memory: '-1' is not a number above 0"),
@@ -120,7 +127,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("scaling", "--budget", "1e9flops"), "The points of scaling say what they spend: leave --budget out."),
         (("failing.py",), "fails at {'model.inference.rate': 0.05}: ValueError: odd; fix it."),
         (("rate.py", "--budget", "5"), "not an amount of training"),
-        (("rate.py", "--budget", "10flops"), "less than one step"),
+        (("rate.py", "--budget", "10flops"), "less than 50 of the dearest steps"),
         (("rate.py", "--trials", "0"), "not a whole number of at least 1"),
         (("rate.py", "--prune", "--minimise", "bound,flops"), "Pruning needs one objective"),
         (("rate.py", "--storage", "nonsense"), "cannot be used"),
@@ -184,10 +191,10 @@ def test_a_name_with_another_plan_and_a_name_that_is_not_there(refused, tmp_path
         study = trials.load_study(storage, "rate")
         study.set_user_attr(trials.SOURCE, str(search))
         trials.enqueue(study, [{}])
-        trial = trials.claim(study, lambda: trials.current_trials(study), seed=0)
+        trial = trials.claim(study, lambda: trials.current_trials(study), trials.plan_of(study))
         trial.set_user_attr(trials.SETTINGS, {})
         trial.set_user_attr(trials.SEED, 0)
-        trials.finish(study, trial, {"bound": 1.0})
+        trials.finish(study, trial, {"bound": 1.0}, trials.plan_of(study))
     assert "Cannot write rate.py: " in refused("study", "report", "--storage", url, "--out", "rate.py", "--force")
 
 
@@ -211,3 +218,81 @@ def test_a_study_in_which_nothing_is_complete_says_so_to_scripts(ltm, recipe, se
     found = json.loads(out)
     assert (code, found["best"], [row["state"] for row in found["trials"]]) == (2, None, ["fail"])
     assert "odd" in found["trials"][0]["reason"]
+
+
+FREE = f"""{SPACE}
+def objective(setting):
+    rate = setting.parameters.get("model.inference.rate", 0.3)
+    return {{"bound": rate, "kl": 1 / rate, "flops": 1e9}}
+"""
+
+
+def test_points_names_fronts_and_times_on_the_command_line(ltm, refused, recipe, tmp_path):
+    (tmp_path / "rate.py").write_text(FREE)
+    base = ("study", "run", "rate.py", "--base-config", recipe, "--budget", "1e9flops", "--repeats", 0)
+    where = ("--storage", "sqlite:///s.db?timeout=60")
+    more = ("--sampler", "qmc", "--timeout", "1h", "--trial-timeout", "5m", "--finalists", 2, "--pruner", "none")
+    code, out, err = ltm(*base, *where, *more, "--minimise", "bound,kl", "--trials", 3, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert sorted(found["front"]) == [0, 1, 2]  # less of one is more of the other
+    assert "3 trials and 1 checks are ahead" in err
+    assert "front 0" in ltm("study", "show", *where)[1]
+
+    best = ("study", "best", *where, "--out", "best.yaml", "--force", "--json")
+    assert json.loads(ltm(*best, "--pick", 1)[1])["number"] == found["front"][1]
+    least = min(found["trials"][:3], key=lambda row: row["figures"]["kl"])["number"]
+    assert json.loads(ltm(*best, "--weight", "kl=1", "--weight", "bound=0")[1])["number"] == least
+    assert "--pick is 7, and the front has 3 trials" in refused(*best, "--pick", 7)
+    assert "--weight needs a number" in refused(*best, "--weight", "kl=much")
+
+    point = ("study", "enqueue", *where, "--study-name", "rate", "--json", "--set")
+    assert json.loads(ltm(*point, "model.inference.rate=0.25")[1]) == {"trial": 3}
+    assert "not within 0.05 to 0.5" in refused(*point, "model.inference.rate=0.75")
+    code, out, err = ltm(*base, *where, *more, "--minimise", "bound,kl", "--trials", 4, "--json")
+    assert code == 0, err
+    assert json.loads(out)["trials"][3]["parameters"] == {"model.inference.rate": 0.25}
+
+    assert json.loads(ltm("study", "rename", *where, "--study-name", "rate", "new", "--json")[1]) == {"study": "new"}
+    warm = ("--warm-start", "new", "--maximise", "kl", "--trials", 2, "--json")
+    code, out, err = ltm(*base, *where, *warm)
+    assert code == 0, err
+    assert json.loads(out)["trials"][0]["parameters"] in [row["parameters"] for row in found["trials"]] + [
+        {"model.inference.rate": 0.25}
+    ]
+    assert "There is no study 'gone'" in refused("study", "delete", *where, "--study-name", "gone", "--json")
+    assert json.loads(ltm("study", "delete", *where, "--study-name", "new", "--force", "--json")[1]) == {"deleted": 4}
+    assert [row["study"] for row in json.loads(ltm("study", "list", *where, "--json")[1])] == ["rate"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--timeout", "5"), "argument --timeout: '5' is no time: write 90s, 5m or 2h"),
+        (("--sampler", "tpe2"), "There is no sampler 'tpe2' (did you mean tpe?): choose from tpe, gp"),
+        (("--pruner", "hyper-band"), "There is no pruner 'hyper-band' (did you mean hyperband?)"),
+        (("--floor", "runs/x"), "--floor and --ceiling belong together"),
+        (("--maximise", "bound", "--minimise", "bound"), "bound is an objective twice"),
+        (("--maximise", "gain"), "No trial records a figure 'gain'"),
+        (("--warm-start", "a/b"), "names no study's files"),
+    ],
+)
+def test_choices_that_there_are_not_are_refused_by_name(refused, recipe, search, tmp_path, arguments, said):
+    assert said in refused("study", "run", search, "--base-config", recipe, *SMALL, *arguments)
+
+
+FULL_ALWAYS = FULL_ONCE.replace("and not mark.exists()", "")
+
+
+def test_a_disk_that_stays_full_ends_a_search_and_costs_no_trial(ltm, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("ltm_pyro.studies.search.runner.PAUSES", (0.1,))
+    (tmp_path / "rate.py").write_text(FULL_ALWAYS)
+    base = ("study", "run", "rate.py", "--base-config", recipe, *SMALL, "--repeats", 0, "--trials", 2)
+    code, out, err = ltm(*base, "--json")
+    assert (code, out) == (2, ""), err
+    said = "ltm study run: The disk under runs/studies/rate is full: make room, and give the same command again."
+    assert err.splitlines()[-1] == said
+    (tmp_path / "rate.py").write_text(SPACE)
+    code, out, err = ltm(*base, "--json")
+    assert code == 0, err
+    assert [row["state"] for row in json.loads(out)["trials"]] == ["complete"] * 3

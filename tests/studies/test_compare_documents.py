@@ -18,7 +18,9 @@ def test_documents_without_a_finite_figure_are_written_and_left_out(monkeypatch,
     monkeypatch.setattr(study, "_pace", lambda _: {})
     monkeypatch.setattr(study.Comparison, "_configure", lambda *_: None)
     monkeypatch.setattr(study.Comparison, "_score", lambda *_: ({"bound": math.inf}, [*records, broken]))
-    made = study.Comparison(config="", priors=["GaussianPrior"], guides=["MeanField"], minutes=1, out=tmp_path)
+    made = study.Comparison(
+        config="", priors=["GaussianPrior"], guides=["MeanField"], budget=study.Budget(60.0, "s"), out=tmp_path
+    )
     for pair in made.pairs:
         (tmp_path / pair.name).mkdir()
         assert made.figures(pair)["bound"] is None

@@ -8,10 +8,11 @@ import torch
 import yaml
 
 from ltm_pyro.data import pack
-from ltm_pyro.studies.search import storage as storages
 from ltm_pyro.studies.search import study as search
+from ltm_pyro.studies.search import trials
 
 DECODER = {"layers": 2, "width": 16, "heads": 2, "thoughts": 2, "window": 4, "length": 16}
+RESOURCES = ("memory_gib", "workers", "trial_seconds", "seconds")
 FREE = """
 '''Where is the valley?'''
 from optuna.distributions import FloatDistribution, CategoricalDistribution
@@ -70,15 +71,26 @@ def study_file(tmp_path):
 @pytest.fixture
 def run(recipe, tmp_path, monkeypatch):
     """Runs a study to the end in this process, its trials in their own; returns what `describe` says."""
-    monkeypatch.setattr(storages, "HEARTBEAT", 1)
-    monkeypatch.setattr(storages, "GRACE", 120)
+    monkeypatch.setattr(trials, "HEARTBEAT", 1)
+    monkeypatch.setattr(trials, "GRACE", 120)
 
-    def run_to(total, source, storage="studies.db", repeats=0, memory_gib=None, workers=1, name=None, **planned):
-        url = f"sqlite:///{tmp_path / storage}"
-        planned = {"budget": "1e9flops", "at_most": {}, "limit": 4, "samples": 2} | planned
-        definition, plan = search.prepare(str(source), str(recipe), {}, **planned)
-        resources = search.Resources(out=tmp_path / "out", workers=workers, memory_gib=memory_gib)
-        search.run_study(definition, plan, url, name or plan.study, total, resources, repeats)
-        return search.describe(url, name or plan.study, tmp_path / "out")
+    def run_to(
+        total, source, storage="studies.db", repeats=0, finalists=1, name=None, warm_start=None, given=None, **options
+    ):
+        url = storage if "://" in storage else f"sqlite:///{tmp_path / storage}"
+        resources = {x: options.pop(x) for x in RESOURCES if x in options}
+        planned = {"budget": "4e9flops", "at_most": {}, "limit": 4, "samples": 2} | options
+        definition, plan = search.prepare(str(source), str(recipe), given or {}, **planned)
+        resources = search.Resources(out=tmp_path / "out", **resources)
+        name = name or plan.study
+        search.run_study(definition, plan, url, name, total, resources, repeats, finalists, warm_start)
+        return search.describe(url, name, tmp_path / "out")
 
     return run_to
+
+
+def trial(number, x, value, seed=0, **about):
+    """A trial as a row, as `describe` has it."""
+    row = {"number": number, "role": "trial", "state": "complete", "within_limits": True, "max_flops": None}
+    row |= {"parameters": {"x": x}, "figures": {"bound": value}, "seed": seed, "of": None, "repeat": None}
+    return row | about

@@ -18,7 +18,7 @@ space = {"model.inference.rate": FloatDistribution(0.1, 1.0), "model.inference.s
 figures = ["cost"]
 def objective(setting):
     rate, steps = setting.parameters.get("model.inference.rate", .3), setting.parameters.get("model.inference.steps", 3)
-    if rate > 0.7:
+    if rate > 0.9:
         raise RuntimeError("too <fast>")
     return {"bound": (rate - 0.3) ** 2 + 0.01 * steps, "cost": steps / 8}
 """
@@ -26,14 +26,17 @@ def objective(setting):
 
 @pytest.mark.parametrize("minimise", [("bound",), ("bound", "cost")])
 def test_a_report_is_complete_and_self_contained(run, study_file, tmp_path, minimise):
-    found = run(8, study_file(MIXED), minimise=minimise, repeats=1, name="mine")
+    found = run(18, study_file(MIXED), minimise=minimise, repeats=2, finalists=2, name="mine", workers=2)
     url, out = f"sqlite:///{tmp_path / 'studies.db'}", tmp_path / "report"
     files = write_report(url, None, out, force=False)["files"]
     assert {"report.html", "trials.csv", "history-of-bound.png", "importance-for-bound.png"} <= set(files)
     assert ("pareto-front.png" in files) == (len(minimise) == 2)
     page = (out / "report.html").read_text("utf-8")
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    assert page.count("data:image/png;base64,") == len(files) - 2
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert page.count("data:image/png;base64,") + page.count("<svg") == len(files) - 2
+    best = next(row for row in found["trials"] if row["number"] == found["best"])
+    assert f"trial {found['best']}, seed {best['seed']}: bound " in page  # under the pointer
+    assert "seeds-of-bound.png" in files
     assert "<h1>Study mine</h1>" in page
     assert "too &lt;fast&gt;" in page
     assert found["recommendation"].split(":")[0] in page
@@ -45,6 +48,28 @@ def test_a_report_is_complete_and_self_contained(run, study_file, tmp_path, mini
     with pytest.raises(UsageError, match="is there and not empty"):
         write_report(url, None, out, force=False)
     write_report(url, None, out, force=True)
+
+
+SHADOWS = """
+from optuna.distributions import CategoricalDistribution
+space = {"prior": CategoricalDistribution(["ltm_pyro.models.GaussianPrior", "ltm_pyro.models.MixturePrior"])}
+points = [{"prior": prior} for prior in space["prior"].choices]
+checks = False
+def settings(parameters):
+    return {"model.prior": parameters["prior"]}
+def objective(setting):
+    return {"bound": 1.0 + 0.5 * ("Mixture" in setting.parameters["prior"]), "prior": 77.25}
+"""
+
+
+def test_a_parameter_hides_no_figure_and_classes_have_short_names(run, study_file, tmp_path):
+    found = run(2, study_file(SHADOWS))
+    assert "compare priors by evidence" in found["recommendation"]
+    write_report(f"sqlite:///{tmp_path / 'studies.db'}", None, tmp_path / "report", force=False)
+    page = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert page.count("<td>77.25</td>") == 2
+    assert page.count("<td>ltm_pyro.models.GaussianPrior</td>") == 1
+    assert ">GaussianPrior</text>" in page  # on the axis
 
 
 def test_a_power_law_is_found_with_an_honest_interval():

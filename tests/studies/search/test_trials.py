@@ -4,7 +4,6 @@ import itertools
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import optuna
@@ -12,7 +11,6 @@ import pytest
 from optuna.trial import TrialState
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.studies.search import storage as storages
 from ltm_pyro.studies.search import trials
 from ltm_pyro.studies.search.plan import Plan
 from ltm_pyro.studies.search.runner import Worker
@@ -138,8 +136,8 @@ def url(tmp_path):
 @pytest.fixture
 def study(url, monkeypatch):
     """A study with three waiting trials, in a storage that calls a worker dead after a second of silence."""
-    monkeypatch.setattr(storages, "HEARTBEAT", 1)
-    monkeypatch.setattr(storages, "GRACE", 1)
+    monkeypatch.setattr(trials, "HEARTBEAT", 1)
+    monkeypatch.setattr(trials, "GRACE", 1)
     with open_storage(url) as storage:
         study = trials.open_study(storage, "s", PLAN)
         trials.enqueue(study, [{}] * 3)
@@ -147,20 +145,35 @@ def study(url, monkeypatch):
 
 
 def claim(study, total=3):
-    return trials.claim(study, lambda: trials.current_trials(study)[:total], seed=0)
+    return trials.claim(study, lambda: trials.counted_trials(study, total), PLAN)
 
 
 def suggest(trial):
-    return trials.suggest(trial, "x", optuna.distributions.FloatDistribution(0, 1))
+    return trial.suggest_float("x", 0, 1)
 
 
-def test_a_dead_workers_trial_is_tried_again_in_its_place(study):
+def lost_trials(study, clock, seconds=2.0):
+    """What a watching worker calls lost after some seconds."""
+    liveness = trials.Liveness()
+    liveness.lost(study)
+    clock[0] += seconds
+    return liveness
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that heartbeats are watched by."""
+    now = [0.0]
+    monkeypatch.setattr(trials.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_dead_workers_trial_is_tried_again_in_its_place(study, clock):
     lost = claim(study)
     x = suggest(lost)
-    time.sleep(2.1)
-    again = claim(study)
+    again = trials.claim(study, lambda: trials.counted_trials(study, 3), PLAN, lost_trials(study, clock))
     assert (again.number, suggest(again)) == (3, x)
-    trials.finish(study, again, {"bound": 1.0})
+    trials.finish(study, again, {"bound": 1.0}, PLAN)
     kept = [(t.number, t.state) for t in trials.current_trials(study)]
     assert kept == [(3, TrialState.COMPLETE), (1, TrialState.WAITING), (2, TrialState.WAITING)]
     trials.enqueue(study, [{}] * 3)
@@ -170,7 +183,7 @@ def test_a_dead_workers_trial_is_tried_again_in_its_place(study):
 def test_what_was_interrupted_waits_again_with_its_parameters(study):
     trial = claim(study)
     x = suggest(trial)
-    trials.requeue(study, trial)
+    trials.requeue(study, trial, "interrupted")
     again = claim(study)
     assert (again.number, suggest(again)) == (3, x)
     assert trials.REASON not in again.user_attrs
@@ -192,7 +205,7 @@ def test_a_storage_is_made_by_several_at_once(tmp_path):
 
 
 def test_a_trial_is_claimed_by_one_of_many(study, url, monkeypatch):
-    monkeypatch.setattr(storages, "GRACE", 120)
+    monkeypatch.setattr(trials, "GRACE", 120)
     trials.enqueue(study, [{}] * 20)
     with open_storage(url) as one, open_storage(url) as other, ThreadPoolExecutor(2) as pool:
         workers = [optuna.load_study(study_name="s", storage=storage) for storage in (one, other)]
@@ -209,7 +222,7 @@ def test_a_trial_is_claimed_by_one_of_many(study, url, monkeypatch):
     ],
 )
 def test_another_plan_is_refused(study, url, change, said):
-    other = Plan(**PLAN.as_dict() | {"minimise": ("bound",)} | change)
+    other = Plan.from_dict(PLAN.as_dict() | change)
     with pytest.raises(UsageError, match=re.escape(said)), open_storage(url) as storage:
         trials.open_study(storage, "s", other)
 
