@@ -193,7 +193,7 @@ class Posterior:
         return cls(tree)
 
 
-TOTALS = dict.fromkeys(("lp", "log_prior", "log_likelihood", "log_q", "energy"), "sum")
+TOTALS = dict.fromkeys(("lp", "log_prior", "log_q", "energy"), "sum")  # `az.loo` would take a log_likelihood
 TOTALS |= {"diverging": "any", "tree_depth": "max", "acceptance_rate": "mean"}
 
 

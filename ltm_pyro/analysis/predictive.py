@@ -15,7 +15,7 @@ import xarray as xr
 
 from ltm_pyro.analysis.posterior import TEXT, Posterior
 from ltm_pyro.errors import UsageError
-from ltm_pyro.training.plugins import import_file
+from ltm_pyro.training.plugins import import_file, locate
 from ltm_pyro.utils.statistics import clustered_mean
 
 Row = Any  # the tokens of one text, without padding
@@ -96,8 +96,9 @@ def load_statistics(path: Path, trust: bool) -> dict[str, Callable[[str], float]
     """
     if not trust:
         raise UsageError(f"{path} is code, which is only executed if you say so: read it, and add --trust.")
-    module = sys.modules[import_file(path)]
-    print(f"Executed {path}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}", file=sys.stderr)
+    file = locate(path)
+    print(f"Executing {file}, SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()}", file=sys.stderr)
+    module = sys.modules[import_file(file)]
     own = {name: x for name, x in vars(module).items() if isfunction(x) and x.__module__ == module.__name__}
     found = {name: function for name, function in own.items() if not name.startswith("_")}
     if not found:

@@ -36,13 +36,13 @@ from ltm_pyro.analysis.posterior import THOUGHTS, Posterior
 from ltm_pyro.analysis.predictive import check
 from ltm_pyro.analysis.section import ReportInputs, Section, Table
 from ltm_pyro.analysis.sections_of_findings import (
+    fast_steps,
     global_latents,
     labels,
     map_of_texts,
     other_models,
     other_seeds,
     sensitivity,
-    thinking,
 )
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED
@@ -324,7 +324,7 @@ def leave_one_out(inputs: ReportInputs) -> Section:
 
 SECTIONS: dict[str, Callable[[ReportInputs], Section]] = {
     "Can q be trusted?": trust,
-    "Thinking over the fast steps": thinking,
+    "ELBO over the fast steps": fast_steps,
     "How the chains went": chains,
     "Calibration": calibration,
     "Against reference chains": reference,

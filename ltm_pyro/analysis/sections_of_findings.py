@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ltm_pyro.analysis.fast_steps import climbing
 from ltm_pyro.analysis.global_posterior import global_posteriors
 from ltm_pyro.analysis.model_comparison import rank
 from ltm_pyro.analysis.pictures.evidence import plot_ranking
@@ -9,7 +10,7 @@ from ltm_pyro.analysis.pictures.thoughts import (
     classes_of,
     plot_agreement,
     plot_by_thought,
-    plot_thinking,
+    plot_fast_steps,
     principal_plane,
 )
 from ltm_pyro.analysis.posterior import THOUGHTS
@@ -17,7 +18,6 @@ from ltm_pyro.analysis.probes import Probe, numeric_labels, probable_labels, pro
 from ltm_pyro.analysis.section import Point, ReportInputs, Section, Table
 from ltm_pyro.analysis.sensitivity import power_scaling
 from ltm_pyro.analysis.stability import agreement, nearest_rows
-from ltm_pyro.analysis.thinking import climbing
 from ltm_pyro.data.documents import Label
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED
@@ -28,7 +28,7 @@ FOUND = 0.05  # of what is found among all thoughts
 FAR = 1.0  # sd of q: a shift that is larger than what is uncertain
 
 
-def thinking(inputs: ReportInputs) -> Section:
+def fast_steps(inputs: ReportInputs) -> Section:
     """The ELBO over the fast steps of every text."""
     found = climbing(inputs.posterior)
     still = np.flatnonzero(found["is_climbing"].values)
@@ -40,7 +40,7 @@ def thinking(inputs: ReportInputs) -> Section:
             f"After {steps} fast steps the ELBO of {len(still)} of {size} sequences is still climbing, by up to "
             f"{largest:.2f} nats over the last quarter: give more --fast-steps."
         )
-    return Section(verdict, (plot_thinking(inputs.posterior, still),), good=not len(still))
+    return Section(verdict, (plot_fast_steps(inputs.posterior, still),), good=not len(still))
 
 
 def map_of_texts(inputs: ReportInputs) -> Section:

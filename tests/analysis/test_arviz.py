@@ -3,6 +3,7 @@
 The same tests run under ArviZ 0.23 and 1.x, and take the functions of the version that is installed.
 """
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -64,7 +65,12 @@ def complaints(data, names, **arguments):
 def of_texts(tiny_run, tmp_path):
     run = tiny_run(layers=1, thoughts=1, thought_width=2)
     texts = ["the old model reads", "short words about time", "a long text"]
-    draw_posterior(run, texts, DrawOptions(samples=60, replicas=8), longer="cut").save(tmp_path / "texts.nc")
+    posterior = draw_posterior(run, texts, DrawOptions(samples=60, replicas=8), longer="cut")
+    replicas = posterior.tree["posterior_predictive"]
+    random = np.random.default_rng(0)  # an untrained model writes texts of one length, and 0.23 plots no constant
+    for name, x in replicas.data_vars.items():
+        replicas[name] = x + 0.1 * random.normal(size=x.shape)
+    posterior.save(tmp_path / "texts.nc")
     return tmp_path / "texts.nc"
 
 
@@ -119,10 +125,10 @@ def joined(data, posterior):
 @pytest.mark.skipif(SPLIT, reason="ArviZ 1.x writes no JSON")
 def test_json(of_texts, tmp_path):
     data = Posterior.load(of_texts).to_inferencedata()
-    data.to_json(tmp_path / "a.json")
-    again = arviz.from_json(tmp_path / "a.json")
-    np.testing.assert_allclose(again.posterior["z"], data.posterior["z"])
-    arviz.from_netcdf(of_texts).to_json(tmp_path / "b.json")
+    for name, found in {"object": data, "file": arviz.from_netcdf(of_texts)}.items():
+        found.to_json(tmp_path / f"{name}.json")
+        written = json.loads((tmp_path / f"{name}.json").read_text())  # 0.23's own from_json mixes up the axes
+        np.testing.assert_allclose(written["posterior"]["z"], data.posterior["z"], rtol=1e-6)
 
 
 def test_what_the_attributes_say(of_texts, of_chains):
@@ -149,7 +155,9 @@ def test_compare_ranks_by_our_evidence(exact, posterior):
     model, worse = (LinearGaussianModel(ThoughtShape(2, 1, 3), noise=noise) for noise in (0.5, 1.0))
     batch = model.sample_batch(40)
     found = {name: posterior(x, exact(x), batch, 100) for name, x in {"true": model, "worse": worse}.items()}
-    table = arviz.compare({name: x.elpd() for name, x in found.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas warns of how ArviZ 0.23 calls it
+        table = arviz.compare({name: x.elpd() for name, x in found.items()})
     assert [*table.index] == ["true", "worse"]
     evidence = model.log_evidence(batch).sum() - worse.log_evidence(batch).sum()
     assert abs(table["elpd_diff"].iloc[1]) == pytest.approx(evidence.item(), rel=0.1)  # 1.x rounds

@@ -25,7 +25,7 @@ def test_draws_and_shrinkage_are_those_of_the_log_normal(tiny_run, known, exact,
     # log g of a half-Cauchy: its 15.87 % and 84.13 % quantiles are log(tau tan(pi p / 2))
     wide = np.diff(np.log(np.tan(np.pi * np.array([0.1587, 0.8413]) / 2)))[0] / 2
     np.testing.assert_allclose(found.shrinkage_N, 1 - np.exp(-1.0) / wide, atol=0.03)
-    assert found.kl == pytest.approx(float(scale.kl(2000)), rel=0.1)
+    assert found.kl == pytest.approx(scale.kl(2000).item(), rel=0.1)
     assert "'z_scale'" in global_latents(ReportInputs(of_texts, run=run)).verdict
 
 

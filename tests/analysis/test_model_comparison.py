@@ -9,6 +9,7 @@ from scipy.special import logsumexp
 
 from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
 from ltm_pyro.analysis.model_comparison import evidence_records, rank, stacking_weights
+from ltm_pyro.analysis.posterior import SEQUENCES, TEXT, Posterior
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
@@ -63,17 +64,37 @@ def test_the_difference_is_four_standard_errors():
     assert (apart.mean() / apart.std() * DOCUMENTS**0.5).item() == pytest.approx(4, abs=0.3)
 
 
+def of_evidence(scales, batch):
+    """A posterior that has nothing but the exact evidence of each document under a prior."""
+    evidence_B = with_prior(scales).log_evidence(batch).numpy()
+    stats = {"iwae": evidence_B, "kl": np.zeros(len(evidence_B)), "pareto_k": np.zeros(len(evidence_B))}
+    mean = (("sequence", "layer", "thought", "dim"), np.zeros((len(evidence_B), 1, 1, 2)))
+    names = np.array([f"d{n}" for n in range(len(evidence_B))], dtype=object)
+    groups = {
+        SEQUENCES: xr.Dataset({name: ("sequence", x) for name, x in stats.items()} | {"mean": mean}),
+        TEXT: xr.Dataset({"tokens": (("sequence", "token"), batch.targets_BT.numpy())}),
+        "constant_data": xr.Dataset({"document": ("sequence", names)}),
+    }
+    return Posterior(xr.DataTree.from_dict(groups))
+
+
+def rankings(models, documents, repeats):
+    """Rankings, each of new documents of the true model."""
+    for _ in range(repeats):
+        batch = with_prior(TRUE).sample_batch(documents)
+        yield rank({str(x): of_evidence(x, batch) for x in models})
+
+
 @pytest.mark.parametrize("repeats", REPEATS)
-def test_the_true_prior_is_first_when_it_is_four_standard_errors_ahead(ranked, repeats):
-    first = [ranked([WIDE, TRUE], DOCUMENTS)[0].candidates[0].name for _ in range(repeats)]
+def test_the_true_prior_is_first_when_it_is_four_standard_errors_ahead(repeats):
+    first = [x.candidates[0].name for x in rankings([WIDE, TRUE], DOCUMENTS, repeats)]
     assert first.count(str(TRUE)) >= 0.95 * repeats
 
 
 @pytest.mark.parametrize("repeats", REPEATS)
-def test_equal_priors_seldom_have_a_winner(ranked, repeats):
+def test_equal_priors_seldom_have_a_winner(repeats):
     """Two priors that are wrong in the same way, so that neither is better on average."""
-    winners = [ranked([WIDE, WIDE_TOO], 100)[0].winner for _ in range(repeats)]
-    assert sum(x is not None for x in winners) <= 0.05 * max(repeats, 20)
+    assert sum(x.winner is not None for x in rankings([WIDE, WIDE_TOO], DOCUMENTS, repeats)) <= 0.05 * max(repeats, 20)
 
 
 def test_stacking_weights_maximise_the_mixture(exact):
@@ -96,7 +117,7 @@ def test_annealing_finds_what_a_factorised_q_misses():
     options = DrawOptions(samples=25, annealing=Annealing(temperatures=16))
     found = draw_batch_posterior(model, MeanField(model), batch, LocalInference(steps=60, rate=0.1), options)
     truth = model.log_evidence(batch).numpy()
-    assert (abs(found.stats["ais"].values - truth)).mean() < (abs(found.stats["iwae"].values - truth)).mean() / 2
+    assert (abs(found.stats["ais"].values - truth)).mean() < 0.7 * (abs(found.stats["iwae"].values - truth)).mean()
     both = rank({"a": found, "b": found})
     assert both.estimator == "ais"
     assert both.candidates[0].ais_gain == pytest.approx(float((found.stats["ais"] - found.stats["iwae"]).mean()))

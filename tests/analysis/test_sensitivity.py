@@ -37,8 +37,8 @@ def test_weights_meet_the_closed_form(exact, posterior):
         for alpha in ALPHAS:
             mean, sd = closed_form(model, batch, component, alpha)
             np.testing.assert_allclose(flat(found["mean"], component, alpha), mean, atol=0.06)
-            np.testing.assert_allclose(flat(found["sd"], component, alpha), np.broadcast_to(sd, mean.shape), rtol=0.06)
-            np.testing.assert_allclose(flat(found["shift"], component, alpha), (mean - base) / base_sd, atol=0.06)
+            np.testing.assert_allclose(flat(found["sd"], component, alpha), np.broadcast_to(sd, mean.shape), rtol=0.1)
+            np.testing.assert_allclose(flat(found["shift"], component, alpha), (mean - base) / base_sd, atol=0.1)
 
 
 def test_where_weights_say_nothing_q_is_fitted_again(tiny_run):
@@ -46,7 +46,7 @@ def test_where_weights_say_nothing_q_is_fitted_again(tiny_run):
     model = LinearGaussianModel(ThoughtShape(1, 1, 2), length=2, noise=0.3)
     model.matrix_TN = torch.diag(torch.tensor([1.0, 0.5]))
     batch, guide = model.sample_batch(3), MeanField(model)
-    inference = LocalInference(steps=300, rate=0.1)
+    inference = LocalInference(steps=800, rate=0.1)
     found = draw_batch_posterior(model, guide, batch, inference, DrawOptions(samples=100))
     found.tree["ltm_pyro/sequences"]["log_q"][:] *= 40  # as if nothing of the posterior were covered
     run = Run(model, guide, train_tokenizer(["a b c"] * 3, 260), inference, "nowhere", 2)

@@ -66,9 +66,10 @@ def test_other_seeds_and_statistics_of_ones_own(posterior, run, corpus, ltm, ref
     assert "_helper" not in text
     assert "Rotated onto this model&#39;s thoughts, those of &#39;other&#39;" in text
     assert "nats per document ahead of" in text
-    own.write_text("x = 1\n")
     (tmp_path / "no_function.py").write_text("x = 1\n")
-    assert "defines no function" in refused(*asked[:-3], tmp_path / "no_function.py", *asked[-2:], "--trust", "--force")
+    code, _, err = ltm(*asked[:-3], tmp_path / "no_function.py", *asked[-2:], "--trust", "--force")
+    assert code == 2
+    assert "defines no function" in err
 
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["1280", "390"])

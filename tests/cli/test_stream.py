@@ -16,7 +16,7 @@ from ltm_pyro.analysis import Posterior
 from ltm_pyro.analysis.stream import BLOCK
 
 TEXTS = [
-    {"text": f"the small model reads {'long ' * (n % 4)}words", "key": f"k{n}", "year": 1900 + n, "source": "ab"[n % 2]}
+    {"text": f"text {n} of the small model", "key": f"k{n}", "year": 1900 + n, "source": "ab"[n % 2]}
     for n in range(2 * BLOCK + 30)
 ]
 

@@ -78,19 +78,19 @@ def principal_plane(posterior: Posterior) -> tuple[np.ndarray, tuple[float, floa
     return plane, (float(first), float(second))
 
 
-def plot_thinking(posterior: Posterior, still: Sequence[int] | np.ndarray = (), ax: Axes | None = None) -> Axes:
+def plot_fast_steps(posterior: Posterior, still: Sequence[int] | np.ndarray = (), ax: Axes | None = None) -> Axes:
     """The ELBO before each fast step less its last value, a line a sequence; those still climbing in red."""
     ax = axes_of(ax)
     elbo_NB = posterior.stats["elbo_by_step"].transpose("step", "sequence").values
     below_NB = elbo_NB - elbo_NB[-max(1, len(elbo_NB) // 4) :].mean(0)
     for number, line_N in enumerate(below_NB.T[:200]):
-        climbs = number in still
-        ax.plot(line_N, color=RED if climbs else BLUE, alpha=0.7 if climbs else 0.15, linewidth=0.8, zorder=2 + climbs)
+        is_climbing = number in still
+        ax.plot(line_N, color=RED if is_climbing else BLUE, alpha=0.7 if is_climbing else 0.15, linewidth=0.8)
     ax.plot(np.nanmedian(below_NB, 1), color=ORANGE, linewidth=2, label="median", zorder=4)
     ax.legend(fontsize=8, frameon=False, loc="lower right")
     low = min(float(np.nanquantile(below_NB, 0.02)), -1.0)
     label = "ELBO below its end (nats)"
-    return plain(ax, title="Thinking", xlabel="fast step", ylabel=label, ylim=(1.1 * low, -0.2 * low))
+    return plain(ax, title="ELBO over the fast steps", xlabel="fast step", ylabel=label, ylim=(1.1 * low, -0.2 * low))
 
 
 def plot_agreement(found: Agreement, ax: Axes | None = None) -> Axes:

@@ -1,4 +1,4 @@
-"""Trajectories of thinking: the ELBO over the fast steps of every text, and whose was still climbing at the end.
+"""The ELBO over the fast steps of every text, and whose was still climbing at the end.
 
 Shapes: N fast steps, B sequences.
 """

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from ltm_pyro.analysis.fast_steps import climbing
 from ltm_pyro.analysis.posterior import SEQUENCES, Posterior
-from ltm_pyro.analysis.thinking import climbing
 from ltm_pyro.errors import UsageError
 
 
