@@ -150,7 +150,7 @@ class Posterior:
             raise UsageError(f"Draws by {self.attrs['method']} have no q: use a posterior of --method guide.")
         return {str(name): torch.from_numpy(x.values.copy()) for name, x in self.group(LOCAL).data_vars.items()}
 
-    def select(self, sequences: int | slice | Sequence[int] | np.ndarray) -> "Posterior":
+    def select(self, sequences: int | np.integer | slice | Sequence[int] | np.ndarray) -> "Posterior":
         """Some of the sequences, by number."""
         index = sequences if isinstance(sequences, slice) else np.atleast_1d(np.asarray(sequences))
         tree = self.tree.map_over_datasets(lambda x: x.isel(sequence=index, missing_dims="ignore"))
