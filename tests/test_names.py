@@ -71,6 +71,7 @@ RENAMED = {  # old -> new; CHANGELOG.md has the same for users
     "thinking_gain": "predictive_gain",
     "loo_by_token": "loo_by_factor",
     "narrow_rows": "differences",
+    "loo_by_sequence": "evidence_records",
 }
 DEFINED = {"definition", "import", "attribute"}
 ONLY_AS = {  # English words, and names of others' functions: the kinds of place where the word would be ours

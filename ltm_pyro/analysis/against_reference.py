@@ -35,9 +35,9 @@ def compare(q: Posterior, reference: Posterior) -> xr.Dataset:
     """
     if "r_hat" not in reference.stats:
         raise UsageError("The reference is not a Markov chain: write one with `ltm posterior --method nuts`.")
-    index_of = {row.tobytes(): index for index, row in enumerate(_token_rows(q))}
+    index_of = {row.tobytes(): index for index, row in enumerate(q.rows)}
     try:
-        q = q.select([index_of[row.tobytes()] for row in _token_rows(reference)])
+        q = q.select([index_of[row.tobytes()] for row in reference.rows])
     except KeyError:
         raise UsageError("The reference has a sequence that the posterior does not have: use the same input.") from None
     axes = ("sequence", *THOUGHTS)
@@ -88,11 +88,6 @@ def differences(found: xr.Dataset, size: float) -> dict[str, int]:
         "wide": int((scaled & (found["scale_ratio"] > WIDE)).sum()),
         "told apart": int((~(found["c2st_p"] >= level / found.sizes["sequence"])).sum()),
     }
-
-
-def _token_rows(posterior: Posterior) -> list[np.ndarray]:
-    """The tokens of each sequence, without padding."""
-    return [row[row >= 0].astype(np.int64) for row in posterior.group("observed_data")["tokens"].values]
 
 
 def compare_draws(q_SN: Float[np.ndarray, "s N"], chain_SN: Float[np.ndarray, "S N"], ess: float) -> dict[str, Any]:

@@ -35,6 +35,7 @@ BATCH = 16  # simulations per fit
 BINS = 10
 PERMUTATIONS = 999
 LOG_LIKELIHOOD = "log p(x | z)"
+SIMULATIONS = "ltm_pyro/simulations"  # the group of the values, which ArviZ does not know
 
 
 class Simulation(NamedTuple):
@@ -108,18 +109,49 @@ class Calibration:
         candidates = self.values.shape[1]
         return _inside(np.arange(candidates), candidates, levels)
 
+    def coverage_by_coordinate(self, levels: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n C"]:
+        """The share of truths inside central intervals of these probabilities, for each coordinate alone."""
+        within_NC = 2 * np.abs((self.ranks + 0.5) / self.values.shape[1] - 0.5)
+        return (within_NC[:, None] <= levels[:, None]).mean(0)
+
+    def tarp(self) -> Float[np.ndarray, " N"]:
+        r"""Tests of accuracy with random points, for all coordinates of z together (Lemos et al. 2023).
+
+        .. math:: f_i = \tfrac1S \sum_s 1\{ d(z_{is}, r_i) < d(z^*_i, r_i) \}
+
+        r_i is a draw from the prior, the truth of another simulation; the distance d is Euclidean, in prior standard
+        deviations. Uniform if q is the posterior; a q that is the prior passes as well. Source: arXiv 2302.03026.
+        """
+        z_NRC = self.values[..., :-1] / self.values[:, 0, :-1].std(0)
+        distance_NR = np.linalg.norm(z_NRC - np.roll(z_NRC[:, 0], 1, axis=0)[:, None], axis=-1)
+        closer_N = (distance_NR[:, 1:] < distance_NR[:, :1]).sum(1)
+        return (closer_N + 0.5) / distance_NR.shape[1]
+
+    def contraction(self) -> tuple[Float[np.ndarray, "N C"], Float[np.ndarray, "N C"]]:
+        r"""How much each q knows and how far it is off: contraction and z-score (Schad et al. 2021, arXiv 1904.12765).
+
+        .. math:: 1 - \frac{\mathrm{Var}_q(z)}{\mathrm{Var}_p(z)}, \qquad \frac{E_q[z] - z^*}{\mathrm{sd}_q(z)}
+
+        Of the coordinates of z. A z-score beyond 3 is rare where q is right; contraction 0 is a q that is the prior.
+        """
+        truth_NC, draws_NSC = self.values[:, 0, :-1], self.values[:, 1:, :-1]
+        sd_NC = draws_NSC.std(1, ddof=1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a point has no scale
+            return 1 - sd_NC**2 / truth_NC.var(0, ddof=1), (draws_NSC.mean(1) - truth_NC) / sd_NC
+
     def save(self, path: str | Path) -> None:
-        """Writes values and ranks as netCDF or zarr, in the group ``prior_sbc``."""
-        axes = ("simulation", "candidate", "coordinate")
-        data = {"values": (axes, self.values), "ranks": (axes[::2], self.ranks)}
-        tree = xr.DataTree.from_dict({"prior_sbc": xr.Dataset(data, {"coordinate": list(self.names)})})
+        """Writes netCDF or zarr: the values, and in ``prior_sbc`` the ranks as ArviZ's `plot_ecdf_pit` takes them."""
+        names, candidates = {"coordinate": list(self.names)}, self.values.shape[1]
+        pit = xr.Dataset({"pit": (("chain", "draw", "coordinate"), (self.ranks[None] + 0.5) / candidates)}, names)
+        values = xr.Dataset({"values": (("simulation", "candidate", "coordinate"), self.values)}, names)
+        tree = xr.DataTree.from_dict({"prior_sbc": pit, SIMULATIONS: values})
         tree.attrs = stamp("calibration")
         write_tree(tree, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         """Reads a file that `save` has written."""
-        found = read_tree(path, "calibration").children["prior_sbc"].to_dataset()
+        found = read_tree(path, "calibration")[SIMULATIONS].to_dataset()
         return cls(found["values"].values, tuple(map(str, found["coordinate"].values)))
 
 

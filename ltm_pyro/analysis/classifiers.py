@@ -1,4 +1,4 @@
-"""Classifiers of scikit-learn: the classifier two-sample test and linear probes.
+"""Classifiers and regressions of scikit-learn: the classifier two-sample test and linear probes.
 
 Shapes: N examples, D features.
 """
@@ -10,19 +10,19 @@ from jaxtyping import Float, Int
 from scipy.stats import binomtest
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.feature_extraction.text import TfidfTransformer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ltm_pyro.errors import UsageError
-from ltm_pyro.utils.statistics import clustered_mean, standard_error
+from ltm_pyro.utils.statistics import clustered_mean, clustered_ratio, standard_error
 
 FOLDS = 5
 
 
 class Accuracy(NamedTuple):
-    """The share of held-out examples that are classified correctly, and its standard error over documents."""
+    """The share of held-out examples that are classified correctly, or R², and its standard error over documents."""
 
     mean: float
     stderr: float
@@ -62,21 +62,48 @@ def c2st(a_ND: Float[np.ndarray, "n D"], b_ND: Float[np.ndarray, "m D"], seed: i
     return TwoSample(float(right_N.mean()), float(standard_error(right_N)), float(found.pvalue))
 
 
-def linear_probe(x_ND: Any, y_N: Int[np.ndarray, " N"], groups_N: Int[np.ndarray, " N"]) -> Accuracy:
+Groups = Any  # (N,), equal for the pieces of one document, which are never in training and test together
+
+
+def linear_probe(x_ND: Any, y_N: Int[np.ndarray, " N"], groups_N: Groups) -> Accuracy:
     """Held-out accuracy of a logistic regression on standardised features; no group is in training and test."""
-    model = make_pipeline(
-        StandardScaler(with_mean=isinstance(x_ND, np.ndarray)), LogisticRegression(C=0.1, max_iter=2000)
-    )
+    return accuracy_of(linear_predictions(x_ND, y_N, groups_N) == y_N, groups_N)
+
+
+def linear_predictions(x_ND: Any, y_N: Int[np.ndarray, " N"], groups_N: Groups) -> Int[np.ndarray, " N"]:
+    """What the logistic regression of `linear_probe` says of every example when it is held out."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
     return _held_out(model, x_ND, y_N, groups_N)
 
 
-def bag_of_tokens(counts_NV: Any, y_N: Int[np.ndarray, " N"], groups_N: Int[np.ndarray, " N"]) -> Accuracy:
+def bag_of_tokens(counts_NV: Any, y_N: Int[np.ndarray, " N"], groups_N: Groups) -> Accuracy:
     """Held-out accuracy of a logistic regression on TF-IDF weights of token counts."""
     model = make_pipeline(TfidfTransformer(sublinear_tf=True), LogisticRegression(C=10, max_iter=2000))
-    return _held_out(model, counts_NV, y_N, groups_N)
+    return accuracy_of(_held_out(model, counts_NV, y_N, groups_N) == y_N, groups_N)
 
 
-def _held_out(model: Any, x_ND: Any, y_N: np.ndarray, groups_N: np.ndarray) -> Accuracy:
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-    found = clustered_mean(cross_val_predict(model, x_ND, y_N, groups=groups_N, cv=folds) == y_N, groups_N)
+def ridge_r2(x_ND: Any, y_N: Float[np.ndarray, " N"], groups_N: Groups) -> Accuracy:
+    r"""Held-out R² of a ridge regression, and its standard error over groups.
+
+    .. math:: R^2 = 1 - \sum_n (y_n - \hat y_n)^2 / \sum_n (y_n - \bar y)^2
+
+    The penalty is chosen within the training folds. For token counts give their TF-IDF weights.
+    """
+    scale = [StandardScaler()] if isinstance(x_ND, np.ndarray) else []
+    model = make_pipeline(*scale, RidgeCV(np.logspace(-2, 4, 7)))
+    folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
+    predicted_N = cross_val_predict(model, x_ND, y_N, groups=groups_N, cv=folds)
+    total_N = (y_N - y_N.mean()) ** 2
+    found = clustered_ratio(total_N - (y_N - predicted_N) ** 2, total_N, groups_N)
     return Accuracy(found.value, found.stderr)
+
+
+def accuracy_of(right_N: np.ndarray, groups_N: Groups) -> Accuracy:
+    """The share of right answers, and its standard error over groups."""
+    found = clustered_mean(right_N, groups_N)
+    return Accuracy(found.value, found.stderr)
+
+
+def _held_out(model: Any, x_ND: Any, y_N: np.ndarray, groups_N: np.ndarray) -> np.ndarray:
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    return cross_val_predict(model, x_ND, y_N, groups=groups_N, cv=folds)

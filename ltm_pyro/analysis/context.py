@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 from ltm_pyro.analysis.draws import draw_from_guide, token_log_likelihood
-from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.analysis.posterior import TEXT, Posterior
 from ltm_pyro.contracts import Batch, Guide, Model
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.elbo import missing_bound
@@ -60,5 +60,5 @@ def shift(
 
 def default_lengths(posterior: Posterior) -> list[int]:
     """1/8, 1/4, 1/2, 3/4 and all of the longest sequence, in tokens."""
-    length = posterior.group("observed_data").sizes["token"]
+    length = posterior.group(TEXT).sizes["token"]
     return sorted({max(1, round(length * share)) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)})

@@ -5,7 +5,6 @@ Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -17,15 +16,18 @@ from torch import Tensor
 
 from ltm_pyro.analysis.draws import LogDensities, Sites, draw_from_guide
 from ltm_pyro.analysis.moments import Moments, exact_moments, marginal_kl, sample_moments
-from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
-from ltm_pyro.analysis.reference import ChainOptions, run_chains
+from ltm_pyro.analysis.posterior import LOCAL, SAMPLES, SEQUENCES, TEXT, THOUGHTS, Posterior, totals
+from ltm_pyro.analysis.predictive import statistics_of
+from ltm_pyro.analysis.reference import KERNELS, ChainOptions, run_chains
 from ltm_pyro.analysis.storage import stamp
 from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, label_values, pieces
 from ltm_pyro.contracts import Batch, Guide, Model
-from ltm_pyro.data.encode import batch_of_rows, batches_of_like_length
+from ltm_pyro.data.encode import batch_of_rows
 from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.ais import Annealing
 from ltm_pyro.inference.covariates import prior_arguments, with_labels
 from ltm_pyro.inference.elbo import missing_bound
+from ltm_pyro.inference.estimators import Problem, ais
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import infer_local
@@ -39,6 +41,7 @@ from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.rng import seeded
 
 BATCH = 16  # sequences fitted together
+CHAINS = 16  # of annealed importance sampling, as `ltm evaluate` has by default
 MISSING = -1  # marks padding in stored tokens
 Method = Literal["guide", "nuts", "langevin"]
 Groups = dict[str, xr.Dataset]
@@ -53,12 +56,14 @@ class DrawOptions:
         samples: S, draws per sequence (and per chain).
         chains: options of the Markov chains.
         replicas: texts per sequence that are generated from draws of z, for posterior predictive checks.
+        annealing: if given, 16 chains of annealed importance sampling check each sequence's evidence.
     """
 
     method: Method = "guide"
     samples: int = 100
     chains: ChainOptions = field(default_factory=ChainOptions)
     replicas: int = 0
+    annealing: Annealing | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 25:
@@ -86,37 +91,53 @@ def draw_posterior(
         longer: what to do with texts longer than the model (see `pieces`).
         seed: random seed, also of the one draw of each global latent variable.
     """
+    options = options or DrawOptions()
+    run, found = prepare(run, texts, steps, guide, longer)
+    length = max(len(piece.tokens) for piece in found)
+    chunks = batches(found, options)
+    console = Console(stderr=True)
+    shown = track(chunks, "inferring", console=console, transient=True, disable=not console.is_terminal)
+    with fix_global_draws(run.model, seed):
+        groups = join([chunk_groups(run, chunk, length, options, seed) for chunk in shown])
+    for name, data in text_groups(run, found).items():
+        groups[name] = groups[name].assign(data)
+    return assemble(groups, settings(options, run.guide, run.inference, seed) | {"run": run.source})
+
+
+def prepare(
+    run: Run, texts: Sequence[str | Text], steps: int | None, guide: Guide | None, longer: Longer
+) -> tuple[Run, list[Piece]]:
+    """The run with the guide and the fast steps that are asked for, and the sequences of the texts."""
     if 0 in run.model.decoder.thought_shape:
         raise UsageError("The run has no thoughts (K = 0), so there is no posterior: give a run with thoughts.")
     run = run._replace(guide=guide or run.guide)
     run = run if steps is None else run._replace(inference=replace(run.inference, steps=steps))
-    options, found = options or DrawOptions(), pieces(run, as_texts(texts), longer)
-    lengths = [len(piece.tokens) for piece in found]
-    batches = [[index] for index in range(len(found))]
-    if options.method == "guide":
-        batches = batches_of_like_length(lengths, BATCH, run.length)
-    console = Console(stderr=True)
-    shown = track(batches, "inferring", console=console, transient=True, disable=not console.is_terminal)
-    parts, prior = [], _Prior(run.model, options.samples, seed)
-    with fix_global_draws(run.model, seed):
-        for indices in shown:
-            rows = [found[index].tokens for index in indices]
-            batch = batch_of_rows(rows, run.start_token, run.length, run.device)
-            batch = with_labels(batch, [found[index].text.labels for index in indices])
-            groups = _batch_groups(run.model, run.guide, batch, run.inference, options, prior)
-            if options.replicas:
-                z_RBLKD = torch.from_numpy(groups["posterior"]["z"].values[0, : options.replicas]).to(run.device)
-                keys = RowKeys.of_batch(batch, seed)
-                tokens = [write_tokens(run, z_BLKD, run.length, keys.fold_in(r)) for r, z_BLKD in enumerate(z_RBLKD)]
-                axes = (*SAMPLES, "sequence", "token")
-                groups["posterior_predictive"] = xr.Dataset({"tokens": (axes, _numpy(torch.stack(tokens))[None])})
-            parts.append(groups)
-        shared = {"prior": prior.draws}
-    attrs = {"guide": type(run.guide).__name__, "steps": run.inference.steps, "seed": seed, "run": run.source}
-    if options.method != "guide":
-        attrs |= {"chains": options.chains.chains, "warmup": options.chains.warmup, "thin": options.chains.thin}
-    order = np.argsort([index for indices in batches for index in indices])
-    return _concatenate(parts, shared, options.method, attrs, order, _text_groups(run, found))
+    return run, pieces(run, as_texts(texts), longer)
+
+
+def batches(found: Sequence[Piece], options: DrawOptions) -> list[Sequence[Piece]]:
+    """The sequences that are fitted together; a Markov chain takes one."""
+    size = BATCH if options.method == "guide" else 1
+    return [found[first : first + size] for first in range(0, len(found), size)]
+
+
+def chunk_groups(run: Run, chunk: Sequence[Piece], length: int, options: DrawOptions, seed: int) -> Groups:
+    """All groups of one batch of sequences, padded to ``length`` tokens; texts and labels are not among them."""
+    batch = batch_of_rows([x.tokens for x in chunk], run.start_token, run.length, run.device, pad_to=length)
+    batch = with_labels(batch, [piece.text.labels for piece in chunk])
+    groups = _batch_groups(run.model, run.guide, batch, run.inference, options, seed)
+    if options.replicas:
+        z_RBLKD = torch.from_numpy(groups["posterior"]["z"].values[0, : options.replicas]).to(run.device)
+        keys = RowKeys.of_batch(batch, seed)
+        tokens = [write_tokens(run, z_BLKD, run.length, keys.fold_in(r)) for r, z_BLKD in enumerate(z_RBLKD)]
+        written = [
+            [_storable(run.tokenizer.decode([x for x in row if x >= 0])) for row in rows.tolist()] for rows in tokens
+        ]
+        groups[TEXT] = groups[TEXT].assign(
+            replica_tokens=(("replica", "sequence", "replica_token"), _numpy(torch.stack(tokens))),
+            replica_text=(("replica", "sequence"), np.array(written, dtype=object)),
+        )
+    return groups
 
 
 @seeded(0)
@@ -131,99 +152,84 @@ def draw_batch_posterior(
     """The posterior of each sequence of a batch, for any model and guide; `draw_posterior` adds texts and labels."""
     options = options or DrawOptions()
     alone = [batch.select(torch.tensor([index])) for index in range(batch.size)]
-    batches = [batch] if options.method == "guide" else alone
-    prior = _Prior(model, options.samples, seed)
+    parts = [batch] if options.method == "guide" else alone
     with fix_global_draws(model, seed):
-        parts = [_batch_groups(model, guide, part, inference, options, prior) for part in batches]
-        shared = {"prior": prior.draws}
-    return _concatenate(parts, shared, options.method)
-
-
-@dataclass
-class _Prior:
-    """What all batches have in common: draws of p(z), and its moments; at the same draw of the global latents."""
-
-    model: Model
-    samples: int
-    seed: int
-
-    @cached_property
-    def draws(self) -> xr.Dataset:
-        """S draws of z."""
-        with torch.no_grad(), seeded(self.seed):
-            return xr.Dataset({"z": ((*SAMPLES, *THOUGHTS), _numpy(self.model.sample_prior(self.samples))[None])})
-
-    def moments(self, batch: Batch, z_SBLKD: Tensor, sites: Sites) -> Moments:
-        """Exact if z is the only site and its moments are known, else from 1,000 draws."""
-        site = _thought_site(z_SBLKD, sites) if len(sites) == 1 else None
-        if site and (exact := exact_moments(prior_sites(self.model, *prior_arguments(self.model, batch))[site])):
-            return exact
-        return self._moments_of_draws
-
-    @cached_property
-    def _moments_of_draws(self) -> Moments:
-        with torch.no_grad(), seeded(self.seed):
-            return sample_moments(self.model.sample_prior(1000))
+        groups = join([_batch_groups(model, guide, part, inference, options, seed) for part in parts])
+    return assemble(groups, settings(options, guide, inference, seed))
 
 
 def _batch_groups(
-    model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions, prior: _Prior
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions, seed: int
 ) -> Groups:
-    """All groups of a `Posterior` of one batch that do not need text; each sequence has a random stream of its own."""
-    keys = RowKeys.of_batch(batch, prior.seed)
+    """All groups of a `Posterior` that do not need text; each sequence has a random stream of its own."""
+    keys = RowKeys.of_batch(batch, seed)
     with torch.no_grad():
         batch = batch if batch.stem_BTD is not None else model.prepare(batch)
     if options.method == "guide":
-        groups = _guide_groups(model, guide, batch, inference, options.samples, keys, prior)
+        groups = _guide_groups(model, guide, batch, inference, options, keys)
     else:
         with seeded(int(keys.key_B) % 2**63):
-            groups = _chain_groups(model, batch, options, prior)
+            groups = _chain_groups(model, batch, options, seed)
+    with torch.no_grad(), seeded(seed):
+        prior_SLKD = model.sample_prior(options.samples)
     tokens_BT = batch.targets_BT.masked_fill(~batch.mask_BT, MISSING)
-    groups["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), _numpy(tokens_BT))})
+    groups[TEXT] = groups[TEXT].assign(tokens=(("sequence", "token"), _numpy(tokens_BT)))
     names = np.array([f"sequence:{index}" for index in batch.ids_B.tolist()], dtype=object)
     groups["constant_data"] = xr.Dataset({"document": ("sequence", names)})
+    groups["prior"] = xr.Dataset({"z": ((*SAMPLES, *THOUGHTS), _numpy(prior_SLKD)[None])})
     return groups
 
 
 def _guide_groups(
-    model: Model, guide: Guide, batch: Batch, inference: LocalInference, samples: int, keys: RowKeys, prior: _Prior
+    model: Model, guide: Guide, batch: Batch, inference: LocalInference, options: DrawOptions, keys: RowKeys
 ) -> Groups:
     """Fits q; draws from it, with k-hat, moments and, if log p(z) is known, the bounds and the KL in nats."""
-    state, _ = infer_local(model, guide, batch, inference, keys=keys)
-    q = draw_from_guide(model, guide, batch, state.parameters, samples, keys.fold_in("posterior"))
+    state, info = infer_local(model, guide, batch, inference, keys=keys)
+    q = draw_from_guide(model, guide, batch, state.parameters, options.samples, keys.fold_in("posterior"))
     sites = {name: x[None] for name, x in q.sites.items()}
     groups = _draw_groups(sites, LogDensities._make(x[None] for x in q.densities), batch)
-    stats = groups["sample_stats"]
+    stats = groups[SEQUENCES]
+    by_step = {"elbo_by_step": info.elbo_NB, "kl_by_step": info.kl_NB} if len(info.kl_NB) else {}
+    for name, x_NB in by_step.items():
+        stats[name] = (("step", "sequence"), _numpy(x_NB))
     if guide.has_density:
         stats["log_q"] = (("chain", "draw", "sequence"), _numpy(q.log_q_SB)[None])
         log_weights_SB = q.log_weights_SB
         figures = {"pareto_k": pareto_k(log_weights_SB)}
         if missing_bound(model, guide) is None:  # an unnormalised prior's constant does not change k-hat
             figures["elbo"] = log_weights_SB.mean(0)
-            figures["iwae"] = log_weights_SB.logsumexp(0) - np.log(samples)
+            figures["iwae"] = log_weights_SB.logsumexp(0) - np.log(options.samples)
             figures["kl"] = -q.log_ratio_SB.mean(0)
+            if options.annealing:
+                problem = Problem(
+                    model=model,
+                    guide=guide,
+                    batch=batch,
+                    inference=inference,
+                    samples=CHAINS,
+                    state=state,
+                    annealing=options.annealing,
+                )
+                figures["ais"] = -ais(problem).nats_B
         for name, x_B in figures.items():
             stats[name] = ("sequence", _numpy(x_B))
     z_SBLKD = q.densities.z_SBLKD
     site = _thought_site(z_SBLKD, q.sites)
     exact = exact_moments(guide.posterior(site, state.parameters)) if site and hasattr(guide, "posterior") else None
-    moments = exact or sample_moments(z_SBLKD)
-    _add_moments(stats, moments, prior.moments(batch, z_SBLKD, q.sites) if guide.has_density else None)
-    groups["local"] = xr.Dataset(
-        {name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()}
-    )
+    moments, prior = exact or sample_moments(z_SBLKD), _prior_moments(model, batch, z_SBLKD, q.sites, keys.seed)
+    _add_moments(stats, moments, prior if guide.has_density else None)
+    groups[LOCAL] = xr.Dataset({name: (_axes(name, x, "sequence"), _numpy(x)) for name, x in state.parameters.items()})
     return groups
 
 
-def _chain_groups(model: Model, batch: Batch, options: DrawOptions, prior: _Prior) -> Groups:
+def _chain_groups(model: Model, batch: Batch, options: DrawOptions, seed: int) -> Groups:
     """Runs Markov chains for a batch of one sequence; their draws, moments, and how they went (`ChainDraws`)."""
     chains = run_chains(model, batch, options.method, options.samples, options.chains)
     groups = _draw_groups(chains.sites, chains.densities, batch)
-    stats = groups["sample_stats"]
+    stats = groups[SEQUENCES]
     z_SBLKD = chains.densities.z_SBLKD.flatten(0, 1)
-    moments = sample_moments(z_SBLKD, torch.from_numpy(chains.diagnostics["ess"]))
-    sites = {name: x.flatten(0, 1) for name, x in chains.sites.items()}
-    _add_moments(stats, moments, prior.moments(batch, z_SBLKD, sites))
+    prior = _prior_moments(model, batch, z_SBLKD, {name: x.flatten(0, 1) for name, x in chains.sites.items()}, seed)
+    _add_moments(stats, sample_moments(z_SBLKD, torch.from_numpy(chains.diagnostics["ess"])), prior)
     for name, x_BLKD in chains.diagnostics.items():
         stats[name] = (("sequence", *THOUGHTS), x_BLKD)
     for name, x_CS in chains.steps.items():
@@ -243,11 +249,13 @@ def _draw_groups(sites: Sites, densities: LogDensities, batch: Batch) -> Groups:
         "posterior": xr.Dataset(
             {"z": ((*lead, *THOUGHTS), _numpy(z))} | {n: (_axes(n, x, *lead), _numpy(x)) for n, x in renamed.items()}
         ),
-        "log_likelihood": xr.Dataset(
-            {"by_token": ((*lead, "token"), _numpy(without_padding)), "by_sequence": (lead, _numpy(by_sequence))}
-        ),
-        "sample_stats": xr.Dataset(
-            {"lp": (lead, _numpy(log_prior + by_sequence)), "log_prior": (lead, _numpy(log_prior))}
+        TEXT: xr.Dataset({"log_likelihood": ((*lead, "token"), _numpy(without_padding))}),
+        SEQUENCES: xr.Dataset(
+            {
+                "lp": (lead, _numpy(log_prior + by_sequence)),
+                "log_prior": (lead, _numpy(log_prior)),
+                "log_likelihood": (lead, _numpy(by_sequence)),
+            }
         ),
     }
 
@@ -269,54 +277,78 @@ def _thought_site(z_SBLKD: Tensor, sites: Sites) -> str | None:
     return next((name for name, x in sites.items() if x.shape == z_SBLKD.shape and torch.equal(x, z_SBLKD)), None)
 
 
-def _text_groups(run: Run, found: Sequence[Piece]) -> Groups:
+def _prior_moments(model: Model, batch: Batch, z_SBLKD: Tensor, sites: Sites, seed: int) -> Moments:
+    """The moments of p(z): exact if z is the only site and its moments are known, else from 1,000 draws."""
+    site = _thought_site(z_SBLKD, sites) if len(sites) == 1 else None
+    if site and (exact := exact_moments(prior_sites(model, *prior_arguments(model, batch))[site])):
+        return exact
+    with torch.no_grad(), seeded(seed):  # the same for every batch
+        return sample_moments(model.sample_prior(1000))
+
+
+def text_groups(run: Run, found: Sequence[Piece]) -> Groups:
     """The text of each sequence as the decoder sees it, its document and its labels."""
     texts = [run.tokenizer.decode([x for x in piece.tokens if x != run.start_token]) for piece in found]
     names = sorted({name for piece in found for name in piece.text.labels})
     labels = {name: label_values([piece.text.labels for piece in found], name) for name in names}
     known = {"document": np.array([piece.text.document for piece in found], dtype=object)} | labels
-    return {
-        "observed_data": xr.Dataset({"text": ("sequence", np.array(texts, dtype=object))}),
-        "constant_data": xr.Dataset({name: ("sequence", x) for name, x in known.items()}),
-    }
+    constant = xr.Dataset({name: ("sequence", x) for name, x in known.items()})
+    for name, x in labels.items():
+        if x.dtype.kind == "f" and all(isinstance(piece.text.labels.get(name, 0), int | None) for piece in found):
+            constant[name].attrs["whole"] = 1
+    return {TEXT: xr.Dataset({"text": ("sequence", np.array(texts, dtype=object))}), "constant_data": constant}
 
 
-def _concatenate(
-    parts: Sequence[Groups],
-    shared: Groups,
-    method: str,
-    attrs: dict[str, Any] | None = None,
-    order: Int[np.ndarray, " N"] | None = None,
-    texts: Groups | None = None,
-) -> Posterior:
-    """One `Posterior` of the groups of several batches, with numbered axes.
+def _storable(text: str) -> str:
+    """A text without NUL, which netCDF cannot store and a model may write."""
+    return text.replace("\0", "\N{SYMBOL FOR NULL}")
 
-    Args:
-        shared: groups that are not of sequences.
-        order: where each sequence is among those of the batches, if it is not where it was given.
-        texts: further variables of the groups, of all sequences in the order in which they were given.
-    """
+
+def settings(options: DrawOptions, guide: Guide, inference: LocalInference, seed: int) -> dict[str, str]:
+    """What the draws were made with, as strings for attributes of the file: the guide's, or the kernel's."""
+    if options.method == "guide":
+        how: dict[str, Any] = {"guide": type(guide).__name__, "steps": inference.steps}
+    else:
+        of = options.chains
+        how = {"kernel": KERNELS[options.method].name, "chains": of.chains, "warmup": of.warmup, "thin": of.thin}
+    found = {"method": options.method, "samples": options.samples, "seed": seed} | how
+    return {name: str(x) for name, x in found.items()}
+
+
+def join(parts: Sequence[Groups]) -> Groups:
+    """The groups of several batches as one, with ArviZ's ``observed_data``; the prior's draws are the first batch's."""
     groups = {}
-    for name in parts[0]:
-        longest = max(part[name].sizes.get("token", 0) for part in parts)
-        padded = [_pad_tokens(part[name], longest) for part in parts]
-        data = xr.concat(padded, "sequence", data_vars="all", join="override")
-        data = data if order is None else data.isel(sequence=order)
-        groups[name] = data.assign((texts or {}).get(name, {}))
-    first = dict.fromkeys(("sequence", *SAMPLES, "dim", "token"), 0) | {"layer": 1, "thought": 1}
-    for name, data in (groups | shared).items():
-        axes = {axis: np.arange(n, n + data.sizes[axis]) for axis, n in first.items() if axis in data.sizes}
-        groups[name] = data.assign_coords(axes)
-    tree = xr.DataTree.from_dict(groups)
-    tree.attrs = stamp("posterior") | {"method": method} | (attrs or {})
+    for name, data in parts[0].items():
+        if name != "prior":
+            data = xr.concat([part[name] for part in parts], "sequence", data_vars="all", join="override")
+        groups[name] = data
+    groups["observed_data"] = statistics_of(groups[TEXT]["tokens"])
+    if "replica_tokens" in groups[TEXT]:
+        of_replicas = statistics_of(groups[TEXT]["replica_tokens"])
+        groups["posterior_predictive"] = of_replicas.rename(replica="draw").expand_dims("chain")
+    return groups
+
+
+def assemble(groups: Groups, attrs: dict[str, Any]) -> Posterior:
+    """One `Posterior` of all groups, with numbered axes and with what made the draws as attributes."""
+    tree = xr.DataTree.from_dict(number_axes(groups | {"sample_stats": totals(groups[SEQUENCES])}))
+    made = stamp("posterior")
+    library = {"inference_library": "ltm_pyro", "inference_library_version": made["ltm_pyro"]}
+    for name in ("posterior", "sample_stats"):
+        tree[name].attrs = library | attrs
+    tree.attrs = made | attrs
     return Posterior(tree)
 
 
-def _pad_tokens(data: xr.Dataset, longest: int) -> xr.Dataset:
-    """A batch's group with as many tokens as that of the longest sequence: `MISSING`, and NaN for figures."""
-    if not 0 < (tokens := data.sizes.get("token", 0)) < longest:
-        return data
-    return data.pad(token=(0, longest - tokens), constant_values={"tokens": MISSING, "by_token": np.nan})
+def number_axes(groups: Groups) -> Groups:
+    """The groups with the numbers of sequences, draws, layers and so on as coordinates."""
+    first = dict.fromkeys(("sequence", *SAMPLES, "dim", "token", "step"), 0) | {"layer": 1, "thought": 1}
+    return {
+        name: data.assign_coords(
+            {axis: np.arange(n, n + data.sizes[axis]) for axis, n in first.items() if axis in data.sizes}
+        )
+        for name, data in groups.items()
+    }
 
 
 def write_tokens(run: Run, z_BLKD: Float[Tensor, "B L K D"], length: int, keys: RowKeys) -> Int[Tensor, "B T"]:

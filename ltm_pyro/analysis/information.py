@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pyro import poutine
 
 from ltm_pyro.analysis.classifiers import TwoSample, c2st
-from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.analysis.posterior import TEXT, Posterior
 from ltm_pyro.analysis.two_sample import Discrepancy, mmd
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, Model, make_batch
 from ltm_pyro.errors import UsageError
@@ -79,7 +79,7 @@ def decompose(model: Model, guide: Guide, posterior: Posterior) -> Decomposition
     log_p_SN = posterior.stats.log_prior.values[0, :draws]
     log_aggregated_SN = np.stack([log_aggregated(model, guide, posterior, draw) for draw in range(draws)])
     parts = (log_q_SN - log_p_SN, log_q_SN - log_aggregated_SN, log_aggregated_SN - log_p_SN)
-    documents = np.array(posterior.labels["document"])
+    documents = posterior.documents
     kl, information, marginal = (clustered_mean(part.mean(0), documents) for part in parts)
     return Decomposition(
         average_kl=kl.value,
@@ -114,7 +114,7 @@ def log_aggregated(model: Model, guide: Guide, posterior: Posterior, draw: int) 
 
 def observed_batch(posterior: Posterior, start_token: int = 0) -> Batch:
     """The batch of the posterior's sequences."""
-    tokens_BT = torch.from_numpy(posterior.group("observed_data")["tokens"].values.astype(np.int64))
+    tokens_BT = torch.from_numpy(posterior.group(TEXT)["tokens"].values.astype(np.int64))
     lengths_B = (tokens_BT >= 0).sum(1)
     known = posterior.group("constant_data")
     columns = {name: x.values.tolist() for name, x in known.items() if x.dims == ("sequence",) and name != "document"}
@@ -139,7 +139,7 @@ def aggregate(posterior: Posterior, seed: int = 0) -> Aggregate:
     Of each document the first sequence, because the tests are for independent draws and pieces of one document depend
     on each other.
     """
-    _, first_N = np.unique(posterior.labels["document"], return_index=True)
+    _, first_N = np.unique(posterior.documents, return_index=True)
     if len(first_N) < FEWEST:
         _check_size(posterior, FEWEST, "The aggregated posterior")
         raise UsageError(

@@ -1,6 +1,7 @@
 """The class `Posterior`: draws, log-densities and diagnostics of every sequence, with named axes, stored as netCDF.
 
-Its groups have ArviZ's names. Axes: chain, draw, sequence, layer, thought, dim, token.
+Groups that ArviZ knows have its names and hold what it can use; everything else is below ``ltm_pyro``. Axes: chain,
+draw, sequence, layer, thought, dim, token.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ import xarray as xr
 
 from ltm_pyro.analysis.storage import read_tree, write_tree
 from ltm_pyro.contracts import LocalParameters
+from ltm_pyro.data.documents import Label
 from ltm_pyro.errors import UsageError
 
+SEQUENCES, TEXT, LOCAL = "ltm_pyro/sequences", "ltm_pyro/text", "ltm_pyro/local"  # groups that ArviZ does not know
+COMPLETE = "complete"  # in the group ltm_pyro of a store that is written in blocks: which of them are there
 THOUGHTS = ("layer", "thought", "dim")
 SAMPLES = ("chain", "draw")
 
@@ -24,17 +28,19 @@ SAMPLES = ("chain", "draw")
 class Posterior:
     """Draws of z given each of N sequences, and what is computed from them.
 
-    ``tree`` has the groups ``posterior`` (``z``, and the prior's other latent sites), ``prior``, ``log_likelihood``
-    (``by_token``, ``by_sequence``; nats), ``sample_stats`` (``lp`` = log p(x, z), ``log_prior``, ``log_q`` of every
-    draw; ``elbo``, ``iwae``, ``kl``, ``pareto_k``, ``mean``, ``sd``, ``mcse_mean``, ``kl_by_thought`` of every
-    sequence), ``observed_data`` (tokens and text), ``constant_data`` (document and labels), ``posterior_predictive``
-    (texts generated from draws of z) and ``local``, q's parameters.
+    ``tree`` has the groups of ArviZ: ``posterior`` (``z``, and the prior's other latent sites), ``prior``,
+    ``sample_stats`` (of every draw, all sequences together: see `totals`), ``observed_data`` and
+    ``posterior_predictive`` (statistics of the texts, and of texts generated from draws of z), and ``constant_data``
+    (document and labels). In ``ltm_pyro`` are ``sequences`` (`stats`), ``text`` (tokens, text, log-likelihood by token)
+    and ``local``, q's parameters.
     """
 
     tree: xr.DataTree
 
     def __post_init__(self) -> None:
-        finite = self.z.reduce(lambda x, axis: np.isfinite(x).all(axis), [*SAMPLES, *THOUGHTS]).values
+        finite = np.isfinite(self.stats["mean"]).all(THOUGHTS).values
+        if self.has("posterior"):
+            finite &= self.z.reduce(lambda x, axis: np.isfinite(x).all(axis), [*SAMPLES, *THOUGHTS]).values
         if not finite.all():
             names = self.group("constant_data")["document"].values[~finite]
             raise UsageError(
@@ -42,9 +48,17 @@ class Posterior:
                 f"or the fast rate too high; lower the rate or leave these texts out."
             )
 
+    def has(self, name: str) -> bool:
+        """Whether there is a group of that name."""
+        return f"/{name}" in self.tree.groups
+
     def group(self, name: str) -> xr.Dataset:
-        """One group of the tree."""
-        return self.tree.children[name].to_dataset()
+        """One group of the tree; `UsageError` if it has been left out."""
+        if not self.has(name):
+            raise UsageError(
+                f"This posterior was stored without the group {name}: draw it again without leaving it out."
+            )
+        return self.tree[name].to_dataset()
 
     @property
     def z(self) -> xr.DataArray:
@@ -59,42 +73,62 @@ class Posterior:
 
     @property
     def stats(self) -> xr.Dataset:
-        """The group ``sample_stats``."""
-        return self.group("sample_stats")
+        """Figures of every sequence, in nats.
+
+        Of every draw ``lp`` = log p(x, z), ``log_prior``, ``log_likelihood`` and ``log_q``; of the sequence ``elbo``,
+        ``iwae``, ``kl``, ``pareto_k``, ``mean``, ``sd``, ``mcse_mean``, ``kl_by_thought``, and ``elbo_by_step`` and
+        ``kl_by_step`` of the fast steps; for chains also how they went (`ltm_pyro.analysis.reference.ChainDraws`).
+        """
+        return self.group(SEQUENCES)
 
     @property
     def texts(self) -> list[str]:
         """The texts as the decoder sees them, decoded from the tokens."""
-        return [str(text) for text in self.group("observed_data")["text"].values]
+        return [str(text) for text in self.group(TEXT)["text"].values]
 
     @property
-    def labels(self) -> dict[str, list[str]]:
-        """The values of every label by name as strings, one per sequence, empty where one is missing.
+    def replicas(self) -> np.ndarray | None:
+        """The texts that were written from draws of q, (replica, sequence); None if there are none."""
+        texts = self.group(TEXT)
+        return texts["replica_text"].values if "replica_text" in texts else None
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """The tokens of each sequence."""
+        return [row[row >= 0].astype(np.int64) for row in self.group(TEXT)["tokens"].values]
+
+    @property
+    def labels(self) -> dict[str, list[Label]]:
+        """The values of every label by name, numbers as numbers, one per sequence; None where one is missing.
 
         ``document`` is the sequence's document.
         """
-        known = self.group("constant_data").data_vars.items()
-        return {
-            str(name): [
-                "" if x != x else f"{x:.15g}" if isinstance(x, float) else str(x) for x in values.values.tolist()
-            ]
-            for name, values in known
-        }
+        found: dict[str, list[Label]] = {}
+        for name, values in self.group("constant_data").data_vars.items():
+            whole = values.attrs.get("whole", 0)  # numbers that were whole, stored as floats because some are missing
+            known = [None if x == "" or x != x else int(x) if whole else x for x in values.values.tolist()]
+            found[str(name)] = known
+        return found
+
+    @property
+    def documents(self) -> np.ndarray:
+        """The document of each sequence: what standard errors are clustered by."""
+        return np.array([str(x) for x in self.group("constant_data")["document"].values])
 
     @property
     def size(self) -> int:
         """N, the number of sequences."""
-        return self.z.sizes["sequence"]
+        return self.stats.sizes["sequence"]
 
     @property
     def tokens(self) -> int:
         """The number of tokens of all sequences together."""
-        return int((self.group("observed_data")["tokens"] >= 0).sum())
+        return int((self.group(TEXT)["tokens"] >= 0).sum())
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """Method, run, seed and version."""
-        return {str(name): x for name, x in self.tree.attrs.items()}
+        """Method, run, seed and version; in the file all are strings, which ArviZ can write as JSON."""
+        return {str(name): int(x) if str(x).isdecimal() else x for name, x in self.tree.attrs.items()}
 
     def log_weights(self) -> xr.DataArray:
         """The stored draws' log importance weights log p(x, z) − log q(z | x), in nats; `UsageError` without log q."""
@@ -112,14 +146,18 @@ class Posterior:
 
     def local(self) -> LocalParameters:
         """q's parameters by name, each with leading axis N; a fit can be continued from them."""
-        if "local" not in self.tree:
+        if not self.has(LOCAL):
             raise UsageError(f"Draws by {self.attrs['method']} have no q: use a posterior of --method guide.")
-        return {str(name): torch.from_numpy(x.values.copy()) for name, x in self.group("local").data_vars.items()}
+        return {str(name): torch.from_numpy(x.values.copy()) for name, x in self.group(LOCAL).data_vars.items()}
 
-    def select(self, sequences: int | slice | Sequence[int]) -> "Posterior":
-        """Some of the sequences."""
-        index = [sequences] if isinstance(sequences, int) else sequences
-        return Posterior(self.tree.map_over_datasets(lambda x: x.isel(sequence=index, missing_dims="ignore")))
+    def select(self, sequences: int | np.integer | slice | Sequence[int] | np.ndarray) -> "Posterior":
+        """Some of the sequences, by number."""
+        index = sequences if isinstance(sequences, slice) else np.atleast_1d(np.asarray(sequences))
+        tree = self.tree.map_over_datasets(lambda x: x.isel(sequence=index, missing_dims="ignore"))
+        if self.has("sample_stats"):
+            attrs = tree["sample_stats"].attrs
+            tree["sample_stats"] = xr.DataTree(totals(tree[SEQUENCES].to_dataset()).assign_attrs(attrs))
+        return Posterior(tree)
 
     def to_datatree(self) -> xr.DataTree:
         """The data tree, which ArviZ 1.x accepts."""
@@ -131,11 +169,38 @@ class Posterior:
 
         return inference_data(self.tree)
 
+    def elpd(self, estimator: str = "iwae") -> Any:
+        """`arviz.ELPDData` of the evidence of each document, for `arviz.compare` (`model_comparison.elpd`)."""
+        from ltm_pyro.analysis.model_comparison import elpd
+
+        return elpd(self, estimator)
+
     def save(self, path: str | Path) -> None:
         """Writes netCDF, or zarr if the name ends in ``.zarr``."""
         write_tree(self.tree, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Posterior":
-        """Reads a file that `save` has written; `UsageError` for other files and other format versions."""
-        return cls(read_tree(path, "posterior"))
+        """Reads a file of `save` or a complete store of `ltm posterior --stream`; `UsageError` for others."""
+        tree = read_tree(path, "posterior")
+        blocks = tree["ltm_pyro"].to_dataset().get(COMPLETE)
+        if blocks is not None and not (done := blocks.values).all():
+            raise UsageError(
+                f"{path} has {int(done.sum())} of {len(done)} blocks: repeat the command that writes it, which goes on."
+            )
+        if "posterior" in tree.children and "sample_stats" not in tree.children:
+            tree["sample_stats"] = xr.DataTree(totals(tree[SEQUENCES].to_dataset()))
+        return cls(tree)
+
+
+TOTALS = dict.fromkeys(("lp", "log_prior", "log_q", "energy"), "sum")  # `az.loo` would take a log_likelihood
+TOTALS |= {"diverging": "any", "tree_depth": "max", "acceptance_rate": "mean"}
+
+
+def totals(sequences: xr.Dataset) -> xr.Dataset:
+    """ArviZ's ``sample_stats``, whose variables have the axes chain and draw alone.
+
+    Sequences are independent, so that a draw of all of them has the sum of their log-densities and energies. It has
+    diverged if one of them has; its tree depth is the deepest, its acceptance rate the average.
+    """
+    return xr.Dataset({n: getattr(sequences[n], how)("sequence") for n, how in TOTALS.items() if n in sequences})

@@ -3,14 +3,19 @@
 Shapes: N sequences, T tokens, R replicas.
 """
 
-from collections.abc import Callable
+import hashlib
+import sys
+from collections.abc import Callable, Mapping
+from inspect import isfunction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.analysis.posterior import TEXT, Posterior
 from ltm_pyro.errors import UsageError
+from ltm_pyro.training.plugins import import_file, locate
 from ltm_pyro.utils.statistics import clustered_mean
 
 Row = Any  # the tokens of one text, without padding
@@ -23,13 +28,27 @@ def _repeated_pairs(row: Row) -> float:
 
 STATISTICS: dict[str, Callable[[Row], float]] = {
     "tokens": len,
-    "different tokens (share)": lambda row: len(np.unique(row)) / max(len(row), 1),
-    "repeated pairs (share)": _repeated_pairs,
-    "most frequent token (share)": lambda row: np.unique(row, return_counts=True)[1].max(initial=0) / max(len(row), 1),
+    "different_tokens": lambda row: len(np.unique(row)) / max(len(row), 1),  # their share, as of the next two
+    "repeated_pairs": _repeated_pairs,
+    "most_frequent_token": lambda row: np.unique(row, return_counts=True)[1].max(initial=0) / max(len(row), 1),
 }
 
 
-def check(posterior: Posterior, statistics: dict[str, Callable[[Row], float]] | None = None) -> xr.Dataset:
+def statistics_of(tokens: xr.DataArray, statistics: Mapping[str, Callable[[Row], float]] | None = None) -> xr.Dataset:
+    """Statistics of every row of tokens, the last axis; what is below 0 is padding and left out."""
+    rows, axes = tokens.values.reshape(-1, tokens.shape[-1]), tokens.dims[:-1]
+    found = {
+        name: np.array([function(row[row >= 0]) for row in rows], float).reshape(tokens.shape[:-1])
+        for name, function in (statistics or STATISTICS).items()
+    }
+    return xr.Dataset({name: (axes, x) for name, x in found.items()})
+
+
+def check(
+    posterior: Posterior,
+    statistics: Mapping[str, Callable[[Row], float]] | None = None,
+    of_text: Mapping[str, Callable[[str], float]] = {},
+) -> xr.Dataset:
     r"""Compares statistics of the texts with those of their replicas, text by text.
 
     .. math:: \bar d = \tfrac1N \sum_i \big[ T(x_i) - \tfrac1R \sum_r T(x_{ir}) \big]
@@ -39,17 +58,25 @@ def check(posterior: Posterior, statistics: dict[str, Callable[[Row], float]] | 
     was fitted to the text: if model and q are right, text and replica can be exchanged, so that differences scatter
     about 0. The p-value has the size it says, other than the share of larger replicas (a posterior predictive p-value),
     which is drawn towards 0.5 because q has seen the text (Gelman, Meng & Stern 1996; Bayarri & Berger 2000).
+
+    Args:
+        statistics: of the tokens of a text; by default `STATISTICS`.
+        of_text: statistics of the text itself, besides them.
     """
-    if "posterior_predictive" not in posterior.tree:
+    texts = posterior.group(TEXT)
+    if "replica_tokens" not in texts:
         raise UsageError("This posterior has no replicas: make some with `ltm posterior --replicas 2`.")
-    statistics = statistics or STATISTICS
-    own = posterior.group("observed_data")["tokens"].values
-    replicas = posterior.group("posterior_predictive")["tokens"].values[0]
-    found = np.array([[function(row[row >= 0]) for row in own] for function in statistics.values()], float)
-    other = np.array([[[f(row[row >= 0]) for row in rows] for rows in replicas] for f in statistics.values()], float)
+    own, theirs = (statistics_of(texts[name], statistics) for name in ("tokens", "replica_tokens"))
+    for name, function in of_text.items():
+        for found, kind in ((own, "text"), (theirs, "replica_text")):
+            if kind not in texts:
+                raise UsageError("This posterior has no texts of its replicas: make it again with `ltm posterior`.")
+            values = [_number(name, function, str(text)) for text in texts[kind].values.ravel()]
+            found[name] = (texts[kind].dims, np.reshape(values, texts[kind].shape))
+    names, found, other = list(own), own.to_array().values, theirs.to_array().values
     apart = found - other.mean(1)
     apart[np.isclose(found, other.mean(1), rtol=1e-12, atol=0)] = 0  # the mean of equal shares is rounded
-    difference = clustered_mean(apart.T, np.array(posterior.labels["document"]))
+    difference = clustered_mean(apart.T, posterior.documents)
     return xr.Dataset(
         {
             "observed": ("statistic", found.mean(1)),
@@ -58,5 +85,29 @@ def check(posterior: Posterior, statistics: dict[str, Callable[[Row], float]] | 
             "stderr": ("statistic", difference.stderr),
             "p_value": ("statistic", difference.p_value),
         },
-        {"statistic": list(statistics)},
+        {"statistic": names},
     )
+
+
+def load_statistics(path: Path, trust: bool) -> dict[str, Callable[[str], float]]:
+    """The functions that a Python file of the user's defines: each takes a text and returns a number.
+
+    The file is imported and executed, which needs ``trust``. Names that begin with ``_`` are left out.
+    """
+    if not trust:
+        raise UsageError(f"{path} is code, which is only executed if you say so: read it, and add --trust.")
+    file = locate(path)
+    print(f"Executing {file}, SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()}", file=sys.stderr)
+    module = sys.modules[import_file(file)]
+    own = {name: x for name, x in vars(module).items() if isfunction(x) and x.__module__ == module.__name__}
+    found = {name: function for name, function in own.items() if not name.startswith("_")}
+    if not found:
+        raise UsageError(f"{path} defines no function: define one that takes a text and returns a number.")
+    return found
+
+
+def _number(name: str, function: Callable[[str], float], text: str) -> float:
+    try:
+        return float(function(text))
+    except Exception as error:  # of the user's own code
+        raise UsageError(f"The statistic {name} fails for a text: {type(error).__name__}: {error}; mend it.") from None

@@ -62,10 +62,20 @@ class _RecordedNUTS(_Recorded, NUTS):
         return super()._build_tree(z, r, grads, log_slice, direction, depth, energy)
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "nuts": lambda model: _RecordedNUTS(model, max_tree_depth=6),
+class Kernel(NamedTuple):
+    """A Markov kernel: what it is, as a posterior's file says, and how it is made for a model."""
+
+    name: str
+    make: Callable[..., Any]
+
+
+KERNELS = {
+    "nuts": Kernel("NUTS of Pyro, max_tree_depth 6", lambda model: _RecordedNUTS(model, max_tree_depth=6)),
     # HMC with one leapfrog step is the Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996)
-    "langevin": lambda model: _Recorded(model, step_size=0.1, num_steps=1, target_accept_prob=0.57),
+    "langevin": Kernel(
+        "HMC of Pyro with one step (Metropolis-adjusted Langevin)",
+        lambda model: _Recorded(model, step_size=0.1, num_steps=1, target_accept_prob=0.57),
+    ),
 }
 
 
@@ -113,7 +123,7 @@ def run_chains(model: Model, batch: Batch, method: str, samples: int, options: C
     with frozen(model), fix_global_draws(model, torch.initial_seed()):
         for _ in range(options.chains):
             names = list(prior_sites(model, 1))
-            kernel = KERNELS[method](model)
+            kernel = KERNELS[method].make(model)
             mcmc = MCMC(kernel, samples * options.thin, options.warmup, disable_progbar=True)
             mcmc.run(batch)
             drawn = mcmc.get_samples()

@@ -1,6 +1,8 @@
 """The HTML report of a posterior: a single page that loads nothing from the network."""
 
 import base64
+import hashlib
+from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +14,15 @@ from rich.progress import track
 
 from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.probes import neighbours
-from ltm_pyro.analysis.sections import SECTIONS, ReportInputs, sections, sequence_card
+from ltm_pyro.analysis.section import Point, ReportInputs
+from ltm_pyro.analysis.sections import SECTIONS, sections, sequence_card
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import atomic_write, writing
 
 TOP = 5  # sequences listed per thought
+ENDS = 2  # texts at either end of a thought's main direction
 MOST_CARDS = 1000  # sequences with an entry of their own; keeps the page under 10 MB
 
 
@@ -36,7 +40,13 @@ def render_report(inputs: ReportInputs) -> str:
     hidden = not console.is_terminal
     shown = track(sections(inputs), "writing", total=total, console=console, transient=True, disable=hidden)
     made = [
-        {"title": title, "section": section, "pictures": [_picture(ax) for ax in section.pictures]}
+        {
+            "title": title,
+            "section": section,
+            "pictures": [_picture(ax) for ax in section.pictures],
+            "points": _on_the_page(section.points),
+            "kinds": {point.kind: point.color for point in sorted(section.points, key=lambda point: point.kind)},
+        }
         for title, section in shown
     ]
     cards = [sequence_card(posterior, sequence) for sequence in range(min(posterior.size, MOST_CARDS))]
@@ -46,10 +56,14 @@ def render_report(inputs: ReportInputs) -> str:
     environment = Environment(
         loader=PackageLoader("ltm_pyro.analysis", "."), autoescape=select_autoescape(default=True), trim_blocks=True
     )
+    script = files("ltm_pyro.analysis").joinpath("report.js").read_text("utf-8")
     return environment.get_template("report.html.j2").render(
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        trusted=TRUSTED,
         sections=made,
         cards=cards,
-        thoughts=[] if kl_NLK is None else _top_sequences(kl_NLK[: len(cards)]),
+        thoughts=[] if kl_NLK is None else _top_sequences(kl_NLK[: len(cards)], posterior),
         most_kl=1.0 if kl_NLK is None else float(kl_NLK.max()) or 1.0,
         attrs=posterior.attrs,
         size=posterior.size,
@@ -74,18 +88,39 @@ def _headline_figures(posterior: Posterior) -> dict[str, str]:
     return found
 
 
-def _top_sequences(kl_NLK: np.ndarray) -> list[dict[str, Any]]:
-    """Every thought with its average KL and the sequences with the largest KL."""
-    _, layers, thoughts = kl_NLK.shape
-    places = ((layer, thought) for layer in range(layers) for thought in range(thoughts))
+def _top_sequences(kl_NLK: np.ndarray, posterior: Posterior) -> list[dict[str, Any]]:
+    """Every thought: its average KL, the sequences with the largest KL, and those at the ends of its main direction."""
+    size, layers, thoughts = kl_NLK.shape
+    mean_NLKD, texts = posterior.stats["mean"].values[:size], posterior.texts
+    found = []
+    for layer, thought in np.ndindex(layers, thoughts):
+        centered_ND = mean_NLKD[:, layer, thought] - mean_NLKD[:, layer, thought].mean(0)
+        left, singular, _ = np.linalg.svd(centered_ND, full_matrices=False)
+        order = left[:, 0].argsort(kind="stable").tolist()
+        kl_N = kl_NLK[:, layer, thought]
+        found.append(
+            {
+                "layer": layer + 1,
+                "thought": thought + 1,
+                "mean": float(kl_N.mean()),
+                "top": [(int(i), float(kl_N[i])) for i in (-kl_N).argsort()[:TOP]],
+                "share": float(singular[0] ** 2 / ((singular**2).sum() or 1.0)),
+                "ends": [[(i, texts[i][:60]) for i in end] for end in (order[:ENDS], order[::-1][:ENDS])],
+            }
+        )
+    return found
+
+
+def _on_the_page(points: tuple[Point, ...]) -> list[Point]:
+    """The points of a map in a square of 600 with a margin; the y axis of a page points down."""
+    if not points:
+        return []
+    place = np.array([(point.x, point.y) for point in points])
+    low, span = place.min(0), np.maximum(np.ptp(place, axis=0), 1e-12)
+    scaled = 20 + 560 * (place - low) / span
     return [
-        {
-            "layer": layer + 1,
-            "thought": thought + 1,
-            "mean": float(kl_NLK[:, layer, thought].mean()),
-            "top": [(int(i), float(kl_NLK[i, layer, thought])) for i in (-kl_NLK[:, layer, thought]).argsort()[:TOP]],
-        }
-        for layer, thought in places
+        point._replace(x=round(float(x), 1), y=round(600 - float(y), 1))
+        for point, (x, y) in zip(points, scaled, strict=True)
     ]
 
 

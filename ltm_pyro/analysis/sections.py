@@ -1,7 +1,7 @@
 """The sections of a report: each has a verdict in plain words, pictures and tables."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +17,16 @@ from ltm_pyro.analysis.against_reference import (
     differences,
     geometric_mean,
 )
-from ltm_pyro.analysis.calibration import Calibration
 from ltm_pyro.analysis.context import default_lengths, shift
 from ltm_pyro.analysis.information import active_units, aggregate, decompose, observed_batch
 from ltm_pyro.analysis.interventions import ablate, attention, interpolate
-from ltm_pyro.analysis.loo import loo_by_factor, loo_by_sequence
-from ltm_pyro.analysis.pictures.calibration import plot_coverage, plot_ecdf, plot_ranks
+from ltm_pyro.analysis.loo import loo_by_factor
+from ltm_pyro.analysis.pictures.calibration import plot_contraction, plot_coverage, plot_ecdf, plot_ranks, plot_tarp
 from ltm_pyro.analysis.pictures.chains import plot_chain_ranks, plot_trace
 from ltm_pyro.analysis.pictures.thoughts import (
     plot_attention,
     plot_bounds,
     plot_by_thought,
-    plot_map,
     plot_pareto_k,
     plot_path,
     plot_scales,
@@ -36,44 +34,21 @@ from ltm_pyro.analysis.pictures.thoughts import (
 )
 from ltm_pyro.analysis.posterior import THOUGHTS, Posterior
 from ltm_pyro.analysis.predictive import check
-from ltm_pyro.analysis.probes import probable_labels, probe
+from ltm_pyro.analysis.section import ReportInputs, Section, Table
+from ltm_pyro.analysis.sections_of_findings import (
+    fast_steps,
+    global_latents,
+    labels,
+    map_of_texts,
+    other_models,
+    other_seeds,
+    sensitivity,
+)
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.pareto import TRUSTED
-from ltm_pyro.runs.run import Run
 
 FEW = 16  # sequences for the context lengths, because each length needs a fit of its own
 SIZE = 0.05 / 4  # of each section that tests q, so that an exact q is flagged in 5 reports of 100 (Bonferroni)
-
-
-class Table(NamedTuple):
-    """Column titles and rows of formatted cells."""
-
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-class Section(NamedTuple):
-    """The result of one diagnostic."""
-
-    verdict: str
-    pictures: tuple[Axes, ...] = ()
-    tables: tuple[Table, ...] = ()
-    good: bool | None = None  # None if the diagnostic does not judge q
-
-
-class ReportInputs(NamedTuple):
-    """What a report is made from; everything but the posterior is optional."""
-
-    posterior: Posterior
-    run: Run | None = None
-    calibration: Calibration | None = None
-    reference: Posterior | None = None
-
-    def need_run(self) -> Run:
-        """The run, for sections that need the decoder; `UsageError` without one."""
-        if self.run is None:
-            raise UsageError("Needs the run: give --run.")
-        return self.run
 
 
 def trust(inputs: ReportInputs) -> Section:
@@ -119,7 +94,7 @@ def calibration(inputs: ReportInputs) -> Section:
         (name, f"{alone[name]:.4f}" if alone[name] >= 1e-4 else "< 0.0001")
         for name in sorted(alone, key=lambda name: alone[name])[:5]
     ]
-    pictures = (plot_ranks(found), plot_ecdf(found), plot_coverage(found))
+    pictures = tuple(plot(found) for plot in (plot_ranks, plot_ecdf, plot_coverage, plot_tarp, plot_contraction))
     return Section(verdict, pictures, (Table(("smallest p-values", "p"), rows),), good=p > SIZE)
 
 
@@ -264,31 +239,6 @@ def aggregated(inputs: ReportInputs) -> Section:
     return Section(verdict, (), (Table(("", ""), rows),), good=not apart)
 
 
-def labels(inputs: ReportInputs) -> Section:
-    """Linear probes of every label that has enough documents."""
-    names = probable_labels(inputs.posterior)
-    if not names:
-        raise UsageError("No label has two classes of five documents: add labels to the JSONL.")
-    found = [probe(inputs.posterior, name) for name in names]
-    best = max(found, key=lambda x: x.thoughts.mean - x.majority)
-    verdict = (
-        f"A linear probe predicts the label '{best.label}' from the thoughts with {best.thoughts.mean:.0%} accuracy on "
-        f"held-out documents; a bag of tokens reaches {best.tokens.mean:.0%}, the largest class {best.majority:.0%}."
-    )
-    rows = [
-        (
-            f"{x.label} ({', '.join(x.classes)})",
-            str(x.sequences),
-            f"{x.thoughts.mean:.1%} ± {x.thoughts.stderr:.1%}",
-            f"{x.tokens.mean:.1%} ± {x.tokens.stderr:.1%}",
-            f"{x.majority:.1%}",
-        )
-        for x in found
-    ]
-    head = ("label (classes)", "sequences", "thoughts", "bag of tokens", "largest class")
-    return Section(verdict, (plot_map(inputs.posterior, best.label),), (Table(head, rows),))
-
-
 def ablation(inputs: ReportInputs) -> Section:
     """The log-likelihood that each thought is worth to the decoder."""
     run = inputs.need_run()
@@ -332,7 +282,7 @@ def interpolation(inputs: ReportInputs) -> Section:
 
 def predictive(inputs: ReportInputs) -> Section:
     """Posterior predictive checks: statistics of texts and replicas."""
-    found = check(inputs.posterior)
+    found = check(inputs.posterior, of_text=inputs.statistics)
     usual = found.p_value >= SIZE / found.sizes["statistic"]
     off = [str(name) for name in found.statistic.values[~usual.values]]
     verdict = "The replicas do not differ from the texts in any statistic."
@@ -356,32 +306,36 @@ def predictive(inputs: ReportInputs) -> Section:
 
 
 def leave_one_out(inputs: ReportInputs) -> Section:
-    """PSIS-LOO by factor and by sequence."""
-    rows: list[tuple[str, ...]] = []
-    bad = 0
-    for found in (loo_by_factor(inputs.posterior), loo_by_sequence(inputs.posterior)):
-        there = np.isfinite(found.elpd)
-        units, untrusted = int(there.sum()), int((~(found.pareto_k <= TRUSTED) & there).sum())
-        rows.append((found.unit, f"{units:,}", f"{float(found.elpd.mean()):.3f}", f"{untrusted:,}"))
-        bad += untrusted
-    verdict = f"Without its own factor in the posterior a token has log-probability {rows[0][2]} nats on average."
-    if bad:
+    """PSIS-LOO by factor."""
+    found = loo_by_factor(inputs.posterior)
+    there = np.isfinite(found.elpd)
+    units, untrusted = int(there.sum()), int((~(found.pareto_k <= TRUSTED) & there).sum())
+    value = float(found.elpd.mean())
+    verdict = f"Without its own factor in the posterior a token has log-probability {value:.3f} nats on average."
+    if untrusted:
         verdict += (
-            f" For {rows[0][3]} of {rows[0][1]} factors and {rows[1][3]} of {rows[1][1]} sequences k-hat > {TRUSTED}: "
-            f"there the estimate is not reliable, because q is too far from the leave-one-out posterior."
+            f" For {untrusted:,} of {units:,} factors k-hat > {TRUSTED}: there the estimate is not reliable, because q "
+            f"is too far from the leave-one-out posterior."
         )
     head = ("left out", "units", "log predictive density (nats)", f"k-hat > {TRUSTED}")
-    return Section(verdict, (), (Table(head, rows),))  # an exact q can have k-hat > 0.7 here
+    row = ("a token's factor p(x_t | x_<t, z)", f"{units:,}", f"{value:.3f}", f"{untrusted:,}")
+    return Section(verdict, (), (Table(head, [row]),))  # an exact q can have k-hat > 0.7 here
 
 
 SECTIONS: dict[str, Callable[[ReportInputs], Section]] = {
     "Can q be trusted?": trust,
+    "ELBO over the fast steps": fast_steps,
     "How the chains went": chains,
     "Calibration": calibration,
     "Against reference chains": reference,
     "Information in the thoughts": information,
     "Aggregated posterior": aggregated,
+    "Global latents": global_latents,
+    "Map of the texts": map_of_texts,
     "Labels": labels,
+    "Other models of the same texts": other_models,
+    "Other seeds": other_seeds,
+    "Sensitivity to prior and likelihood": sensitivity,
     "Ablation": ablation,
     "Context length and attention": context_lengths,
     "Interpolation between two texts": interpolation,
@@ -407,7 +361,8 @@ def sequence_card(posterior: Posterior, sequence: int) -> dict[str, Any]:
     return {
         "index": sequence,
         "text": posterior.texts[sequence],
-        "labels": {name: values[sequence] for name, values in posterior.labels.items() if values[sequence]},
+        "labels": {name: values[sequence] for name, values in posterior.labels.items() if values[sequence] is not None},
         "figures": figures,
         "kl": stats["kl_by_thought"].values.tolist() if "kl_by_thought" in stats else [],
+        "replica": replicas[0, sequence] if (replicas := posterior.replicas) is not None else "",
     }

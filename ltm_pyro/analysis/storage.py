@@ -10,7 +10,7 @@ import xarray as xr
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.files import atomic_write, local_path, remove, writing
 
-FORMAT = 1
+FORMAT = "2"
 
 
 def write_tree(tree: xr.DataTree, path: str | Path) -> None:
@@ -58,7 +58,7 @@ def read_tree(path: str | Path, kind: str) -> xr.DataTree:
     found = tree.attrs.get(f"ltm_pyro_{kind}")
     if found is None:
         raise UsageError(f"{path} is not a {kind} of ltm_pyro: give a file that ltm wrote.")
-    if found != FORMAT:
+    if str(found) != FORMAT:
         raise UsageError(f"{path} has format {found}, and this version reads {FORMAT}: write it again.")
     return tree
 

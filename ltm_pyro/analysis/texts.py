@@ -38,9 +38,14 @@ class Piece(NamedTuple):
     tokens: Tokens
 
 
-def read_texts(path: str | Path) -> list[Text]:
-    """The documents of a file or folder (`read_documents`); other strings and numbers of a record become labels."""
-    return [Text(found.text, str(found.id), found.labels) for found in read_documents([path], Fields(labels=None))]
+def read_texts(path: str | Path, id: str | None = None) -> list[Text]:
+    """The documents of a file or folder (`read_documents`); other strings and numbers of a record become labels.
+
+    Args:
+        id: the field that names a document, instead of file and line; texts of one name are one document.
+    """
+    found = read_documents([path], Fields(id=id, labels=None))
+    return [Text(x.text, str(x.id), {name: y for name, y in x.labels.items() if name != id}) for x in found]
 
 
 def label_values(labels: Sequence[Mapping[str, Label]], name: str) -> np.ndarray:

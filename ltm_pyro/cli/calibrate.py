@@ -46,11 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         args.out = check_out(args.out, args.force)
     if args.picture:
-        canvas = extra("matplotlib.backend_bases", "plots", "A picture").FigureCanvasBase
-        formats = sorted(canvas.get_supported_filetypes())
-        if args.picture.suffix.lower().removeprefix(".") not in formats:
-            raise UsageError(f"No picture can be written as {args.picture}: end its name in .{', .'.join(formats)}.")
-        args.picture = check_out(args.picture, args.force, "--picture")
+        args.picture = check_picture(args.picture, args.force)
     from dataclasses import replace
 
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
@@ -67,11 +63,25 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         from ltm_pyro.analysis.pictures.calibration import plot_calibration
 
-        with writing(args.picture, "--picture"), atomic_write(args.picture) as new:
-            plot_calibration(found).savefig(new, dpi=150, format=args.picture.suffix.lower().removeprefix("."))
+        write_picture(plot_calibration(found), args.picture)
     figures = summary(found)
     print_json(figures) if args.json else Console().print(_table(figures, args.run))
     return 0
+
+
+def check_picture(path: Path, force: bool) -> Path:
+    """The absolute path of a picture; refuses, before the work, a format that is not known and a file that exists."""
+    canvas = extra("matplotlib.backend_bases", "plots", "A picture").FigureCanvasBase
+    formats = sorted(canvas.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise UsageError(f"No picture can be written as {path}: end its name in .{', .'.join(formats)}.")
+    return check_out(path, force, "--picture")
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    """Writes a figure of matplotlib in the format of the path's suffix."""
+    with writing(path, "--picture"), atomic_write(path) as new:
+        figure.savefig(new, dpi=150, format=path.suffix.lower().removeprefix("."))
 
 
 def summary(found: "Calibration") -> dict[str, Any]:

@@ -24,6 +24,7 @@ COMMANDS = {  # name -> module, line of help
     "generate": ("ltm_pyro.cli.generate", "generate text, with or without a prompt"),
     "posterior": ("ltm_pyro.cli.posterior", "infer the thoughts of texts; draws and diagnostics as netCDF"),
     "calibrate": ("ltm_pyro.cli.calibrate", "simulation-based calibration of q on generated texts"),
+    "evidence": ("ltm_pyro.cli.evidence", "rank models by the evidence of the same documents, with stacking weights"),
     "report": ("ltm_pyro.cli.report", "write all diagnostics of a posterior as one HTML page"),
     "compare": ("ltm_pyro.cli.compare", "train priors and guides for the same time and compare them"),
     "baselines": ("ltm_pyro.cli.baselines", "train autoregressive models and masked diffusion beside a recipe's model"),

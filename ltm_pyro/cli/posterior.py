@@ -1,9 +1,11 @@
 """`ltm posterior RUN`: draws from the posterior of every text's thoughts, as netCDF for ArviZ and `ltm report`."""
 
 import argparse
+import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -11,10 +13,12 @@ from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import check_file, local_path, writing
+from ltm_pyro.utils.extras import extra
+from ltm_pyro.utils.files import check_file, local_path, remove, writing
 
 if TYPE_CHECKING:
     from ltm_pyro.analysis import Posterior
+    from ltm_pyro.analysis.embeddings import Near
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--input", required=True, metavar="FILE", help=".txt or .jsonl; other JSONL values are labels")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="netCDF, or zarr if it ends in .zarr")
+    parser.add_argument("--id", metavar="FIELD", help="the field that names a document; by default file and line do")
     parser.add_argument(
         "--method",
         default="guide",
@@ -37,6 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fast-steps", type=at_least(0), metavar="N", help="fast steps per fit; by default the recipe's"
     )
     parser.add_argument("--replicas", type=at_least(0), default=0, metavar="R", help="texts to generate from each q")
+    parser.add_argument(
+        "--temperatures",
+        type=at_least(1),
+        metavar="N",
+        help="check each evidence by annealed importance sampling through N distributions",
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="write block by block into a .zarr store that the same command continues; several processes share the "
+        "work under torchrun, srun or a SLURM array",
+    )
+    parser.add_argument(
+        "--keep-draws", type=at_least(0), metavar="N", help="draws per sequence that --stream stores; all by default"
+    )
+    parser.add_argument("--embeddings", type=Path, metavar="FILE", help="means, sd and labels as a Parquet table too")
+    parser.add_argument("--nearest", metavar="POSTERIOR", help="print the texts of a posterior nearest to each text")
     parser.add_argument("--chains", type=at_least(2), default=2, metavar="C", help="Markov chains per sequence")
     parser.add_argument("--warmup", type=at_least(1), default=200, metavar="N", help="discarded steps of each chain")
     add_device(parser)
@@ -47,25 +69,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws the posterior, writes the file and prints a summary; returns 0."""
-    args.out = check_out(args.out, args.force)
+    """Draws the posterior, writes the files and prints a summary; returns 0."""
+    if args.stream and args.out.suffix != ".zarr":
+        raise UsageError(f"--stream writes a zarr store, and {args.out} does not end in .zarr: choose another --out.")
+    if args.keep_draws is not None and not args.stream:
+        raise UsageError("--keep-draws belongs to --stream: add it, or draw fewer --samples.")
+    if args.embeddings:
+        extra("pyarrow.parquet", "parquet", "A table of embeddings")
+        args.embeddings = check_out(args.embeddings, args.force, "--embeddings")
+    args.out = check_out(args.out, args.force or args.stream)
     # imported here, because --help must not wait for them
-    from ltm_pyro.analysis import ChainOptions, DrawOptions, draw_posterior, read_texts
+    from ltm_pyro.analysis import ChainOptions, DrawOptions, Posterior, draw_posterior, read_texts
+    from ltm_pyro.inference.ais import Annealing
     from ltm_pyro.runs.load import load_run
 
-    chains = ChainOptions(chains=args.chains, warmup=args.warmup)
-    options = DrawOptions(method=args.method, samples=args.samples, chains=chains, replicas=args.replicas)
-    texts = read_texts(args.input)[: args.limit]
+    options = DrawOptions(
+        method=args.method,
+        samples=args.samples,
+        chains=ChainOptions(chains=args.chains, warmup=args.warmup),
+        replicas=args.replicas,
+        annealing=Annealing(temperatures=args.temperatures) if args.temperatures else None,
+    )
+    known = Posterior.load(args.nearest) if args.nearest else None
+    texts = read_texts(args.input, args.id)[: args.limit]
     trained = load_run(args.run, args.device, args.trust)
-    posterior = draw_posterior(trained, texts, options, args.fast_steps, longer=args.longer, seed=args.seed)
-    posterior.save(args.out)
-    figures = summary(posterior)
-    if args.json:
-        print_json({"out": str(args.out)} | figures)
+    asked: dict[str, Any] = {"options": options, "steps": args.fast_steps, "longer": args.longer, "seed": args.seed}
+    if args.stream:
+        from ltm_pyro.analysis.stream import Place, blocks_of, stream_posterior
+
+        place = Place.of_environment(os.environ)
+        if args.force and place.size > 1:
+            raise UsageError("One of several processes cannot replace what the others write: delete the store first.")
+        if args.force:
+            remove(args.out)
+        if not stream_posterior(trained, texts, args.out, keep=args.keep_draws, place=place, **asked):
+            print(f"Process {place.rank} of {place.size} is done; others are not yet.", file=sys.stderr)
+            return 0
+        parts: Iterable[Posterior] = blocks_of(args.out)
     else:
-        Console().print(_table(figures, str(args.out)))
-        given = args.out if args.method == "guide" else f"POSTERIOR --reference {args.out}"
-        print(f"Next: ltm report {given} --run {args.run} --out report.html", file=sys.stderr)
+        posterior = draw_posterior(trained, texts, **asked)
+        posterior.save(args.out)
+        parts = [posterior]
+    figures = merged([summary(part) for part in parts])
+    if args.embeddings:
+        from ltm_pyro.analysis.embeddings import write_embeddings
+
+        write_embeddings(blocks_of(args.out) if args.stream else parts, args.embeddings)
+    near = None
+    if known is not None:
+        from ltm_pyro.analysis.embeddings import nearest
+
+        near = [row for part in (blocks_of(args.out) if args.stream else parts) for row in nearest(known, part)]
+    if args.json:
+        as_rows = {} if near is None else {"nearest": [[x._asdict() for x in row] for row in near]}
+        print_json({"out": str(args.out)} | figures | as_rows)
+        return 0
+    Console().print(_table(figures, str(args.out)))
+    if near is not None and known is not None:
+        Console().print(_near_table(near, known))
+    given = args.out if args.method == "guide" else f"POSTERIOR --reference {args.out}"
+    print(f"Next: ltm report {given} --run {args.run} --out report.html", file=sys.stderr)
     return 0
 
 
@@ -93,16 +156,39 @@ def summary(posterior: "Posterior") -> dict[str, float]:
 
     stats = posterior.stats
     figures: dict[str, float] = {"sequences": posterior.size, "tokens": posterior.tokens}
-    for name in ("elbo", "iwae", "kl"):
+    for name in ("elbo", "iwae", "ais", "kl"):
         if name in stats:
             figures[f"mean_{name}"] = float(stats[name].mean(skipna=False))
     if "pareto_k" in stats:
         figures["pareto_k_above_0.7"] = int((~(stats["pareto_k"] <= TRUSTED)).sum())
     if "r_hat" in stats:
         figures |= {"max_r_hat": float(stats["r_hat"].max()), "min_ess": float(stats["ess"].min())}
-    if "diverging" in stats:  # not in files of before
-        figures |= {"min_ess_tail": float(stats["ess_tail"].min()), "divergences": int(stats["diverging"].sum())}
+        figures["min_ess_tail"] = float(stats["ess_tail"].min())
+        if "diverging" in stats:  # with --keep-draws 0 it is not stored
+            figures["divergences"] = int(stats["diverging"].sum())
     return figures
+
+
+def merged(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The summary of several parts together."""
+    found = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name.startswith("mean_"):
+            found[name] = sum(x * part["sequences"] for x, part in zip(values, parts, strict=True)) / found["sequences"]
+        else:
+            found[name] = min(values) if name.startswith("min_") else max(values) if "max_" in name else sum(values)
+    return found
+
+
+def _near_table(near: Sequence[Sequence["Near"]], known: "Posterior") -> Table:
+    table = Table("text", "nearest", "distance (prior sd)", "probability", "its text", title_justify="left")
+    table.title = "Nearest texts, by the thoughts"
+    for number, row in enumerate(near):
+        for place, x in enumerate(row):
+            name, text = str(known.documents[x.sequence]), known.texts[x.sequence][:60]
+            table.add_row(str(number) if place == 0 else "", name, f"{x.distance:.2f}", f"{x.probability:.2f}", text)
+    return table
 
 
 def _table(figures: dict[str, float], title: str) -> Table:

@@ -17,6 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", metavar="FILE", help="a file that `ltm posterior --method nuts` wrote for some of the texts"
     )
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a posterior of the same texts under another model or seed; repeatable",
+    )
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE.py",
+        help="your own statistics of a text, for the predictive checks; the file is executed, which needs --trust",
+    )
     add_trust(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -27,16 +40,20 @@ def run(args: argparse.Namespace) -> int:
     # imported here, because --help must not wait for them
     from ltm_pyro.analysis import Posterior
     from ltm_pyro.analysis.calibration import Calibration
+    from ltm_pyro.analysis.predictive import load_statistics
     from ltm_pyro.analysis.report import write_report
-    from ltm_pyro.analysis.sections import ReportInputs
+    from ltm_pyro.analysis.section import ReportInputs
     from ltm_pyro.runs.load import load_run
 
+    statistics = load_statistics(args.statistics, args.trust) if args.statistics else {}
     posterior = Posterior.load(args.posterior)
     inputs = ReportInputs(
         posterior=posterior,
         run=None if args.run is None else load_run(args.run, trust=args.trust),
         calibration=Calibration.load(args.calibration) if args.calibration else None,
         reference=Posterior.load(args.reference) if args.reference else None,
+        against={Path(path).stem: Posterior.load(path) for path in args.against},
+        statistics=statistics,
     )
     stored = str(posterior.attrs.get("run", ""))
     if args.run is None:  # the file may come from anybody, so the run that it names is not loaded unasked

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ltm_pyro.analysis.calibration import LOG_LIKELIHOOD, Calibration, calibrate, envelope
-from ltm_pyro.analysis.pictures.calibration import plot_ecdf
+from ltm_pyro.analysis.pictures.calibration import plot_calibration, plot_ecdf
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 
@@ -102,3 +102,44 @@ def test_the_picture_judges_an_exact_posterior_as_often_as_it_says():
         low, high = envelope(400, points)
         left += ((ecdf < low - 1e-9) | (ecdf > high + 1e-9)).any()
     assert left <= 6  # 5 % and three standard errors
+
+
+def inside(shares_N, candidates):
+    """Whether the ECDF of uniform shares stays within its envelope."""
+    points = np.arange(1, candidates) / candidates
+    low, high = envelope(len(shares_N), points)
+    ecdf = (shares_N[:, None] <= points).mean(0)
+    return bool(((low <= ecdf) & (ecdf <= high)).all())
+
+
+def test_tarp_sees_a_narrow_q_and_lost_correlations(known, exact, simulate):
+    def tarp(guide):
+        return calibrate(known, guide, STILL, simulate(known), 300, samples=49).tarp()
+
+    assert inside(tarp(exact(known)), 50)
+    assert not inside(tarp(exact(known, scale=0.6)), 50)
+    assert not inside(tarp(exact(known, scale=1.7)), 50)
+
+
+def test_coverage_by_coordinate_averages_to_the_coverage(known, exact, simulate):
+    found, levels = calibrate(known, exact(known), STILL, simulate(known), 200, samples=49), np.array([0.5, 0.9])
+    by_coordinate = found.coverage_by_coordinate(levels)
+    np.testing.assert_allclose(by_coordinate[:, :-1].mean(1), found.coverage(levels))
+    low, high = envelope(200, found.attainable(levels))
+    assert ((by_coordinate >= low[:, None]) & (by_coordinate <= high[:, None])).mean() > 0.9
+
+
+def test_contraction_and_z_scores_are_the_closed_forms(known, exact, simulate):
+    found = calibrate(known, exact(known), STILL, simulate(known), 400, samples=199)
+    contraction, z = found.contraction()
+    truth = 1 - known.posterior(known.sample_batch(1)).covariance_BNN[0].diagonal().numpy()
+    np.testing.assert_allclose(contraction.mean(0), truth, atol=0.08)
+    np.testing.assert_allclose(z.std(0), 1, atol=0.15)
+    off = calibrate(known, exact(known, shift=2.0), STILL, simulate(known), 100, samples=199).contraction()[1]
+    np.testing.assert_allclose(off.mean(0), 2, atol=0.4)
+
+
+def test_the_picture_has_all_five_plots(known, exact, simulate):
+    found = calibrate(known, exact(known), STILL, simulate(known), 40, samples=19)
+    titles = [ax.get_title() for ax in plot_calibration(found).axes]
+    assert titles[2:] == ["Coverage", "TARP", "z-score and contraction"]

@@ -9,6 +9,7 @@ from ltm_pyro.analysis import DrawOptions, draw_posterior
 from ltm_pyro.analysis.draws import token_log_likelihood
 from ltm_pyro.analysis.information import observed_batch
 from ltm_pyro.analysis.interventions import attention, interpolate
+from ltm_pyro.analysis.posterior import TEXT
 from ltm_pyro.errors import UsageError
 
 TEXTS = ["the old model reads", "short words about time", "the old model reads"]
@@ -38,7 +39,7 @@ def test_each_token_shares_its_attention_as_the_decoder_does(seen):
     for hook in hooks:
         hook.remove()
     assert found.dims == ("layer", "token", "thought")
-    assert found.sizes["token"] == int((posterior.group("observed_data")["tokens"][1] >= 0).sum())
+    assert found.sizes["token"] == int((posterior.group(TEXT)["tokens"][1] >= 0).sum())
     for layer, weights_TK in enumerate(expected):
         np.testing.assert_allclose(found[layer], weights_TK.detach()[: found.sizes["token"]], atol=1e-12)
     np.testing.assert_allclose(found.sum("thought"), 1)

@@ -9,7 +9,8 @@ import xarray as xr
 
 from ltm_pyro.analysis import Posterior
 from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
-from ltm_pyro.analysis.loo import loo_by_sequence
+from ltm_pyro.analysis.model_comparison import evidence_records
+from ltm_pyro.analysis.posterior import TEXT
 from ltm_pyro.analysis.reference import ChainOptions
 from ltm_pyro.analysis.sections import ReportInputs, sections
 from ltm_pyro.analysis.storage import write_tree
@@ -37,8 +38,8 @@ def test_draws_and_densities_meet_the_truth(known, right):
     np.testing.assert_allclose(found.log_weights().values[0], np.broadcast_to(evidence_B, (400, 5)), atol=1e-6)
     np.testing.assert_allclose(found.stats.elbo, evidence_B, atol=1e-6)
     np.testing.assert_allclose(found.stats.iwae, evidence_B, atol=1e-6)
-    by_token = found.tree["log_likelihood"]["by_token"].sum("token")
-    np.testing.assert_allclose(by_token, found.tree["log_likelihood"]["by_sequence"])
+    by_token = found.group(TEXT)["log_likelihood"].sum("token")
+    np.testing.assert_allclose(by_token, found.stats["log_likelihood"])
 
 
 def test_k_hat_trusts_the_exact_family_and_not_a_factorised_one(known, exact, posterior):
@@ -90,7 +91,7 @@ def test_arviz_reads_it(right, tmp_path):
             table = arviz.summary(data, var_names=["z"], kind="stats")
             arviz.plot_forest(data, var_names=["z"], backend_kwargs={"layout": "constrained"})
         assert len(table) == 5 * 6
-        assert {"posterior", "prior", "log_likelihood", "sample_stats", "observed_data"} <= set(data.groups())
+        assert {"posterior", "prior", "sample_stats", "observed_data"} <= set(data.groups())
 
 
 def test_chains_take_the_sequences_one_by_one(known):
@@ -99,7 +100,7 @@ def test_chains_take_the_sequences_one_by_one(known):
     found = draw_batch_posterior(known, MeanField(known), batch, LocalInference(steps=0), options)
     assert found.z.shape == (2, 25, 3, 2, 1, 3)
     assert found.labels["document"] == [f"sequence:{index}" for index in range(3)]
-    assert (found.group("observed_data")["tokens"].values == batch.targets_BT.numpy()).all()
+    assert (found.group(TEXT)["tokens"].values == batch.targets_BT.numpy()).all()
     assert found.attrs["method"] == "langevin"
 
 
@@ -113,7 +114,7 @@ def test_files_that_are_no_posterior(right, tmp_path):
     for name, words in {"no.nc": "no posterior at", "text.nc": "cannot be read", "other.nc": "not a posterior"}.items():
         with pytest.raises(UsageError, match=words):
             Posterior.load(tmp_path / name)
-    with pytest.raises(UsageError, match="format 99, and this version reads 1"):
+    with pytest.raises(UsageError, match="format 99, and this version reads 2"):
         Posterior.load(tmp_path / "old.nc")
 
 
@@ -140,7 +141,7 @@ def test_what_is_no_bound_is_not_called_one(tiny_model, tiny_batch, guide, found
     assert {"log_q", "pareto_k", "elbo", "iwae", "kl"} & set(result.stats.data_vars) == found
     assert ("kl_by_thought" in result.stats) == guide.has_density
     with pytest.raises(UsageError, match="has no bound"):
-        loo_by_sequence(result)
+        evidence_records(result)
     _, trust = next(iter(sections(ReportInputs(result))))
     assert "ELBO" not in trust.verdict
     assert ("no density q" in trust.verdict) != guide.has_density

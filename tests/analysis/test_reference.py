@@ -157,7 +157,7 @@ def test_q_is_not_blamed_for_chains_that_have_not_converged(known, exact, poster
     batch = known.sample_batch(1)
     reference = chains(known, batch, samples=60, warmup=20)
     reference.tree["posterior"]["z"].values[0] += 20.0
-    reference.tree["sample_stats"]["r_hat"].values[:] = 3.0
+    reference.stats["r_hat"].values[:] = 3.0
     section = sections.reference(ReportInputs(posterior(known, exact(known), batch), reference=reference))
     assert section.good is False
     assert "q is not the posterior" not in section.verdict

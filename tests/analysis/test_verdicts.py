@@ -8,7 +8,7 @@ import xarray as xr
 from ltm_pyro.analysis import sections
 from ltm_pyro.analysis.calibration import calibrate
 from ltm_pyro.analysis.information import aggregate, decompose
-from ltm_pyro.analysis.posterior import SAMPLES, Posterior
+from ltm_pyro.analysis.posterior import SAMPLES, SEQUENCES, TEXT, Posterior
 from ltm_pyro.analysis.reference import convergence
 from ltm_pyro.analysis.sections import ReportInputs
 from ltm_pyro.contracts import ThoughtShape
@@ -27,9 +27,9 @@ def with_replicas(found, model, batch, z_RBLKD):
         drawn = [model.sample_tokens(z_BLKD) for z_BLKD in z_RBLKD]
     coarse = [x.targets_BT.numpy() // 100 for x in (batch, *drawn)]
     tree = found.tree.copy()
-    tree["observed_data"] = tree["observed_data"].to_dataset().assign(tokens=(("sequence", "token"), coarse[0]))
-    axes = (*SAMPLES, "sequence", "token")
-    tree["posterior_predictive"] = xr.Dataset({"tokens": (axes, np.stack(coarse[1:])[None])})
+    axes = ("replica", "sequence", "replica_token")
+    tree[TEXT] = found.group(TEXT).assign(tokens=(("sequence", "token"), coarse[0]))
+    tree[TEXT] = tree[TEXT].to_dataset().assign(replica_tokens=(axes, np.stack(coarse[1:])))
     return Posterior(tree)
 
 
@@ -40,11 +40,12 @@ def as_chains(found, samples):
     rows = [convergence(torch.from_numpy(shaped[:, :, [n]])) for n in range(shaped.shape[2])]
     diagnostics = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     axes = ("sequence", "layer", "thought", "dim")
-    groups = {name: node.to_dataset() for name, node in found.tree.children.items() if name in ("observed_data",)}
+    groups = {TEXT: found.group(TEXT)[["tokens"]]}
     places = {name: found.z.coords[name] for name in axes}
     draws = {"chain": range(CHAINS), "draw": range(samples // CHAINS)}
     groups["posterior"] = xr.Dataset({"z": ((*SAMPLES, *axes), shaped)}, places | draws)
-    groups["sample_stats"] = xr.Dataset({name: (axes, x) for name, x in diagnostics.items()})
+    mean = found.stats[["mean"]].transpose(*axes)
+    groups[SEQUENCES] = xr.Dataset({name: (axes, x) for name, x in diagnostics.items()}).assign(mean)
     groups["constant_data"] = found.group("constant_data")
     return Posterior(xr.DataTree.from_dict(groups))
 
@@ -61,8 +62,7 @@ def inputs(exact, posterior, simulate):
         found = with_replicas(found, replicas_of or model, batch, z_RBLKD)
         few = batch.select(torch.arange(COMPARED))
         chains = as_chains(posterior(model, right, few, 2000), 2000)
-        observed = found.select(slice(COMPARED)).tree["observed_data"].to_dataset()
-        chains.tree["observed_data"] = observed
+        chains.tree[TEXT] = found.select(slice(COMPARED)).group(TEXT)
         ranks = calibrate(model, q, LocalInference(steps=0), simulate(model), simulations=60, samples=49)
         return ReportInputs(found, calibration=ranks, reference=chains)
 
@@ -103,7 +103,7 @@ def test_replicas_of_another_model_are_flagged(inputs, repeats):
 
 def test_a_k_hat_that_is_no_number_is_not_trusted(inputs):
     made = inputs()
-    made.posterior.tree["sample_stats"]["pareto_k"][3] = np.nan
+    made.posterior.tree[SEQUENCES]["pareto_k"][3] = np.nan
     assert flagged(made, ["trust"]) == ["trust"]
     assert "1 of 60 sequences" in sections.trust(made).verdict
 
@@ -138,9 +138,9 @@ def test_replicas_that_equal_their_texts_do_not_differ(inputs):
     made = inputs()
     tree = made.posterior.tree
     row = np.array([1, 1, 1, 1, 2])
-    tree["observed_data"] = xr.Dataset({"tokens": (("sequence", "token"), np.tile(row, (TEXTS, 1)))})
-    axes = (*SAMPLES, "sequence", "token")
-    tree["posterior_predictive"] = xr.Dataset({"tokens": (axes, np.tile(row, (1, 3, TEXTS, 1)))})
+    axes = ("replica", "sequence", "replica_token")
+    texts = {"tokens": (("sequence", "token"), np.tile(row, (TEXTS, 1)))}
+    tree[TEXT] = xr.Dataset(texts | {"replica_tokens": (axes, np.tile(row, (3, TEXTS, 1)))})
     assert sections.predictive(made).good is True
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ltm_pyro.analysis import Posterior, draw_posterior
 from ltm_pyro.analysis.calibration import Calibration
+from ltm_pyro.analysis.posterior import TEXT
 from ltm_pyro.runs.load import load_run
 
 TEXTS = [
@@ -41,13 +42,13 @@ def test_a_posterior_with_labels_and_replicas(run, texts, ltm, tmp_path):
     assert figures["sequences"] == found.size > 2
     assert found.labels["source"][0] == "a"
     assert [*zip(found.labels["source"], found.labels["year"], strict=True)][:: found.size - 1] == [
-        ("a", "1999"),
-        ("b", ""),
+        ("a", 1999),
+        ("b", None),
     ]
     assert set(found.labels) == {"document", "source", "year"}
     assert len(set(found.labels["document"])) == 2
     assert "".join(found.texts[1:]).endswith("time of day")
-    assert found.tree["posterior_predictive"]["tokens"].shape == (1, 2, found.size, 16)
+    assert found.group(TEXT)["replica_tokens"].shape == (2, found.size, 16)
     assert figures["mean_elbo"] <= figures["mean_iwae"] < 0
     assert found.attrs["run"] == draw_posterior(load_run(run), ["day"]).attrs["run"] == str(run.resolve())
     assert ltm("posterior", run, "--input", texts, "--out", out, *options, "--force")[1] == printed

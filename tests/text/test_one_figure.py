@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from ltm_pyro.analysis import DrawOptions, draw_posterior
+from ltm_pyro.analysis.posterior import TEXT
 from ltm_pyro.analysis.texts import Text
 from ltm_pyro.contracts import Init
 from ltm_pyro.data import pack_texts
@@ -71,7 +72,7 @@ def features(run, texts, size):
 
 def posteriors(run, texts, size):
     found = draw_posterior(run, texts, DrawOptions(samples=25, replicas=2), seed=3)
-    stats, replicas = found.stats, found.group("posterior_predictive")["tokens"].values
+    stats, replicas = found.stats, found.group(TEXT)["replica_tokens"].values[None]
     words = [[hash(tuple(row[row >= 0])) % 1000 for row in replicas[0, :, i]] for i in range(len(texts))]
     figures = [stats[name].values for name in ("pareto_k", "elbo", "iwae", "kl")]
     return np.concatenate([np.stack(figures, 1), found.z.values[0, -1].reshape(len(texts), -1), words], axis=1)

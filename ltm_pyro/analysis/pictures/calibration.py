@@ -1,4 +1,4 @@
-"""Plots of a calibration: rank histogram, ECDF with its envelope, coverage."""
+"""Plots of a calibration: rank histogram, ECDF and coverage with their envelopes, TARP, contraction."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,9 +9,10 @@ from ltm_pyro.utils.plotting import BLUE, GREY, ORANGE, axes_of, plain
 
 
 def plot_calibration(found: Calibration) -> Figure:
-    """All three plots side by side."""
-    picture = Figure(figsize=(12, 3.4), layout="constrained")
-    for plot, ax in zip((plot_ranks, plot_ecdf, plot_coverage), picture.subplots(1, 3), strict=True):
+    """All five plots side by side."""
+    picture = Figure(figsize=(20, 3.4), layout="constrained")
+    plots = (plot_ranks, plot_ecdf, plot_coverage, plot_tarp, plot_contraction)
+    for plot, ax in zip(plots, picture.subplots(1, len(plots)), strict=True):
         plot(found, ax=ax)
     return picture
 
@@ -48,9 +49,43 @@ def plot_ecdf(found: Calibration, ax: Axes | None = None) -> Axes:
 
 
 def plot_coverage(found: Calibration, ax: Axes | None = None) -> Axes:
-    """The coverage of central intervals: on the diagonal if q is the posterior, below it if q is too narrow."""
+    """The coverage of central intervals minus their probability: 0 if q is the posterior, below it if q is too narrow.
+
+    A line for each coordinate, with the band that an exact posterior's line stays in, at all levels, in 95 % of cases.
+    """
     ax = axes_of(ax)
     levels = np.linspace(0.05, 0.95, 19)
-    ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-    ax.plot(found.attainable(levels), found.coverage(levels), color=BLUE, marker="o", markersize=3)
-    return plain(ax, title="Coverage", xlabel="probability of the interval", ylabel="share that contains the truth")
+    expected = found.attainable(levels)
+    low, high = envelope(len(found.values), expected)
+    by_coordinate = found.coverage_by_coordinate(levels) - expected[:, None]
+    ax.fill_between(levels, low - expected, high - expected, color=GREY, alpha=0.3, linewidth=0, label="95 % envelope")
+    ax.plot(levels, by_coordinate[:, :-1], color=BLUE, alpha=0.25, linewidth=0.7)
+    ax.plot(levels, found.coverage(levels) - expected, color=BLUE, marker="o", markersize=3, label="all coordinates")
+    ax.plot(levels, by_coordinate[:, -1], color=ORANGE, linewidth=1.6, label=LOG_LIKELIHOOD)
+    ax.axhline(0, color=GREY, linestyle="--", linewidth=1)
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    return plain(ax, title="Coverage", xlabel="probability of the interval", ylabel="truths inside, too many")
+
+
+def plot_tarp(found: Calibration, ax: Axes | None = None) -> Axes:
+    """The ECDF of `Calibration.tarp` minus the diagonal, with its 95 % envelope."""
+    ax = axes_of(ax)
+    points = np.arange(1, found.values.shape[1]) / found.values.shape[1]
+    low, high = envelope(len(found.values), points)
+    ecdf = (found.tarp()[:, None] <= points).mean(0)
+    ax.fill_between(points, low - points, high - points, color=GREY, alpha=0.3, linewidth=0, label="95 % envelope")
+    ax.plot(points, ecdf - points, color=BLUE, label="all coordinates")
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    return plain(ax, title="TARP", xlabel="credibility", ylabel="expected coverage minus it", xlim=(0, 1))
+
+
+def plot_contraction(found: Calibration, ax: Axes | None = None) -> Axes:
+    """z-score against contraction of every coordinate in every simulation: right and near 0 is a good q."""
+    ax = axes_of(ax)
+    contraction, z = found.contraction()
+    ax.scatter(contraction, z, s=3, color=BLUE, alpha=0.15, linewidth=0)
+    for limit in (-3, 3):
+        ax.axhline(limit, color=GREY, linestyle="--", linewidth=1)
+    return plain(
+        ax, title="z-score and contraction", xlabel="contraction (0: the prior)", ylabel="z-score of the truth"
+    )

@@ -11,7 +11,10 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
+from ltm_pyro.analysis.global_posterior import GlobalPosterior
 from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.analysis.stability import Agreement
+from ltm_pyro.data.documents import Label
 from ltm_pyro.inference.pareto import TRUSTED
 from ltm_pyro.utils.plotting import BLUE, CYCLE, GREY, MARKERS, ORANGE, RED, axes_of, plain
 
@@ -54,23 +57,70 @@ def plot_by_thought(by_thought: xr.DataArray, title: str, unit: str, ax: Axes | 
 def plot_map(posterior: Posterior, label: str | None = None, ax: Axes | None = None) -> Axes:
     """The means of q on their first two principal components, coloured by the most frequent classes of a label."""
     ax = axes_of(ax)
-    means_ND = posterior.stats["mean"].values.reshape(posterior.size, -1)
-    left, scale, _ = np.linalg.svd(means_ND - means_ND.mean(0), full_matrices=False)
-    plane = np.zeros((posterior.size, 2))  # a single coordinate or sequence has only one component
-    plane[:, : len(scale)] = left[:, :2] * scale[:2]
-    values, names = _classes(posterior.labels[label] if label else [""] * posterior.size)
+    plane, (first, second) = principal_plane(posterior)
+    values, names = classes_of(posterior.labels[label] if label else [None] * posterior.size)
     for colour, marker, name in zip(CYCLE, MARKERS, names, strict=False):
         x, y = plane[values == name].T
         ax.scatter(x, y, s=12, marker=marker, color=colour, label=name or None, alpha=0.8, linewidth=0)
     if label:
         outside: Any = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
         ax.legend(fontsize=8, frameon=False, title=label, title_fontsize=8, **outside)
-    first, second = (plane**2).sum(0) / (scale**2).sum()
     return plain(ax, title="Means of q", xlabel=f"PC 1 ({first:.0%} of the variance)", ylabel=f"PC 2 ({second:.0%})")
 
 
-def _classes(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """The class of every sequence and all classes; the rarest are joined if there are more classes than colours."""
+def principal_plane(posterior: Posterior) -> tuple[np.ndarray, tuple[float, float]]:
+    """The means of q on their first two principal components, (N, 2), and each component's share of the variance."""
+    means_ND = posterior.stats["mean"].values.reshape(posterior.size, -1)
+    left, scale, _ = np.linalg.svd(means_ND - means_ND.mean(0), full_matrices=False)
+    plane = np.zeros((posterior.size, 2))  # a single coordinate or sequence has only one component
+    plane[:, : len(scale)] = left[:, :2] * scale[:2]
+    first, second = (plane**2).sum(0) / ((scale**2).sum() or 1.0)
+    return plane, (float(first), float(second))
+
+
+def plot_fast_steps(posterior: Posterior, still: Sequence[int] | np.ndarray = (), ax: Axes | None = None) -> Axes:
+    """The ELBO before each fast step less its last value, a line a sequence; those still climbing in red."""
+    ax = axes_of(ax)
+    elbo_NB = posterior.stats["elbo_by_step"].transpose("step", "sequence").values
+    below_NB = elbo_NB - elbo_NB[-max(1, len(elbo_NB) // 4) :].mean(0)
+    for number, line_N in enumerate(below_NB.T[:200]):
+        is_climbing = number in still
+        ax.plot(line_N, color=RED if is_climbing else BLUE, alpha=0.7 if is_climbing else 0.15, linewidth=0.8)
+    ax.plot(np.nanmedian(below_NB, 1), color=ORANGE, linewidth=2, label="median", zorder=4)
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    low = min(float(np.nanquantile(below_NB, 0.02)), -1.0)
+    label = "ELBO below its end (nats)"
+    return plain(ax, title="ELBO over the fast steps", xlabel="fast step", ylabel=label, ylim=(1.1 * low, -0.2 * low))
+
+
+def plot_agreement(found: Agreement, ax: Axes | None = None) -> Axes:
+    """R² of permuted documents as a histogram, and that of the documents as a line: far to the right is agreement."""
+    ax = axes_of(ax)
+    ax.hist(found.null, bins=20, color=GREY, label="permuted documents")
+    ax.axvline(found.r2, color=BLUE, linewidth=2, label="the documents")
+    ax.legend(fontsize=8, frameon=False)
+    return plain(ax, title="Agreement of two models", xlabel="R² after rotation, held out", ylabel="permutations")
+
+
+def plot_global(found: GlobalPosterior, ax: Axes | None = None) -> Axes:
+    """Median and 90 % interval of each component of a global latent variable, sorted, and the prior's median."""
+    ax = axes_of(ax)
+    low, median, high = found.interval_3N
+    order = median.argsort()
+    place = np.arange(len(order))
+    ax.vlines(place, low[order], high[order], color=BLUE, alpha=0.4, linewidth=1)
+    ax.scatter(place, median[order], s=6, color=BLUE)
+    ax.axhline(float(np.median(found.prior_SN)), color=GREY, linestyle="--", linewidth=1, label="prior median")
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
+    return plain(ax, title=f"Global latent '{found.name}'", xlabel="components, sorted", ylabel="90 % interval of q")
+
+
+def classes_of(labels: Sequence[Label]) -> tuple[np.ndarray, list[str]]:
+    """The class of every sequence as a string, and all classes, no more than there are colours.
+
+    The rarest are joined if there are more; a missing label is an empty string.
+    """
+    values = ["" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for x in labels]
     counts = [name for name, _ in Counter(values).most_common()]
     if len(counts) <= len(CYCLE):
         return np.array(values), sorted(counts)
