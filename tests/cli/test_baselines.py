@@ -62,7 +62,7 @@ def test_everything_is_trained_once_and_goes_on_where_it_was_interrupted(recipe,
         (("--budget", "1e9flops", "--rates", "0"), "'0' is not a number above 0"),
         (("--budget", "1e9flops", "--search-share", "2"), "'2' is more than all of the budget"),
         (("--budget", "1e9flops", "--seeds", "-1"), "'-1' is not a whole number of at least 0"),
-        (("--budget", "1e9flops", "--data", "nowhere"), "no packed data at nowhere"),
+        (("--budget", "1e9flops", "--data", "nowhere"), "nowhere is not a packed corpus"),
         (("--budget", "1e9flops", "--suite-dir", "nowhere"), "The suite directory nowhere does not exist"),
     ],
 )
