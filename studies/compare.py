@@ -26,7 +26,7 @@ from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
 from ltm_pyro.studies.budget import Budget, check_dearest_step, parse_budget
-from ltm_pyro.studies.configure import Values, as_options
+from ltm_pyro.studies.configure import Values, as_options, keep_settings
 from ltm_pyro.studies.context import ceiling, floor
 from ltm_pyro.training.check_model import check_model
 from ltm_pyro.training.cost_summary import tokens_per_step
@@ -35,7 +35,7 @@ from ltm_pyro.training.recipe import build_module, check_data, read_recipe
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
 from ltm_pyro.utils.as_json import finite
-from ltm_pyro.utils.files import atomic_write, new_folder
+from ltm_pyro.utils.files import atomic_write
 
 __all__ = ["Budget", "Comparison", "parse_budget"]
 RESULT, SETTINGS = "result.json", "compare.json"
@@ -133,19 +133,7 @@ class Comparison:
             **{name: getattr(self, name) for name in ("samples", "limit")},
             "options": [*self.options],
         }
-        path = self.out / SETTINGS
-        try:
-            if path.exists() and json.loads(path.read_text("utf-8")) != settings:
-                raise UsageError(
-                    f"{self.out} holds a comparison with another recipe, data, budget, samples, limit or options: "
-                    f"choose another --out."
-                )
-            with new_folder(self.out), atomic_write(path) as new:
-                new.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
-        except UsageError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.out} cannot hold a comparison ({error}): choose another --out.") from None
+        keep_settings(self.out / SETTINGS, settings, "comparison")
 
     def figures(self, pair: Pair) -> dict[str, Any]:
         """One pair's figures: read if they are there, else measured after a training, which resumes if it was begun.

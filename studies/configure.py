@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
+from ltm_pyro.errors import UsageError
 from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.utils.files import atomic_write, new_folder
 
 Values = dict[str, Any]  # such as dotted recipe keys and their values
 
@@ -35,3 +38,23 @@ def configure(recipe: str, settings: Mapping[str, Any], own: bool = True, trust:
         UsageError: the recipe does not have one of the keys, or code of others is named without trust.
     """
     return read_recipe(["--config", recipe, *as_options(settings), *(["--trust"] if trust else [])], own)
+
+
+def keep_settings(path: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Writes down what a folder of runs is about; refuses one that is about something else.
+
+    Args:
+        what: the folder holds, in a word.
+    """
+    out = path.parent
+    try:
+        if path.exists() and json.loads(path.read_text("utf-8")) != settings:
+            raise UsageError(
+                f"{out} holds a {what} with another recipe, data or settings than these: choose another --out."
+            )
+        with new_folder(out), atomic_write(path) as new:
+            new.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{out} cannot hold a {what} ({error}): choose another --out.") from None

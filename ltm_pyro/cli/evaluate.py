@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
+from ltm_pyro.cli.context import context_table
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.data.manifest import SPLITS
 from ltm_pyro.errors import UsageError
@@ -21,9 +22,7 @@ from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import atomic_write
 
 if TYPE_CHECKING:
-    from ltm_pyro.evaluation.context import Context
     from ltm_pyro.evaluation.documents import Exact
-    from ltm_pyro.runs.run import Run
 
 # options that have an effect only without or only with --suite, and their defaults
 OF_ESTIMATORS: dict[str, Any] = {
@@ -196,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
         console = Console()
         console.print(_table(evaluation, args.run, exact, trained.reach))
         if context:
-            console.print(_context(context, evaluation, trained, names))
+            console.print(context_table(context, trained, names))
         if not score == observe == "all":
             console.print(f"Scored: {score}. Observed by q: {observe}.")
         if len(args.samples) > 1 and any(score.curve for score in evaluation.estimates.values()):
@@ -332,44 +331,6 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int
     if 1 in (e.documents, e.sequences):
         reasons.append("One document has no standard error, because its pieces are not independent of each other.")
     table.caption = " ".join(reasons) or None
-    return table
-
-
-def _context(context: "Context", evaluation: Evaluation, run: "Run", names: tuple[str, str]) -> Table:
-    """R of every estimator between the floor and the ceiling of these names, or why there is none."""
-    from ltm_pyro.evaluation.context import NULLS
-
-    floor, ceiling = names
-    title = f"context recovered: R = ({floor} - model) / ({floor} - {ceiling})"
-    table = Table("", title=title, title_justify="left")
-    table.box, table.padding = box.SIMPLE_HEAD, (0, 1)
-    for column in ("nats/token", "± s.e.", "R", "95 % interval"):
-        table.add_column(column, justify="right", no_wrap=True)
-
-    def reference(name: str, rate: Rate) -> None:
-        table.add_row(name, _figure(rate.nats_per_token), _figure(rate.stderr_nats_per_token))
-
-    reference(floor, context.floor)
-    for name, x in context.recovered.items():
-        error = evaluation.estimates[name].stderr_nats_per_token
-        interval = " to ".join(f"{end:.2f}" for end in x.interval)
-        table.add_row(
-            f"{name} (null)" if name in NULLS else name,
-            _figure(x.nats_per_token),
-            _figure(error),
-            f"{x.share:.2f}",
-            interval,
-        )
-    reference(ceiling, context.ceiling)
-    reference(f"{floor} - {ceiling}", context.difference)
-    decoder: Any = run.model.decoder
-    window, (layers, thoughts, _) = decoder.window, decoder.thought_shape
-    notes = [f"A prediction sees {run.reach} tokens; a window of {window}, {layers} x {thoughts} thoughts."]
-    if not context.has_context:
-        notes.append("No R: full attention is not ahead by three standard errors, so there is nothing to carry.")
-    keys, most = decoder.layers * (window or run.length) + layers * thoughts, decoder.layers * run.length
-    cost = f"{keys:,} keys instead of up to {most:,}"
-    table.caption = " ".join([*notes, f"A generated token reads {cost}."])
     return table
 
 

@@ -28,6 +28,7 @@ COMMANDS = {  # name -> module, line of help
     "report": ("ltm_pyro.cli.report", "write all diagnostics of a posterior as one HTML page"),
     "compare": ("ltm_pyro.cli.compare", "train priors and guides for the same time and compare them"),
     "baselines": ("ltm_pyro.cli.baselines", "train autoregressive models and masked diffusion beside a recipe's model"),
+    "context": ("ltm_pyro.cli.context", "measure how much of what a window cannot see the thoughts carry"),
     "show": ("ltm_pyro.cli.show", "show sites, shapes and plate diagram of a run or a recipe"),
     "new": ("ltm_pyro.cli.new", "write a commented prior, guide or study to start from, with a test"),
     "export": ("ltm_pyro.cli.export", "export a run as safetensors, recipe, tokenizer and model card"),

@@ -20,9 +20,13 @@ BOOTSTRAP = 4_000
 
 
 class Recovered(NamedTuple):
-    """R of one estimator and its 95 % interval; ``nats_per_token`` is the model's own figure, the mean over seeds."""
+    """R of one estimator and its 95 % interval.
+
+    ``nats_per_token`` is the model's own figure, the mean over seeds, and its standard error is over documents.
+    """
 
     nats_per_token: float
+    stderr_nats_per_token: float
     share: float
     interval: tuple[float, float]
 
@@ -91,7 +95,9 @@ def context_recovered(
         nats_MN = _nats(models, name)
         share = (floor_MN.mean(0) - nats_MN.mean(0)).sum() / (floor_MN.mean(0) - ceiling_MN.mean(0)).sum()
         low, high = np.quantile((floor_S - resampled(nats_MN)) / (floor_S - ceiling_S), [0.025, 0.975])
-        recovered[name] = Recovered(nats_MN.mean(0).sum() / tokens_N.sum(), float(share), (float(low), float(high)))
+        own = rate_of(*map(torch.from_numpy, (nats_MN.mean(0), tokens_N)))
+        interval = (float(low), float(high))
+        recovered[name] = Recovered(own.nats_per_token, own.stderr_nats_per_token, float(share), interval)
     return context._replace(recovered=recovered)
 
 

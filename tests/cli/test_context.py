@@ -46,3 +46,42 @@ def test_compare_trains_its_references_at_a_budget_of_flops(recipe, ltm, refused
     assert "choose another --out" in refused(*words, "--budget", "2e9flops")
     assert "give one" in refused(*words, "--budget", "1e9flops", "--minutes", 1)
     assert "less than 50 of the dearest steps" in refused(*words[:-1], tmp_path / "other", "--budget", "1e7flops")
+
+
+def test_one_command_trains_the_three_and_goes_on_where_it_stopped(recipe, ltm, refused, tmp_path):
+    kinds = ["tea", "coffee"]
+    texts = [{"id": n, "kind": kinds[n % 2], "text": f"{kinds[n % 2]} is what number {n} drinks."} for n in range(120)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in texts))
+    pack = ("data", "pack", tmp_path / "texts.jsonl", "--out", tmp_path / "data", "--label", "kind", "--id", "id")
+    sizes = ("--tokenizer", "bpe:280", "--seq-len", 16, "--val-fraction", 0.4, "--test-fraction", 0.1)
+    assert ltm(*pack, *sizes, "--keep-together", "exact")[0] == 0
+    words = ("context", "--config", recipe, "--out", tmp_path / "context", "--samples", 3, "--block", 4)
+    options = ("--option", f"data.directory={tmp_path / 'data'}", "--option", "trainer.max_steps=1")
+    assert "There is no label 'sort'" in refused(*words, *options, "--label", "sort")
+    assert "seed_everything would change nothing" in refused(*words, *options, "--option", "seed_everything=3")
+    assert not (tmp_path / "context").exists()
+    code, out, err = ltm(*words, *options, "--seeds", 2, "--label", "kind", "--json")
+    assert code == 0, err
+    assert "6 of 6" in err
+    found = json.loads(out)
+    assert found == json.loads((tmp_path / "context" / "context.json").read_text())
+    assert found["label"]["classes"] == sorted(kinds)
+    assert -1 <= found["label"]["adjusted_rand"] <= 1
+    assert (tmp_path / "context" / "context.png").read_bytes().startswith(b"\x89PNG")
+    for kind in ("floor", "ceiling", "thoughts"):
+        scored = [json.loads((tmp_path / "context" / f"{kind}-{n}" / "context.json").read_text()) for n in (0, 1)]
+        nats, tokens = (sum(sum(x[name]) for x in scored) for name in ("block_nats", "block_tokens"))
+        records = [x for run in scored for x in run["records"]]
+        assert tokens == sum(x["tokens"] for x in records)
+        assert nats == pytest.approx(sum(x["causal_prior_nats"] for x in records))
+        if kind != "thoughts":  # without a latent variable prediction block by block adds up to the bound
+            assert nats == pytest.approx(sum(x["bound_nats"] for x in records))
+        assert len(found["by_position"][kind]) == len(scored[0]["block_nats"])
+    before = (tmp_path / "context" / "thoughts-1" / "context.json").stat().st_mtime_ns
+    (tmp_path / "context" / "ceiling-1" / "context.json").unlink()
+    code, text, err = ltm(*words, *options, "--seeds", 2, "--label", "kind")
+    assert code == 0, err
+    assert "floor - ceiling" in text
+    assert "adjusted Rand index" in text
+    assert (tmp_path / "context" / "thoughts-1" / "context.json").stat().st_mtime_ns == before
+    assert "another recipe, data or settings" in refused(*words[:-1], 8, *options)

@@ -1,0 +1,126 @@
+"""`ltm context`: how much of what a window cannot see the thoughts carry, between a floor and a ceiling."""
+
+import argparse
+import json
+import math
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from ltm_pyro.cli.arguments import add_trust, at_least
+from ltm_pyro.errors import UsageError
+from ltm_pyro.utils.as_json import finite, print_json
+from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.extras import extra
+from ltm_pyro.utils.files import DiskFullError, atomic_write, writing
+
+if TYPE_CHECKING:
+    from ltm_pyro.evaluation.context import Context
+    from ltm_pyro.runs.run import Run
+
+STUDY, PICTURE = "ltm_pyro.studies.context", "ltm_pyro.studies.context_picture"  # the command line imports no study
+KINDS = {
+    "floor": "floor, whose thoughts are constants",
+    "ceiling": "ceiling, with full attention",
+    "thoughts": "Latent-Thought model",
+}
+RESULT, IMAGE = "context.json", "context.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `ltm context`."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="the recipe of the Latent-Thought model")
+    parser.add_argument("--out", type=Path, default=Path("runs/context"), metavar="DIR", help="where the runs go")
+    about = "models of each kind, trained with the seeds 0, 1, …; three or more give an interval over them"
+    parser.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help=about)
+    parser.add_argument("--samples", type=at_least(1), default=64, metavar="S", help="draws per sequence")
+    about = "tokens that are predicted together, from all before them, for the picture and `causal_prior`"
+    parser.add_argument("--block", type=at_least(1), default=16, metavar="N", help=about)
+    parser.add_argument("--split", choices=["val", "test"], default="val", help="what is scored")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="score only the first N sequences")
+    about = "label of the documents that no model is told: do probes and clusters of the thoughts find it?"
+    parser.add_argument("--label", metavar="NAME", help=about)
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of `ltm fit`; repeatable")
+    add_trust(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, scores, prints R and writes the picture; returns 0. The same command resumes after an interruption."""
+    if not Path(args.config).is_file():
+        raise UsageError(f"There is no recipe {args.config}: give a YAML file.")
+    out: Path = args.out.expanduser()
+    names = ("config", "seeds", "samples", "block", "split", "limit", "label", "trust")
+    extra("xarray", "analysis", "ltm context")
+    study = import_module(STUDY).ContextStudy(
+        out=out, options=[f"--{option}" for option in args.option], **{name: getattr(args, name) for name in names}
+    )
+    study.check()
+    console = Console(stderr=True)
+    try:
+        for number, (kind, seed) in enumerate(study.runs, 1):
+            console.print(f"{number} of {len(study.runs)}: {KINDS[kind]}, seed {seed}", soft_wrap=True)
+            study.score(kind, seed)
+        result = study.result()
+        picture = import_module(PICTURE)
+        found = picture.labelled(result.run, args.label, args.split, args.limit) if args.label else None
+        with writing(out):
+            picture.write_picture(out / IMAGE, result, args.block, found)
+            summary = finite(
+                {
+                    "out": str(out),
+                    "context": result.context.as_dict(),
+                    "by_position": result.by_position,
+                    "label": found and found.as_dict(),
+                }
+            )
+            with atomic_write(out / RESULT) as new:
+                new.write_text(json.dumps(summary, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
+    except DiskFullError:
+        raise UsageError(f"The disk under {out} is full: make room, and give the same command again.") from None
+    if args.json:
+        print_json(summary)
+        return 0
+    console = Console()
+    console.print(context_table(result.context, result.run, ("floor", "ceiling")))
+    for line in found.sentences() if found else ():
+        console.print(line, soft_wrap=True)
+    console.print(f"Written: {out / RESULT} and {out / IMAGE}.", soft_wrap=True)
+    return 0
+
+
+def context_table(context: "Context", run: "Run", names: tuple[str, str]) -> Table:
+    """R of every estimator between the floor and the ceiling of these names, or why there is none."""
+    from ltm_pyro.evaluation.context import NULLS
+
+    floor, ceiling = names
+    title = f"context recovered: R = ({floor} - model) / ({floor} - {ceiling})"
+    table = Table("", title=title, title_justify="left")
+    table.box, table.padding = box.SIMPLE_HEAD, (0, 1)
+    for column in ("nats/token", "± s.e.", "R", "95 % interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def row(name: str, x: Any, *of_r: str) -> None:
+        rate = (x.nats_per_token, x.stderr_nats_per_token)
+        table.add_row(name, *(f"{value:.4f}" if math.isfinite(value) else "-" for value in rate), *of_r)
+
+    row(floor, context.floor)
+    for name, x in context.recovered.items():
+        interval = " to ".join(f"{end:.2f}" for end in x.interval)
+        row(f"{name} (null)" if name in NULLS else name, x, f"{x.share:.2f}", interval)
+    row(ceiling, context.ceiling)
+    row(f"{floor} - {ceiling}", context.difference)
+    decoder: Any = run.model.decoder
+    window, (layers, thoughts, _) = decoder.window, decoder.thought_shape
+    notes = [f"A prediction sees {run.reach} tokens; a window of {window}, {layers} x {thoughts} thoughts."]
+    if not context.has_context:
+        notes.append("No R: full attention is not ahead by three standard errors, so there is nothing to carry.")
+    keys, most = decoder.layers * (window or run.length) + layers * thoughts, decoder.layers * run.length
+    cost = f"{keys:,} keys instead of up to {most:,}"
+    table.caption = " ".join([*notes, f"A generated token reads {cost}."])
+    return table
