@@ -132,7 +132,7 @@ class MaskedDiffusionModel(PyroModule):
 
     def _network(self) -> Denoiser:
         decoder = cast(Denoiser, self._modules["decoder"])  # PyroModule.__getattr__ registers parameters: too slow
-        return cast(Denoiser, self.decoder) if decoder.embedding.weight.requires_grad else decoder
+        return self.decoder if decoder.embedding.weight.requires_grad else decoder
 
 
 def tokens_present(mask_BT: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

@@ -47,7 +47,7 @@ class Ranks(Callback):
         if not isinstance(strategy, DDPStrategy):
             return
         self._is_patient = strategy._timeout != default_pg_timeout
-        stopped = strategy._timeout if self._is_patient else STOPPED
+        stopped = strategy._timeout if self._is_patient and strategy._timeout else STOPPED
         if not self._is_patient:
             strategy._timeout = START
         if type(strategy._launcher) is _SubprocessScriptLauncher:
