@@ -1,5 +1,6 @@
 """What `ltm baselines` has found: texts of each model with their figures, and one page of everything."""
 
+import base64
 import json
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Options
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.baselines import LTM, MODELS, PATIENCE, Baselines
-from ltm_pyro.studies.search.charts import embedded, png
+from ltm_pyro.studies.search.charts import png
 from ltm_pyro.studies.search.report import PAGE
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
@@ -118,7 +119,7 @@ def write_page(baselines: Baselines, found: dict[str, Any], file: Path) -> None:
         f"<p>{escape(asked)}</p>",
         f'<section class="lead">{said}</section>',
         _section("Test split, nats per token", _models(found["rows"]) + _differences(found["differences"])),
-        _section("Learning curves", embedded(curves(baselines), "Learning curves")),
+        _section("Learning curves", _image(curves(baselines), "Learning curves")),
     ]
     if found["texts"]:
         body.append(_section("Texts written without a prompt", _texts(found["texts"])))
@@ -127,6 +128,12 @@ def write_page(baselines: Baselines, found: dict[str, Any], file: Path) -> None:
     with atomic_write(file) as new:
         page = PAGE.format(title="A Latent-Thought model beside its baselines", body="\n".join(body))
         new.write_text(page, "utf-8", "backslashreplace")
+
+
+def _image(png: bytes, title: str) -> str:
+    """A picture that carries its own bytes, and can be moved sideways where it does not fit."""
+    data = base64.b64encode(png).decode()
+    return f'<div class="table"><img alt="{title}" src="data:image/png;base64,{data}"></div>'
 
 
 def curves(baselines: Baselines) -> bytes:

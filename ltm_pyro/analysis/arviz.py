@@ -71,7 +71,8 @@ def elpd_data(elpd_N: xr.DataArray, pareto_k_N: xr.DataArray, samples: int, good
     count, total, none = elpd_N.size, float(elpd_N.sum()), float("nan")  # no effective number of parameters
     se, is_doubtful = float(elpd_N.std(ddof=0) * count**0.5), bool((~(pareto_k_N <= good_k)).any())
     if SPLIT:
-        return arviz.ELPDDataLOO(
+        of_loo: Any = getattr(arviz, "ELPDDataLOO")  # noqa: B009 - of version 1
+        return of_loo(
             elpd=total,
             se=se,
             p=none,

@@ -120,7 +120,7 @@ def observed_batch(posterior: Posterior, start_token: int = 0) -> Batch:
     columns = {name: x.values.tolist() for name, x in known.items() if x.dims == ("sequence",) and name != "document"}
     missing = ("", None)  # and NaN, as which numbers are missing
     labels = [
-        {name: x for name, column in columns.items() if (x := column[row]) not in missing and x == x}
+        {str(name): x for name, column in columns.items() if (x := column[row]) not in missing and x == x}
         for row in range(len(tokens_BT))
     ]
     return with_labels(make_batch(tokens_BT.clamp(min=0), lengths_B, start_token), labels)

@@ -38,7 +38,7 @@ class Posterior:
     tree: xr.DataTree
 
     def __post_init__(self) -> None:
-        finite = np.isfinite(self.stats["mean"]).all(THOUGHTS).values
+        finite = xr.apply_ufunc(np.isfinite, self.stats["mean"]).all(THOUGHTS).values
         if self.has("posterior"):
             finite &= self.z.reduce(lambda x, axis: np.isfinite(x).all(axis), [*SAMPLES, *THOUGHTS]).values
         if not finite.all():

@@ -73,13 +73,13 @@ def check(
                 raise UsageError("This posterior has no texts of its replicas: make it again with `ltm posterior`.")
             values = [_number(name, function, str(text)) for text in texts[kind].values.ravel()]
             found[name] = (texts[kind].dims, np.reshape(values, texts[kind].shape))
-    names, found, other = list(own), own.to_array().values, theirs.to_array().values
-    apart = found - other.mean(1)
-    apart[np.isclose(found, other.mean(1), rtol=1e-12, atol=0)] = 0  # the mean of equal shares is rounded
+    names, observed, other = list(own), own.to_array().values, theirs.to_array().values
+    apart = observed - other.mean(1)
+    apart[np.isclose(observed, other.mean(1), rtol=1e-12, atol=0)] = 0  # the mean of equal shares is rounded
     difference = clustered_mean(apart.T, posterior.documents)
     return xr.Dataset(
         {
-            "observed": ("statistic", found.mean(1)),
+            "observed": ("statistic", observed.mean(1)),
             "replicated": (("statistic", "replica"), other.mean(2)),
             "difference": ("statistic", difference.value),
             "stderr": ("statistic", difference.stderr),
@@ -100,7 +100,7 @@ def load_statistics(path: Path, trust: bool) -> dict[str, Callable[[str], float]
     print(f"Executing {file}, SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()}", file=sys.stderr)
     module = sys.modules[import_file(file)]
     own = {name: x for name, x in vars(module).items() if isfunction(x) and x.__module__ == module.__name__}
-    found = {name: function for name, function in own.items() if not name.startswith("_")}
+    found: dict[str, Callable[[str], float]] = {name: x for name, x in own.items() if not name.startswith("_")}
     if not found:
         raise UsageError(f"{path} defines no function: define one that takes a text and returns a number.")
     return found

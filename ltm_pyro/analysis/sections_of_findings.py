@@ -55,7 +55,8 @@ def map_of_texts(inputs: ReportInputs) -> Section:
     for n in range(min(posterior.size, MOST_POINTS)):
         kind = str(values[n])
         name = " · ".join(x for x in (str(n), kind, texts[n][:120]) if x)
-        points.append(Point(n, *plane[n].tolist(), kind=kind or "(missing)", color=colors[kind], name=name))
+        x, y = plane[n].tolist()
+        points.append(Point(n, x, y, kind or "(missing)", colors[kind], name))
     verdict = (
         f"The means of q on their first two principal components ({first:.0%} and {second:.0%} of the variance)"
         f"{f', coloured by {label!r}' if label else ''}. The pointer shows a text, a click goes to it."

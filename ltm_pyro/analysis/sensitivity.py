@@ -102,7 +102,7 @@ def _refitted(run: Run, some: Posterior, component: Component, alpha: float) -> 
                 batch = run.model.prepare(batch)
             drawn = draw_from_guide(run.model, run.guide, batch, state.parameters, DRAWS, keys.fold_in("sensitivity"))
             moments = sample_moments(drawn.densities.z_SBLKD)
-    return tuple(x.flatten(1).cpu().numpy() for x in (moments.mean, moments.variance.sqrt()))
+    return moments.mean.flatten(1).cpu().numpy(), moments.variance.sqrt().flatten(1).cpu().numpy()
 
 
 class PowerScaled:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def stream_posterior(
         for number in _with_progress([n for n in range(place.rank, blocks, place.size) if not complete[n]], place):
             block = found[number * size : (number + 1) * size]
             groups = join([chunk_groups(run, chunk, length, options, seed) for chunk in batches(block, options)])
-            finite = np.isfinite(groups[SEQUENCES]["mean"]).all(THOUGHTS).values
+            finite = xr.apply_ufunc(np.isfinite, groups[SEQUENCES]["mean"]).all(THOUGHTS).values
             if not finite.all():
                 raise UsageError(
                     f"The draws of text {block[int(finite.argmin())].text.document} are not finite: lower the rate, or "
@@ -127,7 +127,7 @@ def stream_posterior(
                 if theirs.data_vars:
                     theirs.to_zarr(path, group=name, region=region, mode="r+", consolidated=False)
             complete[number] = True
-        return bool(complete[:].all())
+        return bool(np.asarray(complete[:]).all())
 
 
 def blocks_of(path: Path) -> Iterator[Posterior]:
@@ -177,7 +177,8 @@ def _create(path: Path, first: Groups, texts: Groups, block: int, attrs: dict[st
                             tuple(size if axis == "sequence" else n for axis, n in data[variable].sizes.items())
                         )
                 if "sequence" in data.coords:
-                    root[f"{name}/sequence"][:] = np.arange(size)
+                    numbers: Any = root[f"{name}/sequence"]
+                    numbers[:] = np.arange(size)
             for name, data in number_axes(texts).items():
                 data.to_zarr(new, group=name, mode="w" if name == "constant_data" else "a", consolidated=False)
             progress = xr.Dataset({COMPLETE: ("block", np.zeros(-(-size // block), bool))})
@@ -205,7 +206,7 @@ def _digest(run: Run, found: Sequence[Piece], options: DrawOptions) -> str:
     """A digest of the weights of model and guide, the sequences, their documents and labels, and the options."""
     digest = hashlib.sha256(repr((options, run.inference)).encode())
     parts = [
-        *run.model.state_dict().items(),
+        *cast(nn.Module, run.model).state_dict().items(),
         *(run.guide.state_dict().items() if isinstance(run.guide, nn.Module) else ()),
     ]
     for name, x in parts:

@@ -171,7 +171,7 @@ def summary(posterior: "Posterior") -> dict[str, float]:
 
 def merged(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """The summary of several parts together."""
-    found = {}
+    found: dict[str, float] = {}
     for name in parts[0]:
         values = [part[name] for part in parts]
         if name.startswith("mean_"):

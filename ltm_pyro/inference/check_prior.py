@@ -95,10 +95,10 @@ def _check_rows(model: Any) -> None:
                     f"and let what follows use it or not."
                 )
             one, other = ({name: trace.nodes[name]["value"] for name in names[0]} for trace in drawn[:2])
-            mixed = {
-                name: torch.cat([one[name][:1], other[name][1:]]) for name in names[0]
-            }  # the first row is the same
-            found = [poutine.trace(poutine.condition(model.sample_prior, x)).get_trace(size) for x in (one, one, mixed)]
+            # the first row is the same
+            mixed = {name: torch.cat([one[name][:1], other[name][1:]]) for name in names[0]}
+            given = [poutine.condition(model.sample_prior, x) for x in (one, one, mixed)]
+            found: list[Any] = [poutine.trace(sample).get_trace(size) for sample in given]
     finally:
         if training:
             prior.train()

@@ -150,7 +150,7 @@ def _continue(
         for row, tokens in zip(chunk, denoise(run, rows, keys, sampling, steps, lengths), strict=True):
             new = tokens[len(row) :]
             new = new[: new.index(run.start_token)] if run.start_token in new else new
-            texts.append(_up_to_stop(run, new, sampling.stop_strings))
+            texts.append(_up_to_stop(run, new, sampling.stop_strings or ()))
     return texts
 
 

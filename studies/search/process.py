@@ -164,7 +164,9 @@ def machine_trouble(error: BaseException) -> str | None:
     """What of the machine made a trial fail; None if it was the trial itself."""
     if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in DISK_IS_FULL):
         return FULL
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno in UNREACHABLE else None
+    if isinstance(error, OSError) and error.errno is not None and error.errno in UNREACHABLE:
+        return os.strerror(error.errno)
+    return None
 
 
 def failure_reason(error: BaseException) -> str:

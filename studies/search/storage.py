@@ -180,7 +180,7 @@ def is_outage(cause: BaseException) -> bool:
     """Whether a storage fails because it is away or its disk is full, and not because of what it was asked."""
     if isinstance(cause, SQLAlchemyError):
         is_connection = isinstance(cause, OperationalError | InterfaceError) or getattr(
-            cause, "connection_invalidated", 0
+            cause, "connection_invalidated", False
         )
         return bool(is_connection) and not re.search("no such table|no such column", str(cause))
     return not isinstance(cause, json.JSONDecodeError)

@@ -178,7 +178,7 @@ class Liveness:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, float]] = {}  # trial: its heartbeat, and since when it is that one
+        self._seen: dict[int, tuple[float | None, float]] = {}  # trial: its heartbeat, and since when it is that one
 
     def forget(self) -> None:
         """Begins anew."""
