@@ -362,7 +362,7 @@ class Mixture(Located):
 REFUSED_GUIDES = {
     "Statement": "pyro.param 'factor' would not be learned",
     "NoPlate": "outside the plate",
-    "Misspelled": "guide",
+    "Misspelled": "outside the plate of sequences",
     "Mixture": "without reparameterised samples",
 }
 GUIDES = ["LogisticGuide", "LaplaceGuide", "StudentGuide", "GumbelGuide", "Factor", "Finished", "Scalar", "WithPlate"]

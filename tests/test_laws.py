@@ -23,7 +23,7 @@ from tests.laws import GUIDES, PAIRS, PRIORS, make_guide, make_prior
 NO_FAST_STEPS = {"Amortized": "an encoder takes no fast steps", "Langevin": "a sampler maximises nothing"}
 UNNORMALISED = {"EnergyPrior": "its density is known up to a constant, and its samples are approximate"}
 DRAWS = 10_000
-INFERENCE = LocalInference(steps=30, rate=0.05, particles=2, init=Init(log_var=-3.0, jitter=1.0))
+INFERENCE = LocalInference(steps=30, rate=0.05, particles=2, init=Init(log_var=-3.0, jitter=1.0), starts=1)
 
 
 @pytest.fixture

@@ -197,7 +197,9 @@ def prior_moments(prior: Distribution) -> tuple[Tensor, Tensor]:
 
 def coordinate_shape(fn: Distribution, bijection: Transform) -> torch.Size:
     """The event shape of a site in unconstrained coordinates."""
-    by_number = bijection.codomain.event_dim == 0 or isinstance(bijection, IndependentTransform)
+    while isinstance(bijection, IndependentTransform):
+        bijection = bijection.base_transform
+    by_number = bijection.codomain.event_dim == 0
     return fn.event_shape if by_number else torch.Size(bijection.inverse_shape(fn.event_shape))
 
 

@@ -171,11 +171,20 @@ def best_state_B(
 
 def select_states(states: list[LocalState], index_B: Int[Tensor, " B"]) -> LocalState:
     """Of each sequence its part of the state with the given number."""
-    chosen = states[0]
-    for number, state in enumerate(states[1:], 1):
-        where_b = (index_B == number).nonzero()[:, 0]
-        chosen = chosen.put(where_b, state.select(where_b))
-    return chosen
+
+    def chosen(parts: list[Tensor]) -> Tensor:
+        stacked = torch.stack(parts)
+        return stacked.gather(0, index_B.view(1, -1, *[1] * (stacked.dim() - 2)).expand_as(stacked[:1]))[0]
+
+    first = states[0]
+    return first._replace(
+        parameters={name: chosen([state.parameters[name] for state in states]) for name in first.parameters},
+        moments={
+            name: {key: chosen([state.moments[name][key] for state in states]) for key in found}
+            for name, found in first.moments.items()
+        },
+        steps_B=chosen([state.steps_B for state in states]),
+    )
 
 
 def number_of_starts(model: Model, guide: Guide, inference: LocalInference) -> int:

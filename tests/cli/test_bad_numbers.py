@@ -45,7 +45,7 @@ def test_every_command_takes_the_seeds_that_numpy_takes(ltm, refused, recipe, tm
     fit = ("fit", "--config", recipe, "--run", tmp_path / "run", "--seed_everything")
     assert "`seed_everything` is 4294967296: choose a seed from 0 to 4294967295" in refused(*fit, LARGEST_SEED + 1)
     study = ("study", "run", "rate_ratio", "--base-config", recipe, "--storage", f"sqlite:///{tmp_path}/x.db")
-    options = ("--budget", "1e9flops", "--trials", 4, "--repeats", 2, "--out", tmp_path / "out")
+    options = ("--budget", "2e9flops", "--trials", 4, "--repeats", 2, "--out", tmp_path / "out")
     assert "choose one of at most 4294967289" in refused(*study, *options, "--seed", LARGEST_SEED)
     assert list(tmp_path.iterdir()) == []
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +12,7 @@ from ltm_pyro.data import encode, formats
 from ltm_pyro.data.documents import read_documents
 from ltm_pyro.data.encode import encode_prompt, text_pieces
 from ltm_pyro.data.pack import pack
-from ltm_pyro.data.tokenizer import _WORD, _short_words, load_tokenizer, train_tokenizer
+from ltm_pyro.data.tokenizer import load_tokenizer, train_tokenizer
 from ltm_pyro.errors import UsageError
 
 KINDS = {
@@ -58,14 +57,6 @@ def test_the_work_of_cutting_grows_with_the_text(monkeypatch):
 def test_a_piece_ends_at_a_space_else_behind_a_word():
     assert text_pieces("a" * 2**16 + "." + "b" * 2**17).__next__() == "a" * 2**16
     assert text_pieces("a" * 2**16 + ".b c" + "b" * 2**17).__next__() == "a" * 2**16 + ".b"
-
-
-def test_learning_sees_no_word_of_more_than_4096_characters():
-    texts = ["short words", "a" * 10_000 + " b" + " " * 5000, ""]
-    parts = list(_short_words(texts))
-    assert "".join(parts) == "".join(texts)
-    assert max(len(word) for part in parts for word in re.findall(r"\S+|\s+", part)) <= _WORD
-    assert list(_short_words(["the same as before"])) == ["the same as before"]
 
 
 @pytest.mark.parametrize("name", ["line.txt", "line.jsonl"])
