@@ -253,7 +253,7 @@ def scaling(_: Path | None) -> Lines:
 
 def inference_steps(_: Path | None) -> Lines:
     """docs/scaling.md: fast steps in training and at test time, two seeds each."""
-    rows = study("benchmarks/small_inference_steps.py", "inference_steps", 10, 32, "--budget", "5e10flops")
+    rows = study("benchmarks/small_inference_steps.py", "inference_steps", 10, 32, "--budget", "1e11flops")
     report("inference_steps", {"fast-steps-in-training.png": "inference-steps-training.png"})
     at: dict[int, list[dict[str, Any]]] = {}
     for row in rows:

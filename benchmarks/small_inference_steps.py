@@ -1,6 +1,6 @@
 """What do fast steps buy? The study `inference_steps` at one width, which two cores finish in ten minutes.
 
-ltm study run benchmarks/small_inference_steps.py --budget 5e10flops --set data.directory=DATA
+ltm study run benchmarks/small_inference_steps.py --budget 1e11flops --set data.directory=DATA
 """
 
 from ltm_pyro.studies import inference_steps

@@ -9,7 +9,7 @@ from ltm_pyro.studies import scaling
 from ltm_pyro.studies.scaling import checks, recipe, settings  # noqa: F401 - they are this study's too
 from ltm_pyro.studies.search.definition import Row
 
-WIDTHS: scaling.Widths = {5e10: (16, 32, 64), 2e11: (16, 32, 64)}
+WIDTHS: scaling.Widths = {1e11: (8, 16, 32), 4e11: (16, 32, 64)}
 
 space = scaling.space_of(WIDTHS)
 points = scaling.points_of(WIDTHS, ((0, 0), (4, 2), (4, 8)))

@@ -229,8 +229,8 @@ class Baselines:
         run = self.out / "search" / f"{model}-{rate:g}"
 
         def measure() -> dict[str, Any]:
-            quiet = ("--trainer.limit_val_batches", "0")
-            self._train(self.configure(model, *quiet, share=self.share, rate=rate, seed=self.seeds[0]), run)
+            silent = ("--trainer.limit_val_batches", "0")
+            self._train(self.configure(model, *silent, share=self.share, rate=rate, seed=self.seeds[0]), run)
             found = evaluate_run(load_run(run), None, ["bound"], self._samples(model), limit=self.limit)
             return {"bound": found.estimates["bound"].nats_per_token, "rate": rate}
 

@@ -136,7 +136,7 @@ COMMANDS = {  # command -> its arguments, of which {} is the folder, and what is
     ),
     "study": (
         ("study", "run", "{material}/rate.py", "--base-config", "{recipe}", "--storage", "sqlite:///{}/studies.db"),
-        ("--budget", "1e9flops", "--limit", 4, "--samples", 2, "--trials", 2, "--repeats", 0, "--out", "{}/out"),
+        ("--budget", "2e9flops", "--limit", 4, "--samples", 2, "--trials", 2, "--repeats", 0, "--out", "{}/out"),
         studied,
     ),
 }

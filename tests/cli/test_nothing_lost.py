@@ -252,7 +252,7 @@ checks = False
 def study(recipe, folder, storage):
     """The words of a small search, its file in ``folder``."""
     (folder / "rate.py").write_text(SPACE)
-    small = ("--budget", "1e9flops", "--limit", 4, "--samples", 2, "--trials", 1)
+    small = ("--budget", "2e9flops", "--limit", 4, "--samples", 2, "--trials", 1)
     return ("run", folder / "rate.py", "--base-config", recipe, "--storage", f"sqlite:///{storage}", *small)
 
 

@@ -14,7 +14,7 @@ SPACE = """
 from optuna.distributions import FloatDistribution
 space = {"model.inference.rate": FloatDistribution(0.05, 0.5, log=True)}
 """
-SMALL = ("--budget", "1e9flops", "--limit", 4, "--samples", 2)
+SMALL = ("--budget", "2e9flops", "--limit", 4, "--samples", 2)
 
 
 FULL_ONCE = f"""{SPACE}
@@ -67,7 +67,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
 
     code, out, _ = ltm("study", "list", "--json")
     assert json.loads(out)[0] | {"best": 0} == {
-        **{"study": "rate", "trials": 2, "complete": 2, "fail": 0, "pruned": 0, "best": 0, "budget": "1e9flops"}
+        **{"study": "rate", "trials": 2, "complete": 2, "fail": 0, "pruned": 0, "best": 0, "budget": "2e9flops"}
     }
     assert "rate" in ltm("study", "list")[1]
     assert "Which fast rate?" in ltm("study", "show")[1]
@@ -114,7 +114,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--minimise", ""), "No trial records a figure ''"),
         (("rate.py", "--seed", "4294967296"), "argument --seed: '4294967296' is more than 4294967295, the largest"),
         (
-            ("rate.py", "--set", "trainer.accumulate_grad_batches=20", "--budget", "1e9flops"),
+            ("rate.py", "--set", "trainer.accumulate_grad_batches=20", "--budget", "2e9flops"),
             "less than 50 of the dearest",
         ),
         (("rate.py", "--at-most", "k_hat=nan"), "--at-most needs a number, got 'nan'"),
@@ -124,7 +124,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--set", "trainer.max_steps=9"), "`trainer.max_steps` in every trial: leave it out, and see --b"),
         (("rate.py", "--set", "seed_everything=9"), "--set seed_everything would change nothing"),
         (("inference_steps", "--set", "model.decoder.width=9"), "`model.decoder.init_args.width` in every trial: le"),
-        (("scaling", "--budget", "1e9flops"), "The points of scaling say what they spend: leave --budget out."),
+        (("scaling", "--budget", "2e9flops"), "The points of scaling say what they spend: leave --budget out."),
         (("failing.py",), "fails at {'model.inference.rate': 0.05}: ValueError: odd; fix it."),
         (("rate.py", "--budget", "5"), "not an amount of training"),
         (("rate.py", "--budget", "10flops"), "less than 50 of the dearest steps"),
@@ -229,7 +229,7 @@ def objective(setting):
 
 def test_points_names_fronts_and_times_on_the_command_line(ltm, refused, recipe, tmp_path):
     (tmp_path / "rate.py").write_text(FREE)
-    base = ("study", "run", "rate.py", "--base-config", recipe, "--budget", "1e9flops", "--repeats", 0)
+    base = ("study", "run", "rate.py", "--base-config", recipe, "--budget", "2e9flops", "--repeats", 0)
     where = ("--storage", "sqlite:///s.db?timeout=60")
     more = ("--sampler", "qmc", "--timeout", "1h", "--trial-timeout", "5m", "--finalists", 2, "--pruner", "none")
     code, out, err = ltm(*base, *where, *more, "--minimise", "bound,kl", "--trials", 3, "--json")

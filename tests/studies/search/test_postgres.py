@@ -99,7 +99,7 @@ def test_what_happens_to_workers_server_and_disk_costs_no_trial(server, recipe, 
     (url, away), source = server, study_file(SLOW, "slow")
 
     def worker(number):
-        options = ("--base-config", recipe, "--budget", "1e9flops", "--trials", TOTAL, "--repeats", 0)
+        options = ("--base-config", recipe, "--budget", "2e9flops", "--trials", TOTAL, "--repeats", 0)
         place = ("--storage", url, "--out", tmp_path / f"worker{number}", "--json")
         command = [sys.executable, "-P", "-c", IMPATIENT, "study", "run", source, *options, *place]
         with (tmp_path / f"worker{number}.log").open("w") as log:

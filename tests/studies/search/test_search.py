@@ -30,7 +30,7 @@ def objective(setting):
     figures = whole(setting)
     factors = [0.5, 1.5, 0.5, 1.5, 0.5, 1.5, 0.5, 1.5]  # of each document's difference; their mean is 1
     records = [
-        {"id": n, "file": "", "tokens": 7, "bound_nats": 7 * (10 * n + factor * figures["bound"])}
+        {"id": n, "file": "", "tokens": 7, "bytes": 7, "bound_nats": 7 * (10 * n + factor * figures["bound"])}
         for n, factor in enumerate(factors)
     ]
     write_records(setting.run, records)
@@ -90,7 +90,7 @@ def test_a_trial_spends_its_budget_and_reports_a_bound(recipe, tmp_path):
         k_hat=True,
         pruned=True,
         tick=received.append,
-        report=lambda rung, bound: said.append((rung, bound)),
+        report=lambda rung, bound, documents: said.append((rung, bound)),
     )
     figures = train_and_score(setting)
     step = 4 * 16 * figures["flops_per_token"]
