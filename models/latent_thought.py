@@ -68,7 +68,7 @@ class LatentThoughtModel(PyroModule):
             if self.enumerated:
                 device = next(cast(Decoder, self._modules["decoder"]).parameters()).device
                 values = [{name: x.to(device) for name, x in each.items()} for each in self.enumerated]
-                return sum_out(partial(self.prior, **arguments), values)
+                return sum_out(partial(self.prior, **arguments), values, pyro.sample)
             return self.prior(**arguments)
 
     def responsibilities(

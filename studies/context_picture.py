@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ltm_pyro.analysis.clusters import Clusters, clusters
+from ltm_pyro.analysis.classifiers import Clusters, clusters
 from ltm_pyro.analysis.draw_posterior import draw_posterior
 from ltm_pyro.analysis.pictures.thoughts import plot_map
 from ltm_pyro.analysis.posterior import Posterior

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
@@ -181,13 +180,16 @@ def values_of(discrete: Mapping[str, Distribution]) -> list[dict[str, Tensor]]:
     return combinations
 
 
-def sum_out(prior: Callable[[], Tensor], values: list[dict[str, Tensor]]) -> Tensor:
+def sum_out(prior: Callable[[], Tensor], values: list[dict[str, Tensor]], sample: Callable[..., Tensor]) -> Tensor:
     r"""Samples the continuous sites of a prior from their marginal density, and returns its thoughts.
 
     .. math:: p(u, z) = \sum_m p(m)\, p(u \mid m)\, p(z \mid u, m) =
         \Big[ \sum_m p(m)\, p(u \mid m) \Big] \Big[ \sum_m p(m \mid u)\, p(z \mid u, m) \Big]
 
     Every continuous site is one factor, an `EnumeratedMixture`. The prior runs M times for each, and M times more.
+
+    Args:
+        sample: `pyro.sample`, which is the model's to call.
 
     Raises:
         UsageError: the thoughts depend on a discrete site by more than the continuous ones.
@@ -204,7 +206,7 @@ def sum_out(prior: Callable[[], Tensor], values: list[dict[str, Tensor]]) -> Ten
                     f"such as a Normal around what the discrete site chooses."
                 )
             return z_BLKD
-        known[runs.name] = pyro.sample(runs.name, EnumeratedMixture(runs.results, runs.logits_BM))
+        known[runs.name] = sample(runs.name, EnumeratedMixture(runs.results, runs.logits_BM))
 
 
 def responsibilities(

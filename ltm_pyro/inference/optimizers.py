@@ -85,7 +85,8 @@ class Optimizer(NamedTuple):
             rates: optimiser arguments by parameter name, before which is `LOCAL`.
         """
         groups: dict[str, list[str]] = {}
-        known = [*signature(self.tensor_updates).parameters][1:]
+        accepted = [*signature(self.tensor_updates).parameters.values()][1:]
+        known = None if any(x.kind is x.VAR_KEYWORD for x in accepted) else [x.name for x in accepted]
         check_rates(rates, [LOCAL + name for name in state.parameters], known)
         for name in state.parameters:
             groups.setdefault(repr(sorted(rates(LOCAL + name).items())), []).append(name)

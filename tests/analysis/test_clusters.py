@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ltm_pyro.analysis.clusters import clusters
+from ltm_pyro.analysis.classifiers import clusters
 from ltm_pyro.errors import UsageError
 
 

@@ -48,6 +48,7 @@ def objective(setting):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - {"grid", "random"}))
 def test_a_sampler_searches_and_is_named(run, study_file, sampler):
     if sampler == "cmaes":
@@ -60,6 +61,7 @@ def test_a_sampler_searches_and_is_named(run, study_file, sampler):
     assert found["sampler"] == sampler
 
 
+@pytest.mark.slow
 def test_samplers_that_learn_come_nearer_than_chance(run, study_file):
     def later(sampler):
         rows = run(16, study_file(SMOOTH), f"{sampler}.db", sampler=sampler, workers=2)["trials"]
@@ -93,6 +95,7 @@ def test_unknown_names_are_refused_with_the_nearest(run, study_file, names, said
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", sorted(PRUNERS.keys() - {"none"}))
 def test_a_pruner_gives_up_what_is_behind(pruner):
     """On reports as a trial sends them: all but the first ones are far behind the best."""
@@ -130,6 +133,7 @@ def objective(setting):
     assert "pruned after 33% of the budget" in found["trials"][1]["reason"]
 
 
+@pytest.mark.slow
 def test_a_conditional_space_has_parameters_for_some_values_only(run, study_file):
     found = run(10, study_file(CONDITIONAL))
     kinds = {row["parameters"]["kind"]: row["parameters"].keys() for row in found["trials"]}
@@ -223,6 +227,7 @@ def test_a_journal_file_is_a_storage(run, study_file, tmp_path):
         assert trial is None
 
 
+@pytest.mark.slow
 def test_a_grpc_proxy_is_a_storage(run, study_file, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -253,6 +258,7 @@ def test_a_grpc_proxy_is_a_storage(run, study_file, tmp_path):
         search.summaries("grpc://localhost")
 
 
+@pytest.mark.slow
 def test_the_slurm_array_runs(recipe, study_file, tmp_path):
     """With a `python` on the path as on a cluster; the tasks of an array share the journal."""
     script = Path(__file__).parents[3] / "examples" / "launch" / "study-slurm.sbatch"
@@ -292,6 +298,7 @@ def test_the_kubernetes_job_is_a_command_that_there_is():
     assert {env["name"] for env in container["env"]} == {*re.findall(r"\$\((\w+)\)", " ".join(words))}
 
 
+@pytest.mark.slow
 def test_the_estimate_says_what_is_ahead(run, study_file, capfd):
     run(2, study_file(), repeats=6, finalists=4, workers=2)
     said = capfd.readouterr().err
