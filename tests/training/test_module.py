@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pyro.nn import PyroModule
 from pytorch_lightning import Trainer
 
 from ltm_pyro.contracts import Init, ThoughtShape
@@ -294,18 +293,11 @@ def test_algorithm_1_is_six_frames_deep(train, slow_gradient):
     assert all(len(names) <= 6 for names in seen)
 
 
-class OwnJoint(PyroModule):
+class OwnJoint(LatentThoughtModel):
     """A joint model of a user's own, which knows nothing of training without thoughts."""
 
-    def __init__(self, prior, decoder):
-        super().__init__()
-        self.prior, self.decoder = prior, decoder
-
-    sample_prior, prepare = LatentThoughtModel.sample_prior, LatentThoughtModel.prepare
-    observation, observed = LatentThoughtModel.observation, LatentThoughtModel.observed
-
     def forward(self, batch):
-        return LatentThoughtModel.forward(self, batch)
+        return super().forward(batch)
 
 
 def test_a_joint_of_ones_own_is_trained_and_its_prior_checked(train):
