@@ -74,8 +74,8 @@ def labelled(run: Run, label: str, split: str, limit: int | None = None) -> Labe
             texts.append(Text(text, str(info.id), dict(info.labels)))
     posterior = draw_posterior(run, texts, longer="cut")
     means_ND = posterior.stats["mean"].values.reshape(posterior.size, -1)
-    named = [["" if x is None else str(x) for x in posterior.labels[name]] for name in (label, "document")]
-    found = clusters(means_ND, *named)
+    values, documents = (["" if x is None else str(x) for x in posterior.labels[name]] for name in (label, "document"))
+    found = clusters(means_ND, values, documents)
     return Labelled(label, posterior, probe(posterior, label), found)
 
 
