@@ -16,7 +16,6 @@ from ltm_pyro.inference.enumeration import LIMIT
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import infer_local, init, number_of_starts
 from ltm_pyro.inference.row_noise import RowKeys
-from ltm_pyro.inference.starts import SEVERAL
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.inference.svi import DualRateSVI
 from ltm_pyro.models import LatentThoughtModel, MixturePrior
@@ -165,7 +164,7 @@ def test_it_is_trained_and_fitted_from_several_starts_sequence_by_sequence(prior
     model, batch = make(prior), tiny_batch()
     guide = MeanField(model)
     check_model(model, guide)
-    assert number_of_starts(model, guide, LocalInference(steps=1)) == SEVERAL
+    assert number_of_starts(model, guide, LocalInference(steps=1)) > 1
     before = [x.detach().clone() for x in model.prior.parameters()]
     DualRateSVI(model, guide, lambda name: {"lr": 0.1}, LocalInference(steps=1)).step(batch)
     assert all((x != y).any() for x, y in zip(model.prior.parameters(), before, strict=True))

@@ -48,7 +48,7 @@ def test_parameters_with_equal_arguments_share_an_update(monkeypatch):
     gradients = {name: torch.randn_like(x) for name, x in parameters.items()}
 
     def rates(name):
-        return {"lr": 0.1 if name == "b" else 0.2}
+        return {"lr": 0.1 if name == "local.b" else 0.2}
 
     def recorded(*arguments, **options):
         for update in OPTIMIZERS["adam"].tensor_updates(*arguments, **options):
