@@ -11,6 +11,7 @@ from ltm_pyro.analysis.pictures.thoughts import (
     plot_agreement,
     plot_by_thought,
     plot_fast_steps,
+    plot_global,
     principal_plane,
 )
 from ltm_pyro.analysis.posterior import THOUGHTS
