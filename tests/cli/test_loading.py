@@ -56,9 +56,9 @@ def test_a_prior_is_checked_once(recipe, monkeypatch):
     config, calls = read_recipe(["--config", str(recipe)]), []
     take_vocabulary(config)
 
-    def count(model):
+    def count(model, **options):
         calls.append(model)
-        check_prior.check_prior(model)
+        check_prior.check_prior(model, **options)
 
     monkeypatch.setattr(latent_thought, "check_prior", count)
     module = build_module(config)
