@@ -105,15 +105,19 @@ def test_predictive_draws_from_the_fitted_q(tiny_model, tiny_batch):
 @pytest.mark.parametrize(
     ("which", "arguments", "message"),
     [
-        ("z_", {}, r"The rates give z_loc \{\}, without lr: give it"),
+        ("local.z_", {}, r"The rates give local.z_loc \{\}, without lr: give it"),
         ("decoder.", {"eps": 1e-8}, r"The rates give decoder\.\S+ \{'eps': 1e-08\}, without lr"),
         (
             "decoder.",
             {"lr": 1e-3, "weight_decy": 0.1},
             "the argument 'weight_decy', which .* not know: choose from lr, ",
         ),
-        ("z_", {"lr": 0.3, "weight_decay": 0.1}, "the argument 'weight_decay', which its optimizer does not know"),
-        ("z_", {"lr": math.nan}, "the lr nan: give a finite number"),
+        (
+            "local.z_",
+            {"lr": 0.3, "weight_decay": 0.1},
+            "the argument 'weight_decay', which its optimizer does not know",
+        ),
+        ("local.z_", {"lr": math.nan}, "the lr nan: give a finite number"),
         ("decoder.", {"lr": "4e-4"}, "the lr '4e-4': give a finite number"),
         ("decoder.", 4e-4, r"0\.0004, without lr"),
     ],
