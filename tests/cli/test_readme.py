@@ -45,10 +45,13 @@ def test_the_code_of_the_analysis_runs_beside_what_the_command_wrote(run, ltm, t
     monkeypatch.chdir(tmp_path)
     assert ltm("posterior", "runs/first", "--input", "texts.jsonl", "--out", "posterior.nc", "--samples", 25)[0] == 0
     written, names = Path("posterior.nc").read_bytes(), {}
-    (code,) = re.findall(r"^```python\n(.*?)^```", ANALYSIS, re.DOTALL | re.MULTILINE)
-    exec(compile(code, "analysis.md", "exec"), names)
+    stream = ("--out", "p.zarr", "--stream", "--samples", 25)
+    assert ltm("posterior", "runs/first", "--input", "texts.jsonl", *stream)[0] == 0
+    for code in re.findall(r"^```python\n(.*?)^```", ANALYSIS, re.DOTALL | re.MULTILINE):
+        exec(compile(code, "analysis.md", "exec"), names)
     assert Path("posterior.nc").read_bytes() == written
     assert names["stored"].size == 1
+    assert names["spread"].shape == names["posterior"].stats["mean"].shape[1:]
     assert names["posterior"].stats["layer"].values.tolist() == [1, 2]
 
 

@@ -132,6 +132,7 @@ def test_tiles_are_tried_and_put_back(monkeypatch):
     monkeypatch.setattr(heads, "TOKENS", {"cpu": 32})
     monkeypatch.setattr(heads, "VOCABULARY", 50)
     monkeypatch.setattr(heads, "SIDES", {"cpu": ((8, 16), (8, 16))})
+    monkeypatch.setattr(heads, "matrix_rate", lambda *_: 1e12)  # minutes without bfloat16 in hardware
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = dict(heads.TILES)
     report = suites.SUITES["head"](How(rounds=1))
