@@ -17,7 +17,7 @@ from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.models.block import Block
 from ltm_pyro.models.cached_decoding import CachedDecoding
-from ltm_pyro.models.trunk import check_heads, check_size, init_weights
+from ltm_pyro.models.trunk import check_heads, check_size, embed, init_weights
 from ltm_pyro.nn.layers import rotation
 from ltm_pyro.nn.rms_norm import RMSNorm
 
@@ -124,19 +124,8 @@ class Decoder(CachedDecoding):
         Args:
             start: the position of the first token, if it is in the middle of a document.
         """
-        if inputs_BT.shape[1] > self.length:
-            raise UsageError(
-                f"A sequence has {inputs_BT.shape[1]} tokens, but the model's length is {self.length}: "
-                f"cut the text, or train with a larger `length`."
-            )
-        weight_VD = self.embedding.weight
-        if inputs_BT.device != weight_VD.device:
-            raise UsageError(
-                f"The batch is on {inputs_BT.device}, but the model on {weight_VD.device}: "
-                f'move one of them, such as batch.to("{weight_VD.device}").'
-            )
+        x_BTD = embed(self.embedding, inputs_BT, self.length)
         angles, first = self._angles(start, inputs_BT.shape[1]), self.thought_layers[0] - 1
-        x_BTD = F.embedding(inputs_BT, weight_VD, sparse=True)  # a gradient of the rows in use, not of V x D
         if self.positions is not None:
             x_BTD = x_BTD + self.positions.weight[start : start + inputs_BT.shape[1]]
         for block in self.layer_list[:first]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.models.block import Block
-from ltm_pyro.models.trunk import check_heads, check_size, init_weights
+from ltm_pyro.models.trunk import check_heads, check_size, embed, init_weights
 from ltm_pyro.nn.layers import rotation
 from ltm_pyro.nn.rms_norm import RMSNorm
 
@@ -72,22 +72,8 @@ class Denoiser(nn.Module):
     def stem(
         self, tokens_BT: Int[Tensor, "B T"], masked_BT: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """The embeddings of the visible tokens, and the mask's in the place of the others.
-
-        Raises `UsageError` for a sequence that is too long, or on another device than the network.
-        """
-        if tokens_BT.shape[1] > self.length:
-            raise UsageError(
-                f"A sequence has {tokens_BT.shape[1]} tokens, but the model's length is {self.length}: "
-                f"cut the text, or train with a larger `length`."
-            )
-        weight_VD = self.embedding.weight
-        if tokens_BT.device != weight_VD.device:
-            raise UsageError(
-                f"The batch is on {tokens_BT.device}, but the model on {weight_VD.device}: "
-                f'move one of them, such as batch.to("{weight_VD.device}").'
-            )
-        x_BTD = F.embedding(tokens_BT, weight_VD, sparse=True)  # a gradient of the rows in use, not of V x D
+        """The embeddings of the visible tokens (`embed`), and the mask's in the place of the others."""
+        x_BTD = embed(self.embedding, tokens_BT, self.length)
         return x_BTD if masked_BT is None else torch.where(masked_BT[..., None], self.mask_D.to(x_BTD.dtype), x_BTD)
 
     def forward(

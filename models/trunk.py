@@ -1,9 +1,14 @@
-"""What the networks of p(x | z) have in common: how they are initialised, and which sizes fit together."""
+"""What the networks of p(x | z) have in common: initialisation, embeddings, and which sizes fit together.
+
+Shapes: B sequences, T tokens, D width.
+"""
 
 import os
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from ltm_pyro.errors import UsageError
 
@@ -43,3 +48,22 @@ def check_heads(width: int, heads: int, kv_heads: int) -> None:
         raise UsageError(f"Width {width} is not a multiple of 2 x heads = {2 * heads}: change `width` or `heads`.")
     if heads % kv_heads:
         raise UsageError(f"kv_heads {kv_heads} does not divide heads {heads}: choose a divisor for `kv_heads`.")
+
+
+def embed(embedding: nn.Embedding, tokens_BT: Int[Tensor, "B T"], length: int) -> Float[Tensor, "B T D"]:
+    """The tokens' embeddings, with a gradient of the rows in use and not of V x D.
+
+    Raises `UsageError` for a sequence that is too long, or on another device than the network.
+    """
+    if tokens_BT.shape[1] > length:
+        raise UsageError(
+            f"A sequence has {tokens_BT.shape[1]} tokens, but the model's length is {length}: "
+            f"cut the text, or train with a larger `length`."
+        )
+    weight_VD = embedding.weight
+    if tokens_BT.device != weight_VD.device:
+        raise UsageError(
+            f"The batch is on {tokens_BT.device}, but the model on {weight_VD.device}: "
+            f'move one of them, such as batch.to("{weight_VD.device}").'
+        )
+    return F.embedding(tokens_BT, weight_VD, sparse=True)

@@ -23,7 +23,7 @@ from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
 from ltm_pyro.studies.budget import Budget
-from ltm_pyro.studies.configure import Values, as_options
+from ltm_pyro.studies.configure import Values, as_options, keep_settings
 from ltm_pyro.training.check_model import check_model
 from ltm_pyro.training.cost_summary import tokens_per_step
 from ltm_pyro.training.flops import flops_per_token
@@ -32,7 +32,7 @@ from ltm_pyro.training.recipe import check_budget, check_data, read_recipe
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
 from ltm_pyro.training.train import train
 from ltm_pyro.utils.as_json import finite
-from ltm_pyro.utils.files import atomic_write, new_folder
+from ltm_pyro.utils.files import atomic_write
 
 DECODER = "model.decoder.init_args."
 TRUNK = ("layers", "width", "heads", "kv_heads", "length", "recompute")  # what the denoiser shares with the decoder
@@ -142,18 +142,7 @@ class Baselines:
         kept = {name: value for name, value in asdict(self).items() if name not in ("out", "trust")}
         settings = json.loads(json.dumps(kept | {"config": Path(self.config).read_text("utf-8")}))
         settings["pack"] = read_manifest(place).digest
-        path = self.out / SETTINGS
-        try:
-            if path.exists() and json.loads(path.read_text("utf-8")) != settings:
-                raise UsageError(
-                    f"{self.out} holds baselines of another recipe, data or options: choose another --out."
-                )
-            with new_folder(self.out), atomic_write(path) as new:
-                new.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
-        except UsageError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.out} cannot hold baselines ({error}): choose another --out.") from None
+        keep_settings(self.out / SETTINGS, settings, "baselines", "of another recipe, data or options")
 
     def configure(self, model: str, *options: str, share: float = 1.0, rate: float = 1.0, seed: int = 0) -> Namespace:
         """A model's recipe with a share of the budget, a factor on its slow rate, and a seed."""

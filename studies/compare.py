@@ -26,13 +26,13 @@ from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.ar_baseline import PARTS, ar_baseline
 from ltm_pyro.studies.budget import Budget, check_dearest_step, parse_budget
-from ltm_pyro.studies.configure import Values, as_options, keep_settings
+from ltm_pyro.studies.configure import Values, as_options, keep_settings, resume_options
 from ltm_pyro.studies.context import ceiling, floor
 from ltm_pyro.training.check_model import check_model
 from ltm_pyro.training.cost_summary import tokens_per_step
 from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.recipe import build_module, check_data, read_recipe
-from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, read_checkpoint
+from ltm_pyro.training.run_directory import METRICS, read_checkpoint
 from ltm_pyro.training.train import train
 from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.files import atomic_write
@@ -133,7 +133,8 @@ class Comparison:
             **{name: getattr(self, name) for name in ("samples", "limit")},
             "options": [*self.options],
         }
-        keep_settings(self.out / SETTINGS, settings, "comparison")
+        others = "with another recipe, data, budget, samples, limit or options"
+        keep_settings(self.out / SETTINGS, settings, "a comparison", others)
 
     def figures(self, pair: Pair) -> dict[str, Any]:
         """One pair's figures: read if they are there, else measured after a training, which resumes if it was begun.
@@ -148,8 +149,7 @@ class Comparison:
                 there = " with ".join(stored["asked"].values())
                 raise UsageError(f"{run} holds the figures of {there}: choose another --out.")
             return stored
-        resume = ("--ckpt_path", str(run / CHECKPOINT)) if (run / CHECKPOINT).exists() else ("--force",)
-        train(self._configure(pair, "--run", str(run), *resume))
+        train(self._configure(pair, "--run", str(run), *resume_options(run)))
         scored, documents = self._score(load_run(run))
         measured = scored | _pace(run)
         figures = {

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.training.run_directory import CHECKPOINT
 from ltm_pyro.utils.files import atomic_write, new_folder
 
 Values = dict[str, Any]  # such as dotted recipe keys and their values
@@ -40,21 +41,26 @@ def configure(recipe: str, settings: Mapping[str, Any], own: bool = True, trust:
     return read_recipe(["--config", recipe, *as_options(settings), *(["--trust"] if trust else [])], own)
 
 
-def keep_settings(path: Path, settings: Mapping[str, Any], what: str) -> None:
+def resume_options(run: Path) -> tuple[str, ...]:
+    """The options of `ltm fit` with which a training goes on if it was begun, and else replaces what is there."""
+    checkpoint = run / CHECKPOINT
+    return ("--ckpt_path", str(checkpoint)) if checkpoint.exists() else ("--force",)
+
+
+def keep_settings(path: Path, settings: Mapping[str, Any], what: str, others: str) -> None:
     """Writes down what a folder of runs is about; refuses one that is about something else.
 
     Args:
-        what: the folder holds, in a word.
+        what: the folder holds, such as "a comparison".
+        others: how one that was made otherwise is described, such as "with another recipe".
     """
     out = path.parent
     try:
         if path.exists() and json.loads(path.read_text("utf-8")) != settings:
-            raise UsageError(
-                f"{out} holds a {what} with another recipe, data or settings than these: choose another --out."
-            )
+            raise UsageError(f"{out} holds {what} {others}: choose another --out.")
         with new_folder(out), atomic_write(path) as new:
             new.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
     except UsageError:
         raise
     except (OSError, ValueError) as error:
-        raise UsageError(f"{out} cannot hold a {what} ({error}): choose another --out.") from None
+        raise UsageError(f"{out} cannot hold {what} ({error}): choose another --out.") from None

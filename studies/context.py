@@ -24,11 +24,10 @@ from ltm_pyro.inference.scores import Evaluation
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.ar_baseline import ar_baseline
-from ltm_pyro.studies.configure import Values, as_options, keep_settings
+from ltm_pyro.studies.configure import Values, as_options, keep_settings, resume_options
 from ltm_pyro.training.check_model import check_model
 from ltm_pyro.training.model_config import build_from_recipe
 from ltm_pyro.training.recipe import check_data, read_recipe
-from ltm_pyro.training.run_directory import CHECKPOINT
 from ltm_pyro.training.train import train
 from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.files import atomic_write
@@ -138,9 +137,11 @@ class ContextStudy:
             raise UsageError(
                 f"There is no label {self.label!r}, because {config.data.directory} {has}: pack the text with --label."
             )
-        settings = {"config": Path(self.config).read_text("utf-8"), "pack": manifest.digest}
+        settings: dict[str, Any] = {"config": Path(self.config).read_text("utf-8"), "pack": manifest.digest}
         settings |= {name: getattr(self, name) for name in ("samples", "block", "split", "limit")}
-        keep_settings(self.out / SETTINGS, settings | {"options": [*self.options]}, "study of the context")
+        settings["options"] = [*self.options]
+        others = "with another recipe, data or settings"
+        keep_settings(self.out / SETTINGS, settings, "a study of the context", others)
 
     def score(self, kind: str, seed: int) -> Scored:
         """One run's figures: read if they are there, else measured after a training, which resumes if it was begun."""
@@ -148,16 +149,15 @@ class ContextStudy:
         result = path / RESULT
         if result.exists():
             return Scored(**json.loads(result.read_text("utf-8")))
-        resume = ("--ckpt_path", str(path / CHECKPOINT)) if (path / CHECKPOINT).exists() else ("--force",)
-        train(self._configure(kind, seed, "--run", str(path), *resume))
+        train(self._configure(kind, seed, "--run", str(path), *resume_options(path)))
         scored = self._evaluate(load_run(path, trust=self.trust), kind)
         with atomic_write(result) as new:
             new.write_text(json.dumps(finite(scored._asdict()), ensure_ascii=False), "utf-8")
         return scored
 
-    def result(self) -> Result:
-        """R between all floors and all ceilings; `score` has been called for every run, or is now."""
-        found = {kind: [self.score(kind, seed) for seed in range(self.seeds)] for kind in ESTIMATORS}
+    def result(self, scored: Mapping[tuple[str, int], Scored]) -> Result:
+        """R between all floors and all ceilings, of what `score` has found for each of the `runs`."""
+        found = {kind: [scored[kind, seed] for seed in range(self.seeds)] for kind in ESTIMATORS}
         records = {kind: [x.records for x in runs] for kind, runs in found.items()}
         estimators = ESTIMATORS["thoughts"]
         context = context_recovered(records["thoughts"], records["floor"], records["ceiling"], estimators)

@@ -3,6 +3,7 @@
 Shapes: T tokens.
 """
 
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def labelled(run: Run, label: str, split: str, limit: int | None = None) -> Labe
     A row is read as text again; rows of white space alone are left out.
     """
     texts = []
-    for row in [*held_out(run, split)][:limit]:
+    for row in islice(held_out(run, split), limit):
         info = row.parts[0].document
         text = run.tokenizer.decode(row.tokens_T.tolist()).replace("\0", " ")
         if text.strip():

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust, at_least, positive
+from ltm_pyro.cli.resumable import resumable
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
@@ -114,7 +115,7 @@ def _work(baselines: Any, study: Any, report: Any, texts: int, suites: Any) -> d
         console.print(text, soft_wrap=True, highlight=False)
 
     baselines.write_settings()
-    try:
+    with resumable():
         minutes = baselines.seconds() / 60
         trials = len(baselines.rates) if len(baselines.rates) > 1 else 0
         say(
@@ -131,8 +132,6 @@ def _work(baselines: Any, study: Any, report: Any, texts: int, suites: Any) -> d
         say("texts and tables")
         found: dict[str, Any] = report.summary(baselines, texts, suites)
         return found
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust, at_least, positive
+from ltm_pyro.cli.resumable import resumable
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import DiskFullError
 
 STUDY = "ltm_pyro.studies.compare"  # by dotted path: the command line imports no study
 REFERENCES = {
@@ -82,14 +82,8 @@ def run(args: argparse.Namespace) -> int:
     for number, pair in enumerate(pairs, 1):
         title = REFERENCES.get(pair.reference) or f"{pair.prior} with {pair.guide}"
         console.print(f"{number} of {len(pairs)}: {title}, {said}", soft_wrap=True)
-        try:
+        with resumable(args.out):
             rows.append(comparison.figures(pair) | comparison.difference(pair) | comparison.recovered(pair))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
-        except DiskFullError:
-            raise UsageError(
-                f"The disk under {args.out} is full: make room, and give the same command again."
-            ) from None
     if args.json:
         spends = {"minutes": budget.amount / 60} if budget.unit == "s" else {"budget": args.budget}
         print_json({**spends, "out": str(args.out), "rows": rows})

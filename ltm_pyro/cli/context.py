@@ -11,11 +11,12 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust, at_least
+from ltm_pyro.cli.resumable import resumable
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import finite, print_json
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.extras import extra
-from ltm_pyro.utils.files import DiskFullError, atomic_write, writing
+from ltm_pyro.utils.files import atomic_write, writing
 
 if TYPE_CHECKING:
     from ltm_pyro.evaluation.context import Context
@@ -60,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
     )
     study.check()
     console = Console(stderr=True)
-    try:
+    scored = {}
+    with resumable(out):
         for number, (kind, seed) in enumerate(study.runs, 1):
             console.print(f"{number} of {len(study.runs)}: {KINDS[kind]}, seed {seed}", soft_wrap=True)
-            study.score(kind, seed)
-        result = study.result()
+            scored[kind, seed] = study.score(kind, seed)
+        result = study.result(scored)
         picture = import_module(PICTURE)
         found = picture.labelled(result.run, args.label, args.split, args.limit) if args.label else None
         with writing(out):
@@ -79,10 +81,6 @@ def run(args: argparse.Namespace) -> int:
             )
             with atomic_write(out / RESULT) as new:
                 new.write_text(json.dumps(summary, ensure_ascii=False, indent=2) + "\n", "utf-8")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
-    except DiskFullError:
-        raise UsageError(f"The disk under {out} is full: make room, and give the same command again.") from None
     if args.json:
         print_json(summary)
         return 0

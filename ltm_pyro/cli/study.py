@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_seed, add_trust, at_least, positive
+from ltm_pyro.cli.resumable import resumable
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
@@ -131,12 +132,10 @@ def _run(args: argparse.Namespace) -> int:
         seconds=args.timeout,
     )
     total = args.trials or len(definition.points) or study.TRIALS
-    try:
+    with resumable():
         study.run_study(
             definition, plan, args.storage, name, total, resources, args.repeats, args.finalists, args.warm_start
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command resumes where it stopped.") from None
     found = study.describe(args.storage, name, resources.out)
     _print(found, args.json)
     return 0 if any(row["state"] == "complete" for row in found["trials"]) else 2

@@ -192,7 +192,9 @@ def number_of_starts(model: Model, guide: Guide, inference: LocalInference) -> i
 
     1 as well where no fast steps follow a start, and for the published code's reused noise.
     """
-    if not (guide.uses_fast_steps and inference.steps and inference.use_thoughts) or inference.noise == "reused":
+    if inference.starts == 1 or inference.noise == "reused":
+        return 1
+    if not (guide.uses_fast_steps and inference.steps and inference.use_thoughts):
         return 1
     with seeded(0):  # the caller's random numbers stay what they are
         sites = prior_sites(model, 1)
@@ -387,8 +389,10 @@ def fast_updates(
         rate: η_fast instead of ``inference.rate``.
     """
     peak = 1.0 if rates else inference.rate if rate is None else rate
-    factors = [peak * inference.factor(index) for index in steps]
-    return OPTIMIZERS[inference.optimizer].updates(state, factors, rates or (lambda name: {"lr": 1.0}))
+    factors, optimizer = [peak * inference.factor(index) for index in steps], OPTIMIZERS[inference.optimizer]
+    if rates:
+        optimizer.check(rates, state.parameters)
+    return optimizer.updates(state, factors, rates or (lambda name: {"lr": 1.0}))
 
 
 def finalize(model: Model, guide: Guide, batch: Batch, inference: LocalInference, state: LocalState) -> LocalState:

@@ -74,6 +74,12 @@ class Optimizer(NamedTuple):
         """The moments before the first step."""
         return {name: {kind: torch.zeros_like(x) for kind in self.moments} for name, x in parameters.items()}
 
+    def check(self, rates: Rates, parameters: LocalParameters) -> None:
+        """Raises `UsageError` for arguments without ``lr``, or that the optimiser does not know (`check_rates`)."""
+        accepted = [*signature(self.tensor_updates).parameters.values()][1:]
+        known = None if any(x.kind is x.VAR_KEYWORD for x in accepted) else [x.name for x in accepted]
+        check_rates(rates, [LOCAL + name for name in parameters], known)
+
     def updates(self, state: LocalState, factors: list[Rate], rates: Rates) -> Iterator[Update]:
         """The updates of the next steps from ``state``, one per factor.
 
@@ -85,9 +91,6 @@ class Optimizer(NamedTuple):
             rates: optimiser arguments by parameter name, before which is `LOCAL`.
         """
         groups: dict[str, list[str]] = {}
-        accepted = [*signature(self.tensor_updates).parameters.values()][1:]
-        known = None if any(x.kind is x.VAR_KEYWORD for x in accepted) else [x.name for x in accepted]
-        check_rates(rates, [LOCAL + name for name in state.parameters], known)
         for name in state.parameters:
             groups.setdefault(repr(sorted(rates(LOCAL + name).items())), []).append(name)
         counts_NB = state.steps_B + torch.arange(1, len(factors) + 1, device=state.steps_B.device)[:, None]
