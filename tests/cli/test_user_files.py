@@ -137,7 +137,7 @@ def test_a_study_written_anew_passes_its_test_and_runs(tmp_path, ltm, recipe, re
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=file.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     monkeypatch.chdir(tmp_path)
-    options = ("--base-config", recipe, "--budget", "1e8flops", "--trials", 1, "--repeats", 0, "--limit", 2)
+    options = ("--base-config", recipe, "--budget", "2.3e9flops", "--trials", 1, "--repeats", 0, "--limit", 2)
     code, out, err = ltm("study", "run", file, *options, "--json")
     assert code == 0, err
     first, _ = json.loads(out)["trials"]
