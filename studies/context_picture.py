@@ -14,7 +14,7 @@ from ltm_pyro.analysis.classifiers import Clusters, clusters
 from ltm_pyro.analysis.draw_posterior import draw_posterior
 from ltm_pyro.analysis.pictures.thoughts import plot_map
 from ltm_pyro.analysis.posterior import Posterior
-from ltm_pyro.analysis.probes import Probe, probe
+from ltm_pyro.analysis.probes import Probe, means, probe
 from ltm_pyro.analysis.texts import Text
 from ltm_pyro.evaluation.evaluate import held_out
 from ltm_pyro.runs.run import Run
@@ -74,9 +74,8 @@ def labelled(run: Run, label: str, split: str, limit: int | None = None) -> Labe
         if text.strip():
             texts.append(Text(text, str(info.id), dict(info.labels)))
     posterior = draw_posterior(run, texts, longer="cut")
-    means_ND = posterior.stats["mean"].values.reshape(posterior.size, -1)
-    values, documents = (["" if x is None else str(x) for x in posterior.labels[name]] for name in (label, "document"))
-    found = clusters(means_ND, values, documents)
+    values = ["" if x is None else str(x) for x in posterior.labels[label]]
+    found = clusters(means(posterior), values, posterior.documents.tolist())
     return Labelled(label, posterior, probe(posterior, label), found)
 
 

@@ -98,4 +98,4 @@ def test_a_run_is_scored_where_it_is(stage, tiny_run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a short text about time. " * 9)
     with pytest.raises(NotImplementedError, match="copy out of meta"):  # the figures, and only they
-        evaluate_run(tiny_run().to("meta"), str(text), [*ESTIMATORS], limit=2)
+        evaluate_run(tiny_run().to("meta"), str(text), [*ESTIMATORS], samples=2, limit=2, temperatures=2)

@@ -41,6 +41,7 @@ def test_weights_meet_the_closed_form(exact, posterior):
             np.testing.assert_allclose(flat(found["shift"], component, alpha), (mean - base) / base_sd, atol=0.1)
 
 
+@pytest.mark.slow
 def test_where_weights_say_nothing_q_is_fitted_again(tiny_run):
     """A model with diagonal A, so that a factorised q is exact; its draws are made too narrow to be reweighted."""
     model = LinearGaussianModel(ThoughtShape(1, 1, 2), length=2, noise=0.3)

@@ -121,6 +121,16 @@ def recipe(packed, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_batches(packed, tmp_path_factory):
+    """The recipe with steps of two sequences and without validation: 50 steps cost less than 6e8 FLOPs."""
+    path = tmp_path_factory.mktemp("small") / "recipe.yaml"
+    trainer = RECIPE["trainer"] | {"limit_val_batches": 0}
+    settings = RECIPE | {"data": {"directory": str(packed), "batch_size": 2}, "trainer": trainer}
+    path.write_text(yaml.safe_dump(settings), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def run(recipe, tmp_path_factory):
     """A run directory; not to be changed."""
     path = tmp_path_factory.mktemp("runs") / "run"

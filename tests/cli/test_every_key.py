@@ -143,13 +143,14 @@ def options_of(key, value):
     )
 
 
-@pytest.fixture
-def weights(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def weights(recipe, tmp_path_factory):
     """Trains four steps with some options, once for each; the weights at the end."""
+    run = tmp_path_factory.mktemp("every-key") / "run"
 
     @cache
     def trained(options):
-        words = ["--config", str(recipe), "--run", str(tmp_path / "run"), "--force", "--trainer.limit_val_batches", "0"]
+        words = ["--config", str(recipe), "--run", str(run), "--force", "--trainer.limit_val_batches", "0"]
         words += ["--model.slow.warmup", "0.0", "--trainer.max_steps", "4"]
         for key, value in options:
             words += [f"--{key}", value]

@@ -132,7 +132,9 @@ def test_every_stock_callback_is_known():
     assert not {*REFUSED} & {*WORKING}
 
 
-@pytest.mark.parametrize("interval", [1, 2, 3])  # validations at, within and across the ends of epochs
+@pytest.mark.parametrize(
+    "interval", [2, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 3))]
+)  # validations at, within and across the ends of epochs
 def test_a_training_resumes_exactly(fit, tmp_path, interval):
     _resumes_exactly(fit, tmp_path, "EarlyStopping" if interval == 2 else "Callback", interval, (1, 2, 3, 6))
 

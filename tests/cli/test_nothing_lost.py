@@ -252,18 +252,18 @@ checks = False
 def study(recipe, folder, storage):
     """The words of a small search, its file in ``folder``."""
     (folder / "rate.py").write_text(SPACE)
-    small = ("--budget", "2e9flops", "--limit", 4, "--samples", 2, "--trials", 1)
+    small = ("--budget", "6e8flops", "--limit", 4, "--samples", 2, "--trials", 1)
     return ("run", folder / "rate.py", "--base-config", recipe, "--storage", f"sqlite:///{storage}", *small)
 
 
 @pytest.mark.parametrize("command", WRITING)
-def test_a_full_disk_is_told_and_leaves_nothing(run, recipe, corpus, material, ltm, tmp_path, command):
+def test_a_full_disk_is_told_and_leaves_nothing(run, small_batches, corpus, material, ltm, tmp_path, command):
     """No file can be larger than a limit, as on a disk that is full at that moment."""
     places, out = {"run": run, "corpus": corpus, "material": material}, material / "posterior.nc"
     if command == "report" and not out.exists():
         assert ltm("posterior", run, "--input", material / "texts.jsonl", "--out", out, "--samples", 30)[0] == 0
     if command.startswith("study") and not (material / "studies.db").exists():
-        search = study(recipe, material, material / "studies.db")
+        search = study(small_batches, material, material / "studies.db")
         assert ltm("study", *search, "--out", material / "trials")[0] == 0
     words = [str(x).replace("{}", str(tmp_path)).format(**places) for x in WRITING[command]]
     codes = []
@@ -300,6 +300,7 @@ def test_a_disk_that_is_full_in_a_training_loses_nothing(recipe, whole, ltm, tmp
     assert curve(run) == curve(whole)
 
 
+@pytest.mark.slow
 def test_a_comparison_on_a_disk_that_is_full_goes_on_later(recipe, ltm, tmp_path):
     options = ("--minutes", 0.04, "--samples", 2, "--limit", 2, "--json")
     compare = ("compare", "--config", recipe, "--out", tmp_path / "deep" / "out", *options)
@@ -323,9 +324,14 @@ def test_a_comparison_on_a_disk_that_is_full_goes_on_later(recipe, ltm, tmp_path
 
 
 @pytest.mark.parametrize("size", [1_000, 30_000])  # with 0 torch cannot be imported: it needs a folder for its files
-def test_a_study_whose_storage_has_no_room_leaves_nothing(recipe, tmp_path, size):
+def test_a_study_whose_storage_has_no_room_leaves_nothing(small_batches, tmp_path, size):
     (tmp_path / "here").mkdir()
-    words = ("study", *study(recipe, tmp_path, tmp_path / "here" / "deep" / "studies.db"), "--out", tmp_path / "here/x")
+    words = (
+        "study",
+        *study(small_batches, tmp_path, tmp_path / "here" / "deep" / "studies.db"),
+        "--out",
+        tmp_path / "here/x",
+    )
     done = subprocess.run(  # its trials have a process of their own, with the same limit
         [sys.executable, "-P", "-m", "ltm_pyro.cli", *map(str, words)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),

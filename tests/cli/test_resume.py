@@ -157,7 +157,10 @@ def test_budgets_end_with_whole_steps(recipe, ltm, tmp_path, budget, steps):
     assert [int(row[0]) for row in rows[1:]] == list(range(steps))
 
 
-@pytest.mark.parametrize(("batches", "end"), [(1, 4), (1, 7), (1, 9), (3, 3), (3, 5), (3, 7)])
+@pytest.mark.parametrize(
+    ("batches", "end"),
+    [(1, 4), (1, 9), (3, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 7), (3, 3), (3, 7)))],
+)
 def test_a_training_that_has_ended_goes_on_where_it_ended(recipe, ltm, tmp_path, monkeypatch, batches, end):
     """As if ``max_time`` were up: in an epoch or behind it; what a step has read before it is whole comes again."""
     given = {"trainer.max_steps": 12, "trainer.accumulate_grad_batches": batches, "trainer.limit_val_batches": 0}

@@ -14,7 +14,7 @@ SPACE = """
 from optuna.distributions import FloatDistribution
 space = {"model.inference.rate": FloatDistribution(0.05, 0.5, log=True)}
 """
-SMALL = ("--budget", "2e9flops", "--limit", 4, "--samples", 2)
+SMALL = ("--budget", "6e8flops", "--limit", 4, "--samples", 2)
 
 
 FULL_ONCE = f"""{SPACE}
@@ -36,6 +36,12 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def recipe(small_batches):
+    """Trials have budgets, and need 50 steps each."""
+    return small_batches
+
+
+@pytest.fixture
 def search(tmp_path):
     """A study's file."""
     path = tmp_path / "rate.py"
@@ -43,6 +49,7 @@ def search(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_disk_that_was_full_costs_no_trial(ltm, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("ltm_pyro.studies.search.runner.PAUSES", (0.1,))
     (tmp_path / "rate.py").write_text(FULL_ONCE)
@@ -67,7 +74,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
 
     code, out, _ = ltm("study", "list", "--json")
     assert json.loads(out)[0] | {"best": 0} == {
-        **{"study": "rate", "trials": 2, "complete": 2, "fail": 0, "pruned": 0, "best": 0, "budget": "2e9flops"}
+        **{"study": "rate", "trials": 2, "complete": 2, "fail": 0, "pruned": 0, "best": 0, "budget": "6e8flops"}
     }
     assert "rate" in ltm("study", "list")[1]
     assert "Which fast rate?" in ltm("study", "show")[1]
@@ -77,7 +84,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
     assert written["number"] == best["number"]
     content = yaml.safe_load((tmp_path / written["recipe"]).read_text())
     assert content["model"]["inference"]["rate"] == best["parameters"]["model.inference.rate"]
-    assert content["model"]["max_flops"] == 2e9
+    assert content["model"]["max_flops"] == 6e8
     assert ltm("study", "best")[0] == 2
     assert "Cannot write rate.py/x.yaml: " in ltm("study", "best", "--out", "rate.py/x.yaml")[2]
     assert ltm("study", "best", "--force", "--trial", 0)[0] == 0
@@ -114,7 +121,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--minimise", ""), "No trial records a figure ''"),
         (("rate.py", "--seed", "4294967296"), "argument --seed: '4294967296' is more than 4294967295, the largest"),
         (
-            ("rate.py", "--set", "trainer.accumulate_grad_batches=20", "--budget", "2e9flops"),
+            ("rate.py", "--set", "trainer.accumulate_grad_batches=20", "--budget", "6e8flops"),
             "less than 50 of the dearest",
         ),
         (("rate.py", "--at-most", "k_hat=nan"), "--at-most needs a number, got 'nan'"),
@@ -124,7 +131,7 @@ def test_a_search_is_shown_and_its_best_is_a_recipe(ltm, recipe, search, tmp_pat
         (("rate.py", "--set", "trainer.max_steps=9"), "`trainer.max_steps` in every trial: leave it out, and see --b"),
         (("rate.py", "--set", "seed_everything=9"), "--set seed_everything would change nothing"),
         (("inference_steps", "--set", "model.decoder.width=9"), "`model.decoder.init_args.width` in every trial: le"),
-        (("scaling", "--budget", "2e9flops"), "The points of scaling say what they spend: leave --budget out."),
+        (("scaling", "--budget", "6e8flops"), "The points of scaling say what they spend: leave --budget out."),
         (("failing.py",), "fails at {'model.inference.rate': 0.05}: ValueError: odd; fix it."),
         (("rate.py", "--budget", "5"), "not an amount of training"),
         (("rate.py", "--budget", "10flops"), "less than 50 of the dearest steps"),
@@ -229,7 +236,7 @@ def objective(setting):
 
 def test_points_names_fronts_and_times_on_the_command_line(ltm, refused, recipe, tmp_path):
     (tmp_path / "rate.py").write_text(FREE)
-    base = ("study", "run", "rate.py", "--base-config", recipe, "--budget", "2e9flops", "--repeats", 0)
+    base = ("study", "run", "rate.py", "--base-config", recipe, "--budget", "6e8flops", "--repeats", 0)
     where = ("--storage", "sqlite:///s.db?timeout=60")
     more = ("--sampler", "qmc", "--timeout", "1h", "--trial-timeout", "5m", "--finalists", 2, "--pruner", "none")
     code, out, err = ltm(*base, *where, *more, "--minimise", "bound,kl", "--trials", 3, "--json")
@@ -284,6 +291,7 @@ def test_choices_that_there_are_not_are_refused_by_name(refused, recipe, search,
 FULL_ALWAYS = FULL_ONCE.replace('== "trial-0001" and not mark.exists()', '!= "trial-0000"')
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_a_search_and_costs_no_trial(ltm, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("ltm_pyro.studies.search.runner.PAUSES", (0.1,))
     (tmp_path / "rate.py").write_text(FULL_ALWAYS)

@@ -129,7 +129,7 @@ def test_what_is_written_anew_passes_its_test(kind, tmp_path, ltm, refused, reci
     assert ltm("fit", "--config", recipe, "--run", tmp_path / "run", *QUICK, *place)[0] == 0
 
 
-def test_a_study_written_anew_passes_its_test_and_runs(tmp_path, ltm, recipe, refused, monkeypatch):
+def test_a_study_written_anew_passes_its_test_and_runs(tmp_path, ltm, small_batches, refused, monkeypatch):
     code, out, err = ltm("new", "study", "my_sweep", "--out", tmp_path / "mine")
     assert code == 0, err
     file, test = tmp_path / "mine" / "my_sweep.py", tmp_path / "mine" / "test_my_sweep.py"
@@ -137,7 +137,7 @@ def test_a_study_written_anew_passes_its_test_and_runs(tmp_path, ltm, recipe, re
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", test], cwd=file.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     monkeypatch.chdir(tmp_path)
-    options = ("--base-config", recipe, "--budget", "2.3e9flops", "--trials", 1, "--repeats", 0, "--limit", 2)
+    options = ("--base-config", small_batches, "--budget", "6e8flops", "--trials", 1, "--repeats", 0, "--limit", 2)
     code, out, err = ltm("study", "run", file, *options, "--json")
     assert code == 0, err
     first, _ = json.loads(out)["trials"]

@@ -139,7 +139,7 @@ def test_a_full_disk_during_a_shard_leaves_no_part_of_it(corpus, tmp_path, monke
 
 def test_sigkill_half_way(tmp_path):
     text = tmp_path / "a.txt"
-    text.write_text("".join(f"document {i} tells of {i * 7} days and {i % 13} nights.\n\n\n" * 20 for i in range(4000)))
+    text.write_text("".join(f"document {i} tells of {i * 7} days and {i % 13} nights.\n\n\n" * 20 for i in range(800)))
     code = "import sys; from ltm_pyro.data.pack import pack; pack([sys.argv[1]], sys.argv[2], tokenizer='bpe:400', "
     code += "seq_len=64, shard_rows=100)"
     command = [sys.executable, "-c", code, str(text), str(tmp_path / "out")]

@@ -16,8 +16,6 @@ from ltm_pyro.inference.pareto import TRUSTED, pareto_k
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import AutoregressivePrior, GaussianPrior, LinearGaussianModel, MixturePrior
 
-REPEATS = 8
-
 
 @pytest.fixture
 def make_problem():
@@ -35,9 +33,10 @@ def make_problem():
 
 
 def log_probability(name, problem):
+    repeats = 3 if name in ("ais", "causal", "reused_noise") else 8  # those fit q or run chains each time
     with torch.no_grad():
-        values = torch.stack([-ESTIMATORS[name].estimate(problem).nats_B.sum() for _ in range(REPEATS)])
-    return values.mean().item(), values.std().item() / math.sqrt(REPEATS)
+        values = torch.stack([-ESTIMATORS[name].estimate(problem).nats_B.sum() for _ in range(repeats)])
+    return values.mean().item(), values.std().item() / math.sqrt(repeats)
 
 
 @pytest.mark.parametrize("guide_class", [MeanField, FullCovariance])

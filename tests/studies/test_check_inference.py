@@ -16,12 +16,12 @@ LIMITS = {  # mean error, relative error of variances and covariances
     "LowRank": (0.05, 0.05),  # some noise is left: a diagonal and four directions only just hold the posterior
 }
 CASES = {*study.CASES}  # all of them, before a test leaves some out
-QUICK = ("FullCovariance", "Laplace")
+QUICK = ("FullCovariance",)
 
 
 @pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)])
 def report(request):
-    """The report on two exact guides, and, slowly, on all of them."""
+    """The report on an exact guide, and, slowly, on all of them."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "quick":
             patch.setattr(study, "CASES", {name: study.CASES[name] for name in QUICK})

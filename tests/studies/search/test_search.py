@@ -264,7 +264,7 @@ def corpus_pack(tmp_path_factory):
     return folder / "data"
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [x if x == "rate_ratio" else pytest.param(x, marks=pytest.mark.slow) for x in SHIPPED])
 def test_shipped_studies_keep_their_budget_or_refuse_it(name, corpus_pack):
     """By less than 2 %: the dearest step of every point, and of the baseline behind it, is no more of the budget."""
     changed = {"data.directory": str(corpus_pack)}

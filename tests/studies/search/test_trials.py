@@ -196,6 +196,7 @@ def test_a_surplus_of_two_machines_that_fill_at_once_is_never_claimed(study):
     assert [t and t.number for t in claimed] == [0, 1, 2, None]
 
 
+@pytest.mark.slow
 def test_a_storage_is_made_by_several_at_once(tmp_path):
     code = "import sys; from ltm_pyro.studies.search.storage import open_storage\nwith open_storage(sys.argv[1]): pass"
     words = [sys.executable, "-P", "-c", code]
