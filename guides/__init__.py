@@ -3,6 +3,7 @@
 from ltm_pyro.guides.amortized import Amortized
 from ltm_pyro.guides.flow import FlowGuide
 from ltm_pyro.guides.full_covariance import BlockCovariance, FullCovariance
+from ltm_pyro.guides.joint_covariance import JointCovariance
 from ltm_pyro.guides.langevin import Langevin
 from ltm_pyro.guides.low_rank import LowRank
 from ltm_pyro.guides.masking import Masking
@@ -14,6 +15,7 @@ __all__ = [
     "BlockCovariance",
     "FlowGuide",
     "FullCovariance",
+    "JointCovariance",
     "Langevin",
     "Laplace",
     "LowRank",

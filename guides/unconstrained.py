@@ -72,8 +72,11 @@ class UnconstrainedGuide(Guide):
 
     def posterior(self, name: str, local: LocalParameters) -> Any:
         """q of one site on its support; batch shape (B,)."""
+        return self.on_support(name, self.base_distribution(name, local))
+
+    def on_support(self, name: str, base: Any) -> Any:
+        """A distribution of a site's coordinates, mapped to the site's support."""
         bijection, shape = self.sites[name]
-        base = self.base_distribution(name, local)
         reshape = transforms.ReshapeTransform(self.coordinate_shape(shape), shape)
         if bijection is None:
             return Reshaped(base, [reshape])

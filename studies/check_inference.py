@@ -20,7 +20,7 @@ from torch.distributions import (
 
 from ltm_pyro.contracts import Batch, Guide, Init, Model, ThoughtShape
 from ltm_pyro.errors import UsageError
-from ltm_pyro.guides import BlockCovariance, FlowGuide, FullCovariance, Laplace, LowRank, MeanField
+from ltm_pyro.guides import BlockCovariance, FlowGuide, FullCovariance, JointCovariance, Laplace, LowRank, MeanField
 from ltm_pyro.inference.elbo import log_weights
 from ltm_pyro.inference.estimators import ESTIMATORS, Problem
 from ltm_pyro.inference.local import infer_local
@@ -72,6 +72,7 @@ CASES = {  # all other shipped guides
         best="the best Gaussian that factorises over thoughts",
     ),
     "FullCovariance": Case(guide=FullCovariance, inference=EXACT),
+    "JointCovariance": Case(guide=JointCovariance, inference=EXACT),
     "LowRank": Case(guide=LowRank, inference=NOISY),
     "FlowGuide": Case(guide=FlowGuide, inference=NOISY),
     "Laplace": Case(guide=Laplace, inference=WITHOUT_DRAWS),

@@ -25,6 +25,7 @@ GUIDES = {
     "LowRank": {"rank": 2},
     "BlockCovariance": {},
     "FullCovariance": {},
+    "JointCovariance": {},
     "FlowGuide": {"bins": 4},
     "Point": {},
     "Laplace": {},

@@ -20,9 +20,10 @@ from ltm_pyro.inference.row_noise import RowNoise
 
 
 class Antithetic(Messenger):
-    """Draws from a Gaussian guide in antithetic pairs: the second half of the particles is 2μ − z of the first half.
+    """Draws from a Gaussian guide in antithetic pairs: the noise z − μ of the second half is minus that of the first.
 
-    The average over particles of any odd function of z − μ is then exactly 0.
+    The average over particles of any odd function of z − μ is then exactly 0. The mean of a site may depend on the
+    sites before it, and then differs between the two of a pair.
 
     Args:
         noise: the sequences' own random streams; by default torch's generator.
@@ -50,5 +51,20 @@ def antithetic_sample(fn: Distribution, name: str, noise: RowNoise | None = None
         base = base.base_dist
     if not isinstance(base, Normal | MultivariateNormal | LowRankMultivariateNormal):
         raise UsageError(f"Antithetic noise needs a Gaussian guide, but site '{name}' is {base}: use fresh noise.")
+    if any(x.stride(0) for x in _spread(base)):  # 0 where one value stands for all particles
+        raise UsageError(
+            f"Antithetic noise needs one spread for all particles, but that of site '{name}' depends on other sites: "
+            f"use fresh noise."
+        )
     z = (noise.sample(fn, name) if noise else fn.rsample())[: fn.batch_shape[0] // 2]
-    return torch.cat([z, 2 * fn.mean[: len(z)] - z])
+    return torch.cat([z, fn.mean[: len(z)] + fn.mean[len(z) :] - z])
+
+
+def _spread(normal: Normal | MultivariateNormal | LowRankMultivariateNormal) -> tuple[Tensor, ...]:
+    """What a Gaussian has beside its mean, each with the batch's axes first."""
+    if isinstance(normal, Normal):
+        return (normal.scale,)
+    if isinstance(normal, MultivariateNormal):
+        return (normal._unbroadcasted_scale_tril.expand(*normal.batch_shape, *[-1] * 2),)
+    factor, diagonal = normal._unbroadcasted_cov_factor, normal._unbroadcasted_cov_diag
+    return factor.expand(*normal.batch_shape, *[-1] * 2), diagonal.expand(*normal.batch_shape, -1)
