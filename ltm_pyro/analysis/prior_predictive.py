@@ -1,6 +1,6 @@
-"""Before training: what a prior's thoughts are like, and how much of them the decoder hears.
+"""Before training: what a prior's thoughts are like, and how much they change in the decoder.
 
-What the decoder hears stands beside what it hears of N(0, I), the paper's prior: before training a decoder has no scale
+What they change stands beside what draws of N(0, I), the paper's prior, change: before training a decoder has no scale
 of its own. Shapes: S draws, B sequences, T tokens, L layers, K thoughts, V vocabulary.
 """
 
@@ -43,8 +43,8 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What the decoder hears of thoughts.
+class Effect:
+    """What thoughts change in the decoder.
 
     ``added`` is by layer that attends to thoughts: the root mean square of what its cross-attention adds to a token,
     over that of what is there. ``information`` is what a draw of z says of the next token, in nats per token:
@@ -65,31 +65,31 @@ class PriorPredictive:
     prior: str
     draws: int
     sites: tuple[Spread, ...]
-    heard: Heard
-    of_standard_normal: Heard
+    effect: Effect
+    effect_of_standard_normal: Effect
     kl: float | None
     tokens: float
 
     def verdicts(self) -> list[str]:
         """One sentence for each thing that will make training hard; one that says so if there is none."""
-        found, ours, theirs = [], self.heard, self.of_standard_normal
+        found, ours, theirs = [], self.effect, self.effect_of_standard_normal
         sizes = [abs(x) for spread in self.sites for x in spread.quantiles]
         if not all(map(np.isfinite, sizes)):
             found.append("Some draws are not finite: bound the prior's parameters, or choose lighter tails.")
         if not any(theirs.added.values()):
             found.append(
-                "The cross-attention's output starts at zero (zero_init_cross_attention), so that no prior is heard "
-                "yet: check a prior without it, or a run."
+                "The cross-attention's output starts at zero (zero_init_cross_attention), so that no prior has "
+                "an effect yet: check a prior without it, or a run."
             )
         elif max(ours.added.values()) < max(theirs.added.values()) / FAR:
             found.append(
-                f"The decoder starves: it hears less than a tenth of what N(0, I) would say. Raise the scale of "
-                f"{self.prior}."
+                f"The prior starves the decoder: its thoughts change less than a tenth of what N(0, I) does. Raise the "
+                f"scale of {self.prior}."
             )
         elif max(ours.added.values()) > max(theirs.added.values()) * FAR:
             found.append(
-                f"The decoder is flooded: it hears more than ten times what N(0, I) would say. Lower the scale of "
-                f"{self.prior}."
+                f"The prior floods the decoder: its thoughts change more than ten times what N(0, I) does. Lower the "
+                f"scale of {self.prior}."
             )
         elif theirs.information > 0 and ours.information < theirs.information / FAR:
             found.append(
@@ -100,7 +100,7 @@ class PriorPredictive:
                 f"q starts {self.kl:,.1f} nats from the prior, more than one nat for each of {self.tokens:,.0f} "
                 f"tokens: raise `model.inference.init.log_var`, or give the prior a start that has moments."
             )
-        return found or ["Nothing stands out: the decoder hears about as much as under N(0, I)."]
+        return found or ["Nothing stands out: the thoughts change about as much in the decoder as those of N(0, I)."]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, for JSON."""
@@ -113,7 +113,7 @@ def prior_predictive(
     """Draws thoughts from the prior, passes them through the decoder, and starts q; nothing is fitted.
 
     Args:
-        batch: tokens that the decoder reads while it hears thoughts; its labels, if the prior asks for some.
+        batch: tokens that the decoder reads; their labels, if the prior asks for some.
         inference: where q starts.
         draws: S, of z for each sequence.
 
@@ -128,13 +128,13 @@ def prior_predictive(
             trace = poutine.trace(model.sample_prior).get_trace(*prior_arguments(model, batch))
         z_SBLKD: Any = trace.nodes["_RETURN"]["value"]
         sites = tuple(_spread(name, node) for name, node in trace.nodes.items() if is_local(node))
-        heard, reference = _heard(model, batch, z_SBLKD), _heard(model, batch, torch.randn_like(z_SBLKD))
+        effect, reference = _effect(model, batch, z_SBLKD), _effect(model, batch, torch.randn_like(z_SBLKD))
         kl = None
         if missing_bound(model, guide) is None:
             local = init(model, guide, batch, inference).parameters
             kl = float(elbo_terms(model, guide, batch, local, Draws(draws, kl=inference.kl)).kl_B.mean())
     tokens = float(batch.tokens_B.double().mean())
-    return PriorPredictive(type(model.prior).__name__, draws, sites, heard, reference, kl, tokens)
+    return PriorPredictive(type(model.prior).__name__, draws, sites, effect, reference, kl, tokens)
 
 
 def _spread(name: str, node: Any) -> Spread:
@@ -144,8 +144,8 @@ def _spread(name: str, node: Any) -> Spread:
     return Spread(name, family, shape, float(values.mean()), float(values.std()), tuple(quantiles))
 
 
-def _heard(model: TextModel, batch: Batch, z_SBLKD: Float[Tensor, "S B L K D"]) -> Heard:
-    """`Heard` of given draws, one draw of all sequences at a time."""
+def _effect(model: TextModel, batch: Batch, z_SBLKD: Float[Tensor, "S B L K D"]) -> Effect:
+    """`Effect` of given draws, one draw of all sequences at a time."""
     mean_BTV, entropy_BT, squares = torch.zeros(()), torch.zeros(()), []
     with _what_layers_add(model) as added:
         for z_BLKD in z_SBLKD:
@@ -156,7 +156,7 @@ def _heard(model: TextModel, batch: Batch, z_SBLKD: Float[Tensor, "S B L K D"]) 
     information_BT = -(mean_BTV * mean_BTV.clamp_min(1e-300).log()).sum(-1) - entropy_BT
     layers = {layer: torch.stack([x[layer] for x in squares]).mean(0) for layer in squares[0]}
     shares = {layer: float((new / old).sqrt()) for layer, (new, old) in layers.items()}
-    return Heard(shares, max(0.0, float(information_BT[batch.mask_BT].mean())))
+    return Effect(shares, max(0.0, float(information_BT[batch.mask_BT].mean())))
 
 
 @contextmanager

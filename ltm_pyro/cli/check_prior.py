@@ -1,4 +1,4 @@
-"""`ltm check-prior RECIPE_OR_RUN`: what a prior's thoughts are like, and how much of them the decoder hears."""
+"""`ltm check-prior RECIPE_OR_RUN`: what a prior's thoughts are like, and how much they change in the decoder."""
 
 import argparse
 from pathlib import Path
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequences", type=at_least(1), default=8, metavar="N", help="sequences that the decoder reads"
     )
     parser.add_argument("--texts", type=at_least(0), default=3, metavar="N", help="texts to write from draws of z")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="plot the draws and what is heard (.png, .svg, …)")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="plot the draws and what they change (.png, .svg, …)"
+    )
     about = "of a recipe, as for `ltm fit`; repeatable"
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=about)
     add_seed(parser)
@@ -100,8 +102,8 @@ def _print(found: "PriorPredictive", source: str, texts: list[str]) -> None:
         numbers = [f"{value:.3g}" for value in (x.mean, x.sd, *x.quantiles)]
         table.add_row(x.site, x.family, " ".join(map(str, x.shape)), *numbers)
     console.print(table)
-    table = Table("what the decoder hears", found.prior, "N(0, I)")
-    ours, theirs = found.heard, found.of_standard_normal
+    table = Table("what thoughts change", found.prior, "N(0, I)")
+    ours, theirs = found.effect, found.effect_of_standard_normal
     for layer, added in ours.added.items():
         table.add_row(f"layer {layer}: added, relative to a token", f"{added:.3g}", f"{theirs.added[layer]:.3g}")
     table.add_row("information on the next token, nats", f"{ours.information:.3g}", f"{theirs.information:.3g}")

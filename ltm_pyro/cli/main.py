@@ -30,7 +30,10 @@ COMMANDS = {  # name -> module, line of help
     "baselines": ("ltm_pyro.cli.baselines", "train autoregressive models and masked diffusion beside a recipe's model"),
     "context": ("ltm_pyro.cli.context", "measure how much of what a window cannot see the thoughts carry"),
     "show": ("ltm_pyro.cli.show", "show sites, shapes and plate diagram of a run or a recipe"),
-    "check-prior": ("ltm_pyro.cli.check_prior", "draw from a prior before training: its thoughts, and what is heard"),
+    "check-prior": (
+        "ltm_pyro.cli.check_prior",
+        "draw from a prior before training: its thoughts, and what they change",
+    ),
     "new": ("ltm_pyro.cli.new", "write a commented prior, guide or study to start from, with a test"),
     "export": ("ltm_pyro.cli.export", "export a run as safetensors, recipe, tokenizer and model card"),
     "check-inference": ("ltm_pyro.cli.check_inference", "test every guide on known posteriors and evidences"),

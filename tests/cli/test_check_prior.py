@@ -48,7 +48,7 @@ def check(recipe, scaled, ltm):
 
 
 @pytest.mark.parametrize(
-    ("scale", "said"), [(1.0, "Nothing stands out"), (0.01, "The decoder starves"), (100.0, "The decoder is flooded")]
+    ("scale", "said"), [(1.0, "Nothing stands out"), (0.01, "The prior starves"), (100.0, "The prior floods")]
 )
 def test_a_prior_that_starves_or_floods_the_decoder_is_told(check, scale, said):
     found, text = check(scale, "--texts", 1)
@@ -58,7 +58,7 @@ def test_a_prior_that_starves_or_floods_the_decoder_is_told(check, scale, said):
     assert (site["site"], site["family"], site["shape"]) == ("z", "Normal", [2, 2, 16])
     assert site["sd"] == pytest.approx(scale, rel=0.05)
     assert site["quantiles"][3] == pytest.approx(1.96 * scale, rel=0.1)
-    assert set(found["heard"]["added"]) == {"1", "2"}
+    assert set(found["effect"]["added"]) == {"1", "2"}
     assert found["kl"] == pytest.approx(0, abs=1e-4)  # q starts at the prior
     assert len(found["texts"]) == 1
 
@@ -83,11 +83,11 @@ def test_without_thoughts_there_is_no_prior_to_check(recipe, refused, tmp_path):
 def test_information_is_zero_for_a_decoder_that_ignores_thoughts(tiny_model, tiny_batch):
     model = tiny_model()
     batch = tiny_batch()
-    heard = prior_predictive(model, MeanField(model), batch, LocalInference(), draws=8).heard
-    assert heard.information > 1e-4
+    effect = prior_predictive(model, MeanField(model), batch, LocalInference(), draws=8).effect
+    assert effect.information > 1e-4
     for block in model.decoder.layer_list:
         torch.nn.init.zeros_(block.cross_attention.output.weight)
     found = prior_predictive(model, MeanField(model), batch, LocalInference(), draws=8)
-    assert found.heard.information == pytest.approx(0, abs=1e-12)
-    assert set(found.heard.added.values()) == {0.0}
+    assert found.effect.information == pytest.approx(0, abs=1e-12)
+    assert set(found.effect.added.values()) == {0.0}
     assert "zero_init_cross_attention" in found.verdicts()[0]

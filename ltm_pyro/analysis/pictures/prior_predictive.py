@@ -1,4 +1,4 @@
-"""The picture of `ltm check-prior`: the spread of each site, and what each layer hears of its draws."""
+"""The picture of `ltm check-prior`: the spread of each site, and what its draws change in each layer."""
 
 from matplotlib.figure import Figure
 
@@ -7,7 +7,7 @@ from ltm_pyro.utils.plotting import BLUE, GREY, plain
 
 
 def plot_prior_predictive(found: PriorPredictive) -> Figure:
-    """Two panels: 95 % of the draws of each site with their median, and what layers add beside N(0, I)'s."""
+    """Two panels: 95 % of the draws of each site with their median, and what each layer adds, beside N(0, I)'s."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [x.site for x in found.sites]
@@ -19,13 +19,13 @@ def plot_prior_predictive(found: PriorPredictive) -> Figure:
     left.set_yticks(range(len(names)), names)
     left.set_ylim(-0.6, len(names) - 0.4)
     plain(left, title="Draws: all, 95 %, median", xlabel="value")
-    layers = [*found.heard.added]
+    layers = [*found.effect.added]
     places = range(len(layers))
-    right.bar([x - 0.2 for x in places], [found.heard.added[x] for x in layers], 0.4, color=BLUE, label=found.prior)
-    normal = found.of_standard_normal.added
+    right.bar([x - 0.2 for x in places], [found.effect.added[x] for x in layers], 0.4, color=BLUE, label=found.prior)
+    normal = found.effect_of_standard_normal.added
     right.bar([x + 0.2 for x in places], [normal[x] for x in layers], 0.4, color=GREY, label="N(0, I)")
     right.set_xlim(-1, len(layers))
     right.set_xticks(places, [str(layer) for layer in layers])
     right.legend(frameon=False, fontsize=8)
-    plain(right, title="What the decoder hears", xlabel="layer", ylabel="added, relative to a token")
+    plain(right, title="What thoughts change", xlabel="layer", ylabel="added, relative to a token")
     return figure
