@@ -54,21 +54,21 @@ def text_of(data: Path | None, pattern: str) -> Path:
     return found or sys.exit(f"figures: there is no {pattern} below {data}.")
 
 
-def study(source: str, name: str, trials: int, limit: int, *words: object) -> list[dict[str, Any]]:
-    """The rows of a study's trials, after running those that are not there yet.
+def study(source: str, name: str, trials: int, limit: int, *words: object) -> dict[str, Any]:
+    """What `ltm study run` says at the end, after running the trials that are not there yet.
 
-    A row has its trial's figures by document, as `documents.compare` takes them.
+    Each of its ``trials`` has its figures by document as ``records``, as `documents.compare` takes them.
     """
     from ltm_pyro.evaluation.documents import read_records
 
     out = RUNS / "studies" / name
     given = ("--study-name", name, "--storage", STORAGE, "--out", out, "--trials", trials, "--json", *words)
     options = ("--set", f"data.directory={corpus()}", "--limit", limit, "--samples", 4)
-    found = json.loads(command(*LTM, "study", "run", source, *options, *given))["trials"]
+    found: dict[str, Any] = json.loads(command(*LTM, "study", "run", source, *options, *given))
     folders = {"trial": "trial", "baseline": "check", "repeat": "check"}
-    for row in found:
+    for row in found["trials"]:
         row["records"] = read_records(out / f"{folders[row['role']]}-{row['number']:04}")
-    return [*found]
+    return found
 
 
 def report(name: str, pictures: dict[str, str]) -> Lines:
@@ -230,7 +230,7 @@ def priors(_: Path | None) -> Lines:
 
 def scaling(_: Path | None) -> Lines:
     """docs/scaling.md: budgets, widths and ways of thinking, two seeds each."""
-    rows = study("benchmarks/small_scaling.py", "scaling", 36, 96, "--workers", 2)
+    rows = study("benchmarks/small_scaling.py", "scaling", 36, 96, "--workers", 2)["trials"]
     said = report("scaling", {"iso-flop-curves.png": "scaling-iso-flop.png"})
     at: dict[tuple[float, int, int], dict[int, list[dict[str, Any]]]] = {}  # FLOPs, K and T_fast; width
     for row in rows:
@@ -253,7 +253,7 @@ def scaling(_: Path | None) -> Lines:
 
 def inference_steps(_: Path | None) -> Lines:
     """docs/scaling.md: fast steps in training and at test time, two seeds each."""
-    rows = study("benchmarks/small_inference_steps.py", "inference_steps", 10, 32, "--budget", "1e11flops")
+    rows = study("benchmarks/small_inference_steps.py", "inference_steps", 10, 32, "--budget", "1e11flops")["trials"]
     report("inference_steps", {"fast-steps-in-training.png": "inference-steps-training.png"})
     at: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
@@ -296,27 +296,25 @@ def pruning(_: Path | None) -> Lines:
     lines = []
     for name, words in {"rates": (), "rates-pruned": ("--prune",)}.items():
         recipe = ("--base-config", ROOT / "studies" / "recipes" / "scaling.yaml", "--budget", "5e10flops")
-        rows = study("rate_ratio", name, 12, 32, *recipe, *words)
-        searched, baseline, *again = (
-            [row for row in rows if row["role"] == role] for role in ("trial", "baseline", "repeat")
-        )
+        found = study("rate_ratio", name, 12, 32, *recipe, *words)
+        rows, best = found["trials"], found["recommended"]
+        searched = [row for row in rows if row["role"] == "trial"]
         early = [float(row["reason"].split("%")[0].split()[-1]) / 100 for row in searched if row["state"] == "pruned"]
         complete = [row for row in searched if row["state"] == "complete"]
-        best = min(complete, key=lambda row: row["figures"]["bound"])
-        second = min((row["above_best"], row["above_best_stderr"]) for row in complete if row != best)
+        (baseline,) = (row for row in rows if row["role"] == "baseline")
+        ahead = [f"{x['behind']:+.3f} ({x['interval'][0]:+.3f} to {x['interval'][1]:+.3f})" for x in best["leads"]]
         lines.append(
             [
                 "with `--prune`" if words else "without",
                 f"{len(complete)} of {len(searched)}",
                 f"{len(complete) + sum(early):.1f}",
-                f"{best['figures']['bound']:.3f} (trial {best['number']})",
-                f"{second[0]:.4f} ± {_error(second[1])}",
-                ", ".join(f"{row['figures']['bound']:.3f}" for row in again[0]),
-                f"{-baseline[0]['above_best']:+.3f} ± {_error(baseline[0]['above_best_stderr'])}",
+                f"{best['mean']:.3f} ± {best['stderr']:.3f}, {best['seeds']} seeds",
+                min(ahead, default=""),
+                f"{-baseline['above_best']:+.3f} ± {_error(baseline['above_best_stderr'])}",
             ]
         )
-    head = ["", "complete", "budgets spent", "best bound", "second best above it", "best, other seeds"]
-    return table([*head, "above the autoregressive baseline"], lines)
+    head = ["", "complete", "budgets spent", "recommended: bound over fresh seeds", "runner-up behind it"]
+    return table([*head, "above the autoregressive baseline, one seed"], lines)
 
 
 def speed(_: Path | None) -> Lines:

@@ -41,7 +41,9 @@ def test_tables_of_studies_have_the_best_width_both_seeds_and_paired_errors(monk
         for width in (1, 2)
         for thoughts, steps in ((0, 0), (4, 2))
     ]
-    monkeypatch.setattr(figures, "study", lambda *_: rows)
+    lead = {"behind": 0.25, "interval": [0.125, 0.375]}
+    recommended = {"mean": 5.0, "stderr": 0.0625, "seeds": 3, "leads": [lead, lead | {"behind": 0.5}]}
+    monkeypatch.setattr(figures, "study", lambda *_: {"trials": rows, "recommended": recommended})
     monkeypatch.setattr(figures, "report", lambda *_: ["More parameters won."])
     assert figures.scaling(None)[2:] == [
         "| 5·10^10 | autoregressive | 1 | 0.100, 1.100 |  |",
@@ -59,7 +61,6 @@ def test_tables_of_studies_have_the_best_width_both_seeds_and_paired_errors(monk
         planted(1, 5.25, above=0.25),
         planted(2, 9.0, state="pruned", reason="pruned after 11% of the budget, bound 9.0000"),
         planted(0, 4.5, role="baseline", above=-0.5),
-        planted(1, 5.125, role="repeat", above=0.125),
     ]
-    expected = "2 of 3 | 2.1 | 5.000 (trial 0) | 0.2500 ± 0.001 | 5.125 | +0.500 ± 0.001 |"
+    expected = "2 of 3 | 2.1 | 5.000 ± 0.062, 3 seeds | +0.250 (+0.125 to +0.375) | +0.500 ± 0.001 |"
     assert figures.pruning(None)[2:] == [f"| {way} | {expected}" for way in ("without", "with `--prune`")]
