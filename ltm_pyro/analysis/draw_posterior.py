@@ -3,7 +3,7 @@
 Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from ltm_pyro.analysis.reference import KERNELS, ChainOptions, run_chains
 from ltm_pyro.analysis.storage import stamp
 from ltm_pyro.analysis.texts import Longer, Piece, Text, as_texts, label_values, pieces
 from ltm_pyro.contracts import Batch, Guide, Model
-from ltm_pyro.data.encode import batch_of_rows
+from ltm_pyro.data.encode import batch_of_rows, batches_of_like_length
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.ais import Annealing
 from ltm_pyro.inference.covariates import prior_arguments, with_labels
@@ -94,11 +94,10 @@ def draw_posterior(
     options = options or DrawOptions()
     run, found = prepare(run, texts, steps, guide, longer)
     length = max(len(piece.tokens) for piece in found)
-    chunks = batches(found, options)
     console = Console(stderr=True)
-    shown = track(chunks, "inferring", console=console, transient=True, disable=not console.is_terminal)
+    shown: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
     with fix_global_draws(run.model, seed):
-        groups = join([chunk_groups(run, chunk, length, options, seed) for chunk in shown])
+        groups = infer(run, found, length, options, seed, lambda chunks: track(chunks, "inferring", **shown))
     for name, data in text_groups(run, found).items():
         groups[name] = groups[name].assign(data)
     return assemble(groups, settings(options, run.guide, run.inference, seed) | {"run": run.source})
@@ -115,17 +114,34 @@ def prepare(
     return run, pieces(run, as_texts(texts), longer)
 
 
-def batches(found: Sequence[Piece], options: DrawOptions) -> list[Sequence[Piece]]:
-    """The sequences that are fitted together; a Markov chain takes one."""
-    size = BATCH if options.method == "guide" else 1
-    return [found[first : first + size] for first in range(0, len(found), size)]
+def infer(
+    run: Run,
+    found: Sequence[Piece],
+    length: int,
+    options: DrawOptions,
+    seed: int,
+    shown: Callable[[list[list[int]]], Iterable[list[int]]] = iter,
+) -> Groups:
+    """All groups of the sequences in their order, with axes of ``length`` tokens; texts and labels are not among them.
+
+    Sequences of like length are fitted together, so that little is spent on padding; a Markov chain takes one.
+    """
+    lengths = [len(piece.tokens) for piece in found]
+    alone = [[index] for index in range(len(found))]
+    chunks = batches_of_like_length(lengths, BATCH, run.length) if options.method == "guide" else alone
+    groups = join([_chunk_groups(run, [found[n] for n in chunk], length, options, seed) for chunk in shown(chunks)])
+    order = np.argsort(np.concatenate(chunks))
+    return {name: x.isel(sequence=order) if "sequence" in x.dims else x for name, x in groups.items()}
 
 
-def chunk_groups(run: Run, chunk: Sequence[Piece], length: int, options: DrawOptions, seed: int) -> Groups:
-    """All groups of one batch of sequences, padded to ``length`` tokens; texts and labels are not among them."""
-    batch = batch_of_rows([x.tokens for x in chunk], run.start_token, run.length, run.device, pad_to=length)
+def _chunk_groups(run: Run, chunk: Sequence[Piece], length: int, options: DrawOptions, seed: int) -> Groups:
+    """All groups of one batch of sequences."""
+    batch = batch_of_rows([x.tokens for x in chunk], run.start_token, run.length, run.device)
     batch = with_labels(batch, [piece.text.labels for piece in chunk])
     groups = _batch_groups(run.model, run.guide, batch, run.inference, options, seed)
+    missing = {"token": (0, length - batch.targets_BT.shape[1])}
+    padding = {"tokens": MISSING, "log_likelihood": np.nan}
+    groups[TEXT] = groups[TEXT].map(lambda x: x.pad(missing, constant_values=padding[str(x.name)]))
     if options.replicas:
         z_RBLKD = torch.from_numpy(groups["posterior"]["z"].values[0, : options.replicas]).to(run.device)
         keys = RowKeys.of_batch(batch, seed)

@@ -142,16 +142,14 @@ def batches_of_like_length(lengths: Sequence[int], batch_size: int, longest: int
     return batches
 
 
-def batch_of_rows(
-    rows: Sequence[Tokens], start_token: int, length: int, device: torch.device | str = "cpu", pad_to: int = 1
-) -> Batch:
-    """A `Batch` of B rows of tokens, padded on the right to the longest row and to at least ``pad_to`` tokens.
+def batch_of_rows(rows: Sequence[Tokens], start_token: int, length: int, device: torch.device | str = "cpu") -> Batch:
+    """A `Batch` of B rows of tokens, padded on the right to the longest row, and to one token at least.
 
     Args:
         length: of the model; `UsageError` if a row is longer.
     """
     lengths_B = torch.tensor([len(row) for row in rows])
-    if (longest := int(lengths_B.max())) > length:
+    if (longest := max(1, int(lengths_B.max()))) > length:
         raise UsageError(f"A text has {longest} tokens, but the model's length is {length}: shorten it.")
-    padded = [[*row, *[start_token] * (max(longest, pad_to) - len(row))] for row in rows]
+    padded = [[*row, *[start_token] * (longest - len(row))] for row in rows]
     return make_batch(torch.tensor(padded), lengths_B, start_token).to(device)
