@@ -15,6 +15,7 @@ from ltm_pyro.models.long_documents import PiecewiseDecoder
 from ltm_pyro.models.masked_diffusion import MaskedDiffusionModel
 from ltm_pyro.models.mixture import MixturePrior
 from ltm_pyro.models.sparse import SparsePrior
+from ltm_pyro.models.transport import TransportPrior
 
 __all__ = [
     "AutoregressivePrior",
@@ -33,5 +34,6 @@ __all__ = [
     "MixturePrior",
     "PiecewiseDecoder",
     "SparsePrior",
+    "TransportPrior",
     "TwoModesModel",
 ]

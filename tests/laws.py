@@ -14,6 +14,7 @@ PRIORS = {
     "AutoregressivePrior": {"layers": 1, "width": 8, "heads": 1},
     "FlowPrior": {"transforms": 2, "width": 8},
     "SparsePrior": {},
+    "TransportPrior": {"layers": 1, "width": 8, "heads": 1},
     "ConditionalPrior": {"label": "source", "levels": ["a", "b"]},
     "GroupedPrior": {"label": "source", "levels": ["a", "b"]},
     "EnergyPrior": {"width": 8, "steps": 2, "step_size": 0.05, "contrast": 4},

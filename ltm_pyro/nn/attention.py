@@ -131,10 +131,10 @@ def full_attention(
     q_BHTC: Float[Tensor, "B H T C"],
     k_BHTC: Float[Tensor, "B H T C"],
     v_BHTC: Float[Tensor, "B H T C"],
-    visible_BT: Bool[Tensor, "B T"],
+    visible_BT: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B H T C"]:
     """softmax(q kᵀ / √C) v over all visible tokens of the sequence, before and behind; each has at least one."""
-    return attend(q_BHTC, k_BHTC, v_BHTC, visible_BT[:, None, None])
+    return attend(q_BHTC, k_BHTC, v_BHTC, None if visible_BT is None else visible_BT[:, None, None])
 
 
 BACKENDS = {  # fastest first
@@ -230,8 +230,8 @@ def ring_attention(
     return (scores_BHUM.softmax(-1).view(*q.shape[:3], -1) @ ring.values_BGMC).view(q_BHUC.shape)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."]) -> Tensor:
-    """softmax(q kᵀ / √C) v where ``mask`` is True.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."] | None) -> Tensor:
+    """softmax(q kᵀ / √C) v where ``mask`` is True; everywhere if it is None.
 
     Uses torch's fused kernels on CUDA, and plain matrix products on a CPU, where their bfloat16 backward is four to
     eleven times as fast as the fused one at our block sizes.
@@ -239,5 +239,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."]) -> Tensor
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+    if mask is not None:
+        scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
     return scores.softmax(-1) @ v

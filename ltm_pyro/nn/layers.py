@@ -78,13 +78,12 @@ class SelfAttention(Attention):
         """The layer's output for normalised input; the caller adds the residual.
 
         Args:
-            visible_BT: the tokens that are attended to without a window: all but padding.
+            visible_BT: the tokens that are attended to without a window, such as all but padding; by default all.
         """
         q_BHTC, new = self.project(x_BTD, angles)
         new = new.repeat_heads(self.heads)
         if self.window is not None:
             return self.merge(window_attention(q_BHTC, *new, self.window, self.attention))
-        assert visible_BT is not None
         return self.merge(full_attention(q_BHTC, *new, visible_BT))
 
     def project(

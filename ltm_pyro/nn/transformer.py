@@ -1,4 +1,4 @@
-"""A small causal Transformer for learned priors and encoders.
+"""A small Transformer for learned priors and encoders, causal or not.
 
 Shapes: B sequences, T positions, D width.
 """
@@ -17,10 +17,10 @@ class Transformer(nn.Module):
 
     Args:
         layers, width, heads: 2 · ``heads`` divides ``width``.
-        window: number of positions that each one attends to, itself included.
+        window: number of positions that each one attends to, itself included; None for all, also those behind it.
     """
 
-    def __init__(self, layers: int, width: int, heads: int, window: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, window: int | None) -> None:
         super().__init__()
         if min(layers, width, heads) < 1 or width % (2 * heads):
             raise UsageError(
