@@ -97,7 +97,7 @@ def draw_posterior(
     console = Console(stderr=True)
     shown: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
     with fix_global_draws(run.model, seed):
-        groups = infer(run, found, length, options, seed, lambda chunks: track(chunks, "inferring", **shown))
+        groups = draw_sequences(run, found, length, options, seed, lambda chunks: track(chunks, "inferring", **shown))
     for name, data in text_groups(run, found).items():
         groups[name] = groups[name].assign(data)
     return assemble(groups, settings(options, run.guide, run.inference, seed) | {"run": run.source})
@@ -114,7 +114,7 @@ def prepare(
     return run, pieces(run, as_texts(texts), longer)
 
 
-def infer(
+def draw_sequences(
     run: Run,
     found: Sequence[Piece],
     length: int,

@@ -22,7 +22,7 @@ from ltm_pyro.analysis.draw_posterior import (
     BATCH,
     DrawOptions,
     Groups,
-    infer,
+    draw_sequences,
     number_axes,
     prepare,
     settings,
@@ -103,7 +103,7 @@ def stream_posterior(
     asked = json.dumps({"what": _digest(run, found, options), "keep": keep, **attrs} | {"run": ""}, sort_keys=True)
     with fix_global_draws(run.model, seed), writing(path):
         if not path.exists():
-            first = _kept(infer(run, found[:1], length, options, seed), keep)
+            first = _kept(draw_sequences(run, found[:1], length, options, seed), keep)
             _create(path, first, text_groups(run, found), size, stamp("posterior") | attrs | {SETTINGS: asked})
         if not is_store(path) or zarr.open_group(path, mode="r").attrs.get(SETTINGS) != asked:
             raise UsageError(
@@ -112,7 +112,7 @@ def stream_posterior(
         complete = zarr.open_array(path / "ltm_pyro" / COMPLETE, mode="r+")
         for number in _with_progress([n for n in range(place.rank, blocks, place.size) if not complete[n]], place):
             block = found[number * size : (number + 1) * size]
-            groups = infer(run, block, length, options, seed)
+            groups = draw_sequences(run, block, length, options, seed)
             finite = xr.apply_ufunc(np.isfinite, groups[SEQUENCES]["mean"]).all(THOUGHTS).values
             if not finite.all():
                 raise UsageError(

@@ -52,7 +52,7 @@ def test_a_store_is_the_posterior(run, tmp_path):
 
 
 def test_interrupted_twice_and_continued_by_two(run, tmp_path, monkeypatch):
-    path, plain = tmp_path / "b.zarr", stream.infer
+    path, plain = tmp_path / "b.zarr", stream.draw_sequences
     done = []
 
     def interrupted(*arguments):
@@ -61,7 +61,7 @@ def test_interrupted_twice_and_continued_by_two(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(stream, "infer", interrupted)
+    monkeypatch.setattr(stream, "draw_sequences", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             stream_posterior(run, texts(70), path, OPTIONS, longer="cut", place=Place(0, 2))
