@@ -52,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="penalty on earlier tokens; 1 for none"
     )
     tokens.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop after TEXT; can be repeated")
+    rethinking = parser.add_argument_group("rethinking: write again with thoughts that have seen what was written")
+    rethinking.add_argument("--rethink", type=at_least(1), metavar="N", help="iterations after the first draft")
+    about = "what the loop samples from: the paper's loop, exact Gibbs sampling, or nothing but new draws"
+    rethinking.add_argument("--target", choices=("rethink", "gibbs", "ancestral"), default="rethink", help=about)
+    rethinking.add_argument("--chains", type=at_least(1), default=1, metavar="C", help="independent loops")
+    about = "the draft that is printed: the last, or that with the highest ELBO or likelihood, or of most chains"
+    rethinking.add_argument("--keep", choices=("last", "elbo", "likelihood", "majority"), default="last", help=about)
+    about = "stop once no draft has changed for N iterations"
+    rethinking.add_argument("--patience", type=at_least(1), metavar="N", help=about)
     thoughts = parser.add_argument_group("thoughts")
     about = "label of the document, for a prior that asks for it; can be repeated"
     thoughts.add_argument("--label", action="append", default=[], metavar="NAME=VALUE", help=about)
@@ -90,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         stop_strings=tuple(args.stop),
     )
     trained = load_run(args.run, args.device, args.trust)
+    if args.rethink:
+        return _rethink(trained, args, sampling)
     try:
         texts = _texts(trained, args, sampling)
     except RuntimeError as error:
@@ -105,6 +116,37 @@ def run(args: argparse.Namespace) -> int:
         print()
     else:
         print("\n---\n".join(args.prompt + text for text in texts))
+    return 0
+
+
+def _rethink(trained: Any, args: argparse.Namespace, sampling: Any) -> int:
+    """Prints the text that is kept of all drafts, or as JSON all of them with their figures."""
+    from rich.progress import Progress
+
+    from ltm_pyro.text.rethinking import Rethinking, rethink
+    from ltm_pyro.utils.console import Console
+
+    steps = trained.inference.steps if args.fast_steps is None else args.fast_steps
+    rethinking = Rethinking(
+        iterations=args.rethink,
+        target=args.target,
+        chains=args.chains,
+        keep=args.keep,
+        patience=args.patience,
+        inference=replace(trained.inference, steps=steps),
+        labels=_labels(args.label),
+    )
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rethinking", total=args.rethink + 1)
+        (found,) = rethink(
+            trained, [args.prompt], rethinking, sampling, seed=args.seed, progress=lambda _: bar.advance(task)
+        )
+    if args.json:
+        figures = {name.removesuffix("_NC"): x.tolist() for name, x in found._asdict().items() if name.endswith("_NC")}
+        print_json({"prompt": args.prompt, "text": found.text, "drafts": found.drafts, **figures})
+    else:
+        print(args.prompt + found.text)
     return 0
 
 
@@ -156,6 +198,23 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--infill does not go with --prompt, --stream, --interpolate and --compile: leave them out.")
     if args.interpolate and (args.prompt or args.stream or args.refit_every):
         raise UsageError("--interpolate does not go with --prompt, --stream and --refit-every: leave them out.")
+    alone = {"--target": "rethink", "--chains": 1, "--keep": "last", "--patience": None}
+    if unused := [name for name, default in alone.items() if getattr(args, name[2:]) != default and not args.rethink]:
+        raise UsageError(f"{unused[0]} has no effect without --rethink N: add it, or leave {unused[0]} out.")
+    if args.rethink and (
+        args.infill is not None
+        or args.interpolate
+        or args.stream
+        or args.refit_every
+        or args.layers
+        or args.candidates > 1
+        or args.num_samples > 1
+        or args.compile
+    ):
+        raise UsageError(
+            "--rethink does not go with --infill, --interpolate, --stream, --refit-every, --layers, --candidates, "
+            "--num-samples and --compile: leave them out; --chains runs several loops."
+        )
     if args.stream and args.json:
         raise UsageError("--stream prints text at once, --json one object at the end: choose one of them.")
     for name, text in (

@@ -1,0 +1,297 @@
+r"""Rethinking: a text is written, its thoughts are inferred from prompt and text, it is written again, and so on.
+
+What the loop samples from is its *target*; y is the text after the prompt x.
+
+- ``ancestral``: z ~ q(z | x), y ~ p(y | z, x), each time anew. The control: nothing is rethought.
+- ``gibbs``: y ~ p(y | z, x), and a move of z that leaves p(z | x, y) as it is (Metropolis, independent proposals from
+  q(z | x, y), fitted from a fixed start and with fixed noise: a function of x and y alone). The loop leaves
+  p(z, y | x) as it is, so that y comes from p(y | x). It repairs a poor q(z | x), and cannot beat exact ancestral
+  sampling.
+- ``rethink``: fast steps on q(z | x, y) from where it stands, z ~ q, y ~ p(y | z, x), as in arXiv 2602.06584. It is the
+  Gibbs loop with q in the place of p(z | x, y), and no correction: near p(y | x) where q is near the posterior, and
+  wrong by as much as q is. With likeliest tokens, or at a low temperature, it climbs towards a mode instead.
+
+Shapes: B rows (chains of all prompts), C chains of a prompt, N iterations, T tokens.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from pyro import poutine
+from torch import Tensor
+
+from ltm_pyro.contracts import Batch
+from ltm_pyro.data.encode import Tokens, batch_of_rows, encode_prompt
+from ltm_pyro.errors import UsageError
+from ltm_pyro.inference.covariates import prior_arguments, with_labels
+from ltm_pyro.inference.elbo import Draws, elbo_terms, latent_sites, log_weights, missing_bound
+from ltm_pyro.inference.global_latents import fix_draws_by_keys
+from ltm_pyro.inference.local import infer_local
+from ltm_pyro.inference.param_store import no_param_store
+from ltm_pyro.inference.row_noise import RowKeys, RowNoise
+from ltm_pyro.inference.state import LocalInference, LocalState
+from ltm_pyro.nn.precision import full_precision
+from ltm_pyro.runs.run import Run
+from ltm_pyro.text.denoising import fills_gaps
+from ltm_pyro.text.generation import decode, prompt_keys, write
+from ltm_pyro.text.sampling import Sampling
+from ltm_pyro.utils.threads import one_at_a_time
+
+Target = Literal["ancestral", "gibbs", "rethink"]
+Keep = Literal["last", "elbo", "likelihood", "majority"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rethinking:
+    """How often a text is written again, what the loop samples from, and which of its drafts is kept.
+
+    Args:
+        iterations: N, after the first draft.
+        target: ``ancestral``, ``gibbs`` or ``rethink``; see this module.
+        chains: C, independent loops for each prompt.
+        keep: which draft is returned: the ``last`` one (of the first chain), that with the highest ``elbo`` of prompt
+            and draft, that with the highest ``likelihood`` log p(y | z, x), or what most chains end with
+            (``majority``).
+        patience: a prompt is finished once no chain's draft has changed for so many iterations; None for never.
+        inference: settings of local inference; those of the run's evaluation when not given.
+        labels: of the documents that are written, for a prior that asks for them.
+    """
+
+    iterations: int = 10
+    target: Target = "rethink"
+    chains: int = 1
+    keep: Keep = "last"
+    patience: int | None = None
+    inference: LocalInference | None = None
+    labels: dict[str, str | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, choices in {"target": Target, "keep": Keep}.items():
+            if getattr(self, name) not in choices.__args__:  # type: ignore[attr-defined]
+                known = ", ".join(choices.__args__)  # type: ignore[attr-defined]
+                raise UsageError(f"There is no {name} {getattr(self, name)!r}: choose from {known}.")
+        if self.iterations < 0 or self.chains < 1 or (self.patience is not None and self.patience < 1):
+            raise UsageError(
+                f"Rethinking needs iterations ≥ 0, chains ≥ 1 and patience ≥ 1, got {self.iterations}, {self.chains} "
+                f"and {self.patience}."
+            )
+
+
+class Rethought(NamedTuple):
+    """All drafts of one prompt: by iteration (the first is the one before any rethinking) and chain.
+
+    ``elbo`` and ``kl`` are those of prompt and draft under the q that the next draft's z comes from, at one draw;
+    ``log_likelihood`` is log p(y | z, x) at the ``z`` that the draft was written from; all in nats. ``accepted`` says
+    whether z has moved before a draft (always, but for ``gibbs``). A difference of two ELBOs bounds nothing.
+    """
+
+    prompt: str
+    text: str
+    drafts: list[list[str]]
+    elbo_NC: Float[np.ndarray, "N C"]
+    kl_NC: Float[np.ndarray, "N C"]
+    log_likelihood_NC: Float[np.ndarray, "N C"]
+    accepted_NC: Bool[np.ndarray, "N C"]
+    z_NCLKD: Float[np.ndarray, "N C L K D"]
+
+
+class Draft(NamedTuple):
+    """One iteration of all rows: the texts as tokens, and what is recorded of them."""
+
+    rows: list[list[int]]
+    elbo_B: Tensor
+    kl_B: Tensor
+    log_likelihood_B: Tensor
+    accepted_B: Tensor
+    z_BLKD: Tensor
+
+
+@one_at_a_time
+def rethink(
+    run: Run,
+    prompts: Sequence[str],
+    rethinking: Rethinking | None = None,
+    sampling: Sampling | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda iteration: None,
+) -> list[Rethought]:
+    """Writes a text after each prompt, and writes it again with thoughts that have seen it.
+
+    A result depends on its prompt and the seed, not on the other prompts. After Ctrl-C the drafts so far are returned.
+
+    Args:
+        progress: called after each iteration with its number, from 0 for the first drafts.
+
+    Raises:
+        UsageError: the run cannot do it: no thoughts, no density of q for ``gibbs``, or filters of tokens, under which
+            y does not come from p(y | z, x).
+    """
+    rethinking, sampling = rethinking or Rethinking(), sampling or Sampling()
+    _check(run, rethinking, sampling)
+    tokens = [encode_prompt(run.tokenizer, prompt) for prompt in prompts]
+    if too_long := [len(row) for row in tokens if len(row) >= run.length]:
+        raise UsageError(f"A prompt has {too_long[0]} tokens, but the model's length is {run.length}: shorten it.")
+    chains = rethinking.chains
+    rows = [row for row in tokens for _ in range(chains)]
+    keys = prompt_keys(run, rows, seed, [*range(chains)] * len(tokens))
+    drafts: list[Draft] = []
+    texts: list[list[list[str]]] = [[] for _ in prompts]  # of each prompt: by iteration and chain
+    try:
+        for draft in _drafts(run, rows, rethinking, sampling, keys, seed):
+            drafts.append(draft)
+            written = decode(run, draft.rows)
+            for number, own in enumerate(texts):
+                own.append(written[number * chains : (number + 1) * chains])
+            progress(len(drafts) - 1)
+            settled = [_settled_at(own, rethinking.patience) is not None for own in texts]
+            if len(drafts) > rethinking.iterations or all(settled):
+                break
+    except KeyboardInterrupt:
+        if not drafts:
+            raise
+    found = []
+    for number, (prompt, own) in enumerate(zip(prompts, texts, strict=True)):
+        place = slice(number * chains, (number + 1) * chains)
+        last = _settled_at(own, rethinking.patience)
+        last = len(drafts) - 1 if last is None else last
+        columns = (torch.stack([getattr(x, name)[place] for x in drafts[: last + 1]]) for name in Draft._fields[1:])
+        elbo_NC, kl_NC, log_likelihood_NC, *others = (x.cpu().numpy() for x in columns)
+        text = own[last][0]
+        if rethinking.keep == "majority":
+            text = Counter(own[last]).most_common(1)[0][0]
+        elif rethinking.keep != "last":
+            by = elbo_NC if rethinking.keep == "elbo" else log_likelihood_NC
+            iteration, chain = np.unravel_index(by.argmax(), by.shape)
+            text = own[iteration][chain]
+        found.append(Rethought(prompt, text, own[: last + 1], elbo_NC, kl_NC, log_likelihood_NC, *others))
+    return found
+
+
+def _check(run: Run, rethinking: Rethinking, sampling: Sampling) -> None:
+    if fills_gaps(run) or 0 in getattr(run.model.decoder, "thought_shape", (0,)):
+        raise UsageError("The run has no thoughts, so there is nothing to rethink: use a Latent-Thought model.")
+    plain = Sampling(max_new_tokens=sampling.max_new_tokens, stop_strings=sampling.stop_strings)
+    if rethinking.target == "gibbs" and sampling != plain:
+        raise UsageError(
+            "The target gibbs needs y from p(y | z, x): leave greedy, temperature, filters and penalty out."
+        )
+    if rethinking.target == "gibbs" and (missing := missing_bound(run.model, run.guide)):
+        raise UsageError(f"The target gibbs needs the density of z and of q, but {missing}: choose rethink.")
+
+
+def _drafts(
+    run: Run, prompts: list[list[int]], rethinking: Rethinking, sampling: Sampling, keys: RowKeys, seed: int
+) -> Iterator[Draft]:
+    """The first drafts, and one iteration after the other, without end."""
+    model, guide, inference = run.model, run.guide, rethinking.inference or run.inference
+    given = _batch(run, prompts, prompts, rethinking)
+    of_prompt, _ = infer_local(model, guide, given, inference, keys=keys)
+    state, sites = of_prompt, _sample(run, given, of_prompt, keys.fold_in("q", 0))
+    accepted_B = torch.ones(len(prompts), dtype=torch.bool, device=run.device)
+    for iteration in count():
+        z_BLKD = _thoughts(run, given, sites, keys)
+        written = write(run, prompts, z_BLKD, keys.fold_in("draft", iteration), sampling)
+        rows = [[*x, *y, *_end(run, x, y, sampling)] for x, y in zip(prompts, written, strict=True)]
+        batch = _batch(run, rows, prompts, rethinking)
+        if rethinking.target == "rethink":
+            state, _ = infer_local(model, guide, batch, inference, state, keys=keys.fold_in(iteration))
+        else:  # a function of prompt and text alone, as a proposal of Metropolis has to be
+            state, _ = infer_local(model, guide, batch, inference, keys=RowKeys.of_batch(batch, seed))
+        with torch.no_grad(), no_param_store(model), fix_draws_by_keys(model, keys):
+            noise = RowNoise(keys.fold_in("elbo", iteration))
+            terms = elbo_terms(model, guide, batch, state.parameters, Draws(kl="sampled", noise=noise))
+            scored = model.prepare(_batch(run, rows, prompts, rethinking, text_only=True))
+            log_likelihood_B = model.observation(z_BLKD, scored).log_prob(scored.targets_BT)
+        yield Draft(written, terms.elbo_B, terms.kl_B, log_likelihood_B, accepted_B, z_BLKD)
+        own = keys.fold_in("q", iteration + 1)
+        if rethinking.target == "ancestral":
+            sites = _sample(run, given, of_prompt, own)
+        elif rethinking.target == "rethink":
+            sites = _sample(run, batch, state, own)
+        else:
+            proposed = _sample(run, batch, state, own)
+            new_B, old_B = (_log_weight(run, batch, state, x, keys) for x in (proposed, sites))
+            accepted_B = keys.fold_in("accept", iteration).uniform(1)[:, 0].log() < new_B - old_B
+            sites = {
+                name: torch.where(accepted_B.view(-1, *[1] * (x.dim() - 1)), proposed[name], x)
+                for name, x in sites.items()
+            }
+
+
+def _end(run: Run, prompt: Tokens, new: Tokens, sampling: Sampling) -> list[int]:
+    """`END_OF_TEXT` behind a text that has ended by itself; nothing behind one that was cut."""
+    cut = len(new) >= sampling.max_new_tokens or len(prompt) + len(new) >= run.length
+    if not cut and sampling.stop_strings:
+        cut = any(stop in decode(run, [new])[0] for stop in sampling.stop_strings)
+    return [] if cut else [run.start_token]
+
+
+def _batch(
+    run: Run, rows: Sequence[Tokens], prompts: Sequence[Tokens], rethinking: Rethinking, text_only: bool = False
+) -> Batch:
+    """Rows of prompt and text, which q sees; where training scored the text alone, or ``text_only``, so does this."""
+    batch = batch_of_rows(rows, run.start_token, run.length, run.device)
+    batch = with_labels(batch, [rethinking.labels] * batch.size) if rethinking.labels else batch
+    if text_only or run.score == "completion":
+        given_B1 = torch.tensor([[len(prompt)] for prompt in prompts], device=run.device)
+        text_BT = torch.arange(batch.mask_BT.shape[1], device=run.device) >= given_B1
+        batch = batch._replace(mask_BT=batch.mask_BT & text_BT, observed_BT=batch.mask_BT)
+    return batch
+
+
+def _sample(run: Run, batch: Batch, state: LocalState, keys: RowKeys) -> dict[str, Tensor]:
+    """A draw of every latent site from q, or from the prior where q has seen no token."""
+    with (
+        torch.no_grad(),
+        no_param_store(run.model),
+        full_precision(batch.inputs_BT),
+        fix_draws_by_keys(run.model, keys),
+    ):
+        with RowNoise(keys):
+            q: Any = poutine.trace(run.guide).get_trace(batch, state.parameters)
+        with RowNoise(keys.fold_in("prior")):
+            p: Any = poutine.trace(run.model.sample_prior).get_trace(*prior_arguments(run.model, batch))
+    blank_B = batch.observed.tokens_B == 0
+    return {
+        name: torch.where(blank_B.view(-1, *[1] * (site["value"].dim() - 1)), p.nodes[name]["value"], site["value"])
+        for name, site in latent_sites(q).items()
+    }
+
+
+def _at(sites: dict[str, Tensor], program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program whose latent sites have the given values."""
+    trace = poutine.Trace()
+    for name, value in sites.items():
+        trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
+    replayed: Callable[..., Any] = poutine.replay(program, trace=trace)
+    return replayed
+
+
+def _thoughts(run: Run, batch: Batch, sites: dict[str, Tensor], keys: RowKeys) -> Float[Tensor, "B L K D"]:
+    """z, which is a function of the latent sites."""
+    with torch.no_grad(), no_param_store(run.model), fix_draws_by_keys(run.model, keys):
+        z_BLKD: Tensor = _at(sites, run.model.sample_prior)(*prior_arguments(run.model, batch))
+    return z_BLKD
+
+
+def _log_weight(
+    run: Run, batch: Batch, state: LocalState, sites: dict[str, Tensor], keys: RowKeys
+) -> Float[Tensor, " B"]:
+    """log p(x, y, z) − log q(z | x, y) in nats."""
+    with torch.no_grad(), fix_draws_by_keys(run.model, keys):
+        return log_weights(run.model, _at(sites, run.guide), batch, state.parameters)
+
+
+def _settled_at(drafts: Sequence[Sequence[str]], patience: int | None) -> int | None:
+    """The first iteration at which no chain's draft has changed for ``patience`` iterations; None if there is none."""
+    if patience is None:
+        return None
+    ends = range(patience, len(drafts))
+    return next((end for end in ends if all(x == drafts[end] for x in drafts[end - patience : end])), None)
