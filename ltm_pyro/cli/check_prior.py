@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm check-prior`."""
     parser.add_argument("source", metavar="RECIPE_OR_RUN", help="recipe (YAML) before training, or a run directory")
+    about = "packed data or text that the decoder reads; by default the held-out data of the recipe or run"
+    parser.add_argument("--data", metavar="DIR_OR_TEXT", help=about)
     parser.add_argument("--samples", type=at_least(2), default=32, metavar="S", help="draws of z for each sequence")
     parser.add_argument(
         "--sequences", type=at_least(1), default=8, metavar="N", help="sequences that the decoder reads"
@@ -43,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from itertools import islice
 
     from ltm_pyro.analysis.prior_predictive import prior_predictive
+    from ltm_pyro.data import load_text_or_pack
     from ltm_pyro.data.encode import batch_of_rows
     from ltm_pyro.evaluation.evaluate import held_out
     from ltm_pyro.inference.covariates import with_labels
@@ -50,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.text.sampling import Sampling
 
     source = _load(args.source, args.option, args.trust)
-    rows = [*islice(held_out(source), args.sequences)]
+    place = (source.tokenizer, source.length)
+    data = load_text_or_pack(args.data, *place) if args.data else held_out(source)
+    rows = [*islice(data, args.sequences)]
     batch = batch_of_rows([row.tokens_T.tolist() for row in rows], source.start_token, source.length)
     batch = with_labels(batch, [dict(row.parts[0].document.labels) for row in rows])
     found = prior_predictive(source.model, source.guide, batch, source.inference, args.samples, args.seed)

@@ -70,6 +70,10 @@ def test_a_run_is_checked_and_a_picture_drawn(run, ltm, refused, tmp_path):
     assert json.loads(ltm(*words, "--seed", 3, "--json", "--force")[1]) == json.loads(out)
     assert (tmp_path / "prior.png").read_bytes().startswith(b"\x89PNG")
     assert "exists already" in refused(*words)
+    (tmp_path / "text.txt").write_text("time and again")
+    code, other, err = ltm("check-prior", run, "--data", tmp_path / "text.txt", "--json")
+    assert code == 0, err
+    assert json.loads(other)["tokens"] < json.loads(out)["tokens"]
     assert "would have no effect on a run" in refused("check-prior", run, "--option", "model.slow.rate=1")
 
 
