@@ -46,6 +46,7 @@ class TransportPrior(PyroModule):
 
     def transport(self, z0_BLKD: Float[Tensor, "*B L K D"]) -> Float[Tensor, "*B L K D"]:
         """U(z₀)."""
-        z0_BND = z0_BLKD.reshape(-1, *self.position_ND.shape[:1], self.shape.width)
+        lead = z0_BLKD.shape[:-3].numel()
+        z0_BND = z0_BLKD.reshape(lead, self.shape.layers * self.shape.thoughts, self.shape.width)
         hidden_BND = self.transformer(self.input(z0_BND) + self.position_ND)
         return z0_BLKD + self.output(hidden_BND).view(z0_BLKD.shape)

@@ -1,7 +1,7 @@
-"""Before training: what a prior's thoughts are like, and how much they change in the decoder.
+"""Before training: what a prior's thoughts are like, and how much of the decoder's activations comes from them.
 
-What they change stands beside what draws of N(0, I), the paper's prior, change: before training a decoder has no scale
-of its own. Shapes: S draws, B sequences, T tokens, L layers, K thoughts, V vocabulary.
+That stands beside the same under N(0, I), the paper's prior: before training a decoder has no scale of its own.
+Shapes: S draws, B sequences, T tokens, L layers, K thoughts, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -44,10 +44,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Effect:
-    """What thoughts change in the decoder.
+    """What thoughts do to the decoder.
 
-    ``added`` is by layer that attends to thoughts: the root mean square of what its cross-attention adds to a token,
-    over that of what is there. ``information`` is what a draw of z says of the next token, in nats per token:
+    ``added`` is by layer that attends to thoughts: the root mean square of the cross-attention's output, over that of
+    the hidden states that it is added to. ``information`` is what a draw of z says of the next token, in nats per
+    token:
 
     .. math:: I = H(E_z p(x_t | z, x_{<t})) - E_z H(p(x_t | z, x_{<t}))
 
@@ -72,35 +73,34 @@ class PriorPredictive:
 
     def verdicts(self) -> list[str]:
         """One sentence for each thing that will make training hard; one that says so if there is none."""
-        found, ours, theirs = [], self.effect, self.effect_of_standard_normal
-        sizes = [abs(x) for spread in self.sites for x in spread.quantiles]
-        if not all(map(np.isfinite, sizes)):
-            found.append("Some draws are not finite: bound the prior's parameters, or choose lighter tails.")
+        ours, theirs = self.effect, self.effect_of_standard_normal
+        numbers = [x for spread in self.sites for x in spread.quantiles]
+        if not np.isfinite([*numbers, *ours.added.values(), ours.information]).all():
+            return ["Some draws are not finite: bound the prior's parameters, or choose lighter tails."]
+        found = []
         if not any(theirs.added.values()):
             found.append(
-                "The cross-attention's output starts at zero (zero_init_cross_attention), so that no prior has "
-                "an effect yet: check a prior without it, or a run."
+                "The cross-attention's output starts at zero (zero_init_cross_attention), so that no prior has an "
+                "effect yet: check a prior without it, or a run."
             )
         elif max(ours.added.values()) < max(theirs.added.values()) / FAR:
             found.append(
-                f"The prior starves the decoder: its thoughts change less than a tenth of what N(0, I) does. Raise the "
-                f"scale of {self.prior}."
+                f"The cross-attention's output is less than a tenth of what it is under N(0, I): raise the scale of "
+                f"{self.prior}."
             )
         elif max(ours.added.values()) > max(theirs.added.values()) * FAR:
             found.append(
-                f"The prior floods the decoder: its thoughts change more than ten times what N(0, I) does. Lower the "
-                f"scale of {self.prior}."
+                f"The cross-attention's output is more than ten times what it is under N(0, I): lower the scale of "
+                f"{self.prior}."
             )
         elif theirs.information > 0 and ours.information < theirs.information / FAR:
-            found.append(
-                "Draws hardly differ in what they say of the next token: most of the prior's thoughts are alike."
-            )
+            found.append("Draws hardly differ in what they say of the next token: most of the prior's draws are alike.")
         if self.kl is not None and self.kl > self.tokens:
             found.append(
                 f"q starts {self.kl:,.1f} nats from the prior, more than one nat for each of {self.tokens:,.0f} "
                 f"tokens: raise `model.inference.init.log_var`, or give the prior a start that has moments."
             )
-        return found or ["Nothing stands out: the thoughts change about as much in the decoder as those of N(0, I)."]
+        return found or ["Nothing stands out: the thoughts' effect on the decoder is about that of N(0, I)."]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, for JSON."""
@@ -118,12 +118,13 @@ def prior_predictive(
         draws: S, of z for each sequence.
 
     Raises:
-        UsageError: the model has no thoughts.
+        UsageError: the model has no thoughts, or its decoder is not a `Decoder`.
     """
-    if 0 in model.decoder.thought_shape:
-        raise UsageError("There are no thoughts (K = 0), so there is no prior to check: set `thoughts` to 1 or more.")
+    if 0 in getattr(model.decoder, "thought_shape", (0,)):
+        raise UsageError("There are no thoughts (K = 0), so there is no prior to check: use a Latent-Thought model.")
+    if not hasattr(model.decoder, "layer_list"):
+        raise UsageError(f"{type(model.decoder).__name__} is not ltm_pyro's Decoder, whose layers are looked into.")
     with torch.no_grad(), no_param_store(model), seeded(seed):
-        batch = model.prepare(batch)
         with pyro.plate(PARTICLES, draws, dim=-2):
             trace = poutine.trace(model.sample_prior).get_trace(*prior_arguments(model, batch))
         z_SBLKD: Any = trace.nodes["_RETURN"]["value"]
@@ -145,18 +146,26 @@ def _spread(name: str, node: Any) -> Spread:
 
 
 def _effect(model: TextModel, batch: Batch, z_SBLKD: Float[Tensor, "S B L K D"]) -> Effect:
-    """`Effect` of given draws, one draw of all sequences at a time."""
-    mean_BTV, entropy_BT, squares = torch.zeros(()), torch.zeros(()), []
-    with _what_layers_add(model) as added:
-        for z_BLKD in z_SBLKD:
-            log_p_BTV = model.observation(z_BLKD, batch).logits.double().log_softmax(-1)
-            mean_BTV = mean_BTV + log_p_BTV.exp() / len(z_SBLKD)
-            entropy_BT = entropy_BT - (log_p_BTV.exp() * log_p_BTV).sum(-1) / len(z_SBLKD)
-            squares.append({layer: torch.stack(pair) for layer, pair in added.items()})
-    information_BT = -(mean_BTV * mean_BTV.clamp_min(1e-300).log()).sum(-1) - entropy_BT
-    layers = {layer: torch.stack([x[layer] for x in squares]).mean(0) for layer in squares[0]}
+    """`Effect` of given draws, one sequence and one draw at a time: without padding, and in little memory."""
+    squares: dict[int, list[Tensor]] = {}
+    information, tokens = 0.0, 0
+    for row in range(batch.size):
+        one = batch.select(torch.tensor([row]))
+        one = model.prepare(one.crop(0, int(one.mask_BT[0].nonzero().max()) + 1))
+        mean_TV, entropy_T = torch.zeros(()), torch.zeros(())
+        with _what_layers_add(model) as added:
+            for z_BLKD in z_SBLKD[:, row : row + 1]:
+                log_p_TV = model.observation(z_BLKD, one).logits[0].double().log_softmax(-1)
+                mean_TV = mean_TV + log_p_TV.exp() / len(z_SBLKD)
+                entropy_T = entropy_T - (log_p_TV.exp() * log_p_TV).sum(-1) / len(z_SBLKD)
+                for layer, pair in added.items():
+                    squares.setdefault(layer, []).append(torch.stack(pair) * one.inputs_BT.shape[1])
+        information_T = -(mean_TV * mean_TV.clamp_min(1e-300).log()).sum(-1) - entropy_T
+        information += float(information_T[one.mask_BT[0]].sum())
+        tokens += int(one.tokens_B)
+    layers = {layer: torch.stack(pairs).sum(0) for layer, pairs in squares.items()}
     shares = {layer: float((new / old).sqrt()) for layer, (new, old) in layers.items()}
-    return Effect(shares, max(0.0, float(information_BT[batch.mask_BT].mean())))
+    return Effect(shares, information / tokens)
 
 
 @contextmanager

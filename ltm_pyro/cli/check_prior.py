@@ -1,4 +1,4 @@
-"""`ltm check-prior RECIPE_OR_RUN`: what a prior's thoughts are like, and how much they change in the decoder."""
+"""`ltm check-prior RECIPE_OR_RUN`: what a prior's thoughts are like, and their effect on the decoder."""
 
 import argparse
 from pathlib import Path
@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequences", type=at_least(1), default=8, metavar="N", help="sequences that the decoder reads"
     )
     parser.add_argument("--texts", type=at_least(0), default=3, metavar="N", help="texts to write from draws of z")
-    parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="plot the draws and what they change (.png, .svg, …)"
-    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="plot the draws and their effect (.png, .svg, …)")
     about = "of a recipe, as for `ltm fit`; repeatable"
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=about)
     add_seed(parser)
@@ -46,18 +44,15 @@ def run(args: argparse.Namespace) -> int:
 
     from ltm_pyro.analysis.prior_predictive import prior_predictive
     from ltm_pyro.data import load_text_or_pack
-    from ltm_pyro.data.encode import batch_of_rows
     from ltm_pyro.evaluation.evaluate import held_out
-    from ltm_pyro.inference.covariates import with_labels
     from ltm_pyro.text.generation import generate
     from ltm_pyro.text.sampling import Sampling
 
     source = _load(args.source, args.option, args.trust)
+    scored = {"score": source.score, "observe": source.observe}
     place = (source.tokenizer, source.length)
-    data = load_text_or_pack(args.data, *place) if args.data else held_out(source)
-    rows = [*islice(data, args.sequences)]
-    batch = batch_of_rows([row.tokens_T.tolist() for row in rows], source.start_token, source.length)
-    batch = with_labels(batch, [dict(row.parts[0].document.labels) for row in rows])
+    data = load_text_or_pack(args.data, *place) if args.data else held_out(source, **scored)
+    batch = data.collate([*islice(data, args.sequences)])
     found = prior_predictive(source.model, source.guide, batch, source.inference, args.samples, args.seed)
     sampling = Sampling(max_new_tokens=min(64, source.length))
     texts = generate(source, [""] * args.texts, sampling, seed=args.seed) if args.texts else []
@@ -84,19 +79,31 @@ def _load(source: str, options: list[str], trust: bool) -> "Run":
 
     from ltm_pyro.data import PackedDataset
     from ltm_pyro.runs.run import Run
+    from ltm_pyro.training.check_model import check_labels
     from ltm_pyro.training.model_config import build_from_recipe
     from ltm_pyro.training.recipe import check_data, read_recipe
     from ltm_pyro.utils.rng import seeded
 
     config = read_recipe(["--config", source, *(f"--{option}" for option in options), *(["--trust"] if trust else [])])
     check_data(config)
+    config.model.compile = False  # nothing here takes as long as that would
     with seeded(config.seed_everything if isinstance(config.seed_everything, int) else 0):
         built = build_from_recipe(config)
     cast(nn.Module, built.model).eval()
     data = config.data.directory
-    tokenizer = PackedDataset.open(data, "train").tokenizer
-    length = config.model.decoder.init_args.length
-    return Run(built.model, built.guide, tokenizer, built.inference, data, length, source)
+    pack = PackedDataset.open(data, "train")
+    check_labels(built.model, pack.manifest.labels, data)
+    return Run(
+        model=built.model,
+        guide=built.guide,
+        tokenizer=pack.tokenizer,
+        inference=built.inference,
+        data=data,
+        length=config.model.decoder.init_args.length,
+        source=source,
+        score=config.data.score,
+        observe=config.data.observe,
+    )
 
 
 def _print(found: "PriorPredictive", source: str, texts: list[str]) -> None:
@@ -107,10 +114,14 @@ def _print(found: "PriorPredictive", source: str, texts: list[str]) -> None:
         numbers = [f"{value:.3g}" for value in (x.mean, x.sd, *x.quantiles)]
         table.add_row(x.site, x.family, " ".join(map(str, x.shape)), *numbers)
     console.print(table)
-    table = Table("what thoughts change", found.prior, "N(0, I)")
+    table = Table("effect on the decoder", found.prior, "N(0, I)")
     ours, theirs = found.effect, found.effect_of_standard_normal
     for layer, added in ours.added.items():
-        table.add_row(f"layer {layer}: added, relative to a token", f"{added:.3g}", f"{theirs.added[layer]:.3g}")
+        table.add_row(
+            f"layer {layer}: RMS of cross-attention / RMS of hidden states",
+            f"{added:.3g}",
+            f"{theirs.added[layer]:.3g}",
+        )
     table.add_row("information on the next token, nats", f"{ours.information:.3g}", f"{theirs.information:.3g}")
     if found.kl is not None:
         table.add_row("KL where q starts, nats per sequence", f"{found.kl:.3g}", "")

@@ -146,7 +146,8 @@ def _rethink(trained: Any, args: argparse.Namespace, sampling: Any) -> int:
         figures = {name.removesuffix("_NC"): x.tolist() for name, x in found._asdict().items() if name.endswith("_NC")}
         print_json({"prompt": args.prompt, "text": found.text, "drafts": found.drafts, **figures})
     else:
-        print(args.prompt + found.text)
+        kept = found.drafts[-1] if args.keep == "last" else [found.text]  # the last draft of each chain
+        print("\n---\n".join(args.prompt + text for text in kept))
     return 0
 
 
@@ -210,10 +211,11 @@ def _check(args: argparse.Namespace) -> None:
         or args.candidates > 1
         or args.num_samples > 1
         or args.compile
+        or args.denoising_steps
     ):
         raise UsageError(
             "--rethink does not go with --infill, --interpolate, --stream, --refit-every, --layers, --candidates, "
-            "--num-samples and --compile: leave them out; --chains runs several loops."
+            "--num-samples, --compile and --denoising-steps: leave them out; --chains runs several loops."
         )
     if args.stream and args.json:
         raise UsageError("--stream prints text at once, --json one object at the end: choose one of them.")

@@ -32,7 +32,7 @@ COMMANDS = {  # name -> module, line of help
     "show": ("ltm_pyro.cli.show", "show sites, shapes and plate diagram of a run or a recipe"),
     "check-prior": (
         "ltm_pyro.cli.check_prior",
-        "draw from a prior before training: its thoughts, and what they change",
+        "draw from a prior before training: its thoughts, and their effect",
     ),
     "new": ("ltm_pyro.cli.new", "write a commented prior, guide or study to start from, with a test"),
     "export": ("ltm_pyro.cli.export", "export a run as safetensors, recipe, tokenizer and model card"),

@@ -9,7 +9,11 @@ What the loop samples from is its *target*; y is the text after the prompt x.
   sampling.
 - ``rethink``: fast steps on q(z | x, y) from where it stands, z ~ q, y ~ p(y | z, x), as in arXiv 2602.06584. It is the
   Gibbs loop with q in the place of p(z | x, y), and no correction: near p(y | x) where q is near the posterior, and
-  wrong by as much as q is. With likeliest tokens, or at a low temperature, it climbs towards a mode instead.
+  wrong by as much as q is. With likeliest tokens, or at a low temperature, it has another law.
+
+Where training scored the text alone (``data.score: completion``), the model says nothing of the prompt, and p(y | x) is
+∫ p(z) p(y | z, x) dz: that is what ``gibbs`` samples from, while q of the other targets has seen the prompt, as in
+training. Global latent variables are drawn once for each seed.
 
 Shapes: B rows (chains of all prompts), C chains of a prompt, N iterations, T tokens.
 """
@@ -29,7 +33,7 @@ from torch import Tensor
 from ltm_pyro.contracts import Batch
 from ltm_pyro.data.encode import Tokens, batch_of_rows, encode_prompt
 from ltm_pyro.errors import UsageError
-from ltm_pyro.inference.covariates import prior_arguments, with_labels
+from ltm_pyro.inference.covariates import prior_arguments
 from ltm_pyro.inference.elbo import Draws, elbo_terms, latent_sites, log_weights, missing_bound
 from ltm_pyro.inference.global_latents import fix_draws_by_keys
 from ltm_pyro.inference.local import infer_local
@@ -41,6 +45,7 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.text.denoising import fills_gaps
 from ltm_pyro.text.generation import decode, prompt_keys, write
 from ltm_pyro.text.sampling import Sampling
+from ltm_pyro.text.thoughts import with_labels_asked_for
 from ltm_pyro.utils.threads import one_at_a_time
 
 Target = Literal["ancestral", "gibbs", "rethink"]
@@ -58,7 +63,8 @@ class Rethinking:
         keep: which draft is returned: the ``last`` one (of the first chain), that with the highest ``elbo`` of prompt
             and draft, that with the highest ``likelihood`` log p(y | z, x), or what most chains end with
             (``majority``).
-        patience: a prompt is finished once no chain's draft has changed for so many iterations; None for never.
+        patience: a prompt is finished once no chain's draft has changed for so many iterations; None for never. Not for
+            ``gibbs``: a loop that ends at a text that stays favours such texts.
         inference: settings of local inference; those of the run's evaluation when not given.
         labels: of the documents that are written, for a prior that asks for them.
     """
@@ -81,14 +87,17 @@ class Rethinking:
                 f"Rethinking needs iterations ≥ 0, chains ≥ 1 and patience ≥ 1, got {self.iterations}, {self.chains} "
                 f"and {self.patience}."
             )
+        if self.target == "gibbs" and self.patience:
+            raise UsageError("The target gibbs has no patience: to end where a draft stays would favour such drafts.")
 
 
 class Rethought(NamedTuple):
     """All drafts of one prompt: by iteration (the first is the one before any rethinking) and chain.
 
-    ``elbo`` and ``kl`` are those of prompt and draft under the q that the next draft's z comes from, at one draw;
-    ``log_likelihood`` is log p(y | z, x) at the ``z`` that the draft was written from; all in nats. ``accepted`` says
-    whether z has moved before a draft (always, but for ``gibbs``). A difference of two ELBOs bounds nothing.
+    ``elbo`` and ``kl`` are those of prompt and draft under a q fitted to them, at one draw (NaN where there is no
+    bound); ``log_likelihood`` is log p(y | z, x) at the ``z`` that the draft was written from; all in nats.
+    ``accepted`` says whether z has moved before a draft (always, but for ``gibbs``). A difference of two ELBOs bounds
+    nothing.
     """
 
     prompt: str
@@ -102,9 +111,9 @@ class Rethought(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """One iteration of all rows: the texts as tokens, and what is recorded of them."""
+    """One iteration of all rows: the texts, and what is recorded of them."""
 
-    rows: list[list[int]]
+    texts: list[str]
     elbo_B: Tensor
     kl_B: Tensor
     log_likelihood_B: Tensor
@@ -115,82 +124,102 @@ class Draft(NamedTuple):
 @one_at_a_time
 def rethink(
     run: Run,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     rethinking: Rethinking | None = None,
     sampling: Sampling | None = None,
     *,
     seed: int = 0,
+    batch_size: int = 32,
     progress: Callable[[int], None] = lambda iteration: None,
 ) -> list[Rethought]:
     """Writes a text after each prompt, and writes it again with thoughts that have seen it.
 
-    A result depends on its prompt and the seed, not on the other prompts. After Ctrl-C the drafts so far are returned.
+    A result depends on its prompt and the seed, not on the other prompts. After Ctrl-C the drafts so far are returned,
+    of the prompts that have some.
 
     Args:
-        progress: called after each iteration with its number, from 0 for the first drafts.
+        batch_size: about how many chains run together; it does not change them.
+        progress: called after each iteration of a batch with its number, from 0 for the first drafts.
 
     Raises:
-        UsageError: the run cannot do it: no thoughts, no density of q for ``gibbs``, or filters of tokens, under which
-            y does not come from p(y | z, x).
+        UsageError: the run cannot do it: no thoughts, a q that sees prompts alone, no density of q for ``gibbs``, or
+            filters of tokens, under which y does not come from p(y | z, x).
     """
     rethinking, sampling = rethinking or Rethinking(), sampling or Sampling()
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(run, rethinking, sampling)
     tokens = [encode_prompt(run.tokenizer, prompt) for prompt in prompts]
     if too_long := [len(row) for row in tokens if len(row) >= run.length]:
         raise UsageError(f"A prompt has {too_long[0]} tokens, but the model's length is {run.length}: shorten it.")
-    chains = rethinking.chains
-    rows = [row for row in tokens for _ in range(chains)]
-    keys = prompt_keys(run, rows, seed, [*range(chains)] * len(tokens))
-    drafts: list[Draft] = []
-    texts: list[list[list[str]]] = [[] for _ in prompts]  # of each prompt: by iteration and chain
-    try:
-        for draft in _drafts(run, rows, rethinking, sampling, keys, seed):
-            drafts.append(draft)
-            written = decode(run, draft.rows)
-            for number, own in enumerate(texts):
-                own.append(written[number * chains : (number + 1) * chains])
-            progress(len(drafts) - 1)
-            settled = [_settled_at(own, rethinking.patience) is not None for own in texts]
-            if len(drafts) > rethinking.iterations or all(settled):
-                break
-    except KeyboardInterrupt:
-        if not drafts:
-            raise
+    found: list[Rethought] = []
+    size = max(1, batch_size // rethinking.chains)
+    for first in range(0, len(prompts), size):
+        rows = [row for row in tokens[first : first + size] for _ in range(rethinking.chains)]
+        drafts: list[Draft] = []
+        try:
+            for draft in _drafts(run, rows, rethinking, sampling, seed):
+                drafts.append(draft)
+                progress(len(drafts) - 1)
+                if len(drafts) > rethinking.iterations or _all_settled(drafts, rethinking):
+                    break
+        except KeyboardInterrupt:
+            if not drafts and not found:
+                raise
+        found += _kept(prompts[first : first + size], drafts, rethinking)
+        if len(drafts) <= rethinking.iterations and not _all_settled(drafts, rethinking):
+            break  # interrupted
+    return found
+
+
+def _kept(prompts: Sequence[str], drafts: Sequence[Draft], rethinking: Rethinking) -> list[Rethought]:
+    """All drafts of each prompt, up to where it was finished, and the one that is kept."""
     found = []
-    for number, (prompt, own) in enumerate(zip(prompts, texts, strict=True)):
-        place = slice(number * chains, (number + 1) * chains)
-        last = _settled_at(own, rethinking.patience)
-        last = len(drafts) - 1 if last is None else last
+    for number, prompt in enumerate(prompts if drafts else ()):
+        place = slice(number * rethinking.chains, (number + 1) * rethinking.chains)
+        texts = [draft.texts[place] for draft in drafts]
+        settled = _settled_at(texts, rethinking.patience)
+        last = len(drafts) - 1 if settled is None else settled
         columns = (torch.stack([getattr(x, name)[place] for x in drafts[: last + 1]]) for name in Draft._fields[1:])
-        elbo_NC, kl_NC, log_likelihood_NC, *others = (x.cpu().numpy() for x in columns)
-        text = own[last][0]
+        elbo_NC, kl_NC, log_likelihood_NC, *others = (x.numpy() for x in columns)
+        text = texts[last][0]
         if rethinking.keep == "majority":
-            text = Counter(own[last]).most_common(1)[0][0]
+            text = Counter(texts[last]).most_common(1)[0][0]
         elif rethinking.keep != "last":
             by = elbo_NC if rethinking.keep == "elbo" else log_likelihood_NC
-            iteration, chain = np.unravel_index(by.argmax(), by.shape)
-            text = own[iteration][chain]
-        found.append(Rethought(prompt, text, own[: last + 1], elbo_NC, kl_NC, log_likelihood_NC, *others))
+            iteration, chain = np.unravel_index(np.where(np.isnan(by), -np.inf, by).argmax(), by.shape)
+            text = texts[iteration][chain]
+        found.append(Rethought(prompt, text, texts[: last + 1], elbo_NC, kl_NC, log_likelihood_NC, *others))
     return found
 
 
 def _check(run: Run, rethinking: Rethinking, sampling: Sampling) -> None:
     if fills_gaps(run) or 0 in getattr(run.model.decoder, "thought_shape", (0,)):
         raise UsageError("The run has no thoughts, so there is nothing to rethink: use a Latent-Thought model.")
+    if run.observe == "prompt" and rethinking.target != "ancestral":
+        raise UsageError(
+            "q of this run sees prompts alone (`data.observe: prompt`), so that no draft changes its thoughts: choose "
+            "the target ancestral, or train with `data.observe: all`."
+        )
+    if sampling.num_return_sequences > 1:
+        raise UsageError(f"num_return_sequences is {sampling.num_return_sequences}: ask for as many chains instead.")
     plain = Sampling(max_new_tokens=sampling.max_new_tokens, stop_strings=sampling.stop_strings)
     if rethinking.target == "gibbs" and sampling != plain:
         raise UsageError(
             "The target gibbs needs y from p(y | z, x): leave greedy, temperature, filters and penalty out."
         )
-    if rethinking.target == "gibbs" and (missing := missing_bound(run.model, run.guide)):
-        raise UsageError(f"The target gibbs needs the density of z and of q, but {missing}: choose rethink.")
+    if rethinking.target == "gibbs" and not run.guide.has_density:  # an unknown constant of the prior cancels
+        raise UsageError(f"The target gibbs needs the density of q, and {type(run.guide).__name__} has none.")
+    if rethinking.keep == "elbo" and (missing := missing_bound(run.model, run.guide)):
+        raise UsageError(f"There is no ELBO to keep a draft by, because {missing}: choose another draft to keep.")
 
 
 def _drafts(
-    run: Run, prompts: list[list[int]], rethinking: Rethinking, sampling: Sampling, keys: RowKeys, seed: int
+    run: Run, prompts: list[list[int]], rethinking: Rethinking, sampling: Sampling, seed: int
 ) -> Iterator[Draft]:
     """The first drafts, and one iteration after the other, without end."""
     model, guide, inference = run.model, run.guide, rethinking.inference or run.inference
+    keys = prompt_keys(run, prompts, seed, [*range(rethinking.chains)] * (len(prompts) // rethinking.chains))
+    has_bound = missing_bound(model, guide) is None
     given = _batch(run, prompts, prompts, rethinking)
     of_prompt, _ = infer_local(model, guide, given, inference, keys=keys)
     state, sites = of_prompt, _sample(run, given, of_prompt, keys.fold_in("q", 0))
@@ -198,18 +227,24 @@ def _drafts(
     for iteration in count():
         z_BLKD = _thoughts(run, given, sites, keys)
         written = write(run, prompts, z_BLKD, keys.fold_in("draft", iteration), sampling)
-        rows = [[*x, *y, *_end(run, x, y, sampling)] for x, y in zip(prompts, written, strict=True)]
+        texts = decode(run, written)
+        rows = [
+            [*prompt, *new, *_end(run, prompt, new, text, sampling)]
+            for prompt, new, text in zip(prompts, written, texts, strict=True)
+        ]
         batch = _batch(run, rows, prompts, rethinking)
         if rethinking.target == "rethink":
             state, _ = infer_local(model, guide, batch, inference, state, keys=keys.fold_in(iteration))
         else:  # a function of prompt and text alone, as a proposal of Metropolis has to be
+            batch = batch._replace(observed_BT=None) if rethinking.target == "gibbs" else batch
             state, _ = infer_local(model, guide, batch, inference, keys=RowKeys.of_batch(batch, seed))
         with torch.no_grad(), no_param_store(model), fix_draws_by_keys(model, keys):
             noise = RowNoise(keys.fold_in("elbo", iteration))
             terms = elbo_terms(model, guide, batch, state.parameters, Draws(kl="sampled", noise=noise))
             scored = model.prepare(_batch(run, rows, prompts, rethinking, text_only=True))
             log_likelihood_B = model.observation(z_BLKD, scored).log_prob(scored.targets_BT)
-        yield Draft(written, terms.elbo_B, terms.kl_B, log_likelihood_B, accepted_B, z_BLKD)
+        figures = [x if has_bound else torch.full_like(x, torch.nan) for x in (terms.elbo_B, terms.kl_B)]
+        yield Draft(texts, *(x.cpu() for x in (*figures, log_likelihood_B, accepted_B, z_BLKD)))
         own = keys.fold_in("q", iteration + 1)
         if rethinking.target == "ancestral":
             sites = _sample(run, given, of_prompt, own)
@@ -225,11 +260,10 @@ def _drafts(
             }
 
 
-def _end(run: Run, prompt: Tokens, new: Tokens, sampling: Sampling) -> list[int]:
+def _end(run: Run, prompt: Tokens, new: Tokens, text: str, sampling: Sampling) -> list[int]:
     """`END_OF_TEXT` behind a text that has ended by itself; nothing behind one that was cut."""
     cut = len(new) >= sampling.max_new_tokens or len(prompt) + len(new) >= run.length
-    if not cut and sampling.stop_strings:
-        cut = any(stop in decode(run, [new])[0] for stop in sampling.stop_strings)
+    cut = cut or any(stop in text for stop in sampling.stop_strings or ())
     return [] if cut else [run.start_token]
 
 
@@ -238,7 +272,7 @@ def _batch(
 ) -> Batch:
     """Rows of prompt and text, which q sees; where training scored the text alone, or ``text_only``, so does this."""
     batch = batch_of_rows(rows, run.start_token, run.length, run.device)
-    batch = with_labels(batch, [rethinking.labels] * batch.size) if rethinking.labels else batch
+    batch = with_labels_asked_for(run, batch, rethinking.labels)
     if text_only or run.score == "completion":
         given_B1 = torch.tensor([[len(prompt)] for prompt in prompts], device=run.device)
         text_BT = torch.arange(batch.mask_BT.shape[1], device=run.device) >= given_B1
@@ -295,3 +329,11 @@ def _settled_at(drafts: Sequence[Sequence[str]], patience: int | None) -> int | 
         return None
     ends = range(patience, len(drafts))
     return next((end for end in ends if all(x == drafts[end] for x in drafts[end - patience : end])), None)
+
+
+def _all_settled(drafts: Sequence[Draft], rethinking: Rethinking) -> bool:
+    """Whether every prompt of a batch is finished."""
+    chains = rethinking.chains
+    firsts = range(0, len(drafts[0].texts) if drafts else 0, chains)
+    texts = [[draft.texts[first : first + chains] for draft in drafts] for first in firsts]
+    return all(_settled_at(own, rethinking.patience) is not None for own in texts)

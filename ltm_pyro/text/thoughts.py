@@ -136,26 +136,21 @@ class ThoughtSampler:
 
     def sample(self) -> Float[Tensor, "B L K D"]:
         """One z per text, given its prompt; q is fitted once per prompt."""
-        batch = self._labelled(batch_of_rows(self.prompts, self.run.start_token, self.run.length, self.run.device))
+        batch = self._labelled(self.prompts)
         state, _ = infer_local(self.run.model, self.run.guide, batch, self.inference, keys=self.prompt_keys)
         return self._draw(batch.select(self.prompt_B), state.select(self.prompt_B))
 
     def resample(self, rows: Sequence[Tokens]) -> Float[Tensor, "B L K D"]:
         """One z per text, given prompt and everything written so far; q continues from its last state."""
-        batch = self._labelled(batch_of_rows(rows, self.run.start_token, self.run.length, self.run.device))
+        batch = self._labelled(rows)
         keys = self.keys.fold_in(self.fits)
         return self._draw(
             batch, infer_local(self.run.model, self.run.guide, batch, self.inference, self.state, keys=keys)[0]
         )
 
-    def _labelled(self, batch: Batch) -> Batch:
-        """The batch with the labels that are asked for; `UsageError` for those that the prior does not ask for."""
-        labels: Mapping[str, str | float] = self.thought_sampling.labels
-        asked: Any = getattr(self.run.model, "covariates", None)
-        if wrong := sorted({*labels} - {*(asked.names if asked else ())}):
-            known = f"its labels are {', '.join(asked.names)}" if asked and asked.names else "it asks for none"
-            raise UsageError(f"The run's prior does not ask for the label '{wrong[0]}': {known}.")
-        return with_labels(batch, [labels] * batch.size) if labels else batch
+    def _labelled(self, rows: Sequence[Tokens]) -> Batch:
+        batch = batch_of_rows(rows, self.run.start_token, self.run.length, self.run.device)
+        return with_labels_asked_for(self.run, batch, self.thought_sampling.labels)
 
     def _draw(self, batch: Batch, state: LocalState) -> Float[Tensor, "B L K D"]:
         """Sampling importance resampling: the candidates, and one of them per text by its weight."""
@@ -170,3 +165,12 @@ class ThoughtSampler:
             z_BCLKD = torch.stack([x.z_BLKD for x in drawn], dim=1)
             z_BLKD = z_BCLKD[torch.arange(batch.size, device=chosen_B.device), chosen_B]
         return self.thought_sampling.mask_layers(z_BLKD)
+
+
+def with_labels_asked_for(run: Run, batch: Batch, labels: Mapping[str, str | float]) -> Batch:
+    """The batch with the same labels for all; `UsageError` for one that the prior does not ask for."""
+    asked: Any = getattr(run.model, "covariates", None)
+    if wrong := sorted({*labels} - {*(asked.names if asked else ())}):
+        known = f"its labels are {', '.join(asked.names)}" if asked and asked.names else "it asks for none"
+        raise UsageError(f"The run's prior does not ask for the label '{wrong[0]}': {known}.")
+    return with_labels(batch, [labels] * batch.size) if labels else batch

@@ -48,9 +48,9 @@ def check(recipe, scaled, ltm):
 
 
 @pytest.mark.parametrize(
-    ("scale", "said"), [(1.0, "Nothing stands out"), (0.01, "The prior starves"), (100.0, "The prior floods")]
+    ("scale", "said"), [(1.0, "Nothing stands out"), (0.01, "less than a tenth"), (100.0, "more than ten times")]
 )
-def test_a_prior_that_starves_or_floods_the_decoder_is_told(check, scale, said):
+def test_an_effect_that_is_far_too_small_or_large_is_reported(check, scale, said):
     found, text = check(scale, "--texts", 1)
     assert [said in sentence for sentence in found["verdicts"]] == [True]
     assert said in text
@@ -95,3 +95,18 @@ def test_information_is_zero_for_a_decoder_that_ignores_thoughts(tiny_model, tin
     assert found.effect.information == pytest.approx(0, abs=1e-12)
     assert set(found.effect.added.values()) == {0.0}
     assert "zero_init_cross_attention" in found.verdicts()[0]
+
+
+def test_padding_changes_nothing_and_draws_that_are_not_finite_are_reported(tiny_model, tiny_batch):
+    model = tiny_model()
+    batch = tiny_batch(size=1)
+    guide, padded = MeanField(model), tiny_batch(size=1, length=12)
+    padded = padded._replace(mask_BT=torch.arange(12)[None] < 7)
+    padded.inputs_BT[:, :7], padded.targets_BT[:, :7] = batch.inputs_BT, batch.targets_BT
+    one, other = (prior_predictive(model, guide, x, LocalInference(), draws=4).effect for x in (batch, padded))
+    assert one.added == pytest.approx(other.added)
+    assert one.information == pytest.approx(other.information)
+    with torch.no_grad():
+        model.decoder.layer_list[0].cross_attention.output.weight.fill_(torch.nan)
+    found = prior_predictive(model, guide, batch, LocalInference(), draws=4)
+    assert found.verdicts() == ["Some draws are not finite: bound the prior's parameters, or choose lighter tails."]

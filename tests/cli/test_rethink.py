@@ -15,7 +15,9 @@ def test_it_writes_again_and_says_what_it_wrote(run, ltm, target):
     assert found["text"] == found["drafts"][-1][0]
     assert len(found["elbo"]) == len(found["kl"]) == len(found["log_likelihood"]) == len(found["accepted"]) == 3
     text = ltm(*words, "--target", target)[1]
-    assert text == "time and" + found["text"] + "\n"
+    assert text == "\n---\n".join("time and" + draft for draft in found["drafts"][-1]) + "\n"
+    kept = ltm(*words, "--target", target, "--keep", "likelihood")[1]
+    assert kept.startswith("time and")
     assert json.loads(ltm(*words, "--target", target, "--json", "--seed", 1)[1])["drafts"] != found["drafts"]
 
 

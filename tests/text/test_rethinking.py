@@ -19,7 +19,7 @@ from ltm_pyro.text.generation import decode
 from ltm_pyro.text.rethinking import Rethinking, rethink
 from ltm_pyro.text.sampling import Sampling
 
-NEW, PROMPT, CHAINS = 3, "1", 2_000
+NEW, PROMPT, CHAINS = 3, "1", 1_000
 SAMPLING = Sampling(max_new_tokens=NEW)
 
 
@@ -37,8 +37,7 @@ def run():
     return Run(model, MeanField(model), tokenizer, LocalInference(steps=8, rate=0.3), "", 6)
 
 
-@pytest.fixture(scope="module")
-def exact(run):
+def exact_law(run):
     """The texts that can follow the prompt, a grid of z, and p(z, y | x) on both."""
     tokens = run.tokenizer.encode(PROMPT, add_special_tokens=False).ids
     symbols = [x for x in range(vocabulary_size(run.tokenizer)) if x != run.start_token]
@@ -47,6 +46,8 @@ def exact(run):
     length = max(map(len, rows))
     padded = torch.tensor([[*row, *[run.start_token] * (length - len(row))] for row in rows])
     batch = run.model.prepare(make_batch(padded, torch.tensor([*map(len, rows)]), run.start_token))
+    if run.score == "completion":
+        batch = batch._replace(mask_BT=batch.mask_BT & (torch.arange(length) >= len(tokens)))
     grid_G = torch.linspace(-6, 6, 481)
     with torch.no_grad():
         joint_GY = torch.stack(
@@ -55,8 +56,13 @@ def exact(run):
                 for z in grid_G
             ]
         ).exp()
-    words = decode(run, texts)
-    return words, grid_G.numpy(), (joint_GY / joint_GY.sum()).numpy()
+    return decode(run, texts), grid_G.numpy(), (joint_GY / joint_GY.sum()).numpy()
+
+
+@pytest.fixture(scope="module")
+def exact(run):
+    """The exact law of the run."""
+    return exact_law(run)
 
 
 def p_value(words, grid_G, joint_GY, texts, z):
@@ -81,10 +87,18 @@ def drafts(run, iterations, target, **options):
     return found.drafts[-1], found.z_NCLKD[-1].flatten(), found
 
 
-def test_gibbs_has_the_exact_law_from_a_bad_start_too(run, exact):
-    poor = LocalInference(steps=1, rate=1.5)  # q is far off, for the prompt and as a proposal
-    assert p_value(*exact, *drafts(run, 0, "gibbs", inference=poor)[:2]) < 1e-6
-    texts, z, found = drafts(run, 25, "gibbs", inference=poor)
+@pytest.mark.parametrize(
+    ("score", "inference"),
+    [
+        ("all", LocalInference(steps=1, rate=1.5)),  # q is far off, for the prompt and as a proposal
+        ("completion", LocalInference(steps=30, rate=0.3)),  # of which the first q has seen the prompt
+    ],
+)
+def test_gibbs_has_the_exact_law_from_a_bad_start_too(run, score, inference):
+    run = run._replace(score=score)
+    exact = exact_law(run)
+    assert p_value(*exact, *drafts(run, 0, "gibbs", inference=inference)[:2]) < 1e-6
+    texts, z, found = drafts(run, 15, "gibbs", inference=inference)
     assert p_value(*exact, texts, z) > 0.01
     assert 0.05 < found.accepted_NC[1:].mean() < 0.95
 
@@ -115,6 +129,9 @@ def test_ancestral_draws_are_new_each_time(run):
 def test_a_result_depends_on_its_prompt_alone(run):
     options = Rethinking(iterations=3, chains=2)
     together = rethink(run, ["0", "1 0", "1"], options, SAMPLING, seed=5)
+    assert [x.drafts for x in rethink(run, ["0", "1 0", "1"], options, SAMPLING, seed=5, batch_size=1)] == [
+        x.drafts for x in together
+    ]
     alone = rethink(run, ["1 0"], options, SAMPLING, seed=5)[0]
     assert alone.drafts == together[1].drafts
     np.testing.assert_allclose(alone.elbo_NC, together[1].elbo_NC)
@@ -146,14 +163,20 @@ def test_it_ends_where_nothing_changes_and_at_an_interruption(run):
         if iteration == 2:
             raise KeyboardInterrupt
 
-    (found,) = rethink(run, [PROMPT], Rethinking(iterations=60), SAMPLING, progress=interrupt)
+    (found,) = rethink(run, PROMPT, Rethinking(iterations=60), SAMPLING, progress=interrupt)
     assert len(found.drafts) == 3
+    found = rethink(run, [PROMPT, "0", "1 1"], Rethinking(iterations=60), SAMPLING, batch_size=2, progress=interrupt)
+    assert [len(x.drafts) for x in found] == [3, 3]
+    assert rethink(run, [], Rethinking(), SAMPLING) == []
 
 
 @pytest.mark.parametrize(
     ("options", "sampling", "said"),
     [
         ({"chains": 0}, {}, "chains ≥ 1"),
+        ({"target": "gibbs", "patience": 2}, {}, "The target gibbs has no patience"),
+        ({}, {"num_return_sequences": 2}, "ask for as many chains instead"),
+        ({"labels": {"source": "a"}}, {}, "does not ask for the label 'source'"),
         ({"target": "gibbs"}, {"temperature": 0.5}, "leave greedy, temperature, filters and penalty out"),
     ],
 )
@@ -163,8 +186,21 @@ def test_what_cannot_be_is_refused(run, options, sampling, said):
 
 
 def test_gibbs_needs_a_density(run):
-    with pytest.raises(UsageError, match="needs the density of z and of q, but Point has no density"):
-        rethink(run._replace(guide=Point(run.model)), [PROMPT], Rethinking(target="gibbs"), SAMPLING)
+    run = run._replace(guide=Point(run.model))
+    with pytest.raises(UsageError, match="needs the density of q, and Point has none"):
+        rethink(run, [PROMPT], Rethinking(target="gibbs"), SAMPLING)
+    with pytest.raises(UsageError, match="no ELBO to keep a draft by, because Point has no density"):
+        rethink(run, [PROMPT], Rethinking(keep="elbo"), SAMPLING)
+    (found,) = rethink(run, [PROMPT], Rethinking(iterations=2), SAMPLING)
+    assert np.isnan(found.elbo_NC).all()
+    assert np.isfinite(found.log_likelihood_NC).all()
+
+
+def test_a_q_that_sees_prompts_alone_is_not_rethought(run):
+    run = run._replace(score="completion", observe="prompt")
+    with pytest.raises(UsageError, match="sees prompts alone"):
+        rethink(run, [PROMPT], Rethinking(), SAMPLING)
+    assert len(rethink(run, [PROMPT], Rethinking(target="ancestral", iterations=1), SAMPLING)[0].drafts) == 2
 
 
 def test_the_end_of_a_text_is_scored_and_a_cut_is_not(run):

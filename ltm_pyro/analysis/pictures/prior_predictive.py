@@ -1,4 +1,4 @@
-"""The picture of `ltm check-prior`: the spread of each site, and what its draws change in each layer."""
+"""The picture of `ltm check-prior`: the spread of each site, and the effect of its draws in each layer."""
 
 from matplotlib.figure import Figure
 
@@ -27,5 +27,5 @@ def plot_prior_predictive(found: PriorPredictive) -> Figure:
     right.set_xlim(-1, len(layers))
     right.set_xticks(places, [str(layer) for layer in layers])
     right.legend(frameon=False, fontsize=8)
-    plain(right, title="What thoughts change", xlabel="layer", ylabel="added, relative to a token")
+    plain(right, title="Effect on the decoder", xlabel="layer", ylabel="RMS relative to hidden states")
     return figure
