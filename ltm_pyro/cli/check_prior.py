@@ -49,9 +49,12 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.text.sampling import Sampling
 
     source = _load(args.source, args.option, args.trust)
-    scored = {"score": source.score, "observe": source.observe}
     place = (source.tokenizer, source.length)
-    data = load_text_or_pack(args.data, *place) if args.data else held_out(source, **scored)
+    data = (
+        load_text_or_pack(args.data, *place)
+        if args.data
+        else held_out(source, score=source.score, observe=source.observe)
+    )
     batch = data.collate([*islice(data, args.sequences)])
     found = prior_predictive(source.model, source.guide, batch, source.inference, args.samples, args.seed)
     sampling = Sampling(max_new_tokens=min(64, source.length))
