@@ -37,7 +37,7 @@ def test_every_command_takes_the_seeds_that_numpy_takes(ltm, refused, recipe, tm
     with pytest.raises(ValueError, match="between 0 and 2"):
         np.random.RandomState(LARGEST_SEED + 1)
     seeded = [name.split() for name in COMMANDS if "--seed N" in ltm(*name.split(), "--help")[1]]
-    assert len(seeded) == 9
+    assert len(seeded) == 10
     for command in seeded:
         command += ["copy"] if command == ["data", "make"] else []  # whose options are those of a task
         assert "'4294967296' is more than 4294967295" in refused(*command, "--seed", LARGEST_SEED + 1)
