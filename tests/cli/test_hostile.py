@@ -165,12 +165,16 @@ def commands(export):
         ["generate", folder, "--max-new-tokens", "2"],
         ["posterior", folder, "--input", text, "--out", f"{out}.nc", "--longer", "cut", "--samples", "25"],
         ["calibrate", folder, "--simulations", "20", "--samples", "9"],
+        ["check-prior", folder, "--data", text, "--samples", "2", "--picture", f"{out}.png"],
+        ["check-prior", recipe, "--samples", "2"],
+        ["generate", folder, "--rethink", "1", "--max-new-tokens", "2"],
         ["fit", "--config", recipe, "--run", f"{out} run"],
         ["compare", "--config", recipe, "--out", f"{out} compare"],
         ["baselines", "--config", recipe, "--budget", "1e9flops", "--out", f"{out} baselines"],
         ["study", "run", "rate_ratio", "--base-config", recipe, "--storage", f"sqlite:///{out}.db", "--out", out],
     ):
-        yield " ".join(argv[:2] if argv[0] == "study" else argv[:1]), {"argv": argv}
+        name = " ".join(argv[:2] if argv[0] == "study" else argv[:1])
+        yield f"{name} of a recipe" if argv[:2] == ["check-prior", recipe] else name, {"argv": argv}
 
 
 def cases_of(export, label):
@@ -190,7 +194,7 @@ def test_what_only_training_reads_is_not_built_to_load_a_model(exported, tmp_pat
     cases = []
     for number, (label, change) in enumerate(TRAINER.items()):
         cases += cases_of(with_recipe(exported, f"trainer{number}", change), label)
-    training = ("fit", "compare", "baselines", "study run")
+    training = ("fit", "compare", "baselines", "study run", "check-prior of a recipe")
     results = audited(cases, tmp_path)
     assert_harmless([x for x in results if x["name"].endswith(training)], exported.parent)
     assert_harmless([x for x in results if not x["name"].endswith(training)], exported.parent, codes=(0,))

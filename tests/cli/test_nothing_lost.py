@@ -230,6 +230,7 @@ WRITING = {  # command -> its arguments; {} is a folder in which it writes
     "posterior": ("{run}", "--input", "{material}/texts.jsonl", "--out", "{}/x.nc", "--samples", 30),
     "posterior ": ("{run}", "--input", "{material}/texts.jsonl", "--out", "{}/x.zarr", "--samples", 30),
     "calibrate": ("{run}", "--simulations", 20, "--samples", 9, "--out", "{}/x.nc", "--picture", "{}/x.png"),
+    "check-prior": ("{run}", "--samples", 2, "--picture", "{}/x.png"),
     "report": ("{material}/posterior.nc", "--out", "{}/x.html"),
     "show": ("{run}", "--svg", "{}/x.svg"),
     "new": ("prior", "SlabAndSpike", "--out", "{}/deep/folder"),

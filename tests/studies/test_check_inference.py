@@ -12,6 +12,7 @@ LIMITS = {  # mean error, relative error of variances and covariances
     "MeanField": (1e-3, 0.01),
     "BlockCovariance": (1e-3, 0.01),
     "FullCovariance": (1e-3, 0.01),
+    "JointCovariance": (1e-3, 0.01),  # of one site it is the same
     "Laplace": (1e-3, 0.01),
     "LowRank": (0.05, 0.05),  # some noise is left: a diagonal and four directions only just hold the posterior
 }
