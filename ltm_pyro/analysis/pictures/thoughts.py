@@ -33,7 +33,10 @@ def plot_bounds(posterior: Posterior, ax: Axes | None = None) -> Axes:
     """A histogram of importance-weighted bound minus ELBO, which is 0 for every sequence if q is the posterior."""
     ax = axes_of(ax)
     gap_N = (posterior.stats["iwae"] - posterior.stats["elbo"]).values
-    ax.hist(gap_N, bins=min(30, max(5, len(gap_N) // 5)), color=BLUE)
+    low, high = float(gap_N.min()), float(gap_N.max())
+    if high - low < 1e-4 * max(1.0, abs(high)):  # as good as equal, which numpy cannot cut into bins
+        low, high = low - 1e-3 * max(1.0, abs(low)), high + 1e-3 * max(1.0, abs(high))
+    ax.hist(gap_N, bins=min(30, max(5, len(gap_N) // 5)), range=(low, high), color=BLUE)
     return plain(ax, title="Importance-weighted bound minus ELBO", xlabel="nats per sequence", ylabel="sequences")
 
 
