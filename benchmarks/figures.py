@@ -302,14 +302,14 @@ def pruning(_: Path | None) -> Lines:
         early = [float(row["reason"].split("%")[0].split()[-1]) / 100 for row in searched if row["state"] == "pruned"]
         complete = [row for row in searched if row["state"] == "complete"]
         (baseline,) = (row for row in rows if row["role"] == "baseline")
-        ahead = [f"{x['behind']:+.3f} ({x['interval'][0]:+.3f} to {x['interval'][1]:+.3f})" for x in best["leads"]]
+        leads = sorted((x["behind"], *x["interval"]) for x in best["leads"])
         lines.append(
             [
                 "with `--prune`" if words else "without",
                 f"{len(complete)} of {len(searched)}",
                 f"{len(complete) + sum(early):.1f}",
                 f"{best['mean']:.3f} ± {best['stderr']:.3f}, {best['seeds']} seeds",
-                min(ahead, default=""),
+                "{:+.3f} ({:+.3f} to {:+.3f})".format(*leads[0]) if leads else "",
                 f"{-baseline['above_best']:+.3f} ± {_error(baseline['above_best_stderr'])}",
             ]
         )

@@ -55,9 +55,10 @@ class JointCovariance(FullCovariance):
 
     def base_distribution(self, name: str, local: LocalParameters) -> Any:
         """q of one site alone: N(μ, L Lᵀ + C Cᵀ)."""
-        factor, cross = scale_tril(local[f"{name}_factor"]), local.get(f"{name}_cross")
+        cross = local.get(f"{name}_cross")
         if cross is None:
-            return dist.MultivariateNormal(local[f"{name}_loc"], scale_tril=factor)
+            return super().base_distribution(name, local)
+        factor = scale_tril(local[f"{name}_factor"])
         covariance = factor @ factor.mT + cross @ cross.mT
         return dist.MultivariateNormal(local[f"{name}_loc"], covariance_matrix=covariance)
 

@@ -74,8 +74,7 @@ def generate_from_tokens(
 ) -> list[str]:
     """`generate` for prompts that are tokens already, such as the end of a longer one."""
     sampling, thought_sampling = sampling or Sampling(), thought_sampling or ThoughtSampling()
-    if too_long := [len(row) for row in rows if len(row) >= run.length]:
-        raise UsageError(f"A prompt has {too_long[0]} tokens, but the model's length is {run.length}: shorten it.")
+    check_prompts(run, rows)
     copies = sampling.num_return_sequences
     if streamer and len(rows) * copies > 1:
         raise UsageError(f"A streamer takes one text, but {len(rows) * copies} are asked for: ask for one at a time.")
@@ -201,6 +200,12 @@ def interpolate(
     z_SLKD = angles_S.cos() * first_LKD + angles_S.sin() * second_LKD
     same_keys = prompt_keys(run, [[]] * steps, seed)
     return decode(run, write(run, [[]] * steps, z_SLKD, same_keys, sampling or Sampling(), compile=compile))
+
+
+def check_prompts(run: Run, rows: Sequence[Tokens]) -> None:
+    """Raises `UsageError` for a prompt behind which there is no room for a token."""
+    if too_long := [len(row) for row in rows if len(row) >= run.length]:
+        raise UsageError(f"A prompt has {too_long[0]} tokens, but the model's length is {run.length}: shorten it.")
 
 
 def prompt_keys(run: Run, rows: Sequence[Tokens], seed: int, numbers: Sequence[int] | None = None) -> RowKeys:

@@ -43,7 +43,7 @@ from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.nn.precision import full_precision
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.denoising import fills_gaps
-from ltm_pyro.text.generation import decode, prompt_keys, write
+from ltm_pyro.text.generation import check_prompts, decode, prompt_keys, write
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.thoughts import with_labels_asked_for
 from ltm_pyro.utils.threads import one_at_a_time
@@ -149,8 +149,7 @@ def rethink(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check(run, rethinking, sampling)
     tokens = [encode_prompt(run.tokenizer, prompt) for prompt in prompts]
-    if too_long := [len(row) for row in tokens if len(row) >= run.length]:
-        raise UsageError(f"A prompt has {too_long[0]} tokens, but the model's length is {run.length}: shorten it.")
+    check_prompts(run, tokens)
     found: list[Rethought] = []
     size = max(1, batch_size // rethinking.chains)
     for first in range(0, len(prompts), size):
@@ -241,8 +240,8 @@ def _drafts(
         with torch.no_grad(), no_param_store(model), fix_draws_by_keys(model, keys):
             noise = RowNoise(keys.fold_in("elbo", iteration))
             terms = elbo_terms(model, guide, batch, state.parameters, Draws(kl="sampled", noise=noise))
-            scored = model.prepare(_batch(run, rows, prompts, rethinking, text_only=True))
-            log_likelihood_B = model.observation(z_BLKD, scored).log_prob(scored.targets_BT)
+            text = batch._replace(mask_BT=_text_mask(batch, prompts))
+            log_likelihood_B = model.observation(z_BLKD, text).log_prob(text.targets_BT)
         figures = [x if has_bound else torch.full_like(x, torch.nan) for x in (terms.elbo_B, terms.kl_B)]
         yield Draft(texts, *(x.cpu() for x in (*figures, log_likelihood_B, accepted_B, z_BLKD)))
         own = keys.fold_in("q", iteration + 1)
@@ -267,17 +266,20 @@ def _end(run: Run, prompt: Tokens, new: Tokens, text: str, sampling: Sampling) -
     return [] if cut else [run.start_token]
 
 
-def _batch(
-    run: Run, rows: Sequence[Tokens], prompts: Sequence[Tokens], rethinking: Rethinking, text_only: bool = False
-) -> Batch:
-    """Rows of prompt and text, which q sees; where training scored the text alone, or ``text_only``, so does this."""
+def _batch(run: Run, rows: Sequence[Tokens], prompts: Sequence[Tokens], rethinking: Rethinking) -> Batch:
+    """Rows of prompt and text, prepared; q sees both, and where training scored the text alone, so does this."""
     batch = batch_of_rows(rows, run.start_token, run.length, run.device)
     batch = with_labels_asked_for(run, batch, rethinking.labels)
-    if text_only or run.score == "completion":
-        given_B1 = torch.tensor([[len(prompt)] for prompt in prompts], device=run.device)
-        text_BT = torch.arange(batch.mask_BT.shape[1], device=run.device) >= given_B1
-        batch = batch._replace(mask_BT=batch.mask_BT & text_BT, observed_BT=batch.mask_BT)
-    return batch
+    if run.score == "completion":
+        batch = batch._replace(mask_BT=_text_mask(batch, prompts), observed_BT=batch.mask_BT)
+    with torch.no_grad():
+        return run.model.prepare(batch)
+
+
+def _text_mask(batch: Batch, prompts: Sequence[Tokens]) -> Bool[Tensor, "B T"]:
+    """Which tokens belong to the text behind the prompt."""
+    given_B1 = torch.tensor([[len(prompt)] for prompt in prompts], device=batch.mask_BT.device)
+    return batch.mask_BT & (torch.arange(batch.mask_BT.shape[1], device=batch.mask_BT.device) >= given_B1)
 
 
 def _sample(run: Run, batch: Batch, state: LocalState, keys: RowKeys) -> dict[str, Tensor]:
