@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry
 from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -44,7 +45,7 @@ class LTM(TemplateLM):
         samples: S, draws per text after the fit.
         batch_size: texts per batch; 32 for ``auto``.
         max_batch_size: of ``auto``.
-        device: where the model is put.
+        device: where the model is put; as in the harness's own models, the CPU where there is no CUDA device.
         seed: random seed.
         trust: lets the run's recipe name code of others, as in `load_run`.
     """
@@ -71,6 +72,9 @@ class LTM(TemplateLM):
             )
         if str(batch_size).startswith("auto"):
             batch_size = min(BATCH, int(max_batch_size or BATCH))
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            _log.warning("There is no CUDA device for %s: %s is put on the CPU.", device, run)  # cuda:0 is its default
+            device = "cpu"
         self._run, self._path = load_run(run, device or "cpu", trust=trust is True), run
         self._scoring = Scoring(estimator=estimator, samples=int(samples), batch_size=int(batch_size), seed=int(seed))
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASK = """
@@ -106,6 +107,7 @@ def test_its_command_line_knows_our_runs(run, packages, tmp_path):
 
     found = command_line(*model, *options)
     assert found.returncode == 0, found.stderr[-3000:]
+    assert torch.cuda.is_available() or "There is no CUDA device for cuda:0" in found.stderr
     misspelt = command_line(*model[:-1], f"run={run},sampels=2", *options)
     assert misspelt.returncode == 2
     assert misspelt.stderr.splitlines()[-1].startswith("error: --model_args has no sampels; did you mean samples:")
