@@ -1,4 +1,4 @@
-"""`ltm data make TASK --out DIR`: sequences of a task whose optimum is known, as a pack."""
+"""`ltm data make TASK --out DIR`: sequences of a task whose optimum is known, or problems with answers, as a pack."""
 
 import argparse
 import inspect
@@ -14,8 +14,8 @@ from rich.table import Table
 
 from ltm_pyro.cli.arguments import Help, Parser, add_seed, at_least
 from ltm_pyro.cli.data import described, summary
-from ltm_pyro.data.make import OPTIMUM, Made, make_task
-from ltm_pyro.data.tasks import TASKS, Task
+from ltm_pyro.data.make import OPTIMUM, Made, make_problems, make_task
+from ltm_pyro.data.tasks import TASKS, ProblemTask, Task
 from ltm_pyro.errors import UsageError
 from ltm_pyro.training.plugins import IN_FILE, import_file
 from ltm_pyro.utils.as_json import print_json
@@ -38,7 +38,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     about = "sequences, those of all splits together"
     parser.add_argument("--sequences", type=at_least(1, _MOST), default=50_000, metavar="N", help=about)
     about = "numbers R: what is best for a model whose tokens see the R before them is kept with each sequence"
-    parser.add_argument("--reach", type=_reaches, default=(3, 7), metavar="R,…", help=f"{about} (default: 3,7)")
+    parser.add_argument("--reach", type=_reaches, metavar="R,…", help=f"{about} (default: 3,7); not for problems")
     parser.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="share of sequences in val")
     parser.add_argument("--test-fraction", type=float, default=0.02, metavar="F", help="share of sequences in test")
     add_seed(parser, "random seed of the sequences and the splits")
@@ -60,19 +60,25 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"the following arguments are required: --out; `ltm data make {args.task} --help` lists them.")
     options = {key: getattr(given, key) for key in own}
     task = found(**options)
-    if not isinstance(task, Task):
-        raise UsageError(f"{args.task} gives {type(task).__name__}, which is no Task: inherit from Task.")
-    made = make_task(
-        task,
-        given.out,
-        given.sequences,
-        given.reach,
-        about={"name": name, "options": options},
-        val_fraction=given.val_fraction,
-        test_fraction=given.test_fraction,
-        seed=given.seed,
-        force=given.force,
-    )
+    if not isinstance(task, Task | ProblemTask):
+        raise UsageError(
+            f"{args.task} gives {type(task).__name__}, which is no Task: inherit from Task or ProblemTask."
+        )
+    common: dict[str, Any] = {"about": {"name": name, "options": options}, "val_fraction": given.val_fraction}
+    common |= {"test_fraction": given.test_fraction, "seed": given.seed, "force": given.force}
+    if isinstance(task, ProblemTask):
+        if given.reach:
+            raise UsageError(f"{args.task} is of problems, of which no best within --reach is known: leave it out.")
+        manifest = make_problems(task, given.out, given.sequences, **common)
+        if given.json:
+            print_json(summary(manifest, given.out) | {"sequences": given.sequences})
+        else:
+            splits = ", ".join(f"{split} {found.documents:,}" for split, found in manifest.splits.items())
+            Console().print(
+                f"{given.out}: {described(manifest)}, problems of at most {manifest.seq_len} tokens: {splits}"
+            )
+        return 0
+    made = make_task(task, given.out, given.sequences, given.reach or (3, 7), **common)
     if given.json:
         nats = {key: cost._asdict() | {"per_token": cost.nats / task.length} for key, cost in made.costs.items()}
         print_json(summary(made.manifest, given.out) | {"sequences": given.sequences, "nats": nats})

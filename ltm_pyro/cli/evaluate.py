@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `ltm evaluate`."""
     parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--data", metavar="DIR_OR_FILE", help="packed data, text or JSONL; by default the run's own")
-    about = "of packed data: val, train or test; how often test was scored is kept in the run"
+    about = "of packed data: val, train, test or harder (of problems); how often test was scored is kept in the run"
     parser.add_argument("--split", metavar="NAME", choices=SPLITS, help=about)
     about = (
         "of documents with a prompt: score `all` or the `completion`; by default as in training, of other data `all`"
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     suites = parser.add_argument_group("suites: the paper's evaluation table")
     suites.add_argument(
-        "--suite", metavar="A,B,…", help="any of zero-shot, multilingual, gsm8k, reconstruction, generation"
+        "--suite", metavar="A,B,…", help="any of zero-shot, multilingual, gsm8k, reasoning, reconstruction, generation"
     )
     suites.add_argument("--suite-dir", type=Path, metavar="DIR", help="folder with the data sets")
     suites.add_argument(
@@ -114,7 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     suites.add_argument("--baseline", metavar="RUN", help="an autoregressive run to compare with")
     suites.add_argument("--shots", type=at_least(0), metavar="N", help="worked examples of gsm8k, if they fit")
-    suites.add_argument("--attempts", type=at_least(1), metavar="N", help="generated answers per question of gsm8k")
+    about = "generated answers per question of gsm8k; the most drafts, and iterations of rethinking, of reasoning"
+    suites.add_argument("--attempts", type=at_least(1), metavar="N", help=about)
     suites.add_argument("--features", metavar="DIR", help="run or Hugging Face model for MAUVE's features")
     suites.add_argument("--out", type=Path, metavar="DIR", help="results and report; by default RUN/suites")
     suites.add_argument(

@@ -1,4 +1,4 @@
-"""`make_task`: the sequences of a task as a pack, each with its exact −log p(x) and the best within a reach.
+"""`make_task` and `make_problems`: what a task draws as a pack, each row with its exact −log p(x).
 
 Shapes: N sequences.
 """
@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from ltm_pyro.data.encode import encode_document, encode_prompt
 from ltm_pyro.data.manifest import Manifest
 from ltm_pyro.data.pack import check_fractions
 from ltm_pyro.data.sequences import pack_sequences
 from ltm_pyro.data.staging import check_out
-from ltm_pyro.data.tasks import Task
+from ltm_pyro.data.tasks import ProblemTask, Task
+from ltm_pyro.data.tokenizer import train_tokenizer, vocabulary_size
 
 BEST_WITHIN = "best_within_"  # and the reach: a label of every sequence
 NOTHING, OPTIMUM = "knowing nothing", "optimum"
+DIFFICULTY = "difficulty"  # a label of every problem
 _ROWS = 4096  # sequences drawn together
+_VOCABULARY = 512  # of problems: enough for every number and word to be one token
 
 
 class Cost(NamedTuple):
@@ -82,6 +86,48 @@ def make_task(
         force=force,
     )
     return Made(manifest, {name: _cost(nats_N, exact_N) for name, nats_N in columns.items()})
+
+
+def make_problems(
+    task: ProblemTask,
+    out: str | Path,
+    sequences: int = 50_000,
+    *,
+    about: Mapping[str, Any] | None = None,
+    val_fraction: float = 0.02,
+    test_fraction: float = 0.02,
+    seed: int = 0,
+    force: bool = False,
+) -> Manifest:
+    """Draws ``sequences`` problems and packs them, each with its question as prompt and its label ``difficulty``.
+
+    Equal problems are in one split. The harder ones, as many again as test has, are the split ``harder``. −log p of
+    question and answer together is each one's ``exact_nats``. The tokenizer is a byte-level BPE in which a number is
+    one token.
+    """
+    check_fractions(val_fraction, test_fraction)
+    check_out(out, force)
+    rng = np.random.default_rng(seed)
+    drawn = task.sample(sequences, rng)
+    harder = max(1, round(sequences * test_fraction)) if task.harder > task.hardest else 0
+    tokenizer = train_tokenizer((x.prompt + x.completion for x in drawn), _VOCABULARY)
+    problems = [*drawn, *(task.sample(harder, rng, harder=True) if harder else [])]
+    prompts = [encode_prompt(tokenizer, x.prompt) for x in problems]
+    return pack_sequences(
+        [[*prompt, *encode_document(tokenizer, x.completion)] for prompt, x in zip(prompts, problems, strict=True)],
+        out,
+        vocabulary_size(tokenizer),
+        exact_nats=[x.nats for x in problems],
+        prompts=[*map(len, prompts)],
+        labels={DIFFICULTY: [x.difficulty for x in problems]},
+        task=about,
+        tokenizer=tokenizer,
+        splits=[None] * len(drawn) + ["harder"] * harder,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        force=force,
+    )
 
 
 def _cost(nats_N: Float[np.ndarray, " N"], exact_N: Float[np.ndarray, " N"]) -> Cost:

@@ -11,7 +11,7 @@ from ltm_pyro.data.remote import is_address, read_file
 from ltm_pyro.errors import UsageError
 
 Layout = Literal["documents", "stream"]
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "harder")  # the last is of problem tasks
 LARGEST = 2**27  # bytes of a manifest, or of a tokenizer
 LARGEST_SHARD = 2**32  # bytes; a shard is read as a whole
 MANIFEST = "manifest.json"
@@ -131,7 +131,7 @@ class Manifest:
     def split(self, name: str, place: str | Path) -> Split:
         """One split of the pack at ``place``; raises `UsageError` if it has no such split."""
         if name not in self.splits:
-            again = f", or pack the text again with a --{name}-fraction above 0" if name in SPLITS[1:] else ""
+            again = f", or pack the text again with a --{name}-fraction above 0" if name in ("val", "test") else ""
             known = " or ".join(split for split in SPLITS if split in self.splits)
             raise UsageError(f"pack {place} has no split {name!r}: choose {known}{again}.")
         return self.splits[name]

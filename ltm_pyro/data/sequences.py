@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ltm_pyro.contracts import DocumentInfo, Part
 from ltm_pyro.data.documents import check_label
@@ -15,7 +16,7 @@ from ltm_pyro.data.pack import SHARD_ROWS, SIDES, check_fractions, split_by_hash
 from ltm_pyro.data.rows import NO_PROMPT, Rows
 from ltm_pyro.data.shards import lengths_file, write_lengths, write_shard
 from ltm_pyro.data.staging import staged
-from ltm_pyro.data.tokenizer import number_tokenizer, token_dtype, tokenizer_hash, vocabulary_size
+from ltm_pyro.data.tokenizer import number_tokenizer, token_bytes, token_dtype, tokenizer_hash, vocabulary_size
 from ltm_pyro.errors import UsageError
 
 
@@ -28,6 +29,8 @@ def pack_sequences(
     prompts: Sequence[int] | None = None,
     labels: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
     task: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+    splits: Sequence[str | None] | None = None,
     val_fraction: float = 0.02,
     test_fraction: float = 0.02,
     seed: int = 0,
@@ -44,14 +47,17 @@ def pack_sequences(
         prompts: how many tokens at the start of each sequence are its prompt.
         labels: by name, one value per sequence; None where it is missing.
         task: ``name`` and ``options`` of the generator, to be shown by `ltm data show`.
+        tokenizer: of sequences that are text, with ``vocabulary`` tokens; by default the token n is the number n.
+        splits: of each sequence, None where a hash decides.
     """
-    found, tokenizer = [np.asarray(tokens) for tokens in sequences], number_tokenizer(vocabulary)
+    tokenizer = tokenizer or number_tokenizer(vocabulary)
+    found, bytes_V = [np.asarray(tokens) for tokens in sequences], token_bytes(tokenizer)
     labels = {
         name: [check_label(x, f"The label {name!r} has") for x in values] for name, values in (labels or {}).items()
     }
     if not found:
         raise UsageError("No sequence was given to pack: give at least one.")
-    columns = {"exact_nats": exact_nats, "prompts": prompts, **labels}
+    columns = {"exact_nats": exact_nats, "prompts": prompts, "splits": splits, **labels}
     if wrong := {name: len(x) for name, x in columns.items() if x is not None and len(x) != len(found)}:
         raise UsageError(f"There are {len(found)} sequences, but {wrong} values: give one value per sequence.")
     for number, tokens in enumerate(found):
@@ -65,13 +71,19 @@ def pack_sequences(
             )
     if exact_nats is not None and not all(map(math.isfinite, exact_nats)):
         raise UsageError("exact_nats has a value that is not finite: -log p(x) of a sequence that occurs is.")
+    if unknown := {*(splits or ())} - {*SIDES, None}:
+        raise UsageError(f"There is no split {min(map(str, unknown))!r}: choose from {', '.join(SIDES)}, or None.")
     check_fractions(val_fraction, test_fraction)
     digests_N = [hashlib.sha256(b"%d\n" % seed + x.astype("<i8").tobytes()).digest()[:8] for x in found]
-    sides_N = split_by_hash(np.frombuffer(b"".join(digests_N), ">u8").astype(np.uint64), val_fraction, test_fraction)
+    sides_N = np.array([SIDES[x] if x else 0 for x in splits or [None] * len(found)], np.uint8)
+    free = np.flatnonzero(sides_N == 0)
+    if len(free):
+        hashes_N = np.frombuffer(b"".join(digests_N), ">u8").astype(np.uint64)
+        sides_N[free] = split_by_hash(hashes_N[free], val_fraction, test_fraction)
     settings = {"sequences": hashlib.sha256(b"".join(digests_N)).hexdigest(), "seed": seed, "task": dict(task or {})}
     with staged(out, force, settings) as staging:
         (staging.folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")
-        splits = {}
+        written = {}
         for name, side in SIDES.items():
             numbers = np.flatnonzero(sides_N == side).tolist()
             shards: list[Shard] = []
@@ -86,7 +98,7 @@ def pack_sequences(
                     first=first,
                     tokens_M=np.concatenate([found[n] for n in chosen]).astype(token_dtype(tokenizer)),
                     lengths_N=np.array([len(found[n]) for n in chosen]),
-                    bytes_N=np.zeros(len(chosen), np.int64),
+                    bytes_N=np.array([int(bytes_V[found[n]].sum()) for n in chosen]),
                     prompts_N=np.array([NO_PROMPT if prompts is None else int(prompts[n]) for n in chosen]),
                     parts=[[part] for part in parts],
                 )
@@ -94,7 +106,7 @@ def pack_sequences(
             if numbers:
                 lengths_N = np.array([len(found[n]) for n in numbers])
                 lengths = write_lengths(lengths_N, staging.folder / lengths_file(name))
-                splits[name] = Split.of(len(numbers), tuple(shards), lengths)
+                written[name] = Split.of(len(numbers), tuple(shards), lengths)
         kinds: dict[str, Label] = {}
         for name, values in labels.items():
             different = LabelValues()
@@ -112,7 +124,7 @@ def pack_sequences(
             exact=exact_nats is not None,
             task=dict(task or {}),
             dropped=0,
-            splits=splits,
+            splits=written,
         )
         write_manifest(manifest, staging.folder)
     return manifest

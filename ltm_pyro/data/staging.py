@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from ltm_pyro.data.manifest import MANIFEST, TOKENIZER
+from ltm_pyro.data.manifest import MANIFEST, SPLITS, TOKENIZER
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.files import check_folder, local_path, writing
 
 _PACKED = re.compile(
-    rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|val|test)-(\d+\.tar|lengths\.npy)|journal\.jsonl"
+    rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|({'|'.join(SPLITS)})-(\d+\.tar|lengths\.npy)|journal\.jsonl"
 )
 _JOURNAL = "journal.jsonl"  # the settings on the first line, then one line for each finished shard
 

@@ -1,4 +1,4 @@
-"""What a trained token costs, in floating-point operations: the paper's method, and ours.
+"""What a token costs, in floating-point operations: in training, by the paper's method and ours, and in inference.
 
 Shapes: T tokens, L layers, K thoughts per layer, D width, V vocabulary, W window. A product of an (m, n) and an (n, p)
 matrix counts 2·m·n·p; what is not a matrix product counts nothing.
@@ -46,6 +46,13 @@ class Flops(NamedTuple):
     def total(self) -> float:
         """Fast and slow."""
         return self.fast + self.slow
+
+
+class InferenceFlops(NamedTuple):
+    """FLOPs per token of a fit of q, and of one forward pass, as for a token that is written or scored."""
+
+    fit: float
+    forward: float
 
 
 class _Forward(NamedTuple):
@@ -103,6 +110,17 @@ def flops_per_token(decoder: Decoder, guide: Guide, length: int, inference: Loca
     encoder = 3 * _encoder(guide, length) if steps else 0.0
     slow = 3 * one.stem + draws * (learned - (0 if encoder else one.thoughts)) + encoder  # who else needs z's gradient?
     return Flops(fast=(draws * fast_steps + final_steps) * gradient + choice, slow=slow)
+
+
+def inference_flops(decoder: Decoder, guide: Guide, length: int, inference: LocalInference) -> InferenceFlops:
+    """What inference spends per token of a sequence of ``length`` tokens, counted as in `flops_per_token`."""
+    one = _forward(_counted(decoder), length, inference.use_thoughts)
+    steps = inference.steps if _counted(decoder).thought_shape.thoughts and inference.use_thoughts else 0
+    passes = inference.particles * (steps if guide.uses_fast_steps else 0) + (
+        guide.finalize_cost(steps) if steps else 0
+    )
+    gradient = one.query + 2 * (one.matrices + one.thoughts) + 3 * one.attention
+    return InferenceFlops(one.stem + passes * gradient if passes else 0.0, one.total)
 
 
 def _counted(decoder: Decoder) -> CountedDecoder:

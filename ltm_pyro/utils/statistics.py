@@ -100,3 +100,20 @@ def _sums(values_N: np.ndarray, index_N: np.ndarray) -> np.ndarray:
 
 def _plain(x: Any) -> Any:
     return x if np.ndim(x) else float(x)
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a proportion of n (Wilson 1927); its width is above 0 also for a share of 0 or 1."""
+    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+
+
+def mcnemar(first_N: np.ndarray, second_N: np.ndarray) -> float:
+    """The two-sided p-value that two ways to answer N questions are right as often (McNemar's test, exact).
+
+    It is that of a binomial test of the questions in which they differ.
+    """
+    from scipy.stats import binomtest
+
+    differ = int((first_N != second_N).sum())
+    return float(binomtest(int((first_N & ~second_N).sum()), differ).pvalue) if differ else 1.0

@@ -82,6 +82,19 @@ def test_the_table_has_a_line_for_what_is_known(ltm, tmp_path):
     ]
 
 
+def test_problems_are_made_shown_and_verified(ltm, tmp_path):
+    command = ("data", "make", "word-problems", "--out", tmp_path / "a", "--sequences", 200, "--harder", 5, "--json")
+    made = json.loads(ltm(*command)[1])
+    assert made["task"]["options"] == {"easiest": 1, "hardest": 4, "harder": 5, "largest": 20}
+    assert made["splits"]["harder"]["documents"] == 4
+    code, out, _ = ltm("data", "show", tmp_path / "a", "--split", "harder", "--samples", 1)
+    assert code == 0
+    assert "difficulty: 5" in out
+    assert ltm("data", "verify", tmp_path / "a")[0] == 0
+    code, out, _ = ltm(*command[:-1], "--force")
+    assert "problems of at most" in " ".join(out.split())
+
+
 def test_help_is_that_of_the_task(ltm):
     code, out, _ = ltm("data", "make", "markov", "--help")
     assert code == 0
@@ -124,13 +137,15 @@ def test_a_task_of_ones_own_is_named_by_its_file(ltm, mine, tmp_path):
 def test_what_is_wrong_is_said_in_one_sentence(refused, mine, tmp_path):
     out = ("--out", tmp_path / "new")
     for given, message in {
-        ("nothing", *out): "There is no task 'nothing': choose copy, markov,",
+        ("nothing", *out): "There is no task 'nothing': choose arithmetic, copy, markov,",
         ("copy",): "required: --out",
         ("copy", *out, "--symbols", "x"): "'x' is not a whole number",
         ("copy", *out, "--symbols", "-1"): "The task copy has --symbols -1: give a number from 1 to 100000.",
         ("copy", *out, "--alpha", 1): "unrecognized arguments: --alpha",
         ("markov", *out, "--alpha", "nan"): "'nan' is not a finite number",
         ("markov", *out, "--reach", 20): "ask for at most 8",
+        ("sorting", *out, "--reach", "3"): "sorting is of problems, of which no best within --reach is known: leave",
+        ("sorting", *out, "--largest", 4): "The task sorting has --hardest 6: give a number from 2 to 5.",
         ("copy", *out, "--reach", "1,,2"): "'' is not a whole number of at least 1",
         ("copy", *out, "--val-fraction", 2): "2.0",
         (f"{mine}:Missing", *out): "has no class or function 'Missing'",

@@ -9,7 +9,7 @@ import pytest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import compare
 from ltm_pyro.evaluation.suites import suite
-from ltm_pyro.evaluation.suites.table import DOCUMENTS, PICTURE, REPORT, RESULTS, SUITES, _difference, markdown
+from ltm_pyro.evaluation.suites.table import DOCUMENTS, REPORT, RESULTS, SUITES, _difference, markdown
 from ltm_pyro.utils.statistics import clustered_ratio
 
 LIMITS = ("--limit", 3, "--samples", 2, "--fast-steps", 1)
@@ -57,7 +57,7 @@ def test_every_suite_end_to_end(run, ltm, data, tmp_path):
     curve = found["reconstruction"]["held-out"]["model"]
     assert [f"accuracy_{layer}" in curve for layer in range(4)] == [True, True, True, False]
     assert 0 < found["generation"]["multinomial"]["model"]["mauve"] <= 1
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {RESULTS, REPORT, PICTURE, DOCUMENTS}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {RESULTS, REPORT, "reconstruction.png", DOCUMENTS}
     files = {file.name: file.read_text() for file in (tmp_path / "out" / DOCUMENTS).iterdir()}
     places = ("zero-shot.ptb", "zero-shot.lambada", "zero-shot.lambada-last-word", "multilingual.english")
     assert {f"{x}.{column}.jsonl" for x in places for column in ("model", "baseline")} < {*files}

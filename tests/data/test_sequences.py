@@ -41,6 +41,7 @@ REFUSED = [
     ({"sequences": np.array([[0.5], [1.0]])}, "Sequence 0 is no list of at least one whole number."),
     ({"exact_nats": [1.0]}, "There are 2 sequences, but {'exact_nats': 1} values: give one value per sequence."),
     ({"prompts": [0, 1]}, "Sequence 1 has 1 tokens and a prompt of 1: leave one to score."),
+    ({"splits": ["train", "tset"]}, "There is no split 'tset': choose from train, val, test, harder, or None."),
     ({"exact_nats": [1.0, np.inf]}, "exact_nats has a value that is not finite"),
 ]
 
@@ -54,5 +55,8 @@ def test_sequences_that_cannot_be_packed_are_refused(tmp_path, change, message):
 
 
 def test_splits_are_named(tmp_path):
-    manifest = pack_sequences(np.arange(90).reshape(30, 3), tmp_path / "out", 90)
+    given = [None] * 25 + ["harder"] * 5
+    manifest = pack_sequences(np.arange(90).reshape(30, 3), tmp_path / "out", 90, splits=given)
     assert tuple(manifest.splits) == SPLITS
+    rows = PackedDataset.open(tmp_path / "out", "harder")
+    assert [row.tokens_T[0] for row in rows] == [75, 78, 81, 84, 87]

@@ -24,10 +24,10 @@ from ltm_pyro.evaluation.suites.gsm8k import (
     is_right,
     pass_at_k,
     read_problems,
-    wilson,
 )
 from ltm_pyro.evaluation.suites.mauve import SCALE, frontier_area, mauve
 from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Options
+from ltm_pyro.utils.statistics import wilson
 
 
 def kl(p, r):

@@ -15,6 +15,7 @@ from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.text.thoughts import ThoughtSampling
+from ltm_pyro.utils.statistics import wilson
 
 ANSWER_TOKENS = 128  # at most half of the model's length
 STOP = "Question:"  # where the next question begins
@@ -123,9 +124,3 @@ def is_right(answer: str, truth: str, way: str) -> bool:
     """Whether an answer's result is that of the worked answer ``truth``, character by character."""
     found = extract(answer, way)
     return found is not None and as_compared(found) == as_compared(truth)
-
-
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a proportion of n (Wilson 1927); its width is above 0 also for a share of 0 or 1."""
-    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))

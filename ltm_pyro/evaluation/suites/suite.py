@@ -30,7 +30,7 @@ class Options:
         fast_steps: T_fast; by default the recipe's ``evaluation.steps``.
         seed: random seed.
         shots: worked examples before each question of GSM8K.
-        attempts: answers per question of GSM8K.
+        attempts: answers per question of GSM8K; the most drafts, and iterations of rethinking, of reasoning.
         features: a run, or a folder with a Hugging Face model, whose hidden states are MAUVE's features.
         judge: the run that scores generated texts.
         trust: as in `load_run`, for the run and for those of ``features`` and ``judge``.

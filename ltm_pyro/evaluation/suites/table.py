@@ -9,7 +9,7 @@ from typing import Any
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import compare
-from ltm_pyro.evaluation.suites import generation, gsm8k, multilingual, reconstruction, zero_shot
+from ltm_pyro.evaluation.suites import generation, gsm8k, multilingual, reasoning, reconstruction, zero_shot
 from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Options, Part, Suite
 from ltm_pyro.runs.load import is_export, load_run
 from ltm_pyro.training.run_directory import WEIGHTS, checkpoint_path
@@ -57,6 +57,15 @@ SUITES = {
             "left_out",
         ),
     ),
+    "reasoning": Suite(
+        reasoning.parts,
+        "the share of problems answered rightly on test, by ways that were chosen on val at equal FLOPs",
+        (
+            *("one_draft", "greedy", "majority", "best_of_N", "rethinking", "rethinking_greedily"),
+            *("rethinking_with_votes", "harder_one_draft", "harder_majority", "harder_rethinking_with_votes"),
+            *("questions", "harder_questions"),
+        ),
+    ),
     "reconstruction": Suite(
         reconstruction.parts,
         "the share of held-out tokens that are the most likely ones given their past and the thoughts of layers 1 to l",
@@ -72,8 +81,8 @@ SUITES = {
     ),
 }
 UNITS = {"zero-shot": ("tokens", "nats_per_token"), "multilingual": ("bytes", "bits_per_byte")}  # that are compared
-SOURCES = (*zero_shot.DATA, "multilingual", "gsm8k")  # data sets that --source accepts
-RESULTS, REPORT, PICTURE, DOCUMENTS = "results.json", "report.md", "reconstruction.png", "documents"
+SOURCES = (*zero_shot.DATA, "multilingual", "gsm8k", "reasoning")  # data sets that --source accepts
+RESULTS, REPORT, DOCUMENTS = "results.json", "report.md", "documents"
 
 
 def evaluate_suites(
@@ -172,8 +181,8 @@ class _ResultsFile:
             for name, text in {RESULTS: results, REPORT: markdown(self.content)}.items():
                 with atomic_write(self.out / name) as new:
                     new.write_text(text, "utf-8", "backslashreplace")  # a path may be no UTF-8
-            if suite == "reconstruction":
-                plot_reconstruction(self.content["results"][suite], self.out / PICTURE)
+            if plot := PICTURES.get(suite):
+                plot(self.content["results"][suite], self.out / f"{suite}.png")
 
 
 def _difference(files: Sequence[Path], unit: str, figure: str) -> dict[str, Any]:
@@ -259,3 +268,25 @@ def plot_reconstruction(parts: dict[str, Any], file: Path) -> None:
     axes.legend()
     with atomic_write(file) as new:
         figure.savefig(new, dpi=150, format="png")
+
+
+def plot_reasoning(parts: dict[str, Any], file: Path) -> None:
+    """Plots accuracy over the FLOPs of a question, a panel for each task, run and split that is reported."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # as above
+    rows = [(part, column, found["curves"]) for part, row in parts.items() for column, found in row.items()]
+    figure = Figure(figsize=(11, 3.5 * len(rows)), layout="constrained")
+    for axes_of_row, (part, column, curves) in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
+        for axes, split in zip(axes_of_row, reasoning.REPORTED, strict=True):
+            for name, points in curves.get(split, {}).items():
+                axes.plot([x["flops"] for x in points], [x["accuracy"] for x in points], marker="o", label=name)
+            axes.set(xlabel="FLOPs of a question", ylabel="answered rightly", title=f"{part}, {split}: {column}")
+            axes.set(xscale="log", ylim=(-0.02, 1.02))
+    axes_of_row[0].legend(fontsize="small")
+    with atomic_write(file) as new:
+        figure.savefig(new, dpi=150, format="png")
+
+
+PICTURES = {"reconstruction": plot_reconstruction, "reasoning": plot_reasoning}
