@@ -10,7 +10,8 @@ import torch
 from ltm_pyro.errors import UsageError
 from ltm_pyro.runs.load import SAFETENSORS, build_run, is_export
 from ltm_pyro.runs.run import Run
-from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, WEIGHTS, read_checkpoint
+from ltm_pyro.training.run_directory import RECIPE, TOKENIZER, WEIGHTS, read_checkpoint, write_copies
+from ltm_pyro.training.trust import copies_beside
 from ltm_pyro.utils.extras import extra
 from ltm_pyro.utils.files import atomic_write, check_folder, local_path, new_folder, writing
 from ltm_pyro.utils.threads import one_at_a_time
@@ -27,6 +28,8 @@ def save_pretrained(
     trust: bool = False,
 ) -> Path:
     """Writes a run's checkpoint as a folder that `load_run` takes, and that can be put on the Hugging Face hub.
+
+    Copies of the user's own code that the run has, in ``code/``, go with it.
 
     Args:
         figures: name to number, for the card's table.
@@ -57,6 +60,8 @@ def save_pretrained(
         }
         for name, content in files.items():
             replaced.enter_context(atomic_write(folder / name)).write_bytes(content)
+        copies = copies_beside(run)
+        write_copies(folder, {x.name: x.read_bytes() for x in sorted(copies.glob("*.py"))} if copies else {})
     return folder
 
 

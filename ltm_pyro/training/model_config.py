@@ -17,7 +17,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training import plugins
 from ltm_pyro.training.old_recipe_keys import dotted_keys, refuse_old_keys
-from ltm_pyro.training.trust import check_classes, check_code, known_class
+from ltm_pyro.training.trust import check_classes, check_code, copies_beside, known_class
 from ltm_pyro.utils.safe_yaml import load_yaml
 
 DEFAULTS = {  # by dotted path: this room imports no model and no guide
@@ -97,6 +97,8 @@ def parse_model(recipe: str, source: object, trust: bool = False) -> Namespace:
         content = load_yaml(recipe)
         refuse_old_keys(dotted_keys(content), source)
         model = {name: value for name, value in content["model"].items() if name not in TRAINING_KEYS}
+        if folder := copies_beside(source):
+            model = plugins.use_copies(model, folder)
         free = check_code({"model": model}, recipe, source, trust)
         model = plugins.resolve(model, "model", known_class)
         data = {name: content["data"][name] for name in ("score", "observe") if name in content["data"]}

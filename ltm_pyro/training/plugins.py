@@ -48,6 +48,20 @@ def resolve(value: Any, key: str = "", known: Callable[[str], type | None] = lam
     return value
 
 
+def use_copies(value: Any, folder: Path) -> Any:
+    """A recipe in which every ``file.py:Name`` whose file is missing names its copy in ``folder``, if that is there."""
+    if isinstance(value, dict):
+        return {key: use_copies(x, folder) for key, x in value.items()}
+    if isinstance(value, list):
+        return [use_copies(x, folder) for x in value]
+    if not isinstance(value, str) or not (found := IN_FILE.fullmatch(value)):
+        return value
+    file = Path(found["file"])
+    copy = folder / file.name
+    is_there = file.is_file() or Path(file.name).is_file()
+    return f"{copy.resolve()}:{found['name']}" if copy.is_file() and not is_there else value
+
+
 def resolve_arguments(arguments: list[str]) -> list[str]:
     """The same for the words of the command line, ``--KEY VALUE`` or ``--KEY=VALUE``."""
     words, key = [], ""

@@ -1,7 +1,7 @@
 """Run directories: what training writes, and what is loaded from them.
 
 A run holds ``config.yaml``, ``tokenizer.json``, ``metrics.csv`` and ``checkpoints/last.ckpt``; the checkpoint alone is
-enough, because recipe and tokenizer travel in it.
+enough, because recipe and tokenizer travel in it. Copies of the user's own code that the recipe names are in ``code/``.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ltm_pyro.errors import UsageError
+from ltm_pyro.training.trust import COPIES
 from ltm_pyro.utils.files import atomic_write, new_folder, writing
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -93,15 +94,25 @@ def check_run(path: Path, force: bool, resumed: bool) -> None:
         )
 
 
-def write_run(path: Path, recipe: str, tokenizer: str, keep: bool) -> None:
-    """Writes recipe and tokenizer; unless ``keep``, deletes metrics and checkpoints of an earlier run.
+def write_copies(path: Path, sources: Mapping[str, bytes]) -> None:
+    """Writes copies of the user's code below a run or an export; other files there are never touched."""
+    if sources:
+        (path / COPIES).mkdir(exist_ok=True)
+    for name, content in sources.items():
+        with atomic_write(path / COPIES / name) as new:
+            new.write_bytes(content)
+
+
+def write_run(path: Path, recipe: str, tokenizer: str, sources: Mapping[str, bytes], keep: bool) -> None:
+    """Writes recipe, tokenizer and copies of the user's code; unless ``keep``, deletes what an earlier run measured.
 
     The earlier files are deleted after the new ones are on the disk. A failure leaves nothing new behind.
     """
-    texts = {path / RECIPE: recipe, path / TOKENIZER: tokenizer}
+    files = {path / RECIPE: recipe.encode(), path / TOKENIZER: tokenizer.encode()}
     with writing(f"the run {path}", "--run"), new_folder(path / CHECKPOINT.parent), ExitStack() as replaced:
-        for file, text in texts.items():
-            replaced.enter_context(atomic_write(file)).write_text(text, "utf-8")
+        for file, content in files.items():
+            replaced.enter_context(atomic_write(file)).write_bytes(content)
+        write_copies(path, sources)
         for leftover in (path / CHECKPOINT.parent).glob("*.ckpt.*.new"):  # of a training that was killed
             leftover.unlink(missing_ok=True)
         for old in () if keep else (path / METRICS, *(path / CHECKPOINT.parent).glob("*.ckpt")):

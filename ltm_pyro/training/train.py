@@ -34,7 +34,7 @@ from ltm_pyro.training.run_directory import (
     read_checkpoint,
     write_run,
 )
-from ltm_pyro.training.trust import remember_recipe
+from ltm_pyro.training.trust import own_sources, remember_recipe
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import DISK_IS_FULL, DiskFullError, local_path, lock_folder
 from ltm_pyro.utils.processes import end_with_parent, end_with_starter
@@ -86,7 +86,7 @@ def _train(config: Namespace, callbacks: Sequence[Any], run: Path, first: bool) 
     log = MetricsFile(run / METRICS, *(content["global_step"], content.get("metrics_rows")) if keep else ())
 
     def start_run() -> None:
-        write_run(run, recipe, text, keep)
+        write_run(run, recipe, text, own_sources(recipe), keep)
         remember_recipe(recipe)
         log.resume()
         console = Console(stderr=True)

@@ -26,6 +26,7 @@ from ltm_pyro.utils.safe_yaml import load_yaml
 
 CLASS_KEYS = {"class_path", "callbacks", "logger", "plugins", *PARTS}  # of a recipe: their values name classes
 SOURCE = re.compile(r"^# sha256 of (?P<file>.*): (?P<digest>[0-9a-f]{64})$", re.MULTILINE)  # ends a recipe
+COPIES = "code"  # of a run or an export: the folder with copies of the user's files that its recipe needs
 STORE = Path("ltm_pyro") / "trusted.jsonl"  # in the user's data folder: one line for each recipe trained here
 TEXTS = 5  # of YAML, one inside the other
 Class = TypeVar("Class")
@@ -212,7 +213,8 @@ def _description(name: str, trained: Mapping[str, str]) -> str:
     file = _file(name)
     if file is None:
         return f"  {_printable(name)}: no such module"
-    before = trained.get(str(file))
+    by_name = {Path(path).name: digest for path, digest in trained.items()}  # of a copy that came with the run
+    before = trained.get(str(file)) or by_name.get(file.name)
     since = "not noted" if before is None else "unchanged" if before == _digest(file) else "CHANGED"
     return f"  {_printable(name)}:{_description_of(file)}, {since} since training"
 
@@ -244,6 +246,18 @@ def source_lines(recipe: str) -> str:
     names = [name for name in code_names(load_yaml(recipe)) if name not in _exported()]
     files = sorted({file for file in map(_file, names) if file is not None})
     return "".join(f"# sha256 of {file}: {_digest(file)}\n" for file in files)
+
+
+def own_sources(recipe: str) -> dict[str, bytes]:
+    """The user's files that a recipe names, and what was imported with them from their folders, by name."""
+    files = map(Path, _imported(Path(file) for file, _ in SOURCE.findall(recipe)))
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def copies_beside(source: object) -> Path | None:
+    """The folder `COPIES` of a run, an export, or the run of a checkpoint or recipe; None if there is none."""
+    places = [Path(str(source)), *Path(str(source)).parents[:2]]
+    return next((place / COPIES for place in places if (place / COPIES).is_dir()), None)
 
 
 def may_read_data(place: str, recipe: str, trust: bool = False) -> bool:

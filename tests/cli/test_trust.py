@@ -111,6 +111,39 @@ def test_another_user_is_asked_and_shown_what_is_executed(trained, ltm, refused,
     assert (code, "Trusted:" in err, "No trial records a figure 'nothing'" in err) == (2, True, True)
 
 
+def test_the_code_travels_with_run_and_export_and_is_executed_only_if_trusted(
+    trained, ltm, refused, new_process, tmp_path, monkeypatch
+):
+    text = (tmp_path / "mine" / "spike.py").read_bytes()
+    assert ltm("export", trained, "--out", tmp_path / "export")[0] == 0
+    for place in (trained, tmp_path / "export"):
+        assert {file.name for file in (place / "code").iterdir()} == {"spike.py", "helper_of_spike.py"}
+        assert (place / "code" / "spike.py").read_bytes() == text
+    figures = {}
+    for place in ("run", "export"):  # on another machine, without the files
+        moved = tmp_path / "there" / place
+        shutil.copytree(tmp_path / place, moved)
+        figures[place] = ltm("show", tmp_path / place)[1].replace(str(tmp_path / place), "")
+    shutil.rmtree(tmp_path / "mine")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "of another"))
+    for place in ("run", "export", "run/checkpoints/last.ckpt"):
+        moved = tmp_path / "there" / place
+        new_process()
+        assert NOT_OURS in refused("generate", moved)
+        assert "spike" not in sys.modules
+        code, _, err = ltm("generate", moved, "--max-new-tokens", 1, "--trust")
+        assert code == 0, err
+        assert f"/there/{place.partition('/')[0]}/code/spike.py, SHA-256" in err
+        assert "unchanged since training" in err
+    (tmp_path / "there" / "run" / "code" / "spike.py").write_bytes(text + b"# changed\n")
+    new_process()
+    assert "CHANGED since training" in ltm("generate", tmp_path / "there" / "run", "--trust")[2]
+    monkeypatch.chdir(tmp_path / "there")
+    new_process()
+    shutil.rmtree(tmp_path / "there" / "run" / "code")
+    assert "is missing: put it back" in refused("generate", tmp_path / "there" / "run", "--trust")
+
+
 def test_a_registered_class_is_built_and_its_file_is_not_imported(trained, new_process, tmp_path, monkeypatch):
     sys.path.append(str(tmp_path / "mine"))
     new_process()
