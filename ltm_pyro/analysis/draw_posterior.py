@@ -100,7 +100,9 @@ def draw_posterior(
         groups = draw_sequences(run, found, length, options, seed, lambda chunks: track(chunks, "inferring", **shown))
     for name, data in text_groups(run, found).items():
         groups[name] = groups[name].assign(data)
-    return assemble(groups, settings(options, run.guide, run.inference, seed) | {"run": run.source})
+    return assemble(
+        groups, settings(options, run.guide, run.inference, seed) | {"run": run.source, "weights": run.digest}
+    )
 
 
 def prepare(

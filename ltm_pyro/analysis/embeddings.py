@@ -86,6 +86,10 @@ def nearest(known: Posterior, new: Posterior, count: int = 5, seed: int = 0) -> 
     """
     if known.stats["mean"].shape[1:] != new.stats["mean"].shape[1:]:
         raise UsageError("The two posteriors have thoughts of different shapes: infer both under the same run.")
+    if len({x.attrs["weights"] for x in (known, new) if "weights" in x.attrs}) > 1:
+        raise UsageError(
+            "The two posteriors are of different models, whose thoughts have nothing to do with each other."
+        )
     scale_D = known.group("prior")["z"].std(("chain", "draw")).values.ravel()
     means_ND, sds_ND = means(known) / scale_D, known.stats["sd"].values.reshape(known.size, -1) / scale_D
     random, found = np.random.default_rng(seed), []

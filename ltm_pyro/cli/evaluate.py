@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     trained = load_run(args.run, args.device, args.trust)
     others = [[load_run(path, args.device, args.trust) for path in paths or ()] for paths in (args.floor, args.ceiling)]
     if args.by_document:
-        args.by_document = check_out(args.by_document, args.force, "--by-document")
+        args.by_document = check_out(args.by_document, args.force, "--by-document", [args.data])
     if args.by_document or args.floor:
         check_documents(args.data or trained.data)
     if args.floor:

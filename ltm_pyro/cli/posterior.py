@@ -76,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--keep-draws belongs to --stream: add it, or draw fewer --samples.")
     if args.embeddings:
         extra("pyarrow.parquet", "parquet", "A table of embeddings")
-        args.embeddings = check_out(args.embeddings, args.force, "--embeddings")
-    args.out = check_out(args.out, args.force or args.stream)
+        given = (args.out, args.input, args.nearest)
+        args.embeddings = check_out(args.embeddings, args.force, "--embeddings", given)
+    args.out = check_out(args.out, args.force or args.stream, others=(args.input, args.nearest))
     # imported here, because --help must not wait for them
     from ltm_pyro.analysis import ChainOptions, DrawOptions, Posterior, draw_posterior, read_texts
     from ltm_pyro.inference.ais import Annealing
@@ -132,9 +133,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_out(path: Path, force: bool, option: str = "--out") -> Path:
-    """The absolute path of an output; refuses one that exists or cannot be written, before hours of work."""
+def check_out(path: Path, force: bool, option: str = "--out", others: Iterable[object] = ()) -> Path:
+    """The absolute path of an output; refuses one that exists or cannot be written, before hours of work.
+
+    Args:
+        others: what the same command reads or writes, which ``force`` does not replace either.
+    """
     path = local_path(path, option)
+    if any(other is not None and local_path(str(other), option).resolve() == path.resolve() for other in others):
+        raise UsageError(f"{path} is another file of this command already: choose another {option}.")
     with writing(path, option):  # a name may be too long
         there = path.exists()
     if there and not force:

@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page; returns 0."""
-    args.out = check_out(args.out, args.force)
+    others = (args.posterior, args.calibration, args.reference, args.statistics, *args.against)
+    args.out = check_out(args.out, args.force, others=others)
     # imported here, because --help must not wait for them
     from ltm_pyro.analysis import Posterior
     from ltm_pyro.analysis.calibration import Calibration

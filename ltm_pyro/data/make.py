@@ -4,6 +4,7 @@ Shapes: N sequences.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ BEST_WITHIN = "best_within_"  # and the reach: a label of every sequence
 NOTHING, OPTIMUM = "knowing nothing", "optimum"
 DIFFICULTY = "difficulty"  # a label of every problem
 _ROWS = 4096  # sequences drawn together
-_VOCABULARY = 512  # of problems: enough for every number and word to be one token
+_VOCABULARY, _TO_LEARN = 768, 4_000  # of problems: enough for every number below 100 and every word to be one token
+_NUMBERS = [f"{n}\n{n} {n}\n" for n in range(100)] * 50
 
 
 class Cost(NamedTuple):
@@ -101,16 +103,19 @@ def make_problems(
 ) -> Manifest:
     """Draws ``sequences`` problems and packs them, each with its question as prompt and its label ``difficulty``.
 
-    Equal problems are in one split. The harder ones, as many again as test has, are the split ``harder``. −log p of
-    question and answer together is each one's ``exact_nats``. The tokenizer is a byte-level BPE in which a number is
-    one token.
+    Equal problems are in one split. The harder ones, as many as ``test_fraction`` asks for, are the split ``harder``.
+    −log p of question and answer together is each one's ``exact_nats``. The tokenizer is a byte-level BPE in which a
+    number below 100 is one token, learned from problems of its own.
     """
     check_fractions(val_fraction, test_fraction)
     check_out(out, force)
     rng = np.random.default_rng(seed)
     drawn = task.sample(sequences, rng)
-    harder = max(1, round(sequences * test_fraction)) if task.harder > task.hardest else 0
-    tokenizer = train_tokenizer((x.prompt + x.completion for x in drawn), _VOCABULARY)
+    harder = math.ceil(sequences * test_fraction) if task.harder > task.hardest else 0
+    others = task.sample(_TO_LEARN, np.random.default_rng((seed, 1)))
+    # a tokenizer learns from parts of what has no spaces; no token goes beyond a sign, so that they may stand apart
+    apart = [re.sub(r"([^\w\s]+)", r"\n\1\n", x.prompt + x.completion) for x in others]
+    tokenizer = train_tokenizer([*apart, *_NUMBERS], _VOCABULARY)
     problems = [*drawn, *(task.sample(harder, rng, harder=True) if harder else [])]
     prompts = [encode_prompt(tokenizer, x.prompt) for x in problems]
     return pack_sequences(

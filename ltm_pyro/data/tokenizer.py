@@ -16,9 +16,9 @@ from ltm_pyro.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"  # follows every document, and is the start token of every sequence
 SMALLEST_VOCABULARY = 257  # every byte and END_OF_TEXT
-KEEP_TEXT = ("ByteLevel", "Digits", "FixedLength", "Punctuation", "Split", "UnicodeScripts")  # pre-tokenizers
-_WORD = 32  # characters: of longer words, such as lines without a space, pieces are learned from
-_RUN = re.compile(rf"(?<!\S)\S{{{_WORD + 1},}}|(?<!\s)\s{{{_WORD + 1},}}")
+KEEP_TEXT = ("ByteLevel", "Digits", "FixedLength", "Punctuation", "Split")  # pre-tokenizers; not UnicodeScripts
+_WORD = 32  # bytes: of longer words, such as lines without a space, pieces are learned from
+_RUN = re.compile(r"(?<!\S)\S{9,}|(?<!\s)\s{33,}")  # may be longer: a character has at most 4 bytes
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def short_words(texts: Iterable[str], vocabulary: int) -> Iterator[str]:
-    """The texts, with words of over 32 characters cut into pieces, of which the n-th is kept with frequency V / n.
+    """The texts, with words of over 32 bytes cut into pieces, of which the n-th is kept with frequency V / n.
 
     What a word costs to learn from grows with its square, and what a text without spaces costs with the number of its
     different words: nearly all of its pieces are different. V (1 + log(n / V)) of n pieces are kept.
@@ -51,13 +51,17 @@ def short_words(texts: Iterable[str], vocabulary: int) -> Iterator[str]:
     for text in texts:
         start = 0
         for run in _RUN.finditer(text):
+            size, length = len(run[0].encode("utf-8", "replace")), len(run[0])
+            if size <= _WORD:
+                continue
             yield text[start : run.start()]
-            for first in range(run.start(), run.end(), _WORD):
+            step = max(1, _WORD * length // size)  # characters of a piece
+            for first in range(run.start(), run.end(), step):
                 pieces += 1
                 kept += min(1.0, vocabulary / pieces)
                 if kept >= 1:
                     kept -= 1
-                    yield text[first : min(first + _WORD, run.end())]
+                    yield text[first : min(first + step, run.end())]
             start = run.end()
         yield text[start:]
 
@@ -106,7 +110,8 @@ def load_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise UsageError(f"tokenizer {path} has no token {END_OF_TEXT}; add it as a special token or use bpe:SIZE.")
     tokenizer = _as_plain_text(tokenizer)
-    if tokenizer_hash(tokenizer) == tokenizer_hash(number_tokenizer(end_of_text(tokenizer))):
+    of_numbers = isinstance(tokenizer.model, models.WordLevel)
+    if of_numbers and tokenizer_hash(tokenizer) == tokenizer_hash(number_tokenizer(end_of_text(tokenizer))):
         return tokenizer
     if reason := _what_is_lost(tokenizer):
         raise UsageError(f"tokenizer {path} loses text: {reason}; give a byte-level BPE or use bpe:SIZE.")

@@ -28,6 +28,8 @@ NAME = "ltm_pyro"
 BATCH = 32  # texts, where the harness is asked to find out by itself
 MAX_GEN_TOKS = 256  # as in its model for Hugging Face
 FILTERS = ("top_k", "top_p", "min_p")
+TOP_K = 50  # where a task samples and says nothing: the default of Hugging Face's `generate`
+WITHOUT_EFFECT = {"num_beams": 1, "early_stopping": False}  # settings that say what is done anyway
 _log = logging.getLogger(__name__)
 
 
@@ -166,6 +168,7 @@ class LTM(TemplateLM):
         """How a request is written, and its stop strings; `UsageError` for settings that it would not follow."""
         said = {name: value for name, value in asked.items() if value is not None}
         given, length = dict(normalize_gen_kwargs(said, MAX_GEN_TOKS)), self._run.length
+        given = {name: x for name, x in given.items() if name not in WITHOUT_EFFECT or x != WITHOUT_EFFECT[name]}
         stops = handle_stop_sequences(given.pop("until"), eos=END_OF_TEXT)
         room = given.pop("max_gen_toks")
         if room >= length:
@@ -174,6 +177,8 @@ class LTM(TemplateLM):
         temperature = float(given.pop("temperature", 0.0))
         is_greedy = not given.pop("do_sample") or temperature == 0
         filters = {name: given.pop(name, None) for name in FILTERS}
+        if "top_k" not in asked:
+            filters["top_k"] = TOP_K
         penalty = given.pop("repetition_penalty", None)
         if given:
             known = ("until", "max_gen_toks", "do_sample", "temperature", *FILTERS, "repetition_penalty")
@@ -183,7 +188,7 @@ class LTM(TemplateLM):
             )
         chosen: dict[str, Any] = {} if is_greedy else filters | {"temperature": temperature}
         sampling = Sampling(
-            max_new_tokens=room,
+            max_new_tokens=1 if "" in stops else room,  # an empty stop string is there after the first token
             do_sample=not is_greedy,
             stop_strings=[stop for stop in stops if stop],
             repetition_penalty=1.0 if penalty is None else penalty,

@@ -1,5 +1,6 @@
 """A trained model with everything needed to score and to write text."""
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,16 @@ class Run(NamedTuple):
     def device(self) -> torch.device:
         """Where the model is; batches have to be there too."""
         return next(self.model.parameters()).device
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the weights of model and guide."""
+        found = hashlib.sha256()
+        parts = (part for part in (self.model, self.guide) if isinstance(part, nn.Module))
+        for name, x in (item for part in parts for item in part.state_dict().items()):
+            found.update(name.encode())
+            found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def reach(self) -> int | None:

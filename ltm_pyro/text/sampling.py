@@ -25,7 +25,8 @@ class Sampling:
         do_sample: draws the tokens; if False, takes the likeliest.
         temperature: divides the logits.
         top_k: only the k likeliest tokens, and those as likely as the last of them; 0 for all.
-        top_p: of those, the fewest of the likeliest that together have this probability (arXiv 1904.09751); 1 for all.
+        top_p: of those, the fewest of the likeliest that together have this probability (arXiv 1904.09751), and at
+            least one; 1 for all.
         min_p: of those, only tokens with at least this share of the likeliest token's probability (arXiv 2407.01082).
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens that the row has
             already (Keskar et al. 2019, arXiv 1909.05858).
@@ -52,20 +53,21 @@ class Sampling:
         for name in ("max_new_tokens", "num_return_sequences"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.temperature < math.inf:
+        if not 1e-6 <= self.temperature < math.inf:  # below, quotients of logits overflow
             raise UsageError(
-                f"Temperature must be positive and finite, got {self.temperature}: for the likeliest, do not sample."
+                f"Temperature must be at least 1e-6 and finite, got {self.temperature}: to take the likeliest, do not "
+                f"sample."
             )
         top_k, top_p, min_p = self.filters
-        if top_k < 0:
-            raise UsageError(f"top_k must not be negative, got {top_k}: use 0 for all tokens.")
-        if not 0 < top_p <= 1:
-            raise UsageError(f"top_p must be in (0, 1], got {top_p}.")
+        if top_k < 0 or top_k != int(top_k):
+            raise UsageError(f"top_k must be a whole number and not negative, got {top_k}: use 0 for all tokens.")
+        if not 0 <= top_p <= 1:
+            raise UsageError(f"top_p must be in [0, 1], got {top_p}.")
         if not 0 <= min_p <= 1:
             raise UsageError(f"min_p must be in [0, 1], got {min_p}.")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 1e-3 <= self.repetition_penalty <= 1e3:  # beyond, products with logits overflow
             raise UsageError(
-                f"repetition_penalty must be positive and finite, got {self.repetition_penalty}: 1 is none."
+                f"repetition_penalty must be from 0.001 to 1000, got {self.repetition_penalty}: 1 is none."
             )
         if "" in stops:
             raise UsageError("A stop string is empty, so every text would end at once: leave it out.")

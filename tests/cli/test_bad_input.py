@@ -105,9 +105,9 @@ def test_runs_and_text_that_cannot_be_scored(here, run, refused, arguments, word
     [
         ("--prompt", "word " * 50, ("tokens", "length is 16", "shorten")),
         ("--prompt", "\udcff", ("UTF-8", "re-encode")),
-        ("--temperature", "0", ("0.0", "positive")),
-        ("--temperature", "nan", ("nan", "positive")),
-        ("--top-p", "0", ("top_p", "0.0", "(0, 1]")),
+        ("--temperature", "0", ("0.0", "at least 1e-6")),
+        ("--temperature", "nan", ("nan", "at least 1e-6")),
+        ("--top-p", "-0.1", ("top_p", "-0.1", "[0, 1]")),
         ("--top-k", "-1", ("--top-k", "'-1'")),
         ("--num-samples", "0", ("--num-samples", "'0'", "at least 1")),
         ("--max-new-tokens", "0", ("--max-new-tokens", "'0'")),

@@ -138,9 +138,18 @@ def test_no_question_is_in_two_splits_and_harder_ones_are_apart(tmp_path):
     assert len(read_questions(tmp_path / "pack", "train", limit=7)) == 7
 
 
+@pytest.mark.parametrize("name", ["arithmetic", "word-problems", "sorting"])
+def test_a_number_is_one_token(name, tmp_path):
+    make_problems(TASKS[name](), tmp_path / "pack", 300)
+    tokenizer = PackedDataset.open(tmp_path / "pack", "train").tokenizer
+    assert [n for n in range(100) if len(tokenizer.encode(f"={n}").ids) != 2] == []
+    assert [n for n in range(100) if len(tokenizer.encode(f"={n} {n}").ids) != 3] == []
+
+
 def test_a_task_without_harder_problems_has_no_such_split(tmp_path):
     manifest = make_problems(Modular(1, 2, 2), tmp_path / "pack", 100)
     assert "harder" not in manifest.splits
+    assert "harder" not in make_problems(Modular(1, 2, 3), tmp_path / "none", 100, test_fraction=0).splits
     with pytest.raises(UsageError, match=r"no split 'harder': choose train or val or test\."):
         manifest.split("harder", "pack")
 

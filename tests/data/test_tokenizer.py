@@ -157,6 +157,10 @@ KEPT = {
     "digits": _changed(
         pre_tokenizer=_sequence("pretokenizers", {"type": "Digits", "individual_digits": True}, BYTE_LEVEL)
     ),
+    "punctuation": _changed(
+        pre_tokenizer=_sequence("pretokenizers", {"type": "Punctuation", "behavior": "Contiguous"}, BYTE_LEVEL)
+    ),
+    "pieces": _changed(pre_tokenizer=_sequence("pretokenizers", {"type": "FixedLength", "length": 5}, BYTE_LEVEL)),
     "words added": _with_token("cat sat"),
     "letters added": _with_token("\u4f60"),
     "special": _with_token("<s>", special=True, lstrip=True),
@@ -216,6 +220,10 @@ LOST = {
     "Strip when it is decoded": (
         _changed(decoder=_sequence("decoders", BYTE_LEVEL, {"type": "Strip", "content": " ", "start": 1, "stop": 0})),
         "its decoder is not ByteLevel alone",
+    ),
+    "scripts": (  # which drops the spaces at the beginning
+        _changed(pre_tokenizer=_sequence("pretokenizers", {"type": "UnicodeScripts"}, BYTE_LEVEL)),
+        "its pre-tokenizer UnicodeScripts changes texts",
     ),
     "spaces removed": (
         _changed(pre_tokenizer=_sequence("pretokenizers", SPACES | {"behavior": "Removed"}, BYTE_LEVEL)),

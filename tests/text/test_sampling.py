@@ -32,7 +32,7 @@ def random_logits(seed, levels, vocabulary):
 @settings(max_examples=300, deadline=None)
 @given(
     top_k=st.sampled_from([0, 1, 2, 5, 40, 300]),
-    top_p=st.one_of(st.just(1.0), st.sampled_from([0.5, 0.25, 0.9, 1 - 1e-7]), st.floats(0.01, 1)),
+    top_p=st.one_of(st.just(1.0), st.sampled_from([0.0, 0.5, 0.25, 0.9, 1 - 1e-7]), st.floats(0.01, 1)),
     min_p=st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 0.9)),
     temperature=st.sampled_from([1.0, 0.5, 2.0, 0.7]),
     seed=st.integers(0, 99),
@@ -92,13 +92,15 @@ def test_tokens_seen_become_less_likely():
     "wrong",
     [
         {"temperature": 0.0},
-        {"top_p": 0.0},
+        {"temperature": 1e-39},  # logits would overflow
+        {"top_p": -0.1},
         {"top_p": 1.1},
         {"top_k": -1},
         {"min_p": 1.5},
         {"max_new_tokens": 0},
         {"num_return_sequences": 0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-39},
         {"stop_strings": ("",)},
         {"stop_strings": ""},
         {"do_sample": False, "top_k": 5},

@@ -21,6 +21,7 @@ from ltm_pyro.data.tasks.problem import answer_of
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Figures, Options, Part, no_data
 from ltm_pyro.runs.run import Run
+from ltm_pyro.text.denoising import fills_gaps
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.rethinking import Rethinking, rethink
 from ltm_pyro.text.sampling import Sampling
@@ -67,14 +68,15 @@ def parts(options: Options) -> list[Part]:
 
 
 def _has_problems(manifest: Manifest) -> bool:
-    return manifest.prompts > 0 and {"val", "test"} <= manifest.splits.keys()
+    documents = manifest.dropped + sum(split.documents for split in manifest.splits.values())
+    return manifest.prompts >= documents and {"val", "test"} <= manifest.splits.keys()
 
 
 def read_questions(pack: Path, split: str, limit: int | None = None) -> list[Question]:
     """The different questions of a split; `UsageError` for one without an answer."""
     dataset, found = PackedDataset.open(pack, split), dict[str, Question]()
     for row in dataset:
-        if row.prompt is None or len(found) == limit:
+        if len(found) == limit:
             break
         prompt, completion = (
             dataset.tokenizer.decode(x.tolist()) for x in (row.tokens_T[: row.prompt], row.tokens_T[row.prompt :])
@@ -88,6 +90,8 @@ def read_questions(pack: Path, split: str, limit: int | None = None) -> list[Que
 
 def reasoning(pack: Path, options: Options, run: Run) -> Figures:
     """Accuracies with 95 % intervals (Wilson), and exact McNemar tests of rethinking against one draft and a vote."""
+    if fills_gaps(run):
+        raise UsageError("The suite reasoning needs texts that go on behind a prompt: give a run that is no diffusion.")
     manifest = read_manifest(pack)
     splits = {x: read_questions(pack, x, options.limit) for x in ("val", *REPORTED) if x in manifest.splits}
     room = run.length - max(len(encode_prompt(run.tokenizer, x.prompt)) for found in splits.values() for x in found)
@@ -140,17 +144,18 @@ def every_way(run: Run, questions: Sequence[Question], options: Options, room: i
     """All ways at 1, 2, 4, … drafts or iterations, up to ``options.attempts``, each with what it needs to compute.
 
     A draft needs a fit of q to the prompt, shared by all drafts of a question, and a pass over prompt and draft; the
-    best of N one more pass for each. An iteration of rethinking needs a fit to prompt and draft, and the next draft.
+    best of N one more pass for each. A chain of rethinking has a fit to the prompt of its own; an iteration needs a fit
+    to prompt and draft, and the next draft.
     """
     ladder = [2**i for i in range(options.attempts.bit_length())]
     sampled, likeliest = Sampling(max_new_tokens=room), Sampling(max_new_tokens=room, do_sample=False)
     prompt = np.mean([len(encode_prompt(run.tokenizer, x.prompt)) for x in questions])
 
-    def cost(texts: Iterable[str], drafts: int, fits_to_drafts: int = 0) -> float:
+    def cost(texts: Iterable[str], drafts: int, fits_to_drafts: int = 0, fits_to_prompt: int = 1) -> float:
         """FLOPs of a question with so many drafts, as long as these texts are."""
         both = prompt + np.mean([len(encode_prompt(run.tokenizer, text)) for text in texts])
         fit, forward = inference_flops(run.model.decoder, run.guide, int(both), options.inference(run))
-        return float(prompt * fit + both * (drafts * forward + fits_to_drafts * fit))
+        return float(fits_to_prompt * prompt * fit + both * (drafts * forward + fits_to_drafts * fit))
 
     texts_QN = _drafts(run, questions, options, sampled, ladder[-1])
     nats_QN, written = _scores(run, questions, texts_QN, options), [text for texts in texts_QN for text in texts]
@@ -179,7 +184,7 @@ def every_way(run: Run, questions: Sequence[Question], options: Options, room: i
         found[name] = {
             n: Way(
                 _right(questions, [_most_common(drafts[n]) for drafts in drafts_QNC]),
-                cost(written, chains * (n + 1), chains * n),
+                cost(written, chains * (n + 1), chains * n, chains),
             )
             for n in ladder
         }

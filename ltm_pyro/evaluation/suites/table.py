@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -103,6 +104,9 @@ def evaluate_suites(
         if name not in SUITES:
             raise UsageError(f"Unknown suite '{name}': choose from {', '.join(SUITES)}.")
     plan = [(name, part) for name in dict.fromkeys(names) for part in SUITES[name].parts(options)]
+    counts = Counter((name, part.name) for name, part in plan)
+    if twice := [f"{part!r} of the suite {name}" for (name, part), n in counts.items() if n > 1]:
+        raise UsageError(f"Two data sets would be the same row, {twice[0]}: give each another name, or leave one out.")
     paths = {"model": run, **({"baseline": baseline} if baseline else {})}
     runs = {column: load_run(path, device, options.trust) for column, path in paths.items()}
     weights = {name: Path(x) / WEIGHTS if is_export(x) else checkpoint_path(x) for name, x in paths.items()}

@@ -34,6 +34,7 @@ def objective(setting):
     return {"bound": setting.parameters.get("model.inference.rate", 1.0)}
 """
 IMPATIENT = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
     "from ltm_pyro.studies.search import trials; trials.HEARTBEAT, trials.GRACE = 1, 15\n"
     "from ltm_pyro.cli import main; main()"
 )
