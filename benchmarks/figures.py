@@ -268,11 +268,10 @@ def inference_steps(_: Path | None) -> Lines:
                 above(seeds, at[0]) if steps else "",
                 *(f"{x:.3f}" for x in after or ()),
                 *[""] * (len(tested) - len(after)),
-                ", ".join(f"{row['figures']['predictive_gain']:.4f}" for row in seeds),
             ]
         )
     head = ["T_fast in training", "bound of each seed", "above autoregressive", "0 steps at test time"]
-    return table([*head, *map(str, tested[1:]), "predictive gain of each seed"], lines)
+    return table([*head, *map(str, tested[1:])], lines)
 
 
 def _bounds(seeds: list[dict[str, Any]]) -> list[float]:

@@ -206,6 +206,8 @@ class Comparison:
         prior, bound, iwae = (found.estimates.get(name) for name in ("prior", "bound", "iwae"))
         assert prior is not None
         gain, k_B = found.predictive_gain, None
+        if found.no_bound:
+            no_bound, bound, iwae = found.no_bound, None, None
         if not no_bound and run.model.decoder.thought_shape.thoughts:
             k_B = k_hat(run, K_HAT_SEQUENCES, K_HAT_DRAWS)
         documents = [x.as_dict() for x in document_scores(found)] if found.documents else []

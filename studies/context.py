@@ -8,6 +8,7 @@ context` makes a `ContextStudy`, checks it, and asks for its result; what is the
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from jsonargparse import Namespace
 
-from ltm_pyro.data import read_manifest
+from ltm_pyro.data import PackedDataset, read_manifest
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.context import NULLS, Context, context_recovered
 from ltm_pyro.evaluation.documents import Records, document_scores
@@ -137,6 +138,14 @@ class ContextStudy:
             raise UsageError(
                 f"There is no label {self.label!r}, because {config.data.directory} {has}: pack the text with --label."
             )
+        if self.label is not None:
+            rows = islice(PackedDataset.open(config.data.directory, self.split), self.limit)
+            if len(values := {row.parts[0].document.labels.get(self.label) for row in rows} - {None}) < 2:
+                known = ", ".join(map(str, values)) or "none"
+                raise UsageError(
+                    f"The label {self.label} of the sequences that are scored is {known}, so that nothing tells them "
+                    f"apart: score more of them, or leave --label out."
+                )
         settings: dict[str, Any] = {"config": Path(self.config).read_text("utf-8"), "pack": manifest.digest}
         settings |= {name: getattr(self, name) for name in ("samples", "block", "split", "limit")}
         settings["options"] = [*self.options]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
-from scipy.special import stdtr
+from scipy.special import fdtri, stdtr
 
 from ltm_pyro.analysis.arviz import ess
 from ltm_pyro.analysis.classifiers import c2st
@@ -17,9 +17,22 @@ from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.errors import UsageError
 
 FEWEST = 25  # draws for the classifier, at least
-CONVERGED = 1.01  # largest R-hat of converged chains (Vehtari et al. 2021, arXiv 1903.08008)
+CONVERGED = 1.01  # largest R-hat of converged long chains (Vehtari et al. 2021, arXiv 1903.08008)
 EFFECTIVE = 400  # draws that R-hat and ess need to be believed (the same source)
 SHIFTED, NARROW, WIDE = 0.2, 0.9, 1 / 0.9  # of the mean in sd, and of the scale: smaller differences do not matter
+
+
+def largest_r_hat(chains: Posterior) -> float:
+    r"""What R-hat of converged chains does not exceed in any coordinate, but for one of twenty such files; from 1.01.
+
+    Of m half chains of n independent draws B / W is F-distributed, and R-hat² = 1 − 1/n + (B / W) / n. There are two
+    for each coordinate, of ranks and of folded ranks (Bonferroni).
+    """
+    sizes = chains.z.sizes
+    halves, draws = 2 * sizes["chain"], max(sizes["draw"] // 2, 2)
+    numbers = 2 * int(np.prod([sizes[axis] for axis in ("sequence", *THOUGHTS)]))
+    quantile = fdtri(halves - 1, halves * (draws - 1), 1 - 0.05 / numbers)
+    return max(CONVERGED, float(np.sqrt(1 - 1 / draws + quantile / draws)))
 
 
 def compare(q: Posterior, reference: Posterior) -> xr.Dataset:

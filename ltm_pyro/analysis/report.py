@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.axes import Axes
 from rich.progress import track
 
-from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.analysis.posterior import TEXT, Posterior
 from ltm_pyro.analysis.probes import neighbours
 from ltm_pyro.analysis.section import Point, ReportInputs
 from ltm_pyro.analysis.sections import SECTIONS, sections, sequence_card
@@ -74,16 +74,21 @@ def render_report(inputs: ReportInputs) -> str:
 
 def _headline_figures(posterior: Posterior) -> dict[str, str]:
     """The figures at the top of the page."""
-    stats, tokens = posterior.stats, posterior.tokens
+    stats = posterior.stats
     found: dict[str, str] = {}
     if "elbo" in stats:
-        found["ELBO, nats per token"] = f"{float(stats['elbo'].sum()) / tokens:.3f}"
-        found["importance-weighted bound, nats per token"] = f"{float(stats['iwae'].sum()) / tokens:.3f}"
-        found["KL, nats per sequence"] = f"{float(stats['kl'].mean()):.2f}"
+        there_N = np.all([np.isfinite(stats[name].values) for name in ("elbo", "iwae", "kl")], 0)
+        tokens_N = (posterior.group(TEXT)["tokens"] >= 0).sum("token").values
+        kept, tokens = stats.isel(sequence=there_N), int(tokens_N[there_N].sum())
+        found["ELBO, nats per token"] = f"{float(kept['elbo'].sum()) / max(tokens, 1):.3f}"
+        found["importance-weighted bound, nats per token"] = f"{float(kept['iwae'].sum()) / max(tokens, 1):.3f}"
+        found["KL, nats per sequence"] = f"{float(kept['kl'].mean()):.2f}"
+        if missing := int((~there_N).sum()):
+            found["sequences without a finite figure, left out"] = f"{missing} of {posterior.size}"
     if "pareto_k" in stats:
         found[f"sequences with k-hat ≤ {TRUSTED}"] = f"{int((stats['pareto_k'] <= TRUSTED).sum())} of {posterior.size}"
     if "r_hat" in stats:
-        found["largest R-hat"] = f"{float(stats['r_hat'].max()):.3f}"
+        found["largest R-hat"] = f"{float(stats['r_hat'].max(skipna=False)):.3f}"
         found["smallest effective sample size"] = f"{float(stats['ess'].min()):.0f}"
     return found
 

@@ -8,7 +8,6 @@ import torch
 from matplotlib.axes import Axes
 
 from ltm_pyro.analysis.against_reference import (
-    CONVERGED,
     EFFECTIVE,
     NARROW,
     SHIFTED,
@@ -16,6 +15,7 @@ from ltm_pyro.analysis.against_reference import (
     compare,
     differences,
     geometric_mean,
+    largest_r_hat,
 )
 from ltm_pyro.analysis.context import default_lengths, shift
 from ltm_pyro.analysis.information import active_units, aggregate, decompose, observed_batch
@@ -104,7 +104,8 @@ def reference(inputs: ReportInputs) -> Section:
         raise UsageError("Needs chains of a few of the texts (`ltm posterior --method nuts`): give --reference.")
     found = compare(inputs.posterior, inputs.reference)
     coordinates, sequences = found["mean_error"].size, found.sizes["sequence"]
-    counts, is_late = differences(found, SIZE), (~(found["r_hat"] <= CONVERGED)).values
+    limit = largest_r_hat(inputs.reference)
+    counts, is_late = differences(found, SIZE), (~(found["r_hat"] <= limit)).values
     by_chains = is_late.all() or not any(differences(found.isel(sequence=~is_late), SIZE).values())
     verdict = (
         f"q does not differ from the chains by more than their own error in any of {coordinates} coordinates of "
@@ -121,7 +122,7 @@ def reference(inputs: ReportInputs) -> Section:
         )
     if is_late.any():
         verdict += (
-            f" The chains of {int(is_late.sum())} sequences have not converged (R-hat > {CONVERGED}): run them longer."
+            f" The chains of {int(is_late.sum())} sequences have not converged (R-hat > {limit:.3g}): run them longer."
         )
     if few := int((np.minimum(found["ess"], found["ess_tail"]) < EFFECTIVE).sum()):
         verdict += f" {few} have fewer than {EFFECTIVE} effective draws, too few to see small differences."
@@ -166,10 +167,11 @@ def chains(inputs: ReportInputs) -> Section:
         raise UsageError("This file does not say how the chains went: draw it again with `ltm posterior`.")
     r_hat, ess = float(stats["r_hat"].max(skipna=False)), float(np.minimum(stats["ess"], stats["ess_tail"]).min())
     diverging = int(stats["diverging"].sum())
-    good = r_hat <= CONVERGED and ess >= EFFECTIVE and not diverging
+    limit = largest_r_hat(posterior)
+    good = r_hat <= limit and ess >= EFFECTIVE and not diverging
     verdict = (
         f"{'No sign that the chains have not converged' if good else 'Do not rely on these draws'}: the largest R-hat "
-        f"is {r_hat:.3f} (at most {CONVERGED}), the smallest effective sample size in bulk and tails {ess:.0f} (at "
+        f"is {r_hat:.3f} (at most {limit:.3g}), the smallest effective sample size in bulk and tails {ess:.0f} (at "
         f"least {EFFECTIVE}), and {diverging} steps of {stats['diverging'].size:,} diverged."
     )
     chain_axes = ("draw", "sequence")
@@ -285,9 +287,12 @@ def predictive(inputs: ReportInputs) -> Section:
     found = check(inputs.posterior, of_text=inputs.statistics)
     usual = found.p_value >= SIZE / found.sizes["statistic"]
     off = [str(name) for name in found.statistic.values[~usual.values]]
+    unknown = [str(name) for name in found.statistic.values[~np.isfinite(found.difference).values]]
+    one_document = len({*inputs.posterior.documents}) == 1
+    off = [] if one_document else [name for name in off if name not in unknown]
     verdict = "The replicas do not differ from the texts in any statistic."
-    if found.p_value.isnull().any():
-        verdict, off = "The texts are of one document, so that differences have no error.", []
+    if one_document:
+        verdict = "The texts are of one document, so that differences have no error."
     if off:
         verdict = f"The replicas differ from the texts in: {', '.join(off)}."
     rows = [
@@ -301,7 +306,9 @@ def predictive(inputs: ReportInputs) -> Section:
         for name in found.statistic.values
     ]
     head = ("statistic", "texts", "replicas", "difference", "p")
-    judged = None if found.p_value.isnull().any() else not off
+    if unknown:
+        verdict += f" Not a number for some text, and so not compared: {', '.join(unknown)}."
+    judged = None if one_document or len(unknown) == len(rows) else not off
     return Section(verdict, (), (Table(head, rows),), good=judged)
 
 

@@ -1,5 +1,6 @@
 """Atomic writing of `xarray.DataTree` as netCDF or zarr, and reading with a check of kind and format version."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.files import atomic_write, local_path, remove, writing
 
 FORMAT = "2"
+VARIABLES = "ltm_pyro_variables"  # an attribute: the axes of every variable by its path, as JSON
 
 
 def write_tree(tree: xr.DataTree, path: str | Path) -> None:
@@ -21,6 +23,8 @@ def write_tree(tree: xr.DataTree, path: str | Path) -> None:
     path = local_path(path, "--out")
     if path.is_dir() and not is_store(path):
         raise UsageError(f"{path} is a folder: choose another --out.")
+    tree = tree.copy()
+    tree.attrs[VARIABLES] = variables_of(tree)
     with writing(path), atomic_write(path) as new:
         if path.suffix == ".zarr":
             tree.to_zarr(new, mode="w", consolidated=False)
@@ -60,7 +64,20 @@ def read_tree(path: str | Path, kind: str) -> xr.DataTree:
         raise UsageError(f"{path} is not a {kind} of ltm_pyro: give a file that ltm wrote.")
     if str(found) != FORMAT:
         raise UsageError(f"{path} has format {found}, and this version reads {FORMAT}: write it again.")
+    before, now = (json.loads(x) for x in (tree.attrs.pop(VARIABLES, "{}"), variables_of(tree)))
+    for name, axes in before.items():
+        if name.rpartition("/")[0] in tree.groups and now.get(name) != axes:
+            problem = f"has no {name}" if name not in now else f"has {name} with other axes"
+            raise UsageError(
+                f"{path} {problem}, which was there when it was written: give it as it was, or write it again."
+            )
     return tree
+
+
+def variables_of(tree: xr.DataTree) -> str:
+    """The axes of every variable by its path, as JSON."""
+    found = {f"{node.path}/{name}": list(x.dims) for node in tree.subtree for name, x in node.data_vars.items()}
+    return json.dumps(found, sort_keys=True)
 
 
 def _outside_folder(store: Path) -> str | None:

@@ -27,13 +27,13 @@ from ltm_pyro.analysis.draw_posterior import (
     text_groups,
 )
 from ltm_pyro.analysis.posterior import COMPLETE, SEQUENCES, THOUGHTS, Posterior
-from ltm_pyro.analysis.storage import is_store, stamp
+from ltm_pyro.analysis.storage import VARIABLES, is_store, stamp, variables_of
 from ltm_pyro.analysis.texts import Longer, Piece, Text
 from ltm_pyro.contracts import Guide
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.runs.run import Run
-from ltm_pyro.utils.files import atomic_write, writing
+from ltm_pyro.utils.files import atomic_write, remove, writing
 from ltm_pyro.utils.rng import seeded
 
 BLOCK = 16 * BATCH  # sequences (of chains a 16th) written at once: a chunk, so that no two processes share one
@@ -78,6 +78,7 @@ def stream_posterior(
     seed: int = 0,
     keep: int | None = None,
     place: Place = Place(),  # noqa: B008 - immutable
+    replace: bool = False,
 ) -> bool:
     """`draw_posterior` into a zarr store; returns whether the store is complete, which takes all processes.
 
@@ -87,6 +88,7 @@ def stream_posterior(
     Args:
         keep: draws that are stored of each sequence, all by default; k-hat and bounds are computed from all.
         place: which blocks this process computes.
+        replace: a store that is there is deleted, once it is clear that the new one can be begun.
 
     Raises:
         UsageError: the store is of something else, or cannot be written.
@@ -100,8 +102,10 @@ def stream_posterior(
     attrs = settings(options, run.guide, run.inference, seed) | {"run": run.source, "weights": run.digest}
     asked = json.dumps({"what": _digest(run, found, options), "keep": keep, **attrs} | {"run": ""}, sort_keys=True)
     with fix_global_draws(run.model, seed), writing(path):
-        if not path.exists():
+        if replace or not path.exists():
             first = _kept(draw_sequences(run, found[:1], length, options, seed), keep)
+            if replace:
+                remove(path)
             _create(path, first, text_groups(run, found), size, stamp("posterior") | attrs | {SETTINGS: asked})
         if not is_store(path) or zarr.open_group(path, mode="r").attrs.get(SETTINGS) != asked:
             raise UsageError(
@@ -179,7 +183,8 @@ def _create(path: Path, first: Groups, texts: Groups, block: int, attrs: dict[st
                 data.to_zarr(new, group=name, mode="w" if name == "constant_data" else "a", consolidated=False)
             progress = xr.Dataset({COMPLETE: ("block", np.zeros(-(-size // block), bool))})
             progress.to_zarr(new, group="ltm_pyro", mode="a", encoding={COMPLETE: {"chunks": (1,)}}, consolidated=False)
-            root.attrs.update(attrs)
+            with xr.open_datatree(new, engine="zarr", consolidated=False) as whole:
+                root.attrs.update(attrs | {VARIABLES: variables_of(whole)})
     except OSError:
         if not is_store(path):  # otherwise another process was first
             raise

@@ -84,16 +84,20 @@ def _load(source: str, options: list[str], trust: bool) -> "Run":
     from ltm_pyro.runs.run import Run
     from ltm_pyro.training.check_model import check_labels
     from ltm_pyro.training.model_config import build_from_recipe
-    from ltm_pyro.training.recipe import check_data, read_recipe
+    from ltm_pyro.training.recipe import check_data, check_seed, is_stored, read_recipe
+    from ltm_pyro.training.trust import may_read_data
     from ltm_pyro.utils.rng import seeded
 
     config = read_recipe(["--config", source, *(f"--{option}" for option in options), *(["--trust"] if trust else [])])
+    check_seed(config)
+    data, file = config.data.directory, Path(source).expanduser()
+    if is_stored(file) and not may_read_data(data, file.read_text("utf-8"), trust):
+        raise UsageError(f"The data of {source}, {data}, are outside the current folder and are not read: add --trust.")
     check_data(config)
     config.model.compile = False  # nothing here takes as long as that would
-    with seeded(config.seed_everything if isinstance(config.seed_everything, int) else 0):
+    with seeded(config.seed_everything):
         built = build_from_recipe(config)
     cast(nn.Module, built.model).eval()
-    data = config.data.directory
     pack = PackedDataset.open(data, "train")
     check_labels(built.model, pack.manifest.labels, data)
     return Run(

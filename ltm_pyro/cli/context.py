@@ -16,7 +16,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import finite, print_json
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.extras import extra
-from ltm_pyro.utils.files import atomic_write, writing
+from ltm_pyro.utils.files import atomic_write, local_path, writing
 
 if TYPE_CHECKING:
     from ltm_pyro.evaluation.context import Context
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, scores, prints R and writes the picture; returns 0. The same command resumes after an interruption."""
     if not Path(args.config).is_file():
         raise UsageError(f"There is no recipe {args.config}: give a YAML file.")
-    out: Path = args.out.expanduser()
+    out = local_path(args.out, "--out")
     names = ("config", "seeds", "samples", "block", "split", "limit", "label", "trust")
     extra("xarray", "analysis", "ltm context")
     study = import_module(STUDY).ContextStudy(

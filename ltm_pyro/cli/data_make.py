@@ -109,7 +109,12 @@ def _add_options(parser: Parser, name: str, found: Callable[..., Any], taken: se
     _, _, described = (inspect.getdoc(found) or "").partition("\nArgs:")
     abouts = dict(re.findall(r"^ +(\w+): (.*)$", described, re.MULTILINE))
     own = parser.add_argument_group(f"options of {name}")
-    parameters = inspect.signature(found, eval_str=True).parameters
+    try:
+        parameters = inspect.signature(found, eval_str=True).parameters
+    except (ValueError, TypeError, NameError) as error:
+        raise UsageError(
+            f"The arguments of {name} cannot be read ({error}): name a class with annotated ones."
+        ) from None
     for key, parameter in parameters.items():
         if key in taken:
             raise UsageError(f"The task {name} has an argument {key!r}, which is an option of every task: rename it.")

@@ -89,6 +89,12 @@ def main(arguments: list[str] | None = None) -> None:
         code = _failed(2, f"ltm {name}: {error}")
     except KeyboardInterrupt as interruption:
         code = _failed(130, f"\nltm {name}: {interruption or 'interrupted.'}")
+    except MemoryError as error:
+        code = _failed(2, f"ltm {name}: There is not enough memory ({str(error) or 'of this process'}): ask for less.")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # of torch, which has no class for it
+            raise
+        code = _failed(2, f"ltm {name}: There is not enough memory for torch's tensors: ask for less.")
     except BrokenPipeError:  # for example `ltm … | head`
         code = _failed(1)
     except OSError as error:

@@ -14,7 +14,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.extras import extra
-from ltm_pyro.utils.files import check_file, local_path, remove, writing
+from ltm_pyro.utils.files import check_file, local_path, writing
 
 if TYPE_CHECKING:
     from ltm_pyro.analysis import Posterior
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--keep-draws belongs to --stream: add it, or draw fewer --samples.")
     if args.embeddings:
         extra("pyarrow.parquet", "parquet", "A table of embeddings")
-        given = (args.out, args.input, args.nearest)
-        args.embeddings = check_out(args.embeddings, args.force, "--embeddings", given)
+        beside = (args.out, args.input, args.nearest)
+        args.embeddings = check_out(args.embeddings, args.force, "--embeddings", beside)
     args.out = check_out(args.out, args.force or args.stream, others=(args.input, args.nearest))
     # imported here, because --help must not wait for them
     from ltm_pyro.analysis import ChainOptions, DrawOptions, Posterior, draw_posterior, read_texts
@@ -101,9 +101,8 @@ def run(args: argparse.Namespace) -> int:
         place = Place.of_environment(os.environ)
         if args.force and place.size > 1:
             raise UsageError("One of several processes cannot replace what the others write: delete the store first.")
-        if args.force:
-            remove(args.out)
-        if not stream_posterior(trained, texts, args.out, keep=args.keep_draws, place=place, **asked):
+        how = {"keep": args.keep_draws, "place": place, "replace": args.force}
+        if not stream_posterior(trained, texts, args.out, **how, **asked):
             print(f"Process {place.rank} of {place.size} is done; others are not yet.", file=sys.stderr)
             return 0
         parts: Iterable[Posterior] = blocks_of(args.out)

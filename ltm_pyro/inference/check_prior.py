@@ -21,6 +21,7 @@ from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import bijections, check_density, is_local, prior_factors, prior_sites
 from ltm_pyro.inference.param_store import adopt_params, no_param_store, param_statements
 from ltm_pyro.utils.rng import seeded
+from ltm_pyro.utils.threads import one_at_a_time
 
 ADVICE = {  # a word of Pyro's complaint: the way out
     "inside plate": ": add .to_event(3), so that each sequence has one event",
@@ -30,6 +31,7 @@ CALLS = 8  # of the prior, in which its sites have to be the same
 BATCH_SIZES = (5, 7)  # two sizes, so that an axis of fixed length cannot be mistaken for the plate of sequences
 
 
+@one_at_a_time
 def check_prior(model: Any, adopt: bool = False) -> None:
     """Raises `UsageError` if a prior does not meet the contract `ltm_pyro.contracts.Prior`.
 

@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from ltm_pyro.contracts import PARTICLES, Batch, Guide, LocalParameters, Model
@@ -96,7 +96,8 @@ def elbo_terms(
             model(batch) if draws.use_thoughts else model(batch, use_thoughts=False)  # type: ignore[call-arg]
         prior, posterior = sample_sites(p.trace), latent_sites(q.trace)
         check_sites(posterior, latent_sites(p.trace))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in local.values()):
+        own = guide.parameters() if isinstance(guide, nn.Module) else ()
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*local.values(), *own)):
             check_reparameterised(posterior)
         log_likelihood_B = sum_log_probs(p.trace, (name for name in prior if name not in posterior))
         with full_precision(batch.inputs_BT):

@@ -26,14 +26,14 @@ from ltm_pyro.inference.elbo import (
     sample_sites,
 )
 from ltm_pyro.inference.global_latents import fix_draws_by_keys
-from ltm_pyro.inference.latent_sites import prior_factors
+from ltm_pyro.inference.latent_sites import is_factor, prior_factors
 from ltm_pyro.inference.local import infer_local, number_of_starts, passes_of_fit
 from ltm_pyro.inference.param_store import no_param_store
 from ltm_pyro.inference.row_noise import RowKeys, RowNoise
 from ltm_pyro.inference.scores import Evaluation, NatsAndKL, RowScores, summarise
 from ltm_pyro.inference.state import LocalInference, LocalState
 from ltm_pyro.utils.rng import seeded
-from ltm_pyro.utils.statistics import standard_error
+from ltm_pyro.utils.statistics import clustered_mean, standard_error
 from ltm_pyro.utils.threads import one_at_a_time
 
 TOKENS_AT_ONCE = 8_192  # tokens x draws in one decoder pass: the logits of a small vocabulary stay in cache
@@ -266,7 +266,7 @@ def evaluate(
     """Fits q to every batch and scores it.
 
     A sequence's score depends on the model, its tokens, the options and the random seed, and on nothing else: not on
-    its batch, nor on the other estimators. Equal sequences have equal scores.
+    its batch, nor on the other estimators. Equal sequences have equal scores. ``shuffled`` alone is of a whole batch.
 
     Args:
         samples: S, draws of z per sequence; of several numbers the largest, and the others are points of
@@ -284,6 +284,7 @@ def evaluate(
     counts: list[tuple[Tensor, ...]] = []
     parts: list[tuple[tuple[Part, ...], ...] | None] = []
     not_normalised: str | None = None
+    negative_kl_of_draws: str | None = None
     for batch in batches:
         problem = fit_problem(model, guide, batch, inference, samples, seed, block, annealing)
         for name in estimators:
@@ -292,17 +293,21 @@ def evaluate(
         parts.append(batch.parts)
         if not_normalised is None:
             not_normalised = _likelihood_problem(problem)
+        knows_error = any(found[0].kl_stderr_B is not None for found in results.values())
+        if len(parts) == 1 and not knows_error and any(ESTIMATORS[name].is_bound for name in estimators):
+            negative_kl_of_draws = _negative_kl_of_draws(problem)
     nats_and_kl = {name: NatsAndKL.concatenate(found) for name, found in results.items()}
     tokens_B, bytes_B, ids_B = (torch.cat(column).double().cpu() for column in zip(*counts, strict=True))
     documents = None if None in parts else tuple(row for found in parts for row in found or ())
     rows = RowScores(ids_B, documents, tokens_B, bytes_B, nats_and_kl)
-    not_normalised = not_normalised or _negative_kl(nats_and_kl)
+    not_normalised = not_normalised or _negative_kl(nats_and_kl) or negative_kl_of_draws
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
     is_density = not (normalisers(model) or not_normalised)  # with an estimated normaliser no score is a known bound
     are_bounds = {name: is_density and ESTIMATORS[name].is_bound for name in estimators}
     found = summarise(rows, points, are_bounds, passes_of_fit(model, guide, inference))
-    return replace(found, unavailable=missing, worse_than_prior=_worse_than_prior(rows), rows=rows)
+    worse = _worse_than_prior(rows)
+    return replace(found, unavailable=missing, worse_than_prior=worse, no_bound=not_normalised, rows=rows)
 
 
 @one_at_a_time
@@ -322,16 +327,20 @@ def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[s
         }
     if missing and len(missing) == len(estimators):
         advice = ("bound",) if only_bound else NEED_DENSITY if factors else NEED_NONE
-        raise UsageError(f"No figure for {', '.join(missing)}: {missing[estimators[0]]}; ask for {', '.join(advice)}.")
+        left = [name for name in advice if name not in missing]
+        ask = f"; ask for {', '.join(left)}" if left else ""
+        raise UsageError(f"No figure for {', '.join(missing)}: {missing[estimators[0]]}{ask}.")
     return missing
 
 
 def _likelihood_problem(problem: Problem) -> str | None:
     """Why p(x | z) is no distribution over texts; None if nothing speaks against it."""
-    model, batch = problem.model, problem.batch.select(torch.tensor([0], device=problem.batch.inputs_BT.device))
+    model, batch = problem.model, problem.batch
     with no_param_store(model), seeded(0), torch.no_grad():
-        nodes = sample_sites(poutine.trace(model).get_trace(batch))
+        nodes, of_prior = sample_sites(poutine.trace(model).get_trace(batch)), {*prior_factors(model)}
     for name, node in nodes.items():
+        if is_factor(node) and name not in of_prior:
+            return f"the model adds the factor '{name}' to its log-density"
         if isinstance(node["scale"], Tensor) or node["scale"] != 1:
             return f"the model scales site '{name}' by {node['scale']}"
         if node["mask"] is not None and node["mask"] is not True:
@@ -344,18 +353,30 @@ def _likelihood_problem(problem: Problem) -> str | None:
 
 
 def _worse_than_prior(rows: RowScores) -> str | None:
-    """What to do where the ELBO of the fitted q is below that of q = p(z), by three standard errors over sequences."""
+    """What to do where the ELBO of the fitted q is below that of q = p(z), by three standard errors."""
     fitted, without = rows.scores.get("bound"), rows.scores.get("prior")
     if fitted is None or without is None or not rows.is_finite_B.any():
         return None
-    worse_B = (fitted.nats_B - without.nats_B)[rows.is_finite_B]
-    worse, error = worse_B.mean().item(), standard_error(worse_B).nan_to_num(torch.inf).item()
+    keep_B = rows.is_finite_B
+    worse, error, *_ = clustered_mean((fitted.nats_B - without.nats_B)[keep_B], rows.documents_B[keep_B])
     if not worse > 3 * error:
         return None
     return (
         f"q ends worse than the prior, by {worse:.2f} nats per sequence (standard error {error:.2f}): give the fit "
         f"more fast steps, several starts (`starts`), or a narrower first q (`init.log_var`)."
     )
+
+
+def _negative_kl_of_draws(problem: Problem, draws: int = 16) -> str | None:
+    """The same alarm by some draws of q for the first batch: not every estimator tells the error of its KL."""
+    if missing_bound(problem.model, problem.guide):
+        return None
+    size = max(1, TOKENS_AT_ONCE // problem.batch.inputs_BT.numel())
+    noise = problem.state.keys and RowNoise(problem.state.keys.fold_in("density"))
+    with torch.no_grad(), fix_draws_by_keys(problem.model, problem.state.keys):
+        kl_SB = elbo_terms(*problem.fitted, Draws(max(2, min(draws, size)), kl="sampled", noise=noise)).kl_B
+    zero_B = torch.zeros_like(kl_SB[0])
+    return _negative_kl({"": NatsAndKL(zero_B, kl_SB.mean(0), kl_stderr_B=standard_error(kl_SB))})
 
 
 def _negative_kl(results: dict[str, NatsAndKL]) -> str | None:

@@ -1,6 +1,6 @@
 """The latent sites of a model, from a trace of its prior."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -66,8 +66,8 @@ def check_density(nodes: dict[str, Any]) -> None:
             problem = "is masked"
         elif node["is_observed"] and not is_factor(node):
             problem = "has an observed value (obs=), which would be scored as if it were text"
-        elif isinstance(family, PERIODIC):
-            problem = f"is a {type(family).__name__}, whose values are angles and not the real numbers it declares"
+        elif angles := [x for x in _inside(family) if isinstance(x, PERIODIC)]:
+            problem = f"is a {type(angles[0]).__name__}, whose values are angles and not the real numbers it declares"
         else:
             continue
         raise UsageError(
@@ -81,6 +81,14 @@ def innermost(fn: Any) -> Any:
     while isinstance(fn, Independent | dist.torch_distribution.ExpandedDistribution):
         fn = fn.base_dist
     return fn
+
+
+def _inside(fn: Any) -> Iterator[Any]:
+    """A distribution, and those that it is made of: what is transformed, the components of a mixture."""
+    yield (family := innermost(fn))
+    for name in ("base_dist", "component_distribution", "_component_distribution"):
+        if isinstance(part := getattr(family, name, None), torch.distributions.Distribution):
+            yield from _inside(part)
 
 
 def is_factor(node: Any) -> bool:

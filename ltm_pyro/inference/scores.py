@@ -113,10 +113,13 @@ class RowScores(NamedTuple):
 
     @property
     def documents_B(self) -> Tensor:
-        """A number for each sequence, the same for the pieces of one document; its own if the data do not tell them."""
-        if self.pieces is None:
+        """A number for each sequence, the same for the pieces of one document; its own if the data do not tell them.
+
+        A row of a stream counts to the document that it begins in.
+        """
+        if self.parts is None or not all(self.parts):
             return torch.arange(len(self.ids_B))  # not the ids, which `make_batch` counts anew in every batch
-        return torch.tensor([piece.number for piece in self.pieces])
+        return torch.tensor([row[0].number for row in self.parts])
 
     def bits_per_byte(self, nats_B: Tensor) -> Estimate:
         """Some nats of each sequence, or a difference of two, as bits per byte, over the sequences of `is_finite_B`.
@@ -197,6 +200,7 @@ class Evaluation:
     ``cut`` says whether the last document is not whole, because only the first sequences were scored. ``excluded`` are
     the ids of sequences with a non-finite estimate; no score includes them. ``unavailable`` maps an estimator's name to
     the reason why it is not defined for this model and guide. ``rows`` are the figures of every sequence.
+    ``no_bound`` says why no figure is a bound, where one that is called so is none under this model.
     ``worse_than_prior`` says by how much `bound` is above `prior`, and what to do, where q ended worse than the prior.
     """
 
@@ -211,6 +215,7 @@ class Evaluation:
     unavailable: dict[str, str] = field(default_factory=dict)
     cut: bool = False
     worse_than_prior: str | None = None
+    no_bound: str | None = None
     rows: RowScores | None = field(default=None, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -235,16 +240,24 @@ def _monte_carlo(result: NatsAndKL, tokens_B: Tensor) -> float | None:
 def is_converged(result: NatsAndKL, reference: NatsAndKL | None = None) -> bool:
     """Whether a weighted average can be trusted, as `Score.converged` says."""
     log_weights_SB = cast(Tensor, result.log_weights_SJB).flatten(1)
-    samples = len(log_weights_SB)
-    if samples >= 25:
-        limit = min(1 - 1 / math.log10(samples), TRUSTED)
-        if (pareto_k(log_weights_SB) < limit).double().mean() >= NEARLY_ALL:
-            return True
-    if reference is None or reference is result or len(cast(Tensor, reference.log_weights_SJB)) < 2:
+    if _has_light_tails(log_weights_SB):
+        return True
+    if reference is None or reference is result:
         return False
     reference_SB = cast(Tensor, reference.log_weights_SJB).flatten(1)
+    if not _has_light_tails(reference_SB):
+        return False
     error = standard_error(reference_SB.softmax(0) * len(reference_SB)).square().sum().sqrt()
     return bool((result.nats_B.sum() - reference.nats_B.sum()).abs() < 2 * error)
+
+
+def _has_light_tails(log_weights_SB: Tensor) -> bool:
+    """Whether k-hat of nearly all sequences says that their weights can be averaged; of fewer than 25 nothing does."""
+    samples = len(log_weights_SB)
+    if samples < 25:
+        return False
+    limit = min(1 - 1 / math.log10(samples), TRUSTED)
+    return bool((pareto_k(log_weights_SB) < limit).double().mean() >= NEARLY_ALL)
 
 
 def is_settled(result: NatsAndKL, tokens_B: Tensor) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
+from jsonargparse._actions import _ActionConfigLoad  # there is no public name for them
 from pyro.nn import PyroModule
 from torch import nn
 from yaml import YAMLError
@@ -17,7 +18,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.training import plugins
 from ltm_pyro.training.old_recipe_keys import dotted_keys, refuse_old_keys
-from ltm_pyro.training.trust import check_classes, check_code, copies_beside, known_class
+from ltm_pyro.training.trust import check_classes, check_code, check_plain, copies_beside, known_class
 from ltm_pyro.utils.safe_yaml import load_yaml
 
 DEFAULTS = {  # by dotted path: this room imports no model and no guide
@@ -100,10 +101,13 @@ def parse_model(recipe: str, source: object, trust: bool = False) -> Namespace:
         if folder := copies_beside(source):
             model = plugins.use_copies(model, folder)
         free = check_code({"model": model}, recipe, source, trust)
+        data = {name: content["data"][name] for name in ("directory", "score", "observe") if name in content["data"]}
+        data["directory"] = str(data["directory"])
+        parser = _model_parser("stored recipe", load_yaml)  # what may be imported is, by now
+        if not free:
+            check_plain({"model": model, "data": data}, sections(parser), source)
         model = plugins.resolve(model, "model", known_class)
-        data = {name: content["data"][name] for name in ("score", "observe") if name in content["data"]}
-        data["directory"] = content["data"]["directory"]
-        config = _model_parser().parse_object({"model": model, "data": data})
+        config = parser.parse_object({"model": model, "data": data})
         check_classes(_parts(config), source, free)
         return config
     except ArgumentError as error:
@@ -125,15 +129,20 @@ def _parts(config: Namespace) -> dict[str, Any]:
     return {name: value.as_dict() if isinstance(value, Namespace) else value for name, value in values}
 
 
-def _model_parser() -> ArgumentParser:
-    set_loader("recipe", load_recipe, exceptions=(YAMLError,))
-    parser = ArgumentParser(exit_on_error=False, parser_mode="recipe")
+def _model_parser(mode: str = "recipe", loader: Callable[[str], Any] | None = None) -> ArgumentParser:
+    set_loader(mode, loader or load_recipe, exceptions=(YAMLError,))
+    parser = ArgumentParser(exit_on_error=False, parser_mode=mode)
     parser.add_function_arguments(build_model, "model")
     parser.add_argument("--data.directory", type=str)
     parser.add_argument("--data.score", type=Scored, default="all")
     parser.add_argument("--data.observe", type=Observed, default="all")
     parser.set_defaults(DEFAULTS)
     return parser
+
+
+def sections(parser: ArgumentParser) -> list[str]:
+    """The keys of a parser whose values are mappings; for a text there it would open the file of that name."""
+    return [action.dest for action in parser._actions if isinstance(action, _ActionConfigLoad)]
 
 
 def load_recipe(text: str) -> Any:

@@ -97,7 +97,7 @@ def import_file(path: Path) -> str:
     sys.modules[name] = module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"{file} cannot be imported ({type(error).__name__}: {error}): fix it.") from error
     return name

@@ -25,7 +25,7 @@ from ltm_pyro.training.model_config import check_parts, complaint, load_recipe
 from ltm_pyro.training.module import LTMModule
 from ltm_pyro.training.old_recipe_keys import option_keys, option_values, refuse_old_keys
 from ltm_pyro.training.run_directory import CHECKPOINT, METRICS, RECIPE, TOKENIZER, WEIGHTS
-from ltm_pyro.training.trust import check_code, of_code, source_lines
+from ltm_pyro.training.trust import check_code, check_plain, of_code, source_lines
 from ltm_pyro.utils.files import local_path
 from ltm_pyro.utils.limits import LARGEST_SEED
 from ltm_pyro.utils.safe_yaml import load_yaml
@@ -67,7 +67,14 @@ def recipe_parser() -> ArgumentParser:
         "Train a Latent-Thought Language Model. Every key of a recipe is an option, and an option overrides the recipe."
     )
     set_loader("recipe", load_recipe, exceptions=(YAMLError,))
-    parser = ArgumentParser(prog="ltm fit", usage=usage, description=about, exit_on_error=False, parser_mode="recipe")
+    parser = ArgumentParser(
+        prog="ltm fit",
+        usage=usage,
+        description=about,
+        exit_on_error=False,
+        parser_mode="recipe",
+        allow_abbrev=False,  # or an option would not be what `_check_stored` takes it for
+    )
     parser.add_argument("--config", action="config", help="a recipe (YAML)")
     parser.add_argument("--run", type=str, default="runs/ltm", help="the run directory that is written")
     parser.add_argument("--force", action="store_true", help="replace an existing run directory")
@@ -175,18 +182,20 @@ def _check_stored(arguments: list[str], own: bool) -> None:
     for key, value in option_values(arguments):
         if not value:
             continue
-        if key == "config" and (not own or (os.path.isfile(value) and _is_stored(Path(value)))):
+        file = Path(os.path.expanduser(value))
+        if key == "config" and (not own or (os.path.isfile(file) and is_stored(file))):
             try:
-                text = Path(value).read_text("utf-8")
+                text = file.read_text("utf-8")
                 content = load_yaml(text)
             except (OSError, ValueError, YAMLError):  # which the parser says better
                 continue
-            check_code(of_code(content), text, value, trust)
-        elif not own:
-            check_code(of_code({key: value}), "", f"the option --{key}", trust)
+            if not check_code(of_code(content), text, value, trust):
+                check_plain(content, model_config.sections(recipe_parser()), value)
+        elif not own and not check_code(of_code({key: value}), "", f"the option --{key}", trust) and key != "config":
+            check_plain({key: value}, model_config.sections(recipe_parser()), "the options")
 
 
-def _is_stored(recipe: Path) -> bool:
+def is_stored(recipe: Path) -> bool:
     """Whether a recipe lies in the folder of a run or of an export, or is a link into one."""
     folders = (recipe.absolute().parent, recipe.resolve().parent)
     return any((folder / name).exists() for folder in folders for name in (CHECKPOINT.parent, METRICS, WEIGHTS))

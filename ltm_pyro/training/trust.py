@@ -111,6 +111,47 @@ def of_code(recipe: Any) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if str(key).partition(".")[0] not in places}
 
 
+def check_plain(recipe: Any, sections: Iterable[str], source: object) -> None:
+    """Refuses a recipe of others' in which a text is more than a text, as the parser of recipes would read it.
+
+    That parser opens a file where a section is a text, and reads YAML in every text; what is in there would have been
+    checked by nobody. Where classes are named, `check_code` has looked at such texts.
+
+    Args:
+        sections: the keys whose values are mappings.
+
+    Raises:
+        UsageError: a section is a text, a text names another recipe or is YAML itself outside of the model.
+    """
+    sections = {*sections}
+    for key, value in _texts(recipe):
+        shown = f"`{_printable(key)}` of {source} is {_printable(value)!r}"
+        if key in sections:
+            raise UsageError(f"{shown}, and no section: a recipe of somebody else's is not read from several files.")
+        if key.partition(".")[0] == "config":
+            raise UsageError(f"{shown}: a recipe of somebody else's does not name another one.")
+        inside: Any = None
+        with suppress(yaml.YAMLError):
+            inside = load_yaml(value)
+        if isinstance(inside, Mapping | list | set) and not key.startswith(("model.", "trainer.")):
+            raise UsageError(f"{shown}, which is YAML and not a name: write a name.")
+        with suppress(OSError, ValueError):
+            if key.startswith(("model.", "trainer.", "checkpoints.")) and Path(value).expanduser().is_file():
+                raise UsageError(f"{shown}, a file: a recipe of somebody else's is not read from several files.")
+
+
+def _texts(content: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of nested mappings and lists with its dotted key; a key with dots in it counts as so many keys."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _texts(value, f"{above}.{str(key).rstrip('+')}".removeprefix("."))
+    elif isinstance(content, list | tuple | set):
+        for value in content:
+            yield from _texts(value, above)
+    elif isinstance(content, str):
+        yield above, content
+
+
 def _is_dotted(text: str) -> bool:
     return "." in text and all(part.isidentifier() for part in text.split("."))
 

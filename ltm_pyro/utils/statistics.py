@@ -69,6 +69,9 @@ def clustered_ratio(numerators: Values, denominators: Values, clusters: Values |
     effective number of clusters.
     """
     a_N, b_N = (np.asarray(x.cpu() if isinstance(x, Tensor) else x, float) for x in (numerators, denominators))
+    if not len(b_N):  # such as the gains of texts of which none has a second block
+        nothing = _plain(np.full(a_N.shape[1:], math.nan))
+        return Estimate(nothing, nothing, (nothing, nothing), nothing)
     if clusters is not None:
         _, index_N = np.unique(np.asarray(clusters), return_inverse=True)
         a_N, b_N = (_sums(x, index_N) for x in (a_N, b_N))

@@ -128,6 +128,8 @@ def score(run: Run, setting: Setting, fast_steps: int | None = None) -> Figures:
         raise UsageError(
             f"{len(found.excluded)} of {len(found.excluded) + found.sequences} held-out sequences have no finite score."
         )
+    if found.no_bound:
+        raise UsageError(f"No figure is a bound, because {found.no_bound}: nothing can be ranked by it.")
     records = [x.as_dict() for x in document_scores(found)] if found.documents else []
     if fast_steps is None and records:
         write_records(setting.run, records)

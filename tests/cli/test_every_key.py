@@ -1,6 +1,7 @@
 """Every key of a recipe that a search may vary changes the training; those that may not have a reason here."""
 
 import json
+import re
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ltm_pyro.training.recipe import read_recipe
 from ltm_pyro.training.train import train
-from tests.usage import recipe_keys
+from tests.usage import ROOT, recipe_keys
 
 VALUES = {  # key -> a value that is not the base recipe's
     "Amortized.heads": 2,
@@ -114,9 +115,9 @@ WITHOUT_EFFECT = {  # key -> why no training shows it
     "ckpt_path": "where it goes on from",
     "data.cache": "where shards lie",
     "data.directory": "the data themselves",
-    "data.observe": "for documents with a prompt: tests/training/test_prompts.py",
+    "data.observe": "for documents with a prompt: tests/training/test_module.py",
     "data.on_damage": "only damaged data",
-    "data.score": "for documents with a prompt: tests/training/test_prompts.py",
+    "data.score": "for documents with a prompt: tests/training/test_module.py",
     "data.workers": "who reads, not what",
     "force": "what may be replaced",
     "model.compile": "the same mathematics, faster",
@@ -166,6 +167,13 @@ def weights(recipe, tmp_path_factory):
         return {name: x for name, x in state.items() if name != "flops"}
 
     return lambda options: trained(tuple((k, x if isinstance(x, str) else json.dumps(x)) for k, x in options.items()))
+
+
+def test_what_is_tested_elsewhere_is():
+    """A reason that names a test names one that is there, and that speaks of the key."""
+    for key, reason in WITHOUT_EFFECT.items():
+        for file in re.findall(r"tests/\S+\.py", reason):
+            assert key.rpartition(".")[2] in (ROOT / file).read_text(), key
 
 
 def test_every_key_is_here():

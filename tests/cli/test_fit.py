@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_old_run_alone(recipe, refused, run, tmp_path, mo
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert "make room" in refused("fit", "--config", recipe, "--run", run, "--force")
     assert "make room" in refused("fit", "--config", recipe, "--run", tmp_path / "new")
     assert contents(run) == before

@@ -67,6 +67,8 @@ def exported(run, ltm, tmp_path):
     for name in MISSING:
         (folder / f"{name}.py").write_text(PRIOR)
         (folder / "export" / f"{name}.py").write_text(PRIOR)
+    (folder / "inner.yaml").write_text("class_path: evil.py:Prior\nsteps: 1\n")
+    (folder / "export" / "inner.yaml").write_text("class_path: evil.py:Prior\nsteps: 1\n")
     (folder / "text.txt").write_text("every small model reads of people")
     return folder / "export"
 
@@ -129,6 +131,15 @@ MODELS = {  # what is in the model part of a recipe: never built
     "a long name": part("prior", called("a." * 5000 + "b")),
     "escape sequences": part("prior", called("evil.\x1b[31mPrior")),
     "no class": part("prior", called("ltm_pyro.models.gaussian.pyro")),
+    "inference in a file": part("inference", "./inner.yaml"),
+    "evaluation in a file": part("evaluation", "../inner.yaml"),
+    "a part of inference in a file": part("inference", {"init": "inner.yaml"}),
+    "a key with a dot and a file": part("inference.init", "inner.yaml"),
+    "the whole model in a file": lambda recipe: recipe.update(model="inner.yaml"),
+    "YAML as data": lambda recipe: recipe["data"].update(directory="{class_path: evil.py:Prior}"),
+    "YAML as what is scored": lambda recipe: recipe["data"].update(score="{class_path: evil.py:Prior}"),
+    "YAML as what is observed": lambda recipe: recipe["data"].update(observe="[{class_path: evil.py:Prior}]"),
+    "the data in a file": lambda recipe: recipe.update(data="inner.yaml"),
     "a prior as guide": part("guide", called("ltm_pyro.models.GaussianPrior")),
 }
 TRAINER = {  # what is elsewhere: not read to load a model, and refused to train
@@ -139,6 +150,12 @@ TRAINER = {  # what is elsewhere: not read to load a model, and refused to train
     "a logger": lambda recipe: recipe["trainer"].update(logger=called("evil.py:Prior")),
     "a profiler": lambda recipe: recipe["trainer"].update(profiler=SHELL),
     "a strategy": lambda recipe: recipe["trainer"].update(strategy=called("evil.Prior")),
+    "the trainer in a file": lambda recipe: recipe.update(trainer="inner.yaml"),
+    "the checkpoints in a file": lambda recipe: recipe.update(checkpoints="./inner.yaml"),
+    "another recipe": lambda recipe: recipe.update(config="./inner.yaml"),
+    "YAML as run": lambda recipe: recipe.update(run="{class_path: evil.py:Prior}"),
+    "YAML as warm start": lambda recipe: recipe.update(warm_start="{class_path: evil.py:Prior}"),
+    "YAML as cache": lambda recipe: recipe["data"].update(cache="{class_path: evil.py:Prior}"),
 }
 PLACES = {  # names of files where no class is expected: only names
     "run": lambda recipe: recipe.update(run="evil.py:Prior"),
@@ -187,6 +204,24 @@ def test_a_model_part_that_names_code_is_refused_by_every_command(exported, tmp_
     for number, (label, change) in enumerate(MODELS.items()):
         cases += cases_of(with_recipe(exported, f"model{number}", change), label)
     assert_harmless(audited(cases, tmp_path), exported.parent)
+
+
+def test_a_stored_recipe_is_known_as_one_however_it_is_named(exported, tmp_path):
+    """By the user's home, an abbreviated option, or an option of its own; and what names other files is refused."""
+    home, cases = exported.parent, []
+    hostile = with_recipe(exported, "hostile", part("prior", called("evil.py:Prior"))) / "config.yaml"
+    words = [
+        [f"--config=~/hostile/{hostile.name}"],
+        ["--conf", str(hostile)],
+        ["--config", f"~/hostile/{hostile.name}"],
+    ]
+    names = ("the trainer in a file", "another recipe", "YAML as run", "YAML as cache")
+    words += [
+        ["--config", str(with_recipe(exported, f"stored{i}", TRAINER[x]) / "config.yaml")] for i, x in enumerate(names)
+    ]
+    for given in words:
+        cases.append({"name": str(given), "argv": ["fit", *given], "home": str(home), "cwd": str(hostile.parent)})
+    assert_harmless(audited(cases, tmp_path), home)
 
 
 @pytest.mark.slow

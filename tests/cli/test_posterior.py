@@ -100,7 +100,12 @@ def test_what_cannot_be_inferred(run, thoughtless, texts, refused, tmp_path):
     assert "multiple of 10" in refused("calibrate", run, "--samples", 8)
     assert "no device 'cuda:99'" in refused("calibrate", run, "--device", "cuda:99")
     assert "no device 'cuda:99'" in refused("posterior", run, "--input", texts, *out, "--device", "cuda:99")
-    assert "--force" in refused("posterior", run, "--input", texts, "--out", texts)
+    for force in ((), ("--force",)):
+        assert "is another file of this command" in refused("posterior", run, "--input", texts, "--out", texts, *force)
+    (texts.parent / "there.nc").touch()
+    assert "--force" in refused("posterior", run, "--input", texts, "--out", texts.parent / "there.nc")
+    both = ("--out", texts.parent / "new.nc", "--embeddings", texts.parent / "new.nc")
+    assert "choose another --embeddings" in refused("posterior", run, "--input", texts, *both)
     assert not (tmp_path / "out.nc").exists()
 
 

@@ -4,6 +4,7 @@ How many drafts or iterations each way takes is chosen on the split val, among t
 largest vote, and reported on test and on harder problems. Shapes: Q questions, N drafts or iterations.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -64,7 +65,9 @@ def parts(options: Options) -> list[Part]:
         packs = [x for x in found if (manifest := read_manifest(x)).task and _has_problems(manifest)]
     if not packs:
         raise no_data("reasoning", "packs of problems (`ltm data make arithmetic`)", options)
-    return [Part(read_manifest(x).task.get("name", x.name), partial(reasoning, x, options)) for x in packs]
+    names = (str(read_manifest(x).task.get("name", x.name)) for x in packs)  # somebody else's, perhaps
+    plain = (re.sub(r"[^\w-]+", " ", name).strip()[:40] or "problems" for name in names)
+    return [Part(name, partial(reasoning, x, options)) for name, x in zip(plain, packs, strict=True)]
 
 
 def _has_problems(manifest: Manifest) -> bool:

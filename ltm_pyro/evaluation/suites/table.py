@@ -16,7 +16,7 @@ from ltm_pyro.runs.load import is_export, load_run
 from ltm_pyro.training.run_directory import WEIGHTS, checkpoint_path
 from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import atomic_write, check_folder, new_folder, writing
+from ltm_pyro.utils.files import atomic_write, check_folder, lock_folder, new_folder, writing
 
 SUITES = {
     "zero-shot": Suite(
@@ -113,14 +113,18 @@ def evaluate_suites(
     digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in weights.items()}
     asked = {name: value for name, value in asdict(options).items() if name != "trust"}  # which changes no figure
     settings = json.loads(json.dumps({**asked, **paths, "sha256": digests}, default=str))
-    results = _ResultsFile(out, settings, force)
     console = Console(stderr=True)
-    for index, (name, part) in enumerate(plan, 1):
-        for column, trained in runs.items():
-            if results.has(name, part, column):
-                continue
-            console.print(f"[{index} of {len(plan)}] {name}, {part.name}: {column}", highlight=False)
-            results.add(name, part, column, part.figures(trained))
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a folder: choose another --out.")
+    check_folder(out, "--out")
+    with lock_folder(out, f"Another process writes to {out} right now: wait for it, or choose another --out.", "--out"):
+        results = _ResultsFile(out, settings, force)
+        for index, (name, part) in enumerate(plan, 1):
+            for column, trained in runs.items():
+                if results.has(name, part, column):
+                    continue
+                console.print(f"[{index} of {len(plan)}] {name}, {part.name}: {column}", highlight=False)
+                results.add(name, part, column, part.figures(trained))
     return results.content
 
 
@@ -130,9 +134,6 @@ class _ResultsFile:
     def __init__(self, out: Path, settings: dict[str, Any], force: bool) -> None:
         self.out, self.content = out, {"settings": settings, "results": {}}
         file = out / RESULTS
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"{out} is a file, not a folder: choose another --out.")
-        check_folder(out, "--out")
         if file.exists() and not force:
             self.content = self._read(file, settings)
 
@@ -239,13 +240,19 @@ def _table(suite: str, parts: dict[str, Any]) -> list[str]:
 
 
 def _unavailable(parts: dict[str, Any]) -> list[str]:
-    """One sentence per run and reason why cells are empty."""
+    """One sentence per run and reason why cells are empty, or figures are not what their column says."""
     found: dict[tuple[str, str], list[str]] = {}
-    for column, figures in (item for row in parts.values() for item in row.items()):
+    notes: dict[str, None] = {}
+    for part, column, figures in ((part, *item) for part, row in parts.items() for item in row.items()):
+        if figures.get("no_bound"):
+            notes[f"{column}: no figure of {part} is a bound, because {figures['no_bound']}."] = None
+        if figures.get("excluded"):
+            notes[f"{column}: {part} leaves out {len(figures['excluded'])} sequences without a finite figure."] = None
         for name, reason in figures.get("unavailable", {}).items():
             why = reason.partition(";")[0]  # the advice after it is for evaluations without suites
             found.setdefault((column, why), []).append(name)
     lines = [f"{column}: {', '.join(dict.fromkeys(x))} unavailable, because {w}." for (column, w), x in found.items()]
+    lines += notes
     return [part for line in lines for part in (line, "")]
 
 
