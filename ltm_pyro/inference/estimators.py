@@ -293,7 +293,7 @@ def evaluate(
         parts.append(batch.parts)
         if not_normalised is None:
             not_normalised = _likelihood_problem(problem)
-        knows_error = any(found[0].kl_stderr_B is not None for found in results.values())
+        knows_error = samples > 1 and any(found[0].kl_stderr_B is not None for found in results.values())
         if len(parts) == 1 and not knows_error and any(ESTIMATORS[name].is_bound for name in estimators):
             negative_kl_of_draws = _negative_kl_of_draws(problem)
     nats_and_kl = {name: NatsAndKL.concatenate(found) for name, found in results.items()}

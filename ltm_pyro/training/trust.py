@@ -135,9 +135,14 @@ def check_plain(recipe: Any, sections: Iterable[str], source: object) -> None:
             inside = load_yaml(value)
         if isinstance(inside, Mapping | list | set) and not key.startswith(("model.", "trainer.")):
             raise UsageError(f"{shown}, which is YAML and not a name: write a name.")
-        with suppress(OSError, ValueError):
-            if key.startswith(("model.", "trainer.", "checkpoints.")) and Path(value).expanduser().is_file():
-                raise UsageError(f"{shown}, a file: a recipe of somebody else's is not read from several files.")
+        if key.startswith(("model.", "trainer.", "checkpoints.")) and _is_file(value):
+            raise UsageError(f"{shown}, a file: a recipe of somebody else's is not read from several files.")
+
+
+def _is_file(text: str) -> bool:
+    with suppress(OSError, ValueError, RuntimeError):  # no path at all, or in a home that is not there
+        return Path(text).expanduser().is_file()
+    return False
 
 
 def _texts(content: Any, above: str = "") -> Iterator[tuple[str, str]]:

@@ -29,6 +29,13 @@ def test_a_trajectory_that_climbs_is_seen_and_noise_is_not():
     np.testing.assert_allclose(climbing(of_steps(steep)).gain.mean(), 2 * 8, rtol=0.02)
 
 
+@pytest.mark.parametrize(("size", "steps"), [(200, 16), (60, 16), (200, 8)])
+def test_noise_alone_is_seldom_taken_for_a_climb_of_any_sequence(size, steps):
+    random = np.random.default_rng(1)
+    alarms = [climbing(of_steps(-300 + 2 * random.normal(size=(steps, size)))).is_climbing.any() for _ in range(200)]
+    assert np.mean(alarms) < 0.1
+
+
 def test_the_steps_are_those_of_the_fit(tiny_run):
     from dataclasses import replace
 

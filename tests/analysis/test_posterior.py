@@ -10,7 +10,7 @@ import xarray as xr
 from ltm_pyro.analysis import Posterior
 from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
 from ltm_pyro.analysis.model_comparison import evidence_records
-from ltm_pyro.analysis.posterior import TEXT
+from ltm_pyro.analysis.posterior import SEQUENCES, TEXT
 from ltm_pyro.analysis.reference import ChainOptions
 from ltm_pyro.analysis.sections import ReportInputs, sections
 from ltm_pyro.analysis.storage import write_tree
@@ -116,6 +116,25 @@ def test_files_that_are_no_posterior(right, tmp_path):
             Posterior.load(tmp_path / name)
     with pytest.raises(UsageError, match="format 99, and this version reads 2"):
         Posterior.load(tmp_path / "old.nc")
+
+
+@pytest.mark.parametrize("name", ["q.nc", "q.zarr"])
+def test_a_file_from_which_something_was_taken_away(right, tmp_path, name):
+    _, found = right
+    found.save(tmp_path / name)
+    whole = Posterior.load(tmp_path / name)
+    for group in ("posterior", SEQUENCES, TEXT, "constant_data"):
+        for variable in whole.group(group).data_vars:
+            engine = {"engine": "zarr", "consolidated": False} if name.endswith("zarr") else {"engine": "h5netcdf"}
+            with xr.open_datatree(tmp_path / name, **engine) as stored:
+                tree = stored.load()
+            tree[group] = tree[group].to_dataset().drop_vars(variable)
+            if name.endswith("zarr"):
+                tree.to_zarr(tmp_path / f"cut-{name}", mode="w", consolidated=False)
+            else:
+                tree.to_netcdf(tmp_path / f"cut-{name}", engine="h5netcdf")
+            with pytest.raises(UsageError, match=f"has no /{group}/{variable}, which was there when it was written"):
+                Posterior.load(tmp_path / f"cut-{name}")
 
 
 def test_draws_that_are_not_finite(right, tmp_path):

@@ -6,11 +6,13 @@ import torch
 import xarray as xr
 
 from ltm_pyro.analysis import sections
+from ltm_pyro.analysis.against_reference import largest_r_hat
 from ltm_pyro.analysis.calibration import calibrate
 from ltm_pyro.analysis.information import aggregate, decompose
 from ltm_pyro.analysis.posterior import SAMPLES, SEQUENCES, TEXT, Posterior
 from ltm_pyro.analysis.reference import convergence
-from ltm_pyro.analysis.sections import ReportInputs
+from ltm_pyro.analysis.report import _headline_figures
+from ltm_pyro.analysis.sections import ReportInputs, predictive
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.state import LocalInference
@@ -155,3 +157,55 @@ def test_pieces_of_a_document_are_no_independent_draws(exact, posterior):
     found.tree["constant_data"] = xr.Dataset({"document": ("sequence", np.repeat(["a", "b"], TEXTS // 2))})
     with pytest.raises(UsageError, match="20 documents, got 2"):
         aggregate(found)
+
+
+@pytest.mark.parametrize(("chains", "draws"), [(2, 100), (2, 500), (4, 250)])
+def test_the_largest_r_hat_of_exact_chains_is_seldom_called_late(chains, draws):
+    """Independent draws of 64 coordinates of 3 sequences; chains that are two standard deviations apart are seen."""
+    torch.manual_seed(0)
+    late, coordinates = [], (3, 4, 4, 4)
+    for _ in range(20):
+        z = torch.randn(chains, draws, *coordinates)
+        axes = (*SAMPLES, "sequence", "layer", "thought", "dim")
+        names = xr.Dataset({"document": ("sequence", np.array(["x"] * 3, dtype=object))})
+        stats = xr.Dataset({"mean": (axes[2:], z.mean((0, 1)).numpy())})
+        groups = {"posterior": xr.Dataset({"z": (axes, z.numpy())}), SEQUENCES: stats, "constant_data": names}
+        limit = largest_r_hat(Posterior(xr.DataTree.from_dict(groups)))
+        late.append(convergence(z)["r_hat"].max() > limit)
+        z[0] += 2.0
+        assert convergence(z)["r_hat"].min() > limit
+    assert np.mean(late) <= 0.15
+
+
+def test_what_is_no_number_is_left_out_and_said(inputs):
+    made = inputs()
+    stats = made.posterior.tree[SEQUENCES].to_dataset()
+    before = _headline_figures(made.posterior)
+    worst = np.argsort(stats["elbo"].values)[: TEXTS // 2]
+    elbo = stats["elbo"].values.copy()
+    elbo[worst] = np.nan
+    made.posterior.tree[SEQUENCES] = stats.assign(elbo=("sequence", elbo))
+    tokens_N = (made.posterior.group(TEXT)["tokens"] >= 0).sum("token").values
+    found = _headline_figures(made.posterior)
+    kept = np.isfinite(elbo)
+    assert float(found["ELBO, nats per token"]) == pytest.approx(elbo[kept].sum() / tokens_N[kept].sum(), abs=5e-4)
+    assert found["sequences without a finite figure, left out"] == f"{TEXTS // 2} of {TEXTS}"
+    assert "sequences without a finite figure, left out" not in before
+
+
+def test_a_statistic_that_is_no_number_hides_no_other(inputs):
+    def strange(text):
+        return float("nan") if text == first else 0.0
+
+    made = inputs(replicas_of=LinearGaussianModel(ThoughtShape(2, 1, 2), length=6, noise=30.0))
+    texts = np.array([f"text {n}" for n in range(TEXTS)], dtype=object)
+    replicas = np.array([[f"replica {n}" for n in range(TEXTS)]] * 2, dtype=object)
+    known = made.posterior.group(TEXT)
+    made.posterior.tree[TEXT] = known.assign(text=("sequence", texts), replica_text=(("replica", "sequence"), replicas))
+    first = "text 0"
+    alone = predictive(made)
+    found = predictive(made._replace(statistics={"strange": strange}))
+    assert not alone.good
+    assert not found.good
+    assert "Not a number for some text, and so not compared: strange." in found.verdict
+    assert found.verdict.startswith(alone.verdict.rstrip("."))

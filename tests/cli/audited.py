@@ -38,6 +38,7 @@ CALLS = (
     "socket.bind",
     "urllib.Request",
 )
+SECRETS = ("/etc/passwd", "/etc/shadow", "/etc/hostname")  # libraries may read other parts of /etc
 noted: list[str] = []
 home: Path | None = None  # of the case that runs
 
@@ -63,7 +64,7 @@ def hook(event: str, args: tuple[object, ...]) -> None:
     elif event == "open" and isinstance(args[0], str | bytes):
         path = os.path.realpath(os.fsdecode(args[0]))
         own = (os.path.expanduser("~/.cache"), os.environ["XDG_DATA_HOME"])
-        if not below(path, home, tempfile.gettempdir(), *own, *INSTALLED):
+        if path in SECRETS or not below(path, home, tempfile.gettempdir(), *own, *INSTALLED):
             noted.append(f"opens {path}")
 
 

@@ -82,6 +82,8 @@ def test_without_thoughts_there_is_no_prior_to_check(recipe, refused, tmp_path):
     settings["model"]["decoder"]["init_args"]["thoughts"] = 0
     (tmp_path / "none.yaml").write_text(yaml.safe_dump(settings))
     assert "no thoughts (K = 0)" in refused("check-prior", tmp_path / "none.yaml")
+    for seed in (-3, 9**30):
+        assert "choose a seed from 0" in refused("check-prior", recipe, "--option", f"seed_everything={seed}")
 
 
 def test_information_is_zero_for_a_decoder_that_ignores_thoughts(tiny_model, tiny_batch):

@@ -60,6 +60,9 @@ def test_one_command_trains_the_three_and_goes_on_where_it_stopped(recipe, ltm, 
     options = ("--option", f"data.directory={tmp_path / 'data'}", "--option", "trainer.max_steps=1")
     assert "There is no label 'sort'" in refused(*words, *options, "--label", "sort")
     assert "seed_everything would change nothing" in refused(*words, *options, "--option", "seed_everything=3")
+    assert "so that nothing tells them apart" in refused(*words, *options, "--label", "kind", "--limit", 1)
+    assert "the home of a user who is not here" in refused(*words[:4], "~nobody-of-this-name/x", *options)
+    assert "has '::'" in refused(*words[:4], tmp_path / "a::b", *options)
     assert not (tmp_path / "context").exists()
     code, out, err = ltm(*words, *options, "--seeds", 2, "--label", "kind", "--json")
     assert code == 0, err

@@ -43,6 +43,13 @@ def no_task(value: int = 1):
 
 def taken(out: str = "x"):
     return Constant()
+
+
+def unknown(value: "Nowhere" = 1):
+    return Constant()
+
+
+builtin = dict
 '''
 
 
@@ -135,7 +142,8 @@ def test_a_task_of_ones_own_is_named_by_its_file(ltm, mine, tmp_path):
 
 
 def test_what_is_wrong_is_said_in_one_sentence(refused, mine, tmp_path):
-    out = ("--out", tmp_path / "new")
+    out, ends = ("--out", tmp_path / "new"), tmp_path / "ends_at_once.py"
+    ends.write_text("raise SystemExit(7)")
     for given, message in {
         ("nothing", *out): "There is no task 'nothing': choose arithmetic, copy, markov,",
         ("copy",): "required: --out",
@@ -152,6 +160,9 @@ def test_what_is_wrong_is_said_in_one_sentence(refused, mine, tmp_path):
         (f"{mine}:untyped", *out): "annotate it as int, float, bool, str or a Literal",
         (f"{mine}:no_task", *out): "gives int, which is no Task",
         (f"{mine}:taken", *out): "an argument 'out', which is an option of every task: rename it",
+        (f"{mine}:unknown", *out): "The arguments of unknown cannot be read (name 'Nowhere' is not defined)",
+        (f"{mine}:builtin", *out): "The arguments of builtin cannot be read",
+        (f"{ends}:Task", *out): "cannot be imported (SystemExit: 7)",
         (f"{tmp_path}/gone.py:Task", *out): "is missing",
     }.items():
         assert message in refused("data", "make", *given)

@@ -51,6 +51,20 @@ def written(store):
     return zarr.open_array(place, mode="r")[:].sum() if place.exists() else 0
 
 
+def test_a_store_is_replaced_only_once_the_new_one_can_begin(run, ltm, refused, tmp_path):
+    (tmp_path / "texts.txt").write_text("the old day")
+    words = ("posterior", run, "--input", tmp_path / "texts.txt", "--out", tmp_path / "q.zarr", "--stream")
+    options = ("--samples", 25, "--fast-steps", 1, "--force")
+    assert ltm(*words, *options[:-1])[0] == 0
+    assert "26 draws cannot be kept of 25" in refused(*words, *options, "--keep-draws", 26)
+    assert Posterior.load(tmp_path / "q.zarr").size == 1
+    (tmp_path / "texts.txt").write_text("the old day\n\n\n" + "too long " * 100)
+    assert "choose to `cut`" in refused(*words, *options)
+    assert Posterior.load(tmp_path / "q.zarr").size == 1
+    assert ltm(*words, *options, "--longer", "cut")[0] == 0
+    assert Posterior.load(tmp_path / "q.zarr").size == 2
+
+
 @pytest.mark.slow
 def test_killed_twice_and_continued_by_two_processes(run, texts, tmp_path):
     store, alone = tmp_path / "shared.zarr", tmp_path / "alone.zarr"

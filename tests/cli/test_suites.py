@@ -10,6 +10,7 @@ from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.documents import compare
 from ltm_pyro.evaluation.suites import suite
 from ltm_pyro.evaluation.suites.table import DOCUMENTS, REPORT, RESULTS, SUITES, _difference, markdown
+from ltm_pyro.utils.files import lock_folder
 from ltm_pyro.utils.statistics import clustered_ratio
 
 LIMITS = ("--limit", 3, "--samples", 2, "--fast-steps", 1)
@@ -112,6 +113,22 @@ def test_results_of_other_settings_are_kept(run, ltm, refused, data, tmp_path):
     assert evaluate(ltm, run, data, out, "--seed", 1, "--force", suites="multilingual")[0] == 0
     (out / RESULTS).write_text("[]")
     assert "not what" in refused("evaluate", run, *suite, "--out", out, *LIMITS)
+
+
+def test_only_one_process_writes_results(run, refused, data, tmp_path):
+    out = tmp_path / "out"
+    with lock_folder(out, "busy", "--out"):
+        message = refused("evaluate", run, "--suite", "multilingual", "--suite-dir", data, "--out", out, *LIMITS)
+    assert "Another process writes to" in message
+    assert not out.exists()
+
+
+def test_two_languages_of_one_name_are_refused(run, refused, tmp_path):
+    (tmp_path / "multilingual").mkdir()
+    for name in ("wiki.en.txt", "news.en.txt"):
+        (tmp_path / "multilingual" / name).write_text(TEXT)
+    message = refused("evaluate", run, "--suite", "multilingual", "--suite-dir", tmp_path, "--out", tmp_path / "out")
+    assert "the same row, 'en' of the suite multilingual" in message
 
 
 def test_a_broken_file_leaves_what_is_finished(run, ltm, data, tmp_path):

@@ -121,7 +121,8 @@ def scene(run, packed, corpus, recipe, ltm, tmp_path_factory, monkeypatch):
     (there / "folder").mkdir()
     out = ("--out", "new/out.nc")
     posterior = ("posterior", "mine/run", "--input", "mine/text.txt", "--samples", 25, "--fast-steps", 1)
-    assert ltm(*posterior, "--out", "mine/a.nc")[0] == 0
+    for name in ("a", "b"):
+        assert ltm(*posterior, "--out", f"mine/{name}.nc", "--seed", len(name))[0] == 0
     return there, {
         "data pack": ("mine/text.txt", "--out", "new/pack", "--tokenizer", "bpe:280"),
         "data make": ("permutation", "--out", "new/task", "--sequences", 50),
@@ -134,6 +135,8 @@ def scene(run, packed, corpus, recipe, ltm, tmp_path_factory, monkeypatch):
         "calibrate": ("mine/run", "--simulations", 20, "--samples", 9, "--fast-steps", 1, "--out", "new/c.nc"),
         "report": ("mine/a.nc", "--out", "new/report.html"),
         "show": ("mine/run",),
+        "check-prior": ("mine/recipe.yaml", "--samples", 2, "--texts", 0, "--picture", "new/picture.png"),
+        "evidence": ("mine/a.nc", "mine/b.nc", "--picture", "new/picture.png"),
         "new": ("prior", "new_prior"),
         "export": ("mine/run", "--out", "new/export"),
         "flops": ("--config", "mine/recipe.yaml"),

@@ -144,6 +144,27 @@ def test_the_code_travels_with_run_and_export_and_is_executed_only_if_trusted(
     assert "is missing: put it back" in refused("generate", tmp_path / "there" / "run", "--trust")
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("data.directory={class_path: evil.py:Prior}", "which is YAML and not a name"),
+        ("run={class_path: evil.py:Prior}", "which is YAML and not a name"),
+        ("trainer=./inner.yaml", "no section"),
+        ("model.inference=./inner.yaml", "no section"),
+        ("model.keep_local=./inner.yaml", "is not read from several files"),
+        ("model.prior=evil.py:Prior", NOT_OURS),
+    ],
+)
+def test_options_out_of_a_database_are_plain(recipe, tmp_path, monkeypatch, option, message):
+    """As `ltm study best` takes them from a storage: what they name is neither imported nor opened."""
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("raise SystemExit('imported')")
+    Path("inner.yaml").write_text("class_path: evil.py:Prior")
+    assert read_recipe(["--config", str(recipe), "--run", "mine"], own=False).run.endswith("mine")
+    with pytest.raises(UsageError, match=message):
+        read_recipe(["--config", str(recipe), f"--{option}"], own=False)
+
+
 def test_a_registered_class_is_built_and_its_file_is_not_imported(trained, new_process, tmp_path, monkeypatch):
     sys.path.append(str(tmp_path / "mine"))
     new_process()

@@ -1,6 +1,8 @@
 """The suite `reasoning`: what is counted as right, what is chosen where, and what each way costs."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ import torch
 from scipy.stats import binom
 
 from ltm_pyro.data.make import make_problems
+from ltm_pyro.data.pack import pack as ltm_pack
 from ltm_pyro.data.tasks import Arithmetic
 from ltm_pyro.data.tokenizer import load_tokenizer, vocabulary_size
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.suites import reasoning
 from ltm_pyro.evaluation.suites.suite import BY_DOCUMENT, Options
-from ltm_pyro.evaluation.suites.table import SUITES, markdown, plot_reasoning
+from ltm_pyro.evaluation.suites.table import SUITES, evaluate_suites, markdown, plot_reasoning
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import Decoder, GaussianPrior, LatentThoughtModel
@@ -108,6 +111,34 @@ def test_votes_and_likelihoods(run, pack, monkeypatch):
     assert right["majority"] == {1: False, 2: False, 4: True}  # of two answers as frequent the first
     assert right["best of N"] == {1: False, 2: False, 4: False}  # the likeliest draft has no answer
     assert right["rethinking"] == {1: False, 2: True, 4: True}
+
+
+def test_a_name_of_somebody_elses_is_written_plainly(pack, tmp_path):
+    for number, name in enumerate(("a/../b\0$\\x$", "x" * 300, "\ud800", "")):
+        folder = tmp_path / str(number)
+        shutil.copytree(pack, folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["task"]["name"] = name
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (part,) = reasoning.parts(Options(directory=folder))
+        assert re.fullmatch(r"[\w -]{1,40}", part.name)
+
+
+def test_a_pack_with_documents_that_have_no_prompt_is_refused(pack, tmp_path):
+    lines = [json.dumps({"prompt": f"{n}+1?", "completion": f"#{n + 1}"}) for n in range(60)]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(['{"text": "1+1=2"}', *lines]))
+    options = {"tokenizer": "bpe:257", "keep_together": "exact", "val_fraction": 0.2, "test_fraction": 0.2}
+    made = ltm_pack([tmp_path / "mixed.jsonl"], tmp_path / "pack", **options)
+    assert made.prompts == 60
+    with pytest.raises(UsageError, match="is no pack with prompts"):
+        reasoning.parts(Options(sources={"reasoning": str(tmp_path / "pack")}))
+
+
+def test_two_packs_of_one_name_are_refused(pack, tmp_path):
+    for name in ("easy", "hard"):
+        shutil.copytree(pack, tmp_path / name)
+    with pytest.raises(UsageError, match="the same row, 'arithmetic' of the suite reasoning"):
+        evaluate_suites("no-run", ["reasoning"], Options(directory=tmp_path), tmp_path / "out")
 
 
 def test_mcnemar_is_the_binomial_test_of_the_questions_that_differ():

@@ -13,6 +13,7 @@ from ltm_pyro.contracts import ThoughtShape, sequence_plate
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.evaluate import with_estimated_normaliser
 from ltm_pyro.guides import MeanField
+from ltm_pyro.inference.elbo import Draws, elbo_terms
 from ltm_pyro.inference.estimators import evaluate
 from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.state import LocalInference
@@ -60,6 +61,16 @@ def periodic(self):
     return pyro.sample("z", dist.VonMises(torch.zeros(self.shape), 4.0).to_event(3))
 
 
+def turned(self):
+    angles = dist.VonMises(torch.zeros(self.shape), 4.0)
+    return pyro.sample("z", dist.TransformedDistribution(angles, [dist.transforms.AffineTransform(0, 1)]).to_event(3))
+
+
+def angles_of_two_kinds(self):
+    kinds = dist.Categorical(logits=torch.zeros(*self.shape, 2))
+    return pyro.sample("z", dist.MixtureSameFamily(kinds, dist.VonMises(torch.zeros(*self.shape, 2), 4.0)).to_event(3))
+
+
 def factor(self):
     z = normal(self)
     pyro.factor("f", 500.0 - z.flatten(-3).square().sum(-1) / 2)  # e^500 · N(0, 1/2), up to a power of two
@@ -78,6 +89,8 @@ REFUSED = {
     masked_distribution: "Prior site 'z' is masked",
     observed: r"Prior site 'y' has an observed value \(obs=\)",
     periodic: "Prior site 'z' is a VonMises, whose values are angles",
+    turned: "Prior site 'z' is a VonMises, whose values are angles",
+    angles_of_two_kinds: "Prior site 'z' is a VonMises, whose values are angles",
 }
 
 
@@ -156,6 +169,39 @@ def test_a_guide_without_reparameterised_draws_is_refused(with_prior, tiny_batch
     evaluate(model, guide, [tiny_batch()], LocalInference(steps=0), ["bound"])  # without fast steps it is a bound
 
 
+class OwnMixture(MixtureGuide, torch.nn.Module):
+    """The same with parameters of its own, which no fast step moves: the slow step would follow the wrong gradient."""
+
+    uses_fast_steps = False
+
+    def __init__(self, model):
+        torch.nn.Module.__init__(self)
+        MixtureGuide.__init__(self, model)
+        self.shift = torch.nn.Parameter(torch.tensor(0.1))
+
+    def posterior(self, name, local):
+        return super().posterior(name, {key: x.detach() + self.shift for key, x in local.items()})
+
+
+def test_a_guide_whose_own_parameters_have_no_gradient_is_refused_in_training(with_prior, tiny_batch):
+    model, batch = with_prior(normal), tiny_batch()
+    guide = OwnMixture(model)
+    with torch.no_grad():
+        local = infer_local(model, guide, batch, LocalInference(steps=0))[0].parameters
+    with pytest.raises(UsageError, match="without reparameterised samples"):
+        elbo_terms(model, guide, batch, local, Draws())
+    with torch.no_grad():
+        assert elbo_terms(model, guide, batch, local, Draws(kl="sampled")).elbo_B.isfinite().all()
+
+
+class Bonus(LinearGaussianModel):
+    """A number is added to the log joint density of every sequence."""
+
+    def forward(self, batch):
+        pyro.factor("bonus", torch.tensor(500.0))
+        return super().forward(batch)
+
+
 class Scaled(LinearGaussianModel):
     """Half of the whole log joint density, as Pyro allows."""
 
@@ -189,7 +235,11 @@ class Twice(dist.Categorical):
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(Scaled, "the model scales site 'z' by 0.5"), (Sure, "a token has the probability 2 under")],
+    [
+        (Scaled, "the model scales site 'z' by 0.5"),
+        (Bonus, "the model adds the factor 'bonus'"),
+        (Sure, "a token has the probability 2 under"),
+    ],
 )
 def test_a_model_that_is_no_density_has_no_bound(make, message):
     model = make(ThoughtShape(2, 1, 2), vocabulary=3)
@@ -197,9 +247,41 @@ def test_a_model_that_is_no_density_has_no_bound(make, message):
     with pytest.warns(UserWarning, match=message):
         found = evaluate(model, MeanField(model), [batch], FEW, ["bound", "iwae"], samples=3)
     assert not any(score.is_bound for score in found.estimates.values())
+    assert message in found.no_bound
     sound = LinearGaussianModel(ThoughtShape(2, 1, 2), vocabulary=3)
     found = evaluate(sound, MeanField(sound), [batch], FEW, ["bound", "iwae"], samples=3)
     assert all(score.is_bound for score in found.estimates.values())
+    assert found.no_bound is None
+
+
+def test_a_token_that_is_too_likely_in_one_row_alone_is_seen():
+    class SureOfTwo(Sure):
+        def observation(self, z_BLKD, batch):
+            fn = super().observation(z_BLKD, batch)
+            fn.base_dist.__class__ = TwiceOfTwo
+            return fn
+
+    model = SureOfTwo(ThoughtShape(2, 1, 2), vocabulary=3)
+    batch = model.sample_batch(3)
+    batch = batch._replace(targets_BT=torch.where(torch.arange(3)[:, None] == 2, 2, 0 * batch.targets_BT))
+    with pytest.warns(UserWarning, match="a token has the probability 2 under"):
+        evaluate(model, MeanField(model), [batch], FEW, ["bound"], samples=3)
+
+
+class TwiceOfTwo(Twice):
+    """Token 2 alone has probability 2."""
+
+    def log_prob(self, value):
+        return torch.where(value == 2, super().log_prob(value), torch.tensor(-2.0))
+
+
+@pytest.mark.parametrize(
+    ("estimators", "samples"), [(["iwae"], 64), (["ais"], 4), (["bound"], 1), (["iwae", "prior"], 2)], ids=str
+)
+def test_the_alarm_does_not_depend_on_what_is_asked_for(with_prior, tiny_batch, estimators, samples):
+    model = with_prior(lambda self: pyro.sample("z", Louder(dist.Laplace(torch.zeros(self.shape), 1.0).to_event(3))))
+    with pytest.warns(UserWarning, match="the KL is -.* nats, which no density has"):
+        evaluate(model, MeanField(model), [tiny_batch()], FEW, estimators, samples=samples)
 
 
 def test_the_last_alarm_is_a_negative_kl(with_prior, tiny_batch):

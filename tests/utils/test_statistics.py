@@ -120,3 +120,9 @@ def test_clusters_with_nothing_in_them_do_not_count():
     infinite = clustered_ratio(np.array([3.0, np.inf]), np.ones(2))
     assert infinite.value == math.inf
     assert math.isnan(infinite.stderr)
+
+
+def test_of_no_example_there_is_no_ratio():
+    for clusters in (None, np.array([])):
+        found = clustered_ratio(np.array([]), np.array([]), clusters)
+        assert np.isnan([found.value, found.stderr, *found.interval, found.p_value]).all()
