@@ -111,3 +111,11 @@ def test_too_few_sequences(known, exact, posterior):
         aggregate(found)
     with pytest.raises(UsageError, match="at least 2 sequences, got 1"):
         decompose(known, exact(known), found.select(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "width"), [(60, 3), (200, 8)])
+def test_equal_distributions_are_rejected_as_often_as_the_level_says(size, width):
+    random = np.random.default_rng(0)
+    p = [c2st(*random.normal(size=(2, size, width)), seed=n).p_value for n in range(400)]
+    assert 0.01 < np.mean(np.array(p) < 0.05) < 0.075  # the number of right answers is whole, so that 0.05 is not met
