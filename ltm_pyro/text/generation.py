@@ -89,15 +89,19 @@ def generate_from_tokens(
         )
     given = Counter[tuple[int, ...]]()
     size = max(1, batch_size // copies)
-    texts: list[str] = []
+    texts: list[list[str]] = [[]] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda n: len(rows[n]))  # little of a batch is padding then
     for first in range(0, len(rows), size):
-        chunk = rows[first : first + size]
+        numbers = by_length[first : first + size]
+        chunk = [rows[n] for n in numbers]
         times = _times_given(chunk, given)
         sampler = ThoughtSampler(run, chunk, prompt_keys(run, chunk, seed, times), thought_sampling, copies)
         repeated = [row for row in chunk for _ in range(copies)]
         z_BLKD = sampler.sample()
-        texts += decode(run, write(run, repeated, z_BLKD, sampler.keys, sampling, sampler, streamer, compile))
-    return texts
+        written = decode(run, write(run, repeated, z_BLKD, sampler.keys, sampling, sampler, streamer, compile))
+        for place, n in enumerate(numbers):
+            texts[n] = written[place * copies : (place + 1) * copies]
+    return [text for of_row in texts for text in of_row]
 
 
 @one_at_a_time
