@@ -198,7 +198,6 @@ def commands(export):
             "25",
             "--stream",
         ],
-        ["evaluate", folder, "--suite", "generation", "--features", folder, "--out", f"{out} features", "--limit", "2"],
         ["context", "--config", recipe, "--out", f"{out} context"],
         ["fit", "--config", recipe, "--run", f"{out} run"],
         ["compare", "--config", recipe, "--out", f"{out} compare"],
@@ -244,7 +243,7 @@ def test_what_only_training_reads_is_not_built_to_load_a_model(exported, tmp_pat
     cases = []
     for number, (label, change) in enumerate(TRAINER.items()):
         cases += cases_of(with_recipe(exported, f"trainer{number}", change), label)
-    training = ("fit", "compare", "baselines", "study run", "check-prior of a recipe")
+    training = ("fit", "compare", "baselines", "context", "study run", "check-prior of a recipe")
     results = audited(cases, tmp_path)
     assert_harmless([x for x in results if x["name"].endswith(training)], exported.parent)
     assert_harmless([x for x in results if not x["name"].endswith(training)], exported.parent, codes=(0,))
