@@ -51,6 +51,7 @@ WITHOUT_EFFECT = (  # on what a training computes
     *("run", "force", "ckpt_path", "config", "warm_start", "checkpoints", "data.workers", "data.cache"),
     *("trainer.log_every_n_steps", "trainer.logger", "trainer.profiler"),
 )
+OF_A_LAUNCHER = ("MASTER_ADDR", "NODE_RANK", "SLURM_NTASKS", "PMI_SIZE", "LSB_JOBID", "KUBERNETES_PORT")
 FIXED: dict[str, Any] = {  # settings of Lightning's trainer that no recipe may change
     "use_distributed_sampler": False,  # `Order` shares sequences out
     "enable_progress_bar": False,  # `Progress` has one
@@ -327,6 +328,11 @@ def _check_trainer(settings: dict[str, Any]) -> None:
         raise UsageError(
             f"`trainer.overfit_batches` is {settings['overfit_batches']}, which would replace the order in which data "
             f"are read: leave it out, and pack a few texts to overfit them."
+        )
+    if settings["num_nodes"] not in (1, "auto") and not any(name in os.environ for name in OF_A_LAUNCHER):
+        raise UsageError(
+            f"`trainer.num_nodes` is {settings['num_nodes']}, but nothing says where the other nodes are: start the "
+            f"command by torchrun or srun on each of them, as docs/distributed.md shows, or leave it out."
         )
     if isinstance(devices := settings["devices"], str) and not devices.isascii():
         raise UsageError(f"`trainer.devices` is {devices!r}: write it in the digits 0 to 9.")

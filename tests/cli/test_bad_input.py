@@ -229,6 +229,7 @@ def test_yaml_in_texts_in_texts_is_not_read_without_end(here, refused):
         ("model.max_flops", "much", ("model.max_flops = much", "float")),
         ("trainer.val_check_interval", "0", ("val_check_interval", "limit_val_batches")),
         ("trainer.overfit_batches", "2", ("overfit_batches", "2", "pack a few texts")),
+        ("trainer.num_nodes", "2", ("trainer.num_nodes", "2", "torchrun or srun")),
         ("trainer.limit_train_batches", "0", ("limit_train_batches", "0", "leave it out")),
         ("seed_everything", "-1", ("seed_everything", "-1", "from 0 to 4294967295")),
         ("colour", "red", ("--colour red",)),
