@@ -48,6 +48,10 @@ def test_a_prior_outside_the_repository_works_everywhere(name, elsewhere, recipe
 
     del sys.modules["my_prior"]
     (elsewhere / "my_prior.py").rename(elsewhere / "gone.py")
+    assert f"{Path('run/code/my_prior.py').resolve()}" in refused(
+        "evaluate", "run"
+    )  # the copy, which is no file of ours
+    Path("run/code/my_prior.py").unlink()
     message = refused("evaluate", "run")
     assert f"The file {elsewhere / 'my_prior.py'} is missing" in message
 

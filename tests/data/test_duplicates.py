@@ -59,7 +59,7 @@ def test_only_the_first_of_several_stays(tmp_path, kind, left):
     manifest = pack([path], tmp_path / "out", tokenizer="bpe:300", seq_len=32, val_fraction=0.3, drop_duplicates=kind)
     assert sum(split.documents for split in manifest.splits.values()) == left
     assert manifest.dropped == 60 - left
-    numbers = [{row.parts[0].number for row in PackedDataset.open(tmp_path / "out", split)} for split in SPLITS]
+    numbers = [{row.parts[0].number for row in PackedDataset.open(tmp_path / "out", split)} for split in SPLITS[:3]]
     where = [{(min(n, 39 - n) if n < 40 else n - 40) for n in found} for found in numbers]  # the original of each
     assert sum(map(len, where)) == 20 == len(set.union(*where))
 
