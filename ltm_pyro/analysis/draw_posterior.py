@@ -100,9 +100,7 @@ def draw_posterior(
         groups = draw_sequences(run, found, length, options, seed, lambda chunks: track(chunks, "inferring", **shown))
     for name, data in text_groups(run, found).items():
         groups[name] = groups[name].assign(data)
-    return assemble(
-        groups, settings(options, run.guide, run.inference, seed) | {"run": run.source, "weights": run.digest}
-    )
+    return assemble(groups, settings_of_run(run, options, seed))
 
 
 def prepare(
@@ -320,6 +318,11 @@ def text_groups(run: Run, found: Sequence[Piece]) -> Groups:
 def _storable(text: str) -> str:
     """A text without NUL, which netCDF cannot store and a model may write."""
     return text.replace("\0", "\N{SYMBOL FOR NULL}")
+
+
+def settings_of_run(run: Run, options: DrawOptions, seed: int) -> dict[str, str]:
+    """`settings`, with where the run was loaded from and the digest of its weights."""
+    return settings(options, run.guide, run.inference, seed) | {"run": run.source, "weights": run.digest}
 
 
 def settings(options: DrawOptions, guide: Guide, inference: LocalInference, seed: int) -> dict[str, str]:

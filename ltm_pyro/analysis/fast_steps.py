@@ -31,8 +31,8 @@ def climbing(posterior: Posterior) -> xr.Dataset:
     quarter = len(elbo_NB) // 4
     before, last = elbo_NB[-2 * quarter : -quarter], elbo_NB[-quarter:]
     gain_B = last.mean(0) - before.mean(0)
-    stderr_B = ((last.var(0, ddof=1) + before.var(0, ddof=1)) / quarter) ** 0.5
     of_last, of_before = last.var(0, ddof=1), before.var(0, ddof=1)
+    stderr_B = ((of_last + of_before) / quarter) ** 0.5
     freedom_B = (quarter - 1) * (of_last + of_before) ** 2 / np.maximum(of_last**2 + of_before**2, 1e-300)
     limit_B = student.isf(LEVEL / len(gain_B), np.maximum(freedom_B, 1.0))
     is_climbing_B = (gain_B > WORTH) & (gain_B > limit_B * stderr_B)

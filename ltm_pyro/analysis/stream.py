@@ -23,7 +23,7 @@ from ltm_pyro.analysis.draw_posterior import (
     draw_sequences,
     number_axes,
     prepare,
-    settings,
+    settings_of_run,
     text_groups,
 )
 from ltm_pyro.analysis.posterior import COMPLETE, SEQUENCES, THOUGHTS, Posterior
@@ -32,6 +32,7 @@ from ltm_pyro.analysis.texts import Longer, Piece, Text
 from ltm_pyro.contracts import Guide
 from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.global_latents import fix_global_draws
+from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.files import atomic_write, remove, writing
 from ltm_pyro.utils.rng import seeded
@@ -99,8 +100,10 @@ def stream_posterior(
     run, found = prepare(run, texts, steps, guide, longer)
     length, size = max(len(piece.tokens) for piece in found), BLOCK if options.method == "guide" else BATCH
     blocks = -(-len(found) // size)
-    attrs = settings(options, run.guide, run.inference, seed) | {"run": run.source, "weights": run.digest}
-    asked = json.dumps({"what": _digest(run, found, options), "keep": keep, **attrs} | {"run": ""}, sort_keys=True)
+    attrs = settings_of_run(run, options, seed)
+    asked = json.dumps(
+        {"what": _digest(run.inference, found, options), "keep": keep, **attrs} | {"run": ""}, sort_keys=True
+    )
     with fix_global_draws(run.model, seed), writing(path):
         if replace or not path.exists():
             first = _kept(draw_sequences(run, found[:1], length, options, seed), keep)
@@ -203,9 +206,9 @@ def _with_progress(numbers: Sequence[int], place: Place) -> Iterator[int]:
         yield number
 
 
-def _digest(run: Run, found: Sequence[Piece], options: DrawOptions) -> str:
-    """A digest of the weights of model and guide, the sequences, their documents and labels, and the options."""
-    digest = hashlib.sha256(repr((run.digest, options, run.inference)).encode())
+def _digest(inference: LocalInference, found: Sequence[Piece], options: DrawOptions) -> str:
+    """A digest of the options, and of the sequences with their documents and labels."""
+    digest = hashlib.sha256(repr((options, inference)).encode())
     for piece in found:
         digest.update(json.dumps([piece.text.document, dict(piece.text.labels), list(piece.tokens)]).encode())
     return digest.hexdigest()

@@ -35,13 +35,12 @@ def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a prompt, a context or a continuation: of text that may go on, so without `END_OF_TEXT`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"The text {text[:40]!r} has half of a character at {error.start}: leave that out.") from None
     with no_panic(f"the text {text[:40]!r}"):
         pieces = (tokenizer.encode(piece, add_special_tokens=False) for piece in text_pieces(text))
-        return [token for piece in pieces for token in piece.ids]
+        try:
+            return [token for piece in pieces for token in piece.ids]
+        except TypeError:  # which is what the library takes it for
+            raise UsageError(f"The text {text[:40]!r} has half of a surrogate pair: leave that out.") from None
 
 
 class Encoded(NamedTuple):

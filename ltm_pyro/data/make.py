@@ -25,7 +25,6 @@ NOTHING, OPTIMUM = "knowing nothing", "optimum"
 DIFFICULTY = "difficulty"  # a label of every problem
 _ROWS = 4096  # sequences drawn together
 _VOCABULARY, _TO_LEARN = 768, 4_000  # of problems: enough for every number below 100 and every word to be one token
-_NUMBERS = [f"{n}\n{n} {n}\n" for n in range(100)] * 50
 
 
 class Cost(NamedTuple):
@@ -115,7 +114,8 @@ def make_problems(
     others = task.sample(_TO_LEARN, np.random.default_rng((seed, 1)))
     # a tokenizer learns from parts of what has no spaces; no token goes beyond a sign, so that they may stand apart
     apart = [re.sub(r"([^\w\s]+)", r"\n\1\n", x.prompt + x.completion) for x in others]
-    tokenizer = train_tokenizer([*apart, *_NUMBERS], _VOCABULARY)
+    numbers = [f"{n}\n{n} {n}\n" for n in range(100)] * 50  # so often that none is missing
+    tokenizer = train_tokenizer([*apart, *numbers], _VOCABULARY)
     problems = [*drawn, *(task.sample(harder, rng, harder=True) if harder else [])]
     prompts = [encode_prompt(tokenizer, x.prompt) for x in problems]
     return pack_sequences(

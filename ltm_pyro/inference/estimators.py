@@ -300,7 +300,9 @@ def evaluate(
     tokens_B, bytes_B, ids_B = (torch.cat(column).double().cpu() for column in zip(*counts, strict=True))
     documents = None if None in parts else tuple(row for found in parts for row in found or ())
     rows = RowScores(ids_B, documents, tokens_B, bytes_B, nats_and_kl)
-    not_normalised = not_normalised or _negative_kl(nats_and_kl) or negative_kl_of_draws
+    known = ((x.kl_B, x.kl_stderr_B) for x in nats_and_kl.values() if x.kl_stderr_B is not None)
+    of_estimators = next((alarm for kl_B, error_B in known if (alarm := _negative_kl(kl_B, error_B))), None)
+    not_normalised = not_normalised or of_estimators or negative_kl_of_draws
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
     is_density = not (normalisers(model) or not_normalised)  # with an estimated normaliser no score is a known bound
@@ -375,16 +377,12 @@ def _negative_kl_of_draws(problem: Problem, draws: int = 16) -> str | None:
     noise = problem.state.keys and RowNoise(problem.state.keys.fold_in("density"))
     with torch.no_grad(), fix_draws_by_keys(problem.model, problem.state.keys):
         kl_SB = elbo_terms(*problem.fitted, Draws(max(2, min(draws, size)), kl="sampled", noise=noise)).kl_B
-    zero_B = torch.zeros_like(kl_SB[0])
-    return _negative_kl({"": NatsAndKL(zero_B, kl_SB.mean(0), kl_stderr_B=standard_error(kl_SB))})
+    return _negative_kl(kl_SB.mean(0), standard_error(kl_SB))
 
 
-def _negative_kl(results: dict[str, NatsAndKL]) -> str | None:
+def _negative_kl(kl_B: Float[Tensor, " B"], error_B: Float[Tensor, " B"]) -> str | None:
     """The alarm that sees every density that is none: a KL cannot be negative by more than its error."""
-    for result in results.values():
-        if result.kl_stderr_B is None:
-            continue
-        kl, error = result.kl_B.sum().item(), result.kl_stderr_B.square().sum().sqrt().nan_to_num(torch.inf).item()
-        if kl < -4 * error - 1e-4 * len(result.kl_B):
-            return f"the KL is {kl:.4g} nats, which no density has (standard error {error:.2g})"
+    kl, error = kl_B.sum().item(), error_B.square().sum().sqrt().nan_to_num(torch.inf).item()
+    if kl < -4 * error - 1e-4 * len(kl_B):
+        return f"the KL is {kl:.4g} nats, which no density has (standard error {error:.2g})"
     return None

@@ -56,10 +56,8 @@ def use_copies(value: Any, folder: Path) -> Any:
         return [use_copies(x, folder) for x in value]
     if not isinstance(value, str) or not (found := IN_FILE.fullmatch(value)):
         return value
-    file = Path(found["file"])
-    copy = folder / file.name
-    is_there = file.is_file() or Path(file.name).is_file()
-    return f"{copy.resolve()}:{found['name']}" if copy.is_file() and not is_there else value
+    copy = folder / Path(found["file"]).name
+    return f"{copy.resolve()}:{found['name']}" if copy.is_file() and not _place(Path(found["file"])) else value
 
 
 def resolve_arguments(arguments: list[str]) -> list[str]:
@@ -75,10 +73,13 @@ def resolve_arguments(arguments: list[str]) -> list[str]:
 
 def locate(path: Path) -> Path:
     """The file that is imported for a recipe's ``path``; a missing one is looked for in the current folder."""
-    file = path if path.is_file() else Path.cwd() / path.name
-    if not file.is_file():
+    if not (file := _place(path)):
         raise UsageError(f"The file {path} is missing: put it back, or copy {path.name} to the current folder.")
     return file.resolve()
+
+
+def _place(path: Path) -> Path | None:
+    return next((file for file in (path, Path.cwd() / path.name) if file.is_file()), None)
 
 
 def import_file(path: Path) -> str:

@@ -180,6 +180,7 @@ def _leaves(content: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 def _check_stored(arguments: list[str], own: bool) -> None:
     """Refuses code of others in recipes that are not the user's own, and in options that are not."""
     trust = "--trust" in arguments
+    unchecked: list[tuple[Any, str]] = []
     for key, value in option_values(arguments):
         if not value:
             continue
@@ -191,9 +192,12 @@ def _check_stored(arguments: list[str], own: bool) -> None:
             except (OSError, ValueError, YAMLError):  # which the parser says better
                 continue
             if not check_code(of_code(content), text, value, trust):
-                check_plain(content, model_config.sections(recipe_parser()), value)
+                unchecked.append((content, value))
         elif not own and not check_code(of_code({key: value}), "", f"the option --{key}", trust) and key != "config":
-            check_plain({key: value}, model_config.sections(recipe_parser()), "the options")
+            unchecked.append(({key: value}, "the options"))
+    sections = model_config.sections(recipe_parser()) if unchecked else []
+    for content, source in unchecked:
+        check_plain(content, sections, source)
 
 
 def is_stored(recipe: Path) -> bool:

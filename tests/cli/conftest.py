@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ltm_pyro.cli import main
+from tests.cli.hostile import MISSING, PRIOR
 
 WORDS = [
     "the",
@@ -137,3 +138,18 @@ def run(recipe, tmp_path_factory):
     code, _, err = call("fit", "--config", recipe, "--run", path)
     assert code == 0, err
     return path
+
+
+@pytest.fixture
+def exported(run, ltm, tmp_path):
+    """An export, as somebody else would make it, with hostile modules beside it."""
+    folder = tmp_path / "theirs"
+    code, _, err = ltm("export", run, "--out", folder / "export")
+    assert code == 0, err
+    for name in MISSING:
+        (folder / f"{name}.py").write_text(PRIOR)
+        (folder / "export" / f"{name}.py").write_text(PRIOR)
+    (folder / "inner.yaml").write_text("class_path: evil.py:Prior\nsteps: 1\n")
+    (folder / "export" / "inner.yaml").write_text("class_path: evil.py:Prior\nsteps: 1\n")
+    (folder / "text.txt").write_text("every small model reads of people")
+    return folder / "export"

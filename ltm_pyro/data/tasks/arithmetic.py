@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from ltm_pyro.data.tasks.problem import ANSWER, Choices, ProblemTask
+from ltm_pyro.data.tasks.problem import OPERATIONS, Choices, ProblemTask, worked
 from ltm_pyro.data.tasks.task import check_options, register_task
-
-_DO = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
 @register_task("arithmetic")
@@ -35,14 +33,13 @@ class Arithmetic(ProblemTask):
     def write(self, difficulty: int, choices: Choices) -> tuple[str, str]:
         """A question of so many steps and its worked answer."""
         numbers = range(1, self.largest + 1)
-        value = choices.of(numbers)
-        question, steps = str(value), []
+        first = value = choices.of(numbers)
+        steps = []
         for _ in range(difficulty):
-            sign, number = choices.of([(s, n) for s in "+-" for n in numbers if 0 <= _DO[s](value, n) <= 99])
-            question += f"{sign}{number}"
-            steps.append(f"{value}{sign}{number}={_DO[sign](value, number)}")
-            value = _DO[sign](value, number)
-        return f"{question}?", f"{';'.join(steps)}{ANSWER}{value}"
+            known = [(sign, n, OPERATIONS[sign](value, n)) for sign in "+-" for n in numbers]
+            steps.append(choices.of([step for step in known if 0 <= step[2] <= 99]))
+            value = steps[-1][2]
+        return f"{first}{''.join(f'{sign}{n}' for sign, n, _ in steps)}?", worked(first, steps)
 
 
 @register_task("modular")
@@ -70,12 +67,10 @@ class Modular(ProblemTask):
 
     def write(self, difficulty: int, choices: Choices) -> tuple[str, str]:
         """A question of so many steps and its worked answer."""
-        value = choices.of(range(self.modulus))
-        question, steps = str(value), []
+        first = value = choices.of(range(self.modulus))
+        steps = []
         for _ in range(difficulty):
-            sign, number = choices.of("+-*"), choices.of(range(self.modulus))
-            question += f"{sign}{number}"
-            result = _DO[sign](value, number) % self.modulus
-            steps.append(f"{value}{sign}{number}={result}")
-            value = result
-        return f"{question}?", f"{';'.join(steps)}{ANSWER}{value}"
+            sign, n = choices.of("+-*"), choices.of(range(self.modulus))
+            value = OPERATIONS[sign](value, n) % self.modulus
+            steps.append((sign, n, value))
+        return f"{first}{''.join(f'{sign}{n}' for sign, n, _ in steps)}?", worked(first, steps)

@@ -1,6 +1,7 @@
 """What a problem task is: questions with one right answer each, worked step by step, their difficulty a number."""
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -10,6 +11,7 @@ import numpy as np
 from ltm_pyro.data.tasks.task import check_options
 
 ANSWER = "#"  # in a worked answer, what follows it is the answer
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _Option = TypeVar("_Option")
 
 
@@ -68,6 +70,15 @@ class ProblemTask(ABC):
         """Raises `UsageError` unless ``least`` ≤ easiest ≤ hardest ≤ harder ≤ ``most``."""
         check_options(task, easiest=(self.easiest, least, most), hardest=(self.hardest, self.easiest, most))
         check_options(task, harder=(self.harder, self.hardest, most))
+
+
+def worked(value: int, steps: Sequence[tuple[str, int, int]]) -> str:
+    """The worked answer of a chain from ``value`` on: of each step the sign, the number and the result."""
+    written = []
+    for sign, number, result in steps:
+        written.append(f"{value}{sign}{number}={result}")
+        value = result
+    return f"{';'.join(written)}{ANSWER}{value}"
 
 
 def answer_of(text: str) -> str | None:

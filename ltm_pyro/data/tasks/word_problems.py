@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ltm_pyro.data.tasks.problem import ANSWER, Choices, ProblemTask
+from ltm_pyro.data.tasks.problem import OPERATIONS, Choices, ProblemTask, worked
 from ltm_pyro.data.tasks.task import check_options, register_task
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Lena", "Max")
@@ -39,16 +39,15 @@ class WordProblems(ProblemTask):
     def write(self, difficulty: int, choices: Choices) -> tuple[str, str]:
         """A story of so many steps and its worked answer."""
         numbers = range(1, self.largest + 1)
-        name, thing, value = choices.of(NAMES), choices.of(THINGS), choices.of(numbers)
+        name, thing, first = choices.of(NAMES), choices.of(THINGS), choices.of(numbers)
         other = choices.of([x for x in NAMES if x != name])
-        story, steps = [f"{name} and {other} have boxes. {name} has {value} {thing}."], []
+        story, steps, value = [f"{name} and {other} have boxes. {name} has {first} {thing}."], [], first
         for _ in range(difficulty):
             known = [(sentence, "+", n) for sentence in GAIN for n in numbers if value + n <= 99]
             known += [(sentence, "-", n) for sentence in LOSS for n in numbers if value >= n]
             known += [(sentence, "*", 2) for sentence in DOUBLE if 1 <= value <= 49]
             sentence, sign, n = choices.of(known)
             story.append(sentence.format(name=name, other=other, n=n))
-            result = {"+": value + n, "-": value - n, "*": value * n}[sign]
-            steps.append(f"{value}{sign}{n}={result}")
-            value = result
-        return f"{' '.join(story)} How many {thing} has {name}?", f"{';'.join(steps)}{ANSWER}{value}"
+            value = OPERATIONS[sign](value, n)
+            steps.append((sign, n, value))
+        return f"{' '.join(story)} How many {thing} has {name}?", worked(first, steps)

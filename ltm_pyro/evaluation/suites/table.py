@@ -16,7 +16,7 @@ from ltm_pyro.runs.load import is_export, load_run
 from ltm_pyro.training.run_directory import WEIGHTS, checkpoint_path
 from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import atomic_write, check_folder, lock_folder, new_folder, writing
+from ltm_pyro.utils.files import atomic_write, lock_folder, new_folder, writing
 
 SUITES = {
     "zero-shot": Suite(
@@ -114,9 +114,6 @@ def evaluate_suites(
     asked = {name: value for name, value in asdict(options).items() if name != "trust"}  # which changes no figure
     settings = json.loads(json.dumps({**asked, **paths, "sha256": digests}, default=str))
     console = Console(stderr=True)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a folder: choose another --out.")
-    check_folder(out, "--out")
     with lock_folder(out, f"Another process writes to {out} right now: wait for it, or choose another --out.", "--out"):
         results = _ResultsFile(out, settings, force)
         for index, (name, part) in enumerate(plan, 1):
@@ -252,8 +249,7 @@ def _unavailable(parts: dict[str, Any]) -> list[str]:
             why = reason.partition(";")[0]  # the advice after it is for evaluations without suites
             found.setdefault((column, why), []).append(name)
     lines = [f"{column}: {', '.join(dict.fromkeys(x))} unavailable, because {w}." for (column, w), x in found.items()]
-    lines += notes
-    return [part for line in lines for part in (line, "")]
+    return [part for line in (*lines, *notes) for part in (line, "")]
 
 
 def _cell(value: Any) -> str:
