@@ -283,6 +283,7 @@ def evaluate(
     results: dict[str, list[NatsAndKL]] = {name: [] for name in estimators}
     counts: list[tuple[Tensor, ...]] = []
     parts: list[tuple[tuple[Part, ...], ...] | None] = []
+    largest_log_p: list[Tensor] = []  # read after the last batch: the device need not wait for the host before
     not_normalised: str | None = None
     negative_kl_of_draws: str | None = None
     for batch in batches:
@@ -291,8 +292,8 @@ def evaluate(
             results[name].append(estimate(problem, name))
         counts.append((batch.tokens_B, batch.bytes_B, batch.ids_B))
         parts.append(batch.parts)
-        if not_normalised is None:
-            not_normalised = _likelihood_problem(problem)
+        problem_of_batch, largest = _likelihood_problem(problem)
+        not_normalised, largest_log_p = not_normalised or problem_of_batch, [*largest_log_p, largest]
         knows_error = samples > 1 and any(found[0].kl_stderr_B is not None for found in results.values())
         if len(parts) == 1 and not knows_error and any(ESTIMATORS[name].is_bound for name in estimators):
             negative_kl_of_draws = _negative_kl_of_draws(problem)
@@ -302,6 +303,8 @@ def evaluate(
     rows = RowScores(ids_B, documents, tokens_B, bytes_B, nats_and_kl)
     known = ((x.kl_B, x.kl_stderr_B) for x in nats_and_kl.values() if x.kl_stderr_B is not None)
     of_estimators = next((alarm for kl_B, error_B in known if (alarm := _negative_kl(kl_B, error_B))), None)
+    if not not_normalised and (largest_p := torch.stack(largest_log_p).max().exp().item()) > 1 + 1e-4:
+        not_normalised = f"a token has the probability {largest_p:.3g} under p(x | z)"
     not_normalised = not_normalised or of_estimators or negative_kl_of_draws
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
@@ -335,23 +338,22 @@ def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[s
     return missing
 
 
-def _likelihood_problem(problem: Problem) -> str | None:
-    """Why p(x | z) is no distribution over texts; None if nothing speaks against it."""
+def _likelihood_problem(problem: Problem) -> tuple[str | None, Tensor]:
+    """Why p(x | z) is no distribution over texts by its sites, None if it may be one; largest log p of a token."""
     model, batch = problem.model, problem.batch
     with no_param_store(model), seeded(0), torch.no_grad():
         nodes, of_prior = sample_sites(poutine.trace(model).get_trace(batch)), {*prior_factors(model)}
+    found: list[str] = []
     for name, node in nodes.items():
         if is_factor(node) and name not in of_prior:
-            return f"the model adds the factor '{name}' to its log-density"
-        if isinstance(node["scale"], Tensor) or node["scale"] != 1:
-            return f"the model scales site '{name}' by {node['scale']}"
-        if node["mask"] is not None and node["mask"] is not True:
-            return f"the model masks site '{name}'"
+            found.append(f"the model adds the factor '{name}' to its log-density")
+        elif isinstance(node["scale"], Tensor) or node["scale"] != 1:
+            found.append(f"the model scales site '{name}' by {node['scale']}")
+        elif node["mask"] is not None and node["mask"] is not True:
+            found.append(f"the model masks site '{name}'")
     fn, value = nodes[TOKENS]["fn"], nodes[TOKENS]["value"]
     log_p = getattr(fn, "base_dist", fn).log_prob(value)
-    if not value.is_floating_point() and (log_p > 1e-4).any():
-        return f"a token has the probability {log_p.max().exp().item():.3g} under p(x | z)"
-    return None
+    return next(iter(found), None), log_p.new_zeros(()) if value.is_floating_point() else log_p.max()
 
 
 def _worse_than_prior(rows: RowScores) -> str | None:

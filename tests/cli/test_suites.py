@@ -117,7 +117,7 @@ def test_results_of_other_settings_are_kept(run, ltm, refused, data, tmp_path):
 
 def test_only_one_process_writes_results(run, refused, data, tmp_path):
     out = tmp_path / "out"
-    with lock_folder(out, "busy", "--out"):
+    with lock_folder(out.with_name(".out.lock"), "busy", "--out"):
         message = refused("evaluate", run, "--suite", "multilingual", "--suite-dir", data, "--out", out, *LIMITS)
     assert "Another process writes to" in message
     assert not out.exists()

@@ -16,7 +16,7 @@ from ltm_pyro.runs.load import is_export, load_run
 from ltm_pyro.training.run_directory import WEIGHTS, checkpoint_path
 from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.console import Console
-from ltm_pyro.utils.files import atomic_write, lock_folder, new_folder, writing
+from ltm_pyro.utils.files import atomic_write, check_folder, lock_folder, new_folder, writing
 
 SUITES = {
     "zero-shot": Suite(
@@ -114,8 +114,11 @@ def evaluate_suites(
     asked = {name: value for name, value in asdict(options).items() if name != "trust"}  # which changes no figure
     settings = json.loads(json.dumps({**asked, **paths, "sha256": digests}, default=str))
     console = Console(stderr=True)
-    with lock_folder(out, f"Another process writes to {out} right now: wait for it, or choose another --out.", "--out"):
-        results = _ResultsFile(out, settings, force)
+    results = _ResultsFile(out, settings, force)
+    busy = f"Another process writes to {out} right now: wait for it, or choose another --out."
+    # beside it, because a folder that was not there is removed again if nothing can be written
+    with lock_folder(out.parent / f".{out.name}.lock", busy, "--out"):
+        results.read()
         for index, (name, part) in enumerate(plan, 1):
             for column, trained in runs.items():
                 if results.has(name, part, column):
@@ -129,10 +132,16 @@ class _ResultsFile:
     """``results.json`` and the report made from it, written again after every part."""
 
     def __init__(self, out: Path, settings: dict[str, Any], force: bool) -> None:
-        self.out, self.content = out, {"settings": settings, "results": {}}
-        file = out / RESULTS
-        if file.exists() and not force:
-            self.content = self._read(file, settings)
+        self.out, self._force, self.content = out, force, {"settings": settings, "results": {}}
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{out} is a file, not a folder: choose another --out.")
+        check_folder(out, "--out")
+
+    def read(self) -> None:
+        """Takes what is there already; `UsageError` if it is of other settings and not to be replaced."""
+        file = self.out / RESULTS
+        if file.exists() and not self._force:
+            self.content = self._read(file, self.content["settings"])
 
     @staticmethod
     def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
