@@ -104,8 +104,8 @@ def test_an_error_within_a_step_is_saved_before_it(recipe, ltm, tmp_path, monkey
         return original(*arguments)
 
     monkeypatch.setattr(module, "training_loss", fail)
-    with pytest.raises(MemoryError):
-        ltm("fit", "--config", recipe, "--run", run, *few)
+    code, _, err = ltm("fit", "--config", recipe, "--run", run, *few)
+    assert (code, "memory" in err) == (2, True), err
     monkeypatch.undo()
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
     code, _, err = ltm("fit", "--config", run / "config.yaml", "--ckpt_path", "last")
@@ -121,8 +121,8 @@ def test_an_error_at_the_first_batch_after_a_resume_is_told(recipe, ltm, tmp_pat
         raise MemoryError("no room")
 
     monkeypatch.setattr(PackedDataset, "collate", fail)
-    with pytest.raises(MemoryError, match="no room"):
-        ltm(*again, 4)
+    code, _, err = ltm(*again, 4)
+    assert (code, "no room" in err) == (2, True), err
     monkeypatch.undo()
     code, _, err = ltm(*again, 4)
     assert code == 0, err

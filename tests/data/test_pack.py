@@ -91,7 +91,7 @@ def test_a_prompt_is_encoded_by_itself_and_counted():
 
 def test_pack_comes_back_as_the_documents(corpus, packed):
     tokenizer, manifest = load_tokenizer(packed / "tokenizer.json"), read_manifest(packed)
-    back = {split: texts_of(list(PackedDataset.open(packed, split)), tokenizer) for split in SPLITS}
+    back = {split: texts_of(list(PackedDataset.open(packed, split)), tokenizer) for split in SPLITS[:3]}
     texts = [document.text for document in read_documents([corpus])]
     assert sorted(back["train"] + back["val"] + back["test"]) == sorted(texts)
     assert back["train"] == [text for text in texts if text in back["train"]]
@@ -110,7 +110,7 @@ def test_equal_texts_fall_on_one_side(tmp_path):
     path.write_text("".join(json.dumps({"text": f"text number {i % 7}"}) + "\n" for i in range(70)))
     pack([path], tmp_path / "out", tokenizer="bpe:260", seq_len=8, val_fraction=0.4, keep_together="exact")
     tokenizer = load_tokenizer(tmp_path / "out/tokenizer.json")
-    sides = [set(texts_of(list(PackedDataset.open(tmp_path / "out", side)), tokenizer)) for side in SPLITS]
+    sides = [set(texts_of(list(PackedDataset.open(tmp_path / "out", side)), tokenizer)) for side in SPLITS[:3]]
     assert sum(map(len, sides)) == 7 == len(set.union(*sides))
 
 
