@@ -39,6 +39,8 @@ hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 
+OUTSIDE = torch.get_default_dtype()  # of fixtures of a module or of the session
+
 FLAGS = {  # name -> how to read it, how to put it back
     "torch default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -70,6 +72,7 @@ def two_starts(request, monkeypatch):
 def same_ground():
     """Every test starts from one seed, in float64, and fails when it leaves a global flag changed."""
     outside = torch.get_default_dtype()
+    assert outside == OUTSIDE, "a fixture of a module left another default dtype to the tests behind it"
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()
     random.seed(0)

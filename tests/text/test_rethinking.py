@@ -1,6 +1,7 @@
 """Rethinking: `gibbs` leaves p(z, y | x) as it is, found by enumeration; `rethink` is as wrong as its q."""
 
 import itertools
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -23,18 +24,27 @@ NEW, PROMPT, CHAINS = 3, "1", 1_000
 SAMPLING = Sampling(max_new_tokens=NEW)
 
 
+@contextmanager
+def double():
+    """A fixture of a module is made before each test sets the default dtype."""
+    outside = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(outside)
+
+
 @pytest.fixture(scope="module")
 def run():
     """Two symbols and one number of thought, on which the text depends strongly."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(4)
-    tokenizer = number_tokenizer(2)
-    decoder = Decoder(vocabulary_size(tokenizer), 1, 8, 2, thoughts=1, window=4, length=6, thought_width=1)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parameter.mul_(5 if "embedding" in name else 2)
-    model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder).eval()
-    return Run(model, MeanField(model), tokenizer, LocalInference(steps=8, rate=0.3), "", 6)
+    with double():
+        torch.manual_seed(4)
+        tokenizer = number_tokenizer(2)
+        decoder = Decoder(vocabulary_size(tokenizer), 1, 8, 2, thoughts=1, window=4, length=6, thought_width=1)
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                parameter.mul_(5 if "embedding" in name else 2)
+        model = LatentThoughtModel(GaussianPrior(decoder.thought_shape), decoder).eval()
+        return Run(model, MeanField(model), tokenizer, LocalInference(steps=8, rate=0.3), "", 6)
 
 
 def exact_law(run):
@@ -62,7 +72,8 @@ def exact_law(run):
 @pytest.fixture(scope="module")
 def exact(run):
     """The exact law of the run."""
-    return exact_law(run)
+    with double():
+        return exact_law(run)
 
 
 def p_value(words, grid_G, joint_GY, texts, z):
