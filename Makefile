@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
 	@touch $@
 
-quickstart: $(STAMP)  ## Train, score and sample a small model on this machine.
+quickstart: $(STAMP)  ## Train and score a small model beside its floor and its ceiling, on text of this machine.
 	$(RUN) ltm_pyro.studies.quickstart
+	$(VENV)/bin/ltm context --config studies/recipes/quickstart.yaml --label kind --limit 128 --workers 2 --out runs/quickstart
 
 test: $(STAMP)  ## Run the tests that take seconds.
 	$(RUN) pytest $(PARALLEL) -m "not slow and not gpu"

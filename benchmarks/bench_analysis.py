@@ -19,7 +19,7 @@ from ltm_pyro.analysis.information import decompose
 from ltm_pyro.analysis.probes import probe
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.studies.configure import recipe_file
-from ltm_pyro.studies.quickstart import precision
+from ltm_pyro.studies.prose import precision
 
 
 def ltm(*words: object) -> tuple[str, float]:

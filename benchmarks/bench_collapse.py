@@ -1,8 +1,8 @@
-"""Who collapses: an encoder against local inference, on the quickstart corpus. KL and honest bound over training.
+"""Who collapses: an encoder against local inference, on the corpus of prose. KL and honest bound over training.
 
     python benchmarks/bench_collapse.py [--out runs/collapse] [--steps 240] [--figure docs/figures/collapse.png]
 
-Both follow the quickstart recipe for equally many slow steps, that is for equally many tokens; only the guide differs.
+Both follow the recipe for prose for equally many slow steps, that is for equally many tokens; only the guide differs.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
 from ltm_pyro.inference.scores import GAIN
 from ltm_pyro.runs.load import load_run
-from ltm_pyro.studies.quickstart import precision, prepare, train_quickstart
+from ltm_pyro.studies.prose import precision, prepare, train_prose
 
 GUIDES = ("MeanField", "Amortized")
 
@@ -51,11 +51,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     packed, curves, figures = prepare(options.out), {}, {}
-    budget = ("--trainer.max_time", "01:00:00:00", "--trainer.max_steps", str(options.steps))
+    budget = ("--trainer.max_steps", str(options.steps))
     checks = ("--trainer.val_check_interval", str(max(1, options.steps // 8)), "--trainer.limit_val_batches", "2")
     for guide in GUIDES:
         words = ("--model.guide", f"ltm_pyro.guides.{guide}", "--data.tokens", "2048", *budget, *checks)
-        path = train_quickstart(options.out / guide, packed, *words, "--trainer.precision", precision()).path
+        path = train_prose(options.out / guide, packed, *words, "--trainer.precision", precision()).path
         run = load_run(path)
         found = evaluate_run(run, estimators=["bound", *GAIN], samples=64, limit=32, block=coarse_block(run))
         scores, gain = found.estimates, found.predictive_gain

@@ -1,6 +1,6 @@
 """What more inference buys at test time: held-out quality against seconds, with the weights unchanged.
 
-    python benchmarks/bench_inference_time.py --run runs/quickstart [--baseline RUN] [--data TEXT] [--out DIR]
+    python benchmarks/bench_inference_time.py --run runs/prose [--baseline RUN] [--data TEXT] [--out DIR]
 
 Three curves over sequences of which the second half is scored given the first: T_fast; draws of z under importance
 weights; tokens between two inferences of q. Standard errors are of the difference from a curve's first point, sequence
@@ -104,14 +104,14 @@ def plot_curves(found: dict[str, list[dict[str, float]]], baseline: float | None
 def main() -> None:
     """Measures, plots and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--run", type=Path, default=Path("runs/prose"))
     parser.add_argument("--baseline", type=Path, help="an autoregressive run")
     parser.add_argument("--data", help="text to score; the run's own held-out data by default")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--out", type=Path, help="where the picture and the figures go")
     args = parser.parse_args()
     if not args.run.exists():
-        print(f"not run: there is no run at {args.run}; `make quickstart` makes one, or give --run")
+        print(f"not run: there is no run at {args.run}; `python -m ltm_pyro.studies.prose` makes one, or give --run")
         return
     torch.set_num_threads(1)
     run = load_run(args.run)

@@ -1,6 +1,6 @@
 """What early stopping saves: fast steps per sequence at an equal bound, on a run's own held-out text.
 
-    python benchmarks/bench_stopping_rule.py --run runs/quickstart [--steps 32] [--json]
+    python benchmarks/bench_stopping_rule.py --run runs/prose [--steps 32] [--json]
 
 A fixed T_fast gives a bound; the rule, allowed as many steps, should give the same one (within 0.005 nats per token)
 with at least 30 % fewer sequence-steps. Without a run it says so and measures nothing.
@@ -59,12 +59,12 @@ def compare(run: Run, most: int) -> list[dict[str, float | str]]:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="runs/quickstart", help="run directory or checkpoint")
+    parser.add_argument("--run", default="runs/prose", help="run directory or checkpoint")
     parser.add_argument("--steps", type=int, default=32, help="the fixed number of fast steps, and the rules' most")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if not Path(options.run).exists():
-        print(f"not run: no run at {options.run}; `make quickstart` makes one")
+        print(f"not run: no run at {options.run}; `python -m ltm_pyro.studies.prose` makes one")
         return
     rows = compare(load_run(options.run), options.steps)
     if options.json:

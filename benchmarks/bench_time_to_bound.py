@@ -2,8 +2,8 @@
 
     python benchmarks/bench_time_to_bound.py --data data/corpus [--ours 60] [--naive 240] [--out FILE]
 
-A model of the quickstart's size on two cores. The published settings: q starts at log σ² = −5, one noise per fit, the
-slow step follows the sum of all fast gradients, 16 fast steps at 0.3. Ours: the quickstart's curriculum. Both bounds
+The size of `prose.yaml`, on two cores. The published settings: q starts at log σ² = −5, one noise per fit, the
+slow step follows the sum of all fast gradients, 16 fast steps at 0.3. Ours: the curriculum of `prose.yaml`. Both bounds
 come from one procedure: q from the prior, 32 steps at 0.1, and draws made after q is final. Time for them is not
 counted.
 """
@@ -103,7 +103,7 @@ def naive_curve(data: PackedData, vocabulary: int, rate: float, budget: float, h
 
 
 def our_curve(data: PackedData, vocabulary: int, budget: float, held_out: Tensor, how: How) -> Points:
-    """The curve of the quickstart's recipe: half the time without thoughts, then with 4 fast steps."""
+    """The curve of `prose.yaml`: half the time without thoughts, then with 4 fast steps."""
     decoder = Decoder(
         vocabulary, LAYERS, WIDTH, HEADS, THOUGHTS, WINDOW, LENGTH, thought_width=16, zero_init_cross_attention=True
     )

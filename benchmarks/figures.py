@@ -3,8 +3,8 @@
 A table stands in its document between ``<!-- figures NAME -->`` and ``<!-- end of figures -->``, and NAME is a function
 below, which runs a command and returns the lines. What the commands train stays in ``runs/figures`` and is used again;
 ``rm -r runs/figures`` starts afresh. Tables of texts that are not ours need ``DATA=FOLDER``, and are left as they are
-without it. Trainings and studies have budgets in FLOPs, so that a busy machine changes seconds and nothing else; the
-quickstart's is in minutes.
+without it. Trainings and studies have budgets in steps or FLOPs, so that a busy machine changes seconds and nothing
+else.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "figures"
-QUICKSTART = RUNS / "quickstart"
+QUICKSTART, PROSE = RUNS / "quickstart", RUNS / "prose"
 PICTURES = ROOT / "docs" / "figures"
 LTM = ("-m", "ltm_pyro.cli")
 STORAGE = f"sqlite:///{RUNS / 'studies.db'}"
@@ -41,10 +41,10 @@ def command(*words: object) -> str:
 
 
 def corpus() -> Path:
-    """The quickstart's packed data: text that comes with every CPython."""
-    from ltm_pyro.studies.quickstart import prepare
+    """The packed data of `ltm_pyro.studies.prose`: text that comes with every CPython."""
+    from ltm_pyro.studies.prose import prepare
 
-    return prepare(QUICKSTART)
+    return prepare(PROSE)
 
 
 def text_of(data: Path | None, pattern: str) -> Path:
@@ -87,15 +87,49 @@ def table(head: Lines, rows: list[Lines]) -> Lines:
 
 
 def trained() -> dict[str, Any]:
-    """The quickstart's summary, after training it if it is not there."""
-    if not (QUICKSTART / "summary.json").exists():
-        command("-m", "ltm_pyro.studies.quickstart", "--out", QUICKSTART)
-    found: dict[str, Any] = json.loads((QUICKSTART / "summary.json").read_text("utf-8"))
+    """What `ltm_pyro.studies.prose` says of its two models, after training them if they are not there."""
+    if not (PROSE / "summary.json").exists():
+        command("-m", "ltm_pyro.studies.prose", "--out", PROSE)
+    found: dict[str, Any] = json.loads((PROSE / "summary.json").read_text("utf-8"))
     return found
 
 
 def quickstart(_: Path | None) -> Lines:
-    """README.md: what the quickstart prints."""
+    """README.md: what the quickstart prints, and its picture."""
+    command("-m", "ltm_pyro.studies.quickstart", "--out", QUICKSTART)
+    words = ("--config", "studies/recipes/quickstart.yaml", "--label", "kind", "--limit", 128, "--workers", 2)
+    places = ("--out", QUICKSTART, "--option", f"data.directory={QUICKSTART / 'data'}", "--json")
+    found = json.loads(command(*LTM, "context", *words, *places))
+    shutil.copy(QUICKSTART / "context.png", PICTURES / "quickstart.png")
+    context, label = found["context"], found["label"]
+    names = {
+        "bound": "`bound`: the negative ELBO of the Latent-Thought model",
+        "iwae": "`iwae`: importance-weighted, 64 draws",
+        "prior_iwae": "`prior_iwae`: 64 draws from the prior, no inference",
+        "causal_prior": "`causal_prior`: each block of 16 tokens predicted from those before it",
+        "shuffled": "null: the thoughts of another text",
+        "prior": "null: thoughts of no text, from the prior",
+    }
+    recovered = context["recovered"]
+    rows = [["floor: constants in the place of thoughts", f"{context['floor']['nats_per_token']:.3f}", "0"]]
+    for name, text in names.items():
+        if x := recovered.get(name):
+            r = f"{x['share']:.2f} ({x['interval'][0]:.2f} to {x['interval'][1]:.2f})"
+            rows.append([text, f"{x['nats_per_token']:.3f}", r])
+    rows.append(["ceiling: full attention", f"{context['ceiling']['nats_per_token']:.3f}", "1"])
+    apart = context["difference"]
+    said = [
+        f"The ceiling is {apart['nats_per_token']:.3f} ± {apart['stderr_nats_per_token']:.3f} below the floor, paired by",
+        f"document. A linear probe of the thoughts tells the kind of {label['probe']:.0%} of the held-out rows (the",
+        f"most frequent kind: {label['majority']:.0%}); {len(label['classes'])} clusters, without labels, agree",
+        f"with the kinds by an adjusted Rand index of {label['adjusted_rand']:.2f} (with shuffled labels:",
+        f"{label['adjusted_rand_shuffled']:.2f}).",
+    ]
+    return [*table(["nats per held-out token", "", "R (95 % interval)"], rows), "", *wrapped(" ".join(said))]
+
+
+def prose(_: Path | None) -> Lines:
+    """docs/training-recipes.md: a model of one kind of text beside its baseline."""
     x = trained()
     rows = [
         ("`bound`: the negative ELBO of the Latent-Thought model", "bound"),
@@ -104,7 +138,7 @@ def quickstart(_: Path | None) -> Lines:
         ("`reused_noise`: **not a bound**", "reused_noise"),
         ("`causal`: predicted block by block, z from the text before", "causal"),
         ("`causal_prior`: the same with z from the prior", "causal_prior"),
-        ("autoregressive baseline: same trunk, window and training time", "autoregressive"),
+        ("autoregressive baseline: same trunk, window and training FLOPs", "autoregressive"),
         ("unigram", "unigram"),
     ]
     gain, error = x["predictive_gain"], x["predictive_gain_stderr"]
@@ -121,7 +155,7 @@ def efficiency(_: Path | None) -> Lines:
     """docs/local-inference.md: what passes through the decoder buy, with and without inference."""
     trained()
     out = RUNS / "efficiency"
-    command("examples/inference_efficiency.py", QUICKSTART, "--out", out, "--limit", 32)
+    command("examples/inference_efficiency.py", PROSE, "--out", out, "--limit", 32)
     curves = json.loads((out / "inference_efficiency.json").read_text("utf-8"))
     samples = [*curves["prior_iwae"]]
     rows = []
@@ -149,12 +183,12 @@ def collapse(_: Path | None) -> Lines:
 
 
 def suites(data: Path | None) -> Lines:
-    """docs/evaluation.md: the quickstart on texts unlike its own, beside its baseline."""
+    """docs/evaluation.md: the model of prose on texts unlike its own, beside its baseline."""
     assert data is not None
     trained()
     words = ("--suite", "zero-shot,multilingual", "--suite-dir", data, "--limit", 16, "--out", RUNS / "suites")
-    baseline = ("--baseline", QUICKSTART / "autoregressive")
-    found = json.loads(command("-m", "ltm_pyro.cli", "evaluate", QUICKSTART, *words, *baseline, "--json"))["results"]
+    baseline = ("--baseline", PROSE / "autoregressive")
+    found = json.loads(command("-m", "ltm_pyro.cli", "evaluate", PROSE, *words, *baseline, "--json"))["results"]
     lines: Lines = []
     units = (("zero-shot", "nats per token", "nats_per_token"), ("multilingual", "bits per byte", "bits_per_byte"))
     for suite, unit, figure in units:
@@ -174,7 +208,7 @@ def suites(data: Path | None) -> Lines:
 
 
 def inference_time(_: Path | None) -> Lines:
-    """docs/inference-time-compute.md: more inference on the quickstart's own held-out text."""
+    """docs/inference-time-compute.md: more inference on the model's own held-out text."""
     return _curves("inference-time")
 
 
@@ -186,7 +220,7 @@ def inference_time_ptb(data: Path | None) -> Lines:
 def _curves(name: str, *words: object) -> Lines:
     trained()
     out = RUNS / name
-    runs = ("--run", QUICKSTART, "--baseline", QUICKSTART / "autoregressive", "--out", out)
+    runs = ("--run", PROSE, "--baseline", PROSE / "autoregressive", "--out", out)
     command("benchmarks/bench_inference_time.py", *runs, *words)
     shutil.copy(out / "inference-time.png", PICTURES / f"{name}.png")
     found = json.loads((out / "inference-time.json").read_text("utf-8"))
@@ -382,7 +416,7 @@ def context(_: Path | None) -> Lines:
 
 NEED_DATA = (suites, inference_time_ptb, analysis)
 MADE: tuple[Callable[[Path | None], Lines], ...] = (
-    *(quickstart, efficiency, collapse, suites, inference_time, inference_time_ptb),
+    *(quickstart, prose, efficiency, collapse, suites, inference_time, inference_time_ptb),
     *(priors, context, scaling, inference_steps),
 )
 TABLES = {made.__name__: made for made in MADE}

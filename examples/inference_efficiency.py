@@ -1,6 +1,6 @@
 """How efficient inference is: bounds on one −log p(x) with and without q, by the passes through the decoder they cost.
 
-    python examples/inference_efficiency.py runs/quickstart --out runs/inference-efficiency
+    python examples/inference_efficiency.py runs/prose --out runs/inference-efficiency
 
 `prior_iwae` draws z from the prior, `iwae` from a q that some fast steps were spent on; both fall towards the evidence.
 What is worth more at the same cost is read off the picture. Prints a table and writes ``inference_efficiency.json`` and

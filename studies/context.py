@@ -6,7 +6,10 @@ context` makes a `ContextStudy`, checks it, and asks for its result; what is the
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,9 +35,12 @@ from ltm_pyro.training.recipe import check_data, read_recipe
 from ltm_pyro.training.train import train
 from ltm_pyro.utils.as_json import finite
 from ltm_pyro.utils.files import atomic_write
+from ltm_pyro.utils.malloc import keep_freed_memory
+from ltm_pyro.utils.processes import end_with_parent
 
 DECODER = "model.decoder.init_args."
 RESULT, SETTINGS = "context.json", "context-settings.json"
+EVERY = 30.0  # seconds between two reports of what runs beside
 BOUNDS, PREDICTION = ("bound", "iwae", "prior_iwae"), "causal_prior"
 ESTIMATORS = {  # by kind of run: the references have no thoughts, so that each of their figures is exact
     "floor": ("bound", PREDICTION),
@@ -110,8 +116,8 @@ class ContextStudy:
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        """(kind, seed) of every run."""
-        return [(kind, seed) for seed in range(self.seeds) for kind in ESTIMATORS]
+        """(kind, seed) of every run; those that take longest come first."""
+        return [(kind, seed) for seed in range(self.seeds) for kind in reversed(ESTIMATORS)]
 
     def folder(self, kind: str, seed: int) -> Path:
         """Where a run is."""
@@ -164,6 +170,30 @@ class ContextStudy:
             new.write_text(json.dumps(finite(scored._asdict()), ensure_ascii=False), "utf-8")
         return scored
 
+    def score_beside(self, workers: int, tell: Callable[[str], None]) -> dict[tuple[str, int], Scored]:
+        """`score` of all `runs`, ``workers`` at a time in processes of their own, which write to ``KIND-SEED.log``."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        threads, spawn = max(1, torch.get_num_threads() // workers), multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
+            waiting = {pool.submit(_score_alone, self, *run, threads): run for run in self.runs}
+            scored: dict[tuple[str, int], Scored] = {}
+            try:
+                while waiting:
+                    ended, _ = wait(waiting, timeout=EVERY, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        run = waiting.pop(future)
+                        scored[run] = future.result()
+                        tell(f"{len(scored)} of {len(self.runs)}: {run[0]}, seed {run[1]}: done")
+                    for future, (kind, seed) in waiting.items():
+                        if not ended and future.running() and (line := _last_line(self._log(kind, seed))):
+                            tell(f"{kind}, seed {seed}: {line}")
+            except BaseException:
+                pool.shutdown(cancel_futures=True, wait=False)
+                for child in multiprocessing.active_children():
+                    child.terminate()  # a training saves its last step before it ends
+                raise
+        return scored
+
     def result(self, scored: Mapping[tuple[str, int], Scored]) -> Result:
         """R between all floors and all ceilings, of what `score` has found for each of the `runs`."""
         found = {kind: [scored[kind, seed] for seed in range(self.seeds)] for kind in ESTIMATORS}
@@ -174,6 +204,9 @@ class ContextStudy:
         tokens = {kind: np.sum([x.block_tokens for x in runs], 0) for kind, runs in found.items()}
         by_position = {kind: (nats[kind] / tokens[kind]).tolist() for kind in found}
         return Result(context, by_position, load_run(self.folder("thoughts", 0), trust=self.trust))
+
+    def _log(self, kind: str, seed: int) -> Path:
+        return self.out / f"{kind}-{seed}.log"
 
     def _configure(self, kind: str, seed: int, *options: str) -> Namespace:
         trust = ["--trust"] if self.trust else []
@@ -190,6 +223,18 @@ class ContextStudy:
         found = evaluate_run(run, estimators=ESTIMATORS[kind], samples=samples, **settings)
         nats, tokens = by_block(found, self.block)
         return Scored([x.as_dict() for x in document_scores(found)], nats, tokens)
+
+
+def _score_alone(study: ContextStudy, kind: str, seed: int, threads: int) -> Scored:
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    with study._log(kind, seed).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        return study.score(kind, seed)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip(" │─└┘┴")), "")
 
 
 def by_block(found: Evaluation, block: int) -> tuple[list[float], list[int]]:

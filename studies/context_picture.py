@@ -1,4 +1,4 @@
-"""What `ltm context` draws: nats by position in a sequence, and the map of the thoughts coloured by a label.
+"""What `ltm context` shows: nats by position, and by a label the map of the thoughts and what is written under them.
 
 Shapes: T tokens.
 """
@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,9 +20,13 @@ from ltm_pyro.analysis.texts import Text
 from ltm_pyro.evaluation.evaluate import held_out
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.context import Result
+from ltm_pyro.text.generation import decode, prompt_keys, write
+from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.utils.files import atomic_write
 from ltm_pyro.utils.plotting import BLUE, GREY, ORANGE, plain
 
+PROMPT = 24  # tokens
+SAMPLING = Sampling(max_new_tokens=96, temperature=0.8, top_p=0.95)
 LINES = {  # by kind of run: what it is called, its colour and its style
     "floor": ("floor: thoughts are constants", GREY, "--"),
     "thoughts": ("Latent-Thought model", BLUE, "-"),
@@ -30,12 +35,18 @@ LINES = {  # by kind of run: what it is called, its colour and its style
 
 
 class Labelled(NamedTuple):
-    """The thoughts of held-out text beside a label that the model was not told."""
+    """The thoughts of held-out text beside a label that the model was not told.
+
+    ``continuations`` are of one ``prompt``, the beginning of the first text, under the thoughts of the first text of
+    every class.
+    """
 
     label: str
     posterior: Posterior
     probe: Probe
     clusters: Clusters
+    prompt: str
+    continuations: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain figures, for JSON."""
@@ -49,6 +60,8 @@ class Labelled(NamedTuple):
             "majority": self.probe.majority,
             "adjusted_rand": found.adjusted_rand,
             "adjusted_rand_shuffled": found.shuffled,
+            "prompt": self.prompt,
+            "continuations": self.continuations,
         }
 
     def sentences(self) -> list[str]:
@@ -76,7 +89,12 @@ def labelled(run: Run, label: str, split: str, limit: int | None = None) -> Labe
     posterior = draw_posterior(run, texts, longer="cut")
     values = ["" if x is None else str(x) for x in posterior.labels[label]]
     found = clusters(means(posterior), values, posterior.documents.tolist())
-    return Labelled(label, posterior, probe(posterior, label), found)
+    firsts = [values.index(value) for value in found.classes]
+    z_BLKD = torch.from_numpy(posterior.stats["mean"].values[firsts])
+    rows = [posterior.rows[0][:PROMPT].tolist()] * len(firsts)
+    written = decode(run, write(run, rows, z_BLKD, prompt_keys(run, rows, 0), SAMPLING))  # equal rows have one noise
+    continuations = dict(zip(found.classes, written, strict=True))
+    return Labelled(label, posterior, probe(posterior, label), found, decode(run, rows)[0], continuations)
 
 
 def plot_by_position(result: Result, block: int, ax: Axes) -> Axes:

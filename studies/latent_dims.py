@@ -8,14 +8,14 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
-LAYERS = {"all": None, "1": [1], "2": [2]}  # the quickstart has two
+LAYERS = {"all": None, "1": [1], "2": [2]}  # the recipe has two
 
 space = {
     "thoughts": IntDistribution(1, 16, log=True),
     "thought_width": IntDistribution(4, 64, log=True),
     "thought_layers": CategoricalDistribution(list(LAYERS)),
 }
-first = {"thoughts": 4, "thought_width": 16, "thought_layers": "all"}  # the quickstart's
+first = {"thoughts": 4, "thought_width": 16, "thought_layers": "all"}  # the recipe's
 
 
 def settings(parameters: dict[str, Any]) -> dict[str, Any]:

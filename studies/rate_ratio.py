@@ -12,7 +12,7 @@ space = {
     "slow_rate": FloatDistribution(1e-3, 2e-2, log=True),
     "schedule": CategoricalDistribution(["cosine", "constant"]),
 }
-first = {"ratio": 25.0, "slow_rate": 8e-3, "schedule": "cosine"}  # the quickstart's
+first = {"ratio": 25.0, "slow_rate": 8e-3, "schedule": "cosine"}  # the recipe's
 
 
 def settings(parameters: dict[str, Any]) -> dict[str, Any]:

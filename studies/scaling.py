@@ -2,7 +2,7 @@
 
 Every point of the grid trains until it has spent its FLOPs, fast steps included, so more fast steps mean fewer tokens.
 T_fast = 0 without thoughts is the plain autoregressive decoder. Half of the FLOPs go to a decoder without thoughts, as
-in the quickstart. Every point is run for two seeds, cheap budgets first: a study that is stopped early has complete
+in `prose.yaml`. Every point is run for two seeds, cheap budgets first: a study that is stopped early has complete
 curves up to some budget, and knows what another seed changes there.
 """
 

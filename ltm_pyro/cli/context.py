@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.panel import Panel
 from rich.table import Table
 
 from ltm_pyro.cli.arguments import add_trust, at_least
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "label of the documents that no model is told: do probes and clusters of the thoughts find it?"
     parser.add_argument("--label", metavar="NAME", help=about)
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of `ltm fit`; repeatable")
+    about = "runs that are trained at a time, each in a process of its own with a log beside its folder"
+    parser.add_argument("--workers", type=at_least(1), default=1, metavar="N", help=about)
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -63,9 +66,12 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     scored = {}
     with resumable(out):
-        for number, (kind, seed) in enumerate(study.runs, 1):
-            console.print(f"{number} of {len(study.runs)}: {KINDS[kind]}, seed {seed}", soft_wrap=True)
-            scored[kind, seed] = study.score(kind, seed)
+        if args.workers > 1:
+            scored = study.score_beside(args.workers, lambda line: console.print(line, soft_wrap=True))
+        else:
+            for number, (kind, seed) in enumerate(study.runs, 1):
+                console.print(f"{number} of {len(study.runs)}: {KINDS[kind]}, seed {seed}", soft_wrap=True)
+                scored[kind, seed] = study.score(kind, seed)
         result = study.result(scored)
         picture = import_module(PICTURE)
         found = picture.labelled(result.run, args.label, args.split, args.limit) if args.label else None
@@ -86,8 +92,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Console()
     console.print(context_table(result.context, result.run, ("floor", "ceiling")))
-    for line in found.sentences() if found else ():
-        console.print(line, soft_wrap=True)
+    if found:
+        for line in found.sentences():
+            console.print(line, soft_wrap=True)
+        console.print(f"One prompt, continued under the thoughts of a text of each {args.label}:", soft_wrap=True)
+        for name, text in found.continuations.items():
+            console.print(Panel(found.prompt + text, title=name, title_align="left"))
     console.print(f"Written: {out / RESULT} and {out / IMAGE}.", soft_wrap=True)
     return 0
 

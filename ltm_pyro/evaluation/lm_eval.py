@@ -1,6 +1,6 @@
 """A run as a model of the lm-evaluation-harness, and the harness's command line with this model registered.
 
-python -m ltm_pyro.evaluation.lm_eval run --model ltm_pyro --model_args run=runs/quickstart --tasks … --include_path …
+python -m ltm_pyro.evaluation.lm_eval run --model ltm_pyro --model_args run=runs/kinds --tasks … --include_path …
 """
 
 import logging

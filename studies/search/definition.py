@@ -170,7 +170,7 @@ def load_definition(source: str) -> Definition:
         points=tuple(getattr(module, "points", ())),
         first=getattr(module, "first", None),
         checks=getattr(module, "checks", True),
-        recipe=getattr(module, "recipe", recipe_file("quickstart.yaml")),
+        recipe=getattr(module, "recipe", recipe_file("prose.yaml")),
         analyse=getattr(module, "analyse", None),
     )
 

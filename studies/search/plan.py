@@ -142,7 +142,7 @@ def base_recipe(recipe: str, changes: Values, trust: bool = False) -> tuple[str,
     if not is_pack(config.data.directory):
         raise UsageError(
             f"There is no packed data at {config.data.directory}: name some with --set data.directory=DIR, "
-            f"or make the quickstart's with `make quickstart`."
+            f"or take the quickstart's, `--set data.directory=runs/quickstart/data` after `make quickstart`."
         )
     check_data(config)
     config.run = "runs/ltm"

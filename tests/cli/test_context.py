@@ -1,6 +1,7 @@
 """`ltm evaluate RUN --floor … --ceiling …`: the context recovered."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -83,8 +84,13 @@ def test_one_command_trains_the_three_and_goes_on_where_it_stopped(recipe, ltm, 
         assert len(found["by_position"][kind]) == len(scored[0]["block_nats"])
     before = (tmp_path / "context" / "thoughts-1" / "context.json").stat().st_mtime_ns
     (tmp_path / "context" / "ceiling-1" / "context.json").unlink()
-    code, text, err = ltm(*words, *options, "--seeds", 2, "--label", "kind")
+    shutil.rmtree(tmp_path / "context" / "floor-0")
+    assert found["label"]["continuations"].keys() == {*kinds}
+    code, text, err = ltm(*words, *options, "--seeds", 2, "--label", "kind", "--workers", 2)
     assert code == 0, err
+    assert "6 of 6: " in err
+    assert "training" in (tmp_path / "context" / "floor-0.log").read_text()
+    assert text.count(found["label"]["prompt"].split()[0]) >= 2
     assert "floor - ceiling" in text
     assert "adjusted Rand index" in text
     assert (tmp_path / "context" / "thoughts-1" / "context.json").stat().st_mtime_ns == before
