@@ -119,8 +119,8 @@ def quickstart(_: Path | None) -> Lines:
     rows.append(["ceiling: full attention", f"{context['ceiling']['nats_per_token']:.3f}", "1"])
     apart = context["difference"]
     said = [
-        f"The ceiling is {apart['nats_per_token']:.3f} ± {apart['stderr_nats_per_token']:.3f} below the floor, paired by",
-        f"document. A linear probe of the thoughts tells the kind of {label['probe']:.0%} of the held-out rows (the",
+        f"The ceiling is {apart['nats_per_token']:.3f} ± {apart['stderr_nats_per_token']:.3f} below the floor, paired",
+        f"by document. A linear probe of the thoughts tells the kind of {label['probe']:.0%} of the held-out rows (the",
         f"most frequent kind: {label['majority']:.0%}); {len(label['classes'])} clusters, without labels, agree",
         f"with the kinds by an adjusted Rand index of {label['adjusted_rand']:.2f} (with shuffled labels:",
         f"{label['adjusted_rand_shuffled']:.2f}).",
