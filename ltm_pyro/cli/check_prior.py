@@ -72,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(source: str, options: list[str], trust: bool) -> "Run":
     """A run; or what a recipe describes, as it is before the first step, with the tokenizer of its data."""
+    if source.endswith(".py"):
+        raise UsageError(
+            f"{source} is no recipe and no run: give a recipe, and the prior as --option model.prior={source}:NAME."
+        )
     if not source.endswith((".yaml", ".yml")):
         if options:
             raise UsageError(f"--option {options[0]} would have no effect on a run: give a recipe, or leave it out.")

@@ -327,6 +327,8 @@ def _table(evaluation: Evaluation, title: str, exact: "Exact | None", reach: int
         reasons.insert(0, e.worse_than_prior)
     if exact and exact.best_within and reach:
         reasons.append(f"Best within r: knowing the r tokens before. A token of this run sees {reach}.")
+    if any(s.converged is False for s in e.estimates.values()):
+        reasons.append("Settled: k-hat is low or AIS agrees, which takes 25 draws at least: --samples 64 or more.")
     errors = {name: s.monte_carlo_stderr for name, s in e.estimates.items() if s.monte_carlo_stderr is not None}
     reasons += [f"Of the error of {name}, {_figure(x)} is that of its draws." for name, x in errors.items()]
     if 1 in (e.documents, e.sequences):

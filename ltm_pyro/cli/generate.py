@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     tokens = parser.add_argument_group("tokens, as in Hugging Face's generate")
-    tokens.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N", help="tokens after the prompt")
+    about = "tokens after the prompt; the model's length ends a text earlier"
+    tokens.add_argument("--max-new-tokens", type=at_least(1), default=64, metavar="N", help=about)
     tokens.add_argument("--greedy", action="store_true", help="take the most likely token, do not sample")
     tokens.add_argument("--temperature", type=float, default=1.0, metavar="X", help="divide the logits by X")
     tokens.add_argument(

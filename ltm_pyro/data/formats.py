@@ -134,7 +134,7 @@ def _txt(file: Path) -> Iterator[Record]:
             yield Record(pending[:cut], line)
             line += pending.count("\n", 0, cut)
             pending = pending[cut:]
-    for text in _BREAK.split(pending):
+    for text in _BREAK.split(pending.rstrip("\r\n")):  # the end of the last line belongs to the file, as in a break
         yield Record(text, line)
 
 

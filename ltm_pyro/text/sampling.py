@@ -6,6 +6,7 @@ Shapes: B rows, V vocabulary.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +22,7 @@ class Sampling:
     None as a filter or as the stop strings is none, as it is in Hugging Face's `GenerationConfig`.
 
     Args:
-        max_new_tokens: the most tokens after the prompt; `END_OF_TEXT` stops earlier.
+        max_new_tokens: the most tokens after the prompt; `END_OF_TEXT` and the model's length stop earlier.
         do_sample: draws the tokens; if False, takes the likeliest.
         temperature: divides the logits.
         top_k: only the k likeliest tokens, and those as likely as the last of them; 0 for all.
@@ -50,6 +51,7 @@ class Sampling:
         for option in fields(self):
             if getattr(self, option.name) is None:
                 object.__setattr__(self, option.name, option.default)
+        self._check_types()
         for name in ("max_new_tokens", "num_return_sequences"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -59,8 +61,8 @@ class Sampling:
                 f"sample."
             )
         top_k, top_p, min_p = self.filters
-        if top_k < 0 or top_k != int(top_k):
-            raise UsageError(f"top_k must be a whole number and not negative, got {top_k}: use 0 for all tokens.")
+        if top_k < 0:
+            raise UsageError(f"top_k must not be negative, got {top_k}: use 0 for all tokens.")
         if not 0 <= top_p <= 1:
             raise UsageError(f"top_p must be in [0, 1], got {top_p}.")
         if not 0 <= min_p <= 1:
@@ -77,6 +79,17 @@ class Sampling:
             raise UsageError(
                 f"{ignored[0]} {getattr(self, ignored[0])} chooses among draws, but nothing is sampled: drop it."
             )
+
+    def _check_types(self) -> None:
+        kinds = {int: ("a whole number", Integral), float: ("a number", Real), bool: ("True or False", bool)}
+        for option in fields(self):
+            if option.name == "stop_strings":
+                continue
+            value, (what, kind) = getattr(self, option.name), kinds[type(option.default)]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise UsageError(f"{option.name} must be {what}, got {value!r}.")
+        if others := [stop for stop in self.stop_strings or () if not isinstance(stop, str)]:
+            raise UsageError(f"stop_strings must be texts, got {others[0]!r}.")
 
     @property
     def filters(self) -> tuple[int, float, float]:

@@ -111,6 +111,8 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
     A text longer than the model is split into rows of T tokens, each with thoughts of its own, or scored whole under
     one z (``scoring.longer``).
     """
+    if isinstance(texts, str) or (others := [x for x in texts if not isinstance(x, str)]):
+        raise UsageError(f"A list of texts is scored, got {(texts if isinstance(texts, str) else others[0])!r}.")
     scoring = scoring or Scoring()
     unavailable(run.model, run.guide, [scoring.estimator])
     if empty := [index for index, text in enumerate(texts) if not text]:
@@ -173,6 +175,9 @@ def score_continuations(
             context is empty. Continuations of one context are scored at the same draws of one fit: the choices of a
             question cost one fit, and the noise of z has no part in which of them is the likeliest.
     """
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or [type(x) for x in pair] != [str, str]:
+            raise UsageError(f"Pair {index} is {pair!r}, and not a context with its continuation, two texts.")
     encoded = [(encode_prompt(run.tokenizer, context), encode_prompt(run.tokenizer, text)) for context, text in pairs]
     return score_tokens(run, encoded, scoring)
 

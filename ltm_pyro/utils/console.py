@@ -3,6 +3,7 @@
 On a terminal no text that is printed can give it commands: control characters are shown as symbols.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+WIDTH_OF_FILES = 160
 _SYMBOLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
 _SYMBOLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # as ESC and a letter, in one character
 
@@ -25,6 +27,8 @@ class Console(RichConsole):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)
+        if not self.is_terminal and "COLUMNS" not in os.environ:  # a file has room: no figure in a table is cut
+            self.width = WIDTH_OF_FILES
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """The segments of a renderable."""

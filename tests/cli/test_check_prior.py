@@ -82,6 +82,7 @@ def test_without_thoughts_there_is_no_prior_to_check(recipe, refused, tmp_path):
     settings["model"]["decoder"]["init_args"]["thoughts"] = 0
     (tmp_path / "none.yaml").write_text(yaml.safe_dump(settings))
     assert "no thoughts (K = 0)" in refused("check-prior", tmp_path / "none.yaml")
+    assert "--option model.prior=mine.py:NAME" in refused("check-prior", "mine.py")
     for seed in (-3, 9**30):
         assert "choose a seed from 0" in refused("check-prior", recipe, "--option", f"seed_everything={seed}")
 

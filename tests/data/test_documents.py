@@ -14,7 +14,7 @@ def test_txt_splits_at_two_or_more_empty_lines(tmp_path):
     assert [found[:3] for found in read_documents([path])] == [
         ("a.txt:1", "first\n\nstill first", "a.txt"),
         ("a.txt:6", "second", "a.txt"),
-        ("a.txt:10", "third\n", "a.txt"),
+        ("a.txt:10", "third", "a.txt"),
     ]
 
 

@@ -1,5 +1,8 @@
 """The next token: Hugging Face's filters in their order, and draws with the right probabilities."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +106,7 @@ def test_tokens_seen_become_less_likely():
         {"repetition_penalty": 1e-39},
         {"stop_strings": ("",)},
         {"stop_strings": ""},
+        {"top_k": True},
         {"do_sample": False, "top_k": 5},
         {"do_sample": False, "temperature": 0.7},
     ],
@@ -111,3 +115,37 @@ def test_tokens_seen_become_less_likely():
 def test_settings_without_sense(wrong):
     with pytest.raises(UsageError):
         Sampling(**wrong)
+
+
+WRONG_TYPES = """
+from ltm_pyro.errors import UsageError
+from ltm_pyro.text.sampling import Sampling
+from ltm_pyro.text.scoring import score, score_continuations
+
+wrong = [{"do_sample": "no"}, {"top_k": "5"}, {"top_k": 5.5}, {"temperature": "1"}, {"max_new_tokens": 5.5}]
+calls = [lambda x=x: Sampling(**x) for x in [*wrong, {"stop_strings": [1]}]]
+calls += [lambda: score(None, "the old"), lambda: score(None, ["the", 7]), lambda: score_continuations(None, ["ab"])]
+calls += [lambda: score_continuations(None, [("a", "b"), ("a", "b", "c")])]
+for call in calls:
+    try:
+        call()
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_wrong_types_are_told_in_a_sentence():
+    """In a process of its own, because a type checker sees every call in the tests."""
+    done = subprocess.run([sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "do_sample must be True or False, got 'no'.",
+        "top_k must be a whole number, got '5'.",
+        "top_k must be a whole number, got 5.5.",
+        "temperature must be a number, got '1'.",
+        "max_new_tokens must be a whole number, got 5.5.",
+        "stop_strings must be texts, got 1.",
+        "A list of texts is scored, got 'the old'.",
+        "A list of texts is scored, got 7.",
+        "Pair 0 is 'ab', and not a context with its continuation, two texts.",
+        "Pair 1 is ('a', 'b', 'c'), and not a context with its continuation, two texts.",
+    ], done.stderr

@@ -221,6 +221,7 @@ def test_q_starts_where_inference_says(run):
     ("message", "call"),
     [
         ("Text 1 is empty", lambda run: score(run, ["the", ""])),
+        ("A list of texts is scored, got 'the old'", lambda run: score(run, "the old")),
         ("Continuation 0 is empty", lambda run: score_continuations(run, [("the", "")])),
         ("length is 24: shorten the context", lambda run: score_continuations(run, [("the old" * 9, " model")])),
         ("Unknown estimator 'elbo'", lambda run: Scoring(estimator="elbo")),
