@@ -67,6 +67,7 @@ def prepare(out: Path) -> Path:
         with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in corpus())
         settings: dict[str, Any] = {"tokenizer": "bpe:300", "seq_len": 256, "labels": [LABEL], "val_fraction": 0.06}
+        settings["keep_together"] = "exact"  # programs are much alike: whole kinds would fall on one side
         pack([str(out / "corpus.jsonl")], packed, **settings)
     return packed
 

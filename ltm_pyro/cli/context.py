@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,24 +111,28 @@ def context_table(context: "Context", run: "Run", names: tuple[str, str]) -> Tab
     title = f"context recovered: R = ({floor} - model) / ({floor} - {ceiling})"
     table = Table("", title=title, title_justify="left")
     table.box, table.padding = box.SIMPLE_HEAD, (0, 1)
-    for column in ("nats/token", "± s.e.", "R", "95 % interval"):
+    for column in ("nats/token", "± s.e.", "below", "± s.e.", "R", "95 % interval"):
         table.add_column(column, justify="right", no_wrap=True)
 
-    def row(name: str, x: Any, *of_r: str) -> None:
-        rate = (x.nats_per_token, x.stderr_nats_per_token)
-        table.add_row(name, *(f"{value:.4f}" if math.isfinite(value) else "-" for value in rate), *of_r)
+    def row(name: str, figures: Iterable[float], *of_r: str) -> None:
+        table.add_row(name, *(f"{value:.4f}" if math.isfinite(value) else "-" for value in figures), *of_r)
 
-    row(floor, context.floor)
-    for name, x in context.recovered.items():
-        interval = " to ".join(f"{end:.2f}" for end in x.interval)
-        row(f"{name} (null)" if name in NULLS else name, x, f"{x.share:.2f}", interval)
-    row(ceiling, context.ceiling)
-    row(f"{floor} - {ceiling}", context.difference)
+    row(floor, (context.floor.nats_per_token, context.floor.stderr_nats_per_token))
+    for name, x in context.ahead.items():
+        r = context.recovered.get(name)
+        of_r = (f"{r.share:.2f}", " to ".join(f"{end:.2f}" for end in r.interval)) if r else ()
+        row(f"{name} (null)" if name in NULLS else name, x, *of_r)
+    rates = (context.ceiling, context.difference)
+    row(ceiling, [x for rate in rates for x in (rate.nats_per_token, rate.stderr_nats_per_token)])
     decoder: Any = run.model.decoder
     window, (layers, thoughts, _) = decoder.window, decoder.thought_shape
-    notes = [f"A prediction sees {run.reach} tokens; a window of {window}, {layers} x {thoughts} thoughts."]
+    notes = [
+        f"Below: how far below {floor}, paired by document.",
+        f"A prediction sees {run.reach} tokens; a window of {window}, {layers} x {thoughts} thoughts.",
+    ]
     if not context.has_context:
-        notes.append("No R: full attention is not ahead by three standard errors, so there is nothing to carry.")
+        few = "No R: full attention is not ahead by three standard errors"
+        notes.append(f"{few}: there is nothing to carry, or it has not learned to.")
     keys, most = decoder.layers * (window or run.length) + layers * thoughts, decoder.layers * run.length
     cost = f"{keys:,} keys instead of up to {most:,}"
     table.caption = " ".join([*notes, f"A generated token reads {cost}."])

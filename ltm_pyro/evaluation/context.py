@@ -31,6 +31,15 @@ class Recovered(NamedTuple):
     interval: tuple[float, float]
 
 
+class Ahead(NamedTuple):
+    """One estimator in nats per token, and how far below the floor on the same documents, with standard errors."""
+
+    nats_per_token: float
+    stderr_nats_per_token: float
+    below_floor: float
+    stderr_below_floor: float
+
+
 class Context(NamedTuple):
     r"""Context recovered, by estimator of the Latent-Thought model.
 
@@ -39,13 +48,15 @@ class Context(NamedTuple):
     all in nats on the same documents. The floor is the same network with learned constants in the place of thoughts,
     the ceiling is the floor with full attention. R is 0 if thoughts carry nothing, and 1 if they carry all that full
     attention sees beyond the window. ``difference`` is floor − ceiling; where it is not above three of its standard
-    errors, there is nothing to carry, and ``recovered`` is empty.
+    errors, there is nothing to carry, or full attention has not learned it, and ``recovered`` is empty. ``ahead`` needs
+    no ceiling.
     """
 
     floor: Rate
     ceiling: Rate
     difference: Rate
     recovered: Mapping[str, Recovered]
+    ahead: Mapping[str, Ahead]
 
     @property
     def has_context(self) -> bool:
@@ -56,7 +67,8 @@ class Context(NamedTuple):
         """Plain dictionaries, for JSON."""
         rates = {"floor": self.floor, "ceiling": self.ceiling, "difference": self.difference}
         found = {name: asdict(rate) for name, rate in rates.items()}
-        return found | {"recovered": {name: x._asdict() for name, x in self.recovered.items()}}
+        ahead = {name: x._asdict() for name, x in self.ahead.items()}
+        return found | {"ahead": ahead, "recovered": {name: x._asdict() for name, x in self.recovered.items()}}
 
 
 def context_recovered(
@@ -77,9 +89,18 @@ def context_recovered(
     models, floors, ceilings = ([paired(first, x) for x in found] for found in (models, floors, ceilings))
     tokens_N = np.array([x["tokens"] for x in first], float)
     floor_MN, ceiling_MN = (_nats(found, "bound") for found in (floors, ceilings))
-    rates = [rate_of(*map(torch.from_numpy, (x_MN.mean(0), tokens_N))) for x_MN in (floor_MN, ceiling_MN)]
-    difference = rate_of(*map(torch.from_numpy, (floor_MN.mean(0) - ceiling_MN.mean(0), tokens_N)))
-    context = Context(rates[0], rates[1], difference, {})
+    nats_MN = {name: _nats(models, name) for name in estimators}
+
+    def rate(nats_N: np.ndarray) -> Rate:
+        return rate_of(torch.from_numpy(nats_N), torch.from_numpy(tokens_N))
+
+    floor_N, ceiling_N, ahead = floor_MN.mean(0), ceiling_MN.mean(0), {}
+    for name, x_MN in nats_MN.items():
+        own, below = rate(x_MN.mean(0)), rate(floor_N - x_MN.mean(0))
+        ahead[name] = Ahead(
+            own.nats_per_token, own.stderr_nats_per_token, below.nats_per_token, below.stderr_nats_per_token
+        )
+    context = Context(rate(floor_N), rate(ceiling_N), rate(floor_N - ceiling_N), {}, ahead)
     if not context.has_context:
         return context
     generator = np.random.default_rng(0)
@@ -91,12 +112,10 @@ def context_recovered(
 
     floor_S, ceiling_S = resampled(floor_MN), resampled(ceiling_MN)
     recovered = {}
-    for name in estimators:
-        nats_MN = _nats(models, name)
-        share = (floor_MN.mean(0) - nats_MN.mean(0)).sum() / (floor_MN.mean(0) - ceiling_MN.mean(0)).sum()
-        low, high = np.quantile((floor_S - resampled(nats_MN)) / (floor_S - ceiling_S), [0.025, 0.975])
-        own = rate_of(*map(torch.from_numpy, (nats_MN.mean(0), tokens_N)))
-        interval = (float(low), float(high))
+    for name, x_MN in nats_MN.items():
+        share = (floor_N - x_MN.mean(0)).sum() / (floor_N - ceiling_N).sum()
+        low, high = np.quantile((floor_S - resampled(x_MN)) / (floor_S - ceiling_S), [0.025, 0.975])
+        own, interval = ahead[name], (float(low), float(high))
         recovered[name] = Recovered(own.nats_per_token, own.stderr_nats_per_token, float(share), interval)
     return context._replace(recovered=recovered)
 

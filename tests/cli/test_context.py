@@ -24,7 +24,7 @@ def test_evaluate_prints_it_between_a_floor_and_a_ceiling(recipe, run, ltm, refu
         context["difference"]["nats_per_token"]
     )
     text = ltm(*words, *references)[1]
-    assert "floor - ceiling" in text
+    assert "below" in text
     assert "A prediction sees 7 tokens" in text
     assert bool(context["recovered"]) != ("No R" in text)
     assert "give both" in refused(*words, *references[:2])
@@ -91,7 +91,7 @@ def test_one_command_trains_the_three_and_goes_on_where_it_stopped(recipe, ltm, 
     assert "6 of 6: " in err
     assert "training" in (tmp_path / "context" / "floor-0.log").read_text()
     assert text.count(found["label"]["prompt"].split()[0]) >= 2
-    assert "floor - ceiling" in text
+    assert "below" in text
     assert "adjusted Rand index" in text
     assert (tmp_path / "context" / "thoughts-1" / "context.json").stat().st_mtime_ns == before
     assert "another recipe, data or settings" in refused(*words[:-1], 8, *options)

@@ -5,6 +5,7 @@ import pytest
 
 from ltm_pyro.errors import UsageError
 from ltm_pyro.evaluation.context import context_recovered
+from ltm_pyro.evaluation.documents import compare
 
 
 def records(nats_N, **others):
@@ -50,6 +51,16 @@ def test_without_anything_beyond_the_window_there_is_no_share():
     context = context_recovered([model], [low], [trained(0.0, seed=1)[0]], ["bound"])
     assert not context.has_context
     assert context.recovered == {}
+
+
+def test_below_the_floor_is_paired_by_document_and_needs_no_ceiling():
+    low, model, _ = trained(0.5)
+    found = context_recovered([model], [low], [low], ["bound"])
+    assert not found.recovered
+    expected = compare(low, model)
+    ahead = found.ahead["bound"]
+    assert (ahead.below_floor, ahead.stderr_below_floor) == pytest.approx((expected.value, expected.stderr))
+    assert found.as_dict()["ahead"]["bound"] == ahead._asdict()
 
 
 def test_other_documents_are_refused():
