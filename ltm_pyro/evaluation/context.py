@@ -115,8 +115,8 @@ def context_recovered(
     for name, x_MN in nats_MN.items():
         share = (floor_N - x_MN.mean(0)).sum() / (floor_N - ceiling_N).sum()
         low, high = np.quantile((floor_S - resampled(x_MN)) / (floor_S - ceiling_S), [0.025, 0.975])
-        own, interval = ahead[name], (float(low), float(high))
-        recovered[name] = Recovered(own.nats_per_token, own.stderr_nats_per_token, float(share), interval)
+        nats, stderr, *_ = ahead[name]
+        recovered[name] = Recovered(nats, stderr, float(share), (float(low), float(high)))
     return context._replace(recovered=recovered)
 
 
