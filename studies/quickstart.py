@@ -40,12 +40,14 @@ def sources() -> dict[str, list[str]]:
 
 
 def corpus() -> Iterator[dict[str, str]]:
-    """Documents of every kind: whole lines of a text, of which some are drawn, always the same ones."""
+    """Documents of every kind, mixed: whole lines of a text, of which some are drawn, always the same ones."""
+    rows = []
     for kind, texts in sources().items():
         documents = [document for text in texts for document in _cut(text)]
         random.Random(kind).shuffle(documents)
-        for number, document in enumerate(documents[:OF_EACH]):
-            yield {"id": f"{kind} {number}", LABEL: kind, "text": document}
+        rows += [{"id": f"{kind} {n}", LABEL: kind, "text": text} for n, text in enumerate(documents[:OF_EACH])]
+    random.Random(0).shuffle(rows)
+    yield from rows
 
 
 def _cut(text: str) -> Iterator[str]:
