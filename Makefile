@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 
 quickstart: $(STAMP)  ## Train and score a small model beside its floor and its ceiling, on text of this machine.
 	$(RUN) ltm_pyro.studies.quickstart
-	$(VENV)/bin/ltm context --config studies/recipes/quickstart.yaml --label kind --limit 96 --block 64 --workers 2 --out runs/quickstart
+	$(VENV)/bin/ltm context --config studies/recipes/quickstart.yaml --label kind --limit 128 --block 64 --workers 2 --out runs/quickstart
 
 test: $(STAMP)  ## Run the tests that take seconds.
 	$(RUN) pytest $(PARALLEL) -m "not slow and not gpu"

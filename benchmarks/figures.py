@@ -97,7 +97,7 @@ def trained() -> dict[str, Any]:
 def quickstart(_: Path | None) -> Lines:
     """README.md: what the quickstart prints, and its picture."""
     command("-m", "ltm_pyro.studies.quickstart", "--out", QUICKSTART)
-    words = ("--config", "studies/recipes/quickstart.yaml", "--label", "kind", "--limit", 96, "--block", 64)
+    words = ("--config", "studies/recipes/quickstart.yaml", "--label", "kind", "--limit", 128, "--block", 64)
     places = ("--workers", 2, "--out", QUICKSTART, "--option", f"data.directory={QUICKSTART / 'data'}", "--json")
     found = json.loads(command(*LTM, "context", *words, *places))
     shutil.copy(QUICKSTART / "context.png", PICTURES / "quickstart.png")

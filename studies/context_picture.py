@@ -103,7 +103,7 @@ def plot_by_position(result: Result, block: int, ax: Axes) -> Axes:
         nats = result.by_position[kind]
         before = [block * index for index in range(len(nats))]
         ax.plot(before, nats, color=colour, linestyle=style, marker="o", markersize=3, label=name)
-    ax.legend(fontsize=8, frameon=False, loc="upper right")
+    ax.legend(fontsize=8, frameon=False, loc="best")
     return plain(
         ax, title="What thinking about the text so far is worth", xlabel="tokens before", ylabel="nats per token"
     )

@@ -19,7 +19,7 @@ import torch
 from ltm_pyro.data import pack
 
 LABEL = "kind"  # of the documents, which no model is told
-OF_EACH, CHARACTERS = 150, 1_500  # documents of a kind, and the most characters of one
+OF_EACH, CHARACTERS = 700, 300  # documents of a kind, and the most characters of one: about a sequence
 PACKAGES = ("torch", "scipy")
 
 
