@@ -7,8 +7,10 @@ context` makes a `ContextStudy`, checks it, and asks for its result; what is the
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
@@ -41,6 +43,7 @@ from ltm_pyro.utils.processes import end_with_parent
 DECODER = "model.decoder.init_args."
 RESULT, SETTINGS = "context.json", "context-settings.json"
 EVERY = 30.0  # seconds between two reports of what runs beside
+PATIENCE = 10.0  # seconds that a run has to end, after it was told to
 BOUNDS, PREDICTION = ("bound", "iwae", "prior_iwae"), "causal_prior"
 ESTIMATORS = {  # by kind of run: the references have no thoughts, so that each of their figures is exact
     "floor": ("bound", PREDICTION),
@@ -187,10 +190,19 @@ class ContextStudy:
                     for future, (kind, seed) in waiting.items():
                         if not ended and future.running() and (line := _last_line(self._log(kind, seed))):
                             tell(f"{kind}, seed {seed}: {line}")
-            except BaseException:
+            except BaseException as error:
                 pool.shutdown(cancel_futures=True, wait=False)
-                for child in multiprocessing.active_children():
+                children = multiprocessing.active_children()
+                for child in children:
                     child.terminate()  # a training saves its last step before it ends
+                for child in children:
+                    child.join(PATIENCE)
+                    child.kill()
+                if isinstance(error, BrokenProcessPool):
+                    raise UsageError(
+                        f"A training under {self.out} was killed, perhaps because memory was short: give fewer "
+                        f"--workers, and the same command again."
+                    ) from None
                 raise
         return scored
 
@@ -229,7 +241,10 @@ def _score_alone(study: ContextStudy, kind: str, seed: int, threads: int) -> Sco
     keep_freed_memory()
     torch.set_num_threads(threads)
     with study._log(kind, seed).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        return study.score(kind, seed)
+        try:
+            return study.score(kind, seed)
+        except KeyboardInterrupt:
+            os._exit(130)  # its step is saved; otherwise this process would wait for another run
 
 
 def _last_line(log: Path) -> str:

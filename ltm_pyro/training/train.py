@@ -37,7 +37,7 @@ from ltm_pyro.training.run_directory import (
 from ltm_pyro.training.trust import own_sources, remember_recipe
 from ltm_pyro.utils.console import Console
 from ltm_pyro.utils.files import DISK_IS_FULL, DiskFullError, local_path, lock_folder
-from ltm_pyro.utils.processes import end_with_parent, end_with_starter
+from ltm_pyro.utils.processes import end_with_parent, end_with_starter, signals_as_before
 
 NOISE = (  # Lightning's warnings that no user can do anything about
     ".*(does not have many workers|LeafSpec|lr_scheduler.step|training_step. returned .None|isinstance.treespec"
@@ -157,7 +157,8 @@ def _fit(
     ranks: Ranks,
 ) -> None:
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+        with signals_as_before():
+            trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except DiskFullError:
         raise
     except UsageError as error:

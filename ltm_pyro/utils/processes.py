@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # Linux's name for it, see prctl(2)
@@ -20,6 +21,21 @@ def is_stopped(pid: int) -> bool:
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0] == "T"
     return False
+
+
+@contextmanager
+def signals_as_before() -> Iterator[None]:
+    """What a library does about SIGINT and SIGTERM inside ends with the block: Lightning leaves a handler behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # set by a program in C, which alone can set it again
+                signal.signal(number, handler)
 
 
 def end_with_parent(worker: int = 0) -> None:

@@ -1,5 +1,6 @@
 """Loading and scoring leave torch's generator alone; making a guide leaves nothing in Pyro's global store."""
 
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pyro
@@ -16,6 +17,8 @@ from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LatentThoughtModel, LearnedGaussianPrior
 from ltm_pyro.runs.load import load_run
 from ltm_pyro.text.scoring import Scoring, score
+from ltm_pyro.training.recipe import read_recipe
+from ltm_pyro.training.train import train
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,14 @@ def test_torchs_global_generator_stays_where_it_was(run, use):
     before = torch.get_rng_state()
     use(run)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_training_leaves_signals_as_they_were(recipe, tmp_path):
+    """Lightning's own handler stayed, and made what followed in the process deaf to SIGTERM."""
+    before = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+    words = ("--run", str(tmp_path / "run"), "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
+    train(read_recipe(["--config", str(recipe), *words]))
+    assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_two_threads_load_and_score_a_run_as_one_does(run):

@@ -1,6 +1,7 @@
 """The code and the commands of README and docs work."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -23,16 +24,24 @@ def test_the_code_runs_and_learns(code):
 
 
 def test_the_commands_run_in_order(corpus, run, ltm, tmp_path, monkeypatch):
-    """Five commands, smaller than they say: on a corpus of sixteen tokens a sequence, for two steps."""
+    """Smaller than they say: on a corpus of sixteen tokens a sequence, for two steps."""
     (tmp_path / "corpus.jsonl").write_bytes(corpus.read_bytes())
+    drinks = {"English": "tea is what number {} drinks", "French": "le thé est ce que boit le numéro {}"}
+    texts = [{"language": name, "text": text.format(n)} for n in range(60) for name, text in drinks.items()]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in texts), "utf-8")
     (tmp_path / "studies").symlink_to(ROOT / "studies")
     monkeypatch.chdir(tmp_path)
     shorter = {
+        "data": ["--val-fraction", "0.3", "--keep-together", "exact"],
+        "context": ["--option", "trainer.max_steps=2", "--samples", "2"],
         "fit": ["--trainer.max_time", "null", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"],
         "evaluate": ["--limit", "2", "--samples", "1", "--fast-steps", "1"],
         "generate": ["--max-new-tokens", "4"],
     }
-    assert [command[0] for command in COMMANDS] == ["data", "fit", "evaluate", "generate", "flops"]
+    assert [command[0] for command in COMMANDS] == [
+        *("data", "context"),
+        *("data", "fit", "evaluate", "generate", "flops"),
+    ]
     for command in COMMANDS:
         code, _, err = ltm(*command, *shorter.get(command[0], []))
         assert code == 0, err
