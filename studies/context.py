@@ -8,6 +8,7 @@ context` makes a `ContextStudy`, checks it, and asks for its result; what is the
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -193,8 +194,11 @@ class ContextStudy:
             except BaseException as error:
                 pool.shutdown(cancel_futures=True, wait=False)
                 children = multiprocessing.active_children()
+                until = time.monotonic() + PATIENCE
+                for child in children:  # Ctrl-C has told them too, and a second signal would not let a step be saved
+                    child.join(max(0.0, until - time.monotonic()))
                 for child in children:
-                    child.terminate()  # a training saves its last step before it ends
+                    child.terminate()
                 for child in children:
                     child.join(PATIENCE)
                     child.kill()

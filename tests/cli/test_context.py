@@ -1,7 +1,12 @@
 """`ltm evaluate RUN --floor … --ceiling …`: the context recovered."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
@@ -95,3 +100,28 @@ def test_one_command_trains_the_three_and_goes_on_where_it_stopped(recipe, ltm, 
     assert "adjusted Rand index" in text
     assert (tmp_path / "context" / "thoughts-1" / "context.json").stat().st_mtime_ns == before
     assert "another recipe, data or settings" in refused(*words[:-1], 8, *options)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_runs_beside_each_other(recipe, tmp_path):
+    out = tmp_path / "context"
+    words = ("--config", recipe, "--out", out, "--workers", 2, "--option", "trainer.max_steps=1000000")
+    command = [sys.executable, "-m", "ltm_pyro.cli", "context", *map(str, words)]
+    started = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in the background
+    )
+    runs = [out / "thoughts-0", out / "ceiling-0"]
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not all((run / "metrics.csv").exists() for run in runs):
+        time.sleep(0.5)
+    time.sleep(5)
+    os.killpg(started.pid, signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert "the same command resumes" in err
+    for run in runs:
+        assert (run / "checkpoints" / "last.ckpt").exists()
