@@ -114,7 +114,7 @@ def quickstart(_: Path | None) -> Lines:
     rows = [["floor: constants in the place of thoughts", f"{context['floor']['nats_per_token']:.3f}", "", ""]]
     for name, text in names.items():
         x, r = context["ahead"][name], context["recovered"].get(name)
-        share = f"{r['share']:.2f} ({r['interval'][0]:.2f} to {r['interval'][1]:.2f})" if r else ""
+        share = _share(r) if r else ""
         below = f"{x['below_floor']:.3f} ± {x['stderr_below_floor']:.3f}"
         rows.append([text, f"{x['nats_per_token']:.3f}", below, share])
     below = f"{apart['nats_per_token']:.3f} ± {apart['stderr_nats_per_token']:.3f}"
@@ -405,11 +405,7 @@ def context(_: Path | None) -> Lines:
         length = found["tokens"] / found["sequences"]
         context = found["context"]
         nats = (context["floor"], found["estimates"]["bound"], found["estimates"]["iwae"], context["ceiling"])
-        shares = [
-            f"{x['share']:.2f} ({x['interval'][0]:.2f} to {x['interval'][1]:.2f})"
-            for name in ("bound", "iwae", "shuffled", "prior")
-            for x in (context["recovered"][name],)
-        ]
+        shares = [_share(context["recovered"][name]) for name in ("bound", "iwae", "shuffled", "prior")]
         rows.append([task, *(f"{x['nats_per_token'] * length:.2f}" for x in nats), *shares])
     head = ["nats per sequence", "best within 3", "`bound`", "`iwae`", "optimum", "R of `bound`", "R of `iwae`"]
     return table([*head, "shuffled", "z from the prior"], rows)
@@ -427,6 +423,12 @@ LATER = {made.__name__: made for made in (pruning, speed, analysis)}
 
 def _error(value: float | None) -> str:
     return "?" if value is None else f"{value:.3f}"
+
+
+def _share(recovered: dict[str, Any]) -> str:
+    """R with its interval."""
+    low, high = recovered["interval"]
+    return f"{recovered['share']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def wrapped(text: str, width: int = 120) -> Lines:

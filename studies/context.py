@@ -179,7 +179,8 @@ class ContextStudy:
         self.out.mkdir(parents=True, exist_ok=True)
         threads, spawn = max(1, torch.get_num_threads() // workers), multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
-            waiting = {pool.submit(_score_alone, self, *run, threads): run for run in self.runs}
+            logs = {run: self.out / f"{run[0]}-{run[1]}.log" for run in self.runs}
+            waiting = {pool.submit(_score_alone, self, *run, threads, logs[run]): run for run in self.runs}
             scored: dict[tuple[str, int], Scored] = {}
             try:
                 while waiting:
@@ -188,9 +189,9 @@ class ContextStudy:
                         run = waiting.pop(future)
                         scored[run] = future.result()
                         tell(f"{len(scored)} of {len(self.runs)}: {run[0]}, seed {run[1]}: done")
-                    for future, (kind, seed) in waiting.items():
-                        if not ended and future.running() and (line := _last_line(self._log(kind, seed))):
-                            tell(f"{kind}, seed {seed}: {line}")
+                    for future, run in waiting.items():
+                        if not ended and future.running() and (line := _last_line(logs[run])):
+                            tell(f"{run[0]}, seed {run[1]}: {line}")
             except BaseException as error:
                 pool.shutdown(cancel_futures=True, wait=False)
                 children = multiprocessing.active_children()
@@ -221,9 +222,6 @@ class ContextStudy:
         by_position = {kind: (nats[kind] / tokens[kind]).tolist() for kind in found}
         return Result(context, by_position, load_run(self.folder("thoughts", 0), trust=self.trust))
 
-    def _log(self, kind: str, seed: int) -> Path:
-        return self.out / f"{kind}-{seed}.log"
-
     def _configure(self, kind: str, seed: int, *options: str) -> Namespace:
         trust = ["--trust"] if self.trust else []
         given = ["--config", self.config, *self.options, "--seed_everything", str(seed), *trust]
@@ -241,10 +239,10 @@ class ContextStudy:
         return Scored([x.as_dict() for x in document_scores(found)], nats, tokens)
 
 
-def _score_alone(study: ContextStudy, kind: str, seed: int, threads: int) -> Scored:
+def _score_alone(study: ContextStudy, kind: str, seed: int, threads: int, log: Path) -> Scored:
     keep_freed_memory()
     torch.set_num_threads(threads)
-    with study._log(kind, seed).open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             return study.score(kind, seed)
         except KeyboardInterrupt:

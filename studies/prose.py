@@ -21,7 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ltm_pyro.data import PackedDataset, pack
+from ltm_pyro.data import PackedDataset
 from ltm_pyro.evaluation.documents import compare, document_scores
 from ltm_pyro.evaluation.evaluate import coarse_block, evaluate_run
 from ltm_pyro.inference.estimators import DEFAULT, ESTIMATORS
@@ -30,6 +30,7 @@ from ltm_pyro.runs.load import load_run
 from ltm_pyro.runs.run import Run
 from ltm_pyro.studies.ar_baseline import ar_baseline
 from ltm_pyro.studies.configure import as_options, recipe_file
+from ltm_pyro.studies.quickstart import pack_once
 from ltm_pyro.text.generation import generate
 from ltm_pyro.text.sampling import Sampling
 from ltm_pyro.training.recipe import read_recipe
@@ -71,13 +72,8 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 def prepare(out: Path) -> Path:
     """Extracts and packs the corpus once; returns the packed directory."""
-    packed = out / "data"
-    if not packed.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"id": name, "text": text}) + "\n" for name, text in corpus())
-        pack([str(out / "corpus.jsonl")], packed, tokenizer="bpe:1024", seq_len=256, val_fraction=0.04)
-    return packed
+    rows = ({"id": name, "text": text} for name, text in corpus())
+    return pack_once(out, rows, tokenizer="bpe:1024", seq_len=256, val_fraction=0.04)
 
 
 class Trained(NamedTuple):

@@ -9,7 +9,7 @@ import json
 import platform
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,22 @@ from ltm_pyro.data import pack
 LABEL = "kind"  # of the documents, which no model is told
 OF_EACH, CHARACTERS = 700, 300  # documents of a kind, and the most characters of one: about a sequence
 PACKAGES = ("torch", "scipy")
+FILES = {  # of each kind, below the folder of installed packages
+    "C++": ["torch/include/**/*.h"],
+    "Cython": ["scipy/**/*.pyx", "scipy/**/*.pxd"],
+    "CMake": ["torch/**/*.cmake"],
+    "YAML": ["torchgen/**/*.yaml"],
+}
+KINDS = ("prose", "Python", *FILES)
 
 
 def sources() -> dict[str, list[str]]:
     """The texts of every kind, in an order that the versions of Python and of the packages decide."""
     from pydoc_data.topics import topics
 
-    library, packages = Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parents[1]
-    files = {
-        "Python": library.glob("*.py"),
-        "C++": (packages / "torch" / "include").rglob("*.h"),
-        "Cython": (path for ending in ("pyx", "pxd") for path in (packages / "scipy").rglob(f"*.{ending}")),
-        "CMake": (packages / "torch").rglob("*.cmake"),
-        "YAML": (packages / "torchgen").rglob("*.yaml"),
-    }
+    packages = Path(torch.__file__).parents[1]
+    files = {"Python": [*Path(sysconfig.get_path("stdlib")).glob("*.py")]}
+    files |= {kind: [path for x in patterns for path in packages.glob(x)] for kind, patterns in FILES.items()}
     texts = {kind: [path.read_text("utf-8", "replace") for path in sorted(paths)] for kind, paths in files.items()}
     return {"prose": [text for _, text in sorted(topics.items())], **texts}
 
@@ -61,15 +63,13 @@ def _cut(text: str) -> Iterator[str]:
         document += line[:CHARACTERS]
 
 
-def prepare(out: Path) -> Path:
-    """Extracts and packs the corpus once; returns the packed directory."""
+def pack_once(out: Path, rows: Iterable[dict[str, str]], **settings: Any) -> Path:
+    """Packs the rows, unless they are packed already and need not be made; returns the packed directory."""
     packed = out / "data"
     if not packed.exists():
         out.mkdir(parents=True, exist_ok=True)
         with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in corpus())
-        settings: dict[str, Any] = {"tokenizer": "bpe:300", "seq_len": 256, "labels": [LABEL], "val_fraction": 0.06}
-        settings["keep_together"] = "exact"  # programs are much alike: whole kinds would fall on one side
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         pack([str(out / "corpus.jsonl")], packed, **settings)
     return packed
 
@@ -78,9 +78,11 @@ def main() -> None:
     """Packs the corpus; `ltm context` does the rest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where it goes")
-    packed = prepare(parser.parse_args().out)
+    alike = {"keep_together": "exact"}  # programs are much alike: whole kinds would fall on one side
+    sizes = {"tokenizer": "bpe:300", "seq_len": 256, "val_fraction": 0.06}
+    packed = pack_once(parser.parse_args().out, corpus(), labels=[LABEL], **sizes, **alike)
     parts = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
-    print(f"Packed in {packed}: {OF_EACH} documents each of {', '.join(sources())}, from {parts}.")
+    print(f"Packed in {packed}: {OF_EACH} documents each of {', '.join(KINDS)}, from {parts}.")
 
 
 if __name__ == "__main__":

@@ -292,8 +292,9 @@ def evaluate(
             results[name].append(estimate(problem, name))
         counts.append((batch.tokens_B, batch.bytes_B, batch.ids_B))
         parts.append(batch.parts)
-        problem_of_batch, largest = _likelihood_problem(problem)
-        not_normalised, largest_log_p = not_normalised or problem_of_batch, [*largest_log_p, largest]
+        if not_normalised is None:
+            not_normalised, largest = _likelihood_problem(problem)
+            largest_log_p.append(largest)
         knows_error = samples > 1 and any(found[0].kl_stderr_B is not None for found in results.values())
         if len(parts) == 1 and not knows_error and any(ESTIMATORS[name].is_bound for name in estimators):
             negative_kl_of_draws = _negative_kl_of_draws(problem)

@@ -111,8 +111,8 @@ def score(run: Run, texts: Sequence[str], scoring: Scoring | None = None) -> lis
     A text longer than the model is split into rows of T tokens, each with thoughts of its own, or scored whole under
     one z (``scoring.longer``).
     """
-    if isinstance(texts, str) or (others := [x for x in texts if not isinstance(x, str)]):
-        raise UsageError(f"A list of texts is scored, got {(texts if isinstance(texts, str) else others[0])!r}.")
+    if wrong := [texts] if isinstance(texts, str) else [x for x in texts if not isinstance(x, str)]:
+        raise UsageError(f"A list of texts is scored, got {wrong[0]!r}.")
     scoring = scoring or Scoring()
     unavailable(run.model, run.guide, [scoring.estimator])
     if empty := [index for index, text in enumerate(texts) if not text]:
