@@ -5,13 +5,13 @@ Shapes: S draws, B sequences, T tokens, L layers, K thoughts, D width.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
 from ltm_pyro.analysis.draws import LogDensities, Sites, draw_from_guide
@@ -37,7 +37,7 @@ from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.generation import write
 from ltm_pyro.text.sampling import Sampling
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.parallel import check_workers, track_map
 from ltm_pyro.utils.rng import seeded
 
 BATCH = 16  # sequences fitted together
@@ -81,6 +81,7 @@ def draw_posterior(
     guide: Guide | None = None,
     longer: Longer = "refuse",
     seed: int = 0,
+    workers: int = 1,
 ) -> Posterior:
     """The posterior of the thoughts of each text, one sequence per text (or several if ``longer`` is ``split``).
 
@@ -90,14 +91,14 @@ def draw_posterior(
         guide: used in place of the run's own guide.
         longer: what to do with texts longer than the model (see `pieces`).
         seed: random seed, also of the one draw of each global latent variable.
+        workers: processes on a CPU that share the texts, forked from this one; no figure depends on it.
     """
+    check_workers(workers, run.device)
     options = options or DrawOptions()
     run, found = prepare(run, texts, steps, guide, longer)
     length = max(len(piece.tokens) for piece in found)
-    console = Console(stderr=True)
-    shown: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
     with fix_global_draws(run.model, seed):
-        groups = draw_sequences(run, found, length, options, seed, lambda chunks: track(chunks, "inferring", **shown))
+        groups = draw_sequences(run, found, length, options, seed, track_map("inferring", workers))
     for name, data in text_groups(run, found).items():
         groups[name] = groups[name].assign(data)
     return assemble(groups, settings_of_run(run, options, seed))
@@ -120,21 +121,25 @@ def draw_sequences(
     length: int,
     options: DrawOptions,
     seed: int,
-    shown: Callable[[list[list[int]]], Iterable[list[int]]] = iter,
+    mapper: Callable[..., Iterable[Groups]] = map,
 ) -> Groups:
     """All groups of the sequences in their order, with axes of ``length`` tokens; texts and labels are not among them.
 
     Sequences of like length are fitted together, so that little is spent on padding; a Markov chain takes one.
+
+    Args:
+        mapper: computes a function of every batch, as `map` does; `track_map` does so in several processes.
     """
     lengths = [len(piece.tokens) for piece in found]
     alone = [[index] for index in range(len(found))]
     chunks = batches_of_like_length(lengths, BATCH, run.length) if options.method == "guide" else alone
-    groups = join([_chunk_groups(run, [found[n] for n in chunk], length, options, seed) for chunk in shown(chunks)])
+    work = partial(_chunk_groups, run, length, options, seed)
+    groups = join([*mapper(work, ([found[n] for n in chunk] for chunk in chunks))])
     order = np.argsort(np.concatenate(chunks))
     return {name: x.isel(sequence=order) if "sequence" in x.dims else x for name, x in groups.items()}
 
 
-def _chunk_groups(run: Run, chunk: Sequence[Piece], length: int, options: DrawOptions, seed: int) -> Groups:
+def _chunk_groups(run: Run, length: int, options: DrawOptions, seed: int, chunk: Sequence[Piece]) -> Groups:
     """All groups of one batch of sequences."""
     batch = batch_of_rows([x.tokens for x in chunk], run.start_token, run.length, run.device)
     batch = with_labels(batch, [piece.text.labels for piece in chunk])

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.utils.files import atomic_write, remove, writing
+from ltm_pyro.utils.parallel import check_workers, parallel_map
 from ltm_pyro.utils.rng import seeded
 
 BLOCK = 16 * BATCH  # sequences (of chains a 16th) written at once: a chunk, so that no two processes share one
@@ -80,6 +82,7 @@ def stream_posterior(
     keep: int | None = None,
     place: Place = Place(),  # noqa: B008 - immutable
     replace: bool = False,
+    workers: int = 1,
 ) -> bool:
     """`draw_posterior` into a zarr store; returns whether the store is complete, which takes all processes.
 
@@ -90,10 +93,12 @@ def stream_posterior(
         keep: draws that are stored of each sequence, all by default; k-hat and bounds are computed from all.
         place: which blocks this process computes.
         replace: a store that is there is deleted, once it is clear that the new one can be begun.
+        workers: processes on a CPU that share each block.
 
     Raises:
         UsageError: the store is of something else, or cannot be written.
     """
+    check_workers(workers, run.device)
     options = options or DrawOptions()
     if keep is not None and keep > options.samples:
         raise UsageError(f"{keep} draws cannot be kept of {options.samples}: keep fewer, or draw more.")
@@ -117,7 +122,7 @@ def stream_posterior(
         complete = zarr.open_array(path / "ltm_pyro" / COMPLETE, mode="r+")
         for number in _with_progress([n for n in range(place.rank, blocks, place.size) if not complete[n]], place):
             block = found[number * size : (number + 1) * size]
-            groups = draw_sequences(run, block, length, options, seed)
+            groups = draw_sequences(run, block, length, options, seed, partial(parallel_map, workers=workers))
             finite = xr.apply_ufunc(np.isfinite, groups[SEQUENCES]["mean"]).all(THOUGHTS).values
             if not finite.all():
                 raise UsageError(

@@ -82,6 +82,12 @@ def add_seed(parser: argparse.ArgumentParser, about: str = "random seed") -> Non
     parser.add_argument("--seed", type=at_least(0, LARGEST_SEED), default=0, metavar="N", help=about)
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--workers``; None stands for `all_cores`."""
+    about = "processes that share the work; by default one for every core that torch may use, 1 with CUDA"
+    parser.add_argument("--workers", type=at_least(1), metavar="N", help=about)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device``."""
 

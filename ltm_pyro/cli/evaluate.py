@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
+from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, add_workers, at_least
 from ltm_pyro.cli.context import context_table
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.data.manifest import SPLITS
@@ -102,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ceiling", nargs="+", metavar="RUN", help=about)
     add_seed(parser)
     add_device(parser)
+    add_workers(parser)
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     suites = parser.add_argument_group("suites: the paper's evaluation table")
@@ -139,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.evaluation.documents import check_documents, document_scores, exact_figure
     from ltm_pyro.evaluation.evaluate import evaluate_run, record_test_use, scored_and_observed
     from ltm_pyro.runs.load import load_run
+    from ltm_pyro.utils.parallel import all_cores
 
     trained = load_run(args.run, args.device, args.trust)
     others = [[load_run(path, args.device, args.trust) for path in paths or ()] for paths in (args.floor, args.ceiling)]
@@ -153,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
         estimators += [name for name in NULLS if name not in estimators]
     score, observe = scored_and_observed(trained, args.data, args.score, args.observe)
     of_figures = {"limit": args.limit, "seed": args.seed, "split": args.split, "score": score, "observe": observe}
+    of_figures["workers"] = args.workers or all_cores(trained.device)
     evaluation = evaluate_run(
         trained,
         args.data,
@@ -232,6 +235,7 @@ def _check(args: argparse.Namespace) -> None:
 def _suites(args: argparse.Namespace) -> int:
     from ltm_pyro.evaluation.suites.suite import Options
     from ltm_pyro.evaluation.suites.table import evaluate_suites, markdown
+    from ltm_pyro.utils.parallel import all_cores
 
     options = Options(
         directory=args.suite_dir,
@@ -245,6 +249,7 @@ def _suites(args: argparse.Namespace) -> int:
         features=args.features,
         judge=args.baseline,
         trust=args.trust,
+        workers=args.workers or all_cores(args.device),
     )
     run = Path(args.run)
     out = args.out or (run if run.is_dir() else run.parent) / "suites"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
+from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, add_workers, at_least
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chains", type=at_least(2), default=2, metavar="C", help="Markov chains per sequence")
     parser.add_argument("--warmup", type=at_least(1), default=200, metavar="N", help="discarded steps of each chain")
     add_device(parser)
+    add_workers(parser)
     add_trust(parser)
     add_seed(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from ltm_pyro.analysis import ChainOptions, DrawOptions, Posterior, draw_posterior, read_texts
     from ltm_pyro.inference.ais import Annealing
     from ltm_pyro.runs.load import load_run
+    from ltm_pyro.utils.parallel import all_cores
 
     options = DrawOptions(
         method=args.method,
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     texts = read_texts(args.input, args.id)[: args.limit]
     trained = load_run(args.run, args.device, args.trust)
     asked: dict[str, Any] = {"options": options, "steps": args.fast_steps, "longer": args.longer, "seed": args.seed}
+    asked["workers"] = args.workers or all_cores(trained.device)
     if args.stream:
         from ltm_pyro.analysis.stream import Place, blocks_of, stream_posterior
 

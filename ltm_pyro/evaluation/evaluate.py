@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from ltm_pyro.contracts import Batch
@@ -34,6 +33,7 @@ from ltm_pyro.inference.scores import Evaluation
 from ltm_pyro.runs.run import Run
 from ltm_pyro.training.run_directory import RECIPE
 from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.parallel import check_workers, track_map
 from ltm_pyro.utils.rng import seeded
 from ltm_pyro.utils.threads import one_at_a_time
 
@@ -57,6 +57,7 @@ def evaluate_run(
     score: Scored | None = None,
     observe: Observed | None = None,
     starts: int | None = None,
+    workers: int = 1,
 ) -> Evaluation:
     """The nats, perplexity and bits per byte of a data set under every estimator, q fitted to each sequence.
 
@@ -79,7 +80,10 @@ def evaluate_run(
             own data what training scored, of others ``all``.
         observe: what q is fitted to: ``all`` of the document, or its ``prompt``; by default as for ``score``.
         starts: fits of q per sequence, of which the best is kept; by default the recipe's ``evaluation.starts``.
+        workers: processes on a CPU that share the batches, forked from this one (`all_cores` says how many); the
+            figures do not depend on it.
     """
+    check_workers(workers, run.device)
     score, observe = scored_and_observed(run, data, score, observe)
     model = with_estimated_normaliser(run.model, normaliser) if normaliser else run.model
     inference = run.inference if fast_steps is None else replace(run.inference, steps=fast_steps)
@@ -92,14 +96,12 @@ def evaluate_run(
         dataset = load_text_or_pack(data, run.tokenizer, run.length, split, score, observe)
     chosen, order = range(len(dataset))[:limit], list[int]()
     batches = batches_of(dataset, chosen, order)
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    shown = track(batches, "scoring", len(chosen) / BATCH, console=console, transient=True, disable=hidden)
-    on_device = (batch.to(run.device) for batch in shown)
+    on_device = (batch.to(run.device) for batch in batches)
+    shown = track_map("scoring", workers, len(chosen) / BATCH)
     annealing = Annealing(temperatures=temperatures)
     some = len(chosen) < len(dataset) and dataset.manifest.rows == "documents"
     cut = some and bool(dataset[len(chosen)].parts[0].piece)  # the first row that is left out is a later piece
-    found = evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing)
+    found = evaluate(model, run.guide, on_device, inference, estimators, samples, seed, block, annealing, shown)
     rows = found.rows and found.rows.select(torch.tensor(order).argsort())
     return replace(found, cut=cut, rows=rows)
 

@@ -49,6 +49,7 @@ class LTM(TemplateLM):
         max_batch_size: of ``auto``.
         device: where the model is put; as in the harness's own models, the CPU where there is no CUDA device.
         seed: random seed.
+        workers: processes on a CPU that share the batches of log-likelihoods.
         trust: lets the run's recipe name code of others, as in `load_run`.
     """
 
@@ -61,6 +62,7 @@ class LTM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
         seed: int = 0,
+        workers: int = 1,
         trust: bool = False,
         **unknown: Any,
     ) -> None:
@@ -78,7 +80,9 @@ class LTM(TemplateLM):
             _log.warning("There is no CUDA device for %s: %s is put on the CPU.", device, run)  # cuda:0 is its default
             device = "cpu"
         self._run, self._path = load_run(run, device or "cpu", trust=trust is True), run
-        self._scoring = Scoring(estimator=estimator, samples=int(samples), batch_size=int(batch_size), seed=int(seed))
+        counts = {"samples": samples, "batch_size": batch_size, "seed": seed, "workers": workers}
+        asked: dict[str, Any] = {name: int(x) for name, x in counts.items()}  # which are strings on the command line
+        self._scoring = Scoring(estimator=estimator, **asked)
 
     def get_model_info(self) -> dict[str, Any]:
         """The entries of the results that describe the figures."""

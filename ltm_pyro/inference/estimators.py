@@ -93,8 +93,9 @@ def bound(problem: Problem) -> NatsAndKL:
 def shuffled(problem: Problem) -> NatsAndKL:
     """`bound` under another text's q, that of the sequence half a batch further on; `prior` if there is no other."""
     if problem.batch.size == 1:
-        alone = prior(problem)
-        return alone._replace(kl_stderr_B=torch.zeros_like(alone.kl_B))
+        nats_SB = -_prior_log_likelihood(problem, "prior")
+        zeros_B = torch.zeros_like(nats_SB[0])
+        return NatsAndKL(nats_SB.mean(0), zeros_B, kl_stderr_B=zeros_B, nats_stderr_B=standard_error(nats_SB))
     order_B = torch.arange(problem.batch.size, device=problem.batch.inputs_BT.device).roll(problem.batch.size // 2)
     return bound(replace(problem, state=problem.state.select(order_B)))
 
@@ -251,6 +252,17 @@ def estimate(problem: Problem, estimator: str) -> NatsAndKL:
         return ESTIMATORS[estimator].estimate(problem)
 
 
+class _BatchScores(NamedTuple):
+    """What `evaluate` needs of one batch; ``largest_log_p`` is that of a token, ``reason`` why there is no bound."""
+
+    results: dict[str, NatsAndKL]
+    counts: tuple[Tensor, Tensor, Tensor]
+    parts: tuple[tuple[Part, ...], ...] | None
+    largest_log_p: Tensor
+    reason: str | None
+    negative_kl: str | None
+
+
 @one_at_a_time
 def evaluate(
     model: Model,
@@ -262,6 +274,7 @@ def evaluate(
     seed: int = 0,
     block: int = 16,
     annealing: Annealing = Annealing(),  # noqa: B008 - immutable
+    mapper: Callable[..., Iterable[_BatchScores]] = map,
 ) -> Evaluation:
     """Fits q to every batch and scores it.
 
@@ -273,6 +286,7 @@ def evaluate(
             `Score.curve`.
         block: tokens per block of `causal` and `causal_prior`.
         annealing: the path of `ais`.
+        mapper: computes a function of every batch, as `map` does; `track_map` does so in several processes.
     """
     points = [samples] if isinstance(samples, int) else [*samples]
     check_estimators(estimators, min(points, default=0))
@@ -280,33 +294,32 @@ def evaluate(
     estimators = [*dict.fromkeys(estimators)]
     missing = unavailable(model, guide, estimators)
     estimators = [name for name in estimators if name not in missing]
-    results: dict[str, list[NatsAndKL]] = {name: [] for name in estimators}
-    counts: list[tuple[Tensor, ...]] = []
-    parts: list[tuple[tuple[Part, ...], ...] | None] = []
-    largest_log_p: list[Tensor] = []  # read after the last batch: the device need not wait for the host before
-    not_normalised: str | None = None
-    negative_kl_of_draws: str | None = None
-    for batch in batches:
+    ask_kl = any(ESTIMATORS[name].is_bound for name in estimators)
+
+    def score_batch(numbered: tuple[int, Batch]) -> _BatchScores:
+        number, batch = numbered
         problem = fit_problem(model, guide, batch, inference, samples, seed, block, annealing)
-        for name in estimators:
-            results[name].append(estimate(problem, name))
-        counts.append((batch.tokens_B, batch.bytes_B, batch.ids_B))
-        parts.append(batch.parts)
-        if not_normalised is None:
-            not_normalised, largest = _likelihood_problem(problem)
-            largest_log_p.append(largest)
-        knows_error = samples > 1 and any(found[0].kl_stderr_B is not None for found in results.values())
-        if len(parts) == 1 and not knows_error and any(ESTIMATORS[name].is_bound for name in estimators):
-            negative_kl_of_draws = _negative_kl_of_draws(problem)
-    nats_and_kl = {name: NatsAndKL.concatenate(found) for name, found in results.items()}
-    tokens_B, bytes_B, ids_B = (torch.cat(column).double().cpu() for column in zip(*counts, strict=True))
+        results = {name: estimate(problem, name) for name in estimators}
+        reason, largest_log_p = _likelihood_problem(problem)
+        knows_error = samples > 1 and any(found.kl_stderr_B is not None for found in results.values())
+        negative_kl = None if number or knows_error or not ask_kl else _negative_kl_of_draws(problem)
+        counts = (batch.tokens_B, batch.bytes_B, batch.ids_B)
+        return _BatchScores(results, counts, batch.parts, largest_log_p, reason, negative_kl)
+
+    scored = [*mapper(score_batch, enumerate(batches))]
+    nats_and_kl = {name: NatsAndKL.concatenate([x.results[name] for x in scored]) for name in estimators}
+    counts = zip(*(x.counts for x in scored), strict=True)
+    tokens_B, bytes_B, ids_B = (torch.cat(column).double().cpu() for column in counts)
+    parts = [x.parts for x in scored]
     documents = None if None in parts else tuple(row for found in parts for row in found or ())
     rows = RowScores(ids_B, documents, tokens_B, bytes_B, nats_and_kl)
     known = ((x.kl_B, x.kl_stderr_B) for x in nats_and_kl.values() if x.kl_stderr_B is not None)
     of_estimators = next((alarm for kl_B, error_B in known if (alarm := _negative_kl(kl_B, error_B))), None)
-    if not not_normalised and (largest_p := torch.stack(largest_log_p).max().exp().item()) > 1 + 1e-4:
+    not_normalised = next((x.reason for x in scored if x.reason), None)
+    largest_p = torch.stack([x.largest_log_p for x in scored]).max().exp().item()  # the device is waited for only here
+    if not not_normalised and largest_p > 1 + 1e-4:
         not_normalised = f"a token has the probability {largest_p:.3g} under p(x | z)"
-    not_normalised = not_normalised or of_estimators or negative_kl_of_draws
+    not_normalised = not_normalised or of_estimators or next((x.negative_kl for x in scored if x.negative_kl), None)
     if not_normalised:
         warnings.warn(f"No figure is a bound: {not_normalised}.", stacklevel=2)
     is_density = not (normalisers(model) or not_normalised)  # with an estimated normaliser no score is a known bound

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, U tokens of a continuation, V vocabulary, S draws of z
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -28,6 +29,7 @@ from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
 from ltm_pyro.text.thoughts import draw_thoughts
+from ltm_pyro.utils.parallel import check_workers, parallel_map
 from ltm_pyro.utils.rng import seeded
 
 LOGITS_AT_ONCE = 2**25  # numbers: 128 MB in float32
@@ -50,6 +52,7 @@ class Scoring:
         context: of a ``whole`` text, tokens that are read again before each piece of it; by default all that the
             decoder sees, layers x (window - 1), which makes the score that of one long row. It has to be below the
             model's length.
+        workers: processes on a CPU that share the batches, forked from this one; no score depends on it.
     """
 
     estimator: str = "iwae"
@@ -60,6 +63,7 @@ class Scoring:
     batch_size: int = 32
     longer: Literal["split", "whole"] = "split"
     context: int | None = None
+    workers: int = 1
 
     def __post_init__(self) -> None:
         check_estimators([self.estimator], self.samples)
@@ -147,11 +151,17 @@ def score_rows(run: Run, rows: Sequence[Tokens], scoring: Scoring | None = None)
     """−log p(x) by the estimator, in nats, of rows of at most T tokens, each with thoughts of its own."""
     scoring, nats = scoring or Scoring(), [0.0] * len(rows)
     unavailable(run.model, run.guide, [scoring.estimator])
-    for chosen in batches_of_like_length([*map(len, rows)], scoring.batch_size, run.length):
+
+    def batch_nats(chosen: Sequence[int]) -> list[float]:
         batch = batch_of_rows([rows[index] for index in chosen], run.start_token, run.length, run.device)
         inference = scoring.inference or run.inference
         problem = fit_problem(run.model, run.guide, batch, inference, scoring.samples, scoring.seed, scoring.block)
-        for index, row_nats in zip(chosen, estimate(problem, scoring.estimator).nats_B.tolist(), strict=True):
+        return estimate(problem, scoring.estimator).nats_B.tolist()
+
+    chunks = batches_of_like_length([*map(len, rows)], scoring.batch_size, run.length)
+    check_workers(scoring.workers, run.device)
+    for chosen, found in zip(chunks, parallel_map(batch_nats, chunks, scoring.workers), strict=True):
+        for index, row_nats in zip(chosen, found, strict=True):
             nats[index] = row_nats
     return nats
 
@@ -205,15 +215,19 @@ def score_tokens(
         alone = (-1, index) if scoring.estimator == "causal" else ()  # because later fits are of other texts
         same.setdefault((*alone, *context), []).append(index)
     groups = [*same.values()]
-    for chosen in batches_of_like_length([len(pairs[x[0]][0]) for x in groups], scoring.batch_size, run.length):
-        rows = [index for group in chosen for index in groups[group]]
-        with fix_global_draws(run.model, scoring.seed):  # z and its weight belong to one draw of the global latents
-            for index, found in zip(rows, _score_batch(run, [pairs[row] for row in rows], scoring), strict=True):
-                scores[index] = found
+    chunks = batches_of_like_length([len(pairs[x[0]][0]) for x in groups], scoring.batch_size, run.length)
+    rows = [[index for group in chosen for index in groups[group]] for chosen in chunks]
+    check_workers(scoring.workers, run.device)
+    with fix_global_draws(run.model, scoring.seed):  # z and its weight belong to one draw of the global latents
+        batches = ([pairs[index] for index in chosen] for chosen in rows)
+        scored = parallel_map(partial(_score_batch, run, scoring), batches, scoring.workers)
+        for chosen, found in zip(rows, scored, strict=True):
+            for index, score_of_pair in zip(chosen, found, strict=True):
+                scores[index] = score_of_pair
     return scores
 
 
-def _score_batch(run: Run, pairs: Sequence[tuple[Tokens, Tokens]], scoring: Scoring) -> list[ContinuationScore]:
+def _score_batch(run: Run, scoring: Scoring, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[ContinuationScore]:
     """Block by block under ``causal``, where q continues, and ``causal_prior``; else all tokens at once.
 
     Continuations of the same tokens share one fit of q and its draws. The random streams depend on the tokens before a

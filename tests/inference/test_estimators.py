@@ -119,6 +119,16 @@ def test_a_score_does_not_depend_on_the_other_estimators(tiny_model, tiny_batch)
     assert together == evaluate(model, guide, batches, inference, samples=4)
 
 
+def test_a_batch_of_one_sequence_has_shuffled_thoughts_of_the_prior(tiny_model, tiny_batch):
+    model = tiny_model()
+    batches = [tiny_batch(), (alone := tiny_batch().select(torch.tensor([0])))]
+    guide, inference = MeanField(model), LocalInference(steps=1)
+    found = evaluate(model, guide, batches, inference, ["shuffled"], samples=8).rows.scores["shuffled"]
+    prior = evaluate(model, guide, [alone], inference, ["prior"], samples=8).rows.scores["prior"]
+    torch.testing.assert_close(found.nats_B[-1:], prior.nats_B)
+    assert (found.nats_stderr_B > 0).all()
+
+
 def test_scores_are_per_token_not_per_sequence(tiny_model, tiny_batch):
     model, batch = tiny_model(thoughts=0), tiny_batch(size=3, length=7)
     result = evaluate(model, MeanField(model), [batch], LocalInference(steps=0), ["bound"], samples=1)

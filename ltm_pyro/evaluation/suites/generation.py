@@ -84,7 +84,7 @@ def text_figures(texts: list[str], others: list[str], options: Options) -> Figur
     figures["self_bleu_4"], figures["self_bleu_4_stderr"] = _mean(self_bleu(words))
     figures["compression_ratio"] = compression_ratio(texts)
     if options.judge:
-        figures |= judge_scores(_load_judge(options.judge, trust=options.trust), texts, options.seed)
+        figures |= judge_scores(_load_judge(options.judge, trust=options.trust), texts, options.seed, options.workers)
     if options.features:
         features = load_extractor(options.features, options.trust)
         p_NF, q_MF = features(texts, options.seed), features(others, options.seed)
@@ -92,12 +92,12 @@ def text_figures(texts: list[str], others: list[str], options: Options) -> Figur
     return {**figures, "texts": len(texts), "blank": blank, "words": sum(map(len, words))}
 
 
-def judge_scores(judge: Run, texts: list[str], seed: int) -> Figures:
+def judge_scores(judge: Run, texts: list[str], seed: int, workers: int = 1) -> Figures:
     """Perplexity and bits per byte of texts under the judge's bound, as documents; the reason if it has no bound."""
     if reason := missing_bound(judge.model, judge.guide):
         why = f"the judge has no bound ({reason})"
         return {"unavailable": dict.fromkeys(("judged_perplexity", "judged_bits_per_byte"), why)}
-    scores = score(judge, texts, Scoring(estimator="bound", samples=1, seed=seed))
+    scores = score(judge, texts, Scoring(estimator="bound", samples=1, seed=seed, workers=workers))
     nats, tokens = math.fsum(s.nats for s in scores), sum(s.tokens for s in scores)
     bits = nats / math.log(2) / sum(s.bytes for s in scores)
     return {"judged_perplexity": math.exp(nats / tokens), "judged_bits_per_byte": bits}

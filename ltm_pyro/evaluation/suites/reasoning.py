@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -221,7 +221,8 @@ def _scores(run: Run, questions: Sequence[Question], texts_QN: Sequence[Sequence
         for text in texts
     ]
     room = [tokens[: run.length - len(prompt)] for prompt, tokens in pairs]
-    scoring = Scoring(samples=1, inference=options.inference(run), seed=options.seed, batch_size=64)
+    asked: dict[str, Any] = {"samples": 1, "seed": options.seed, "batch_size": 64, "workers": options.workers}
+    scoring = Scoring(inference=options.inference(run), **asked)
     found = score_tokens(run, [(prompt, kept) for (prompt, _), kept in zip(pairs, room, strict=True)], scoring)
     return np.array([x.nats for x in found]).reshape(len(questions), -1)
 

@@ -34,6 +34,7 @@ class Options:
         features: a run, or a folder with a Hugging Face model, whose hidden states are MAUVE's features.
         judge: the run that scores generated texts.
         trust: as in `load_run`, for the run and for those of ``features`` and ``judge``.
+        workers: processes that score texts.
     """
 
     directory: Path | None = None
@@ -47,6 +48,7 @@ class Options:
     features: str | None = None
     judge: str | None = None
     trust: bool = False
+    workers: int = 1
 
     def find(self, name: str, *patterns: str) -> str | None:
         """The path of a data set: its source, or the first file in ``directory`` that matches the first pattern.
@@ -113,7 +115,15 @@ class TextScores(NamedTuple):
 def score_text(run: Run, place: str, estimators: Sequence[str], options: Options) -> TextScores:
     """Evaluates a run on a text file; an estimator that needs a bound is missing if the run has none."""
     evaluation = evaluate_run(
-        run, place, estimators, options.samples, options.fast_steps, options.limit, options.seed, coarse_block(run)
+        run,
+        place,
+        estimators,
+        options.samples,
+        options.fast_steps,
+        options.limit,
+        options.seed,
+        coarse_block(run),
+        workers=options.workers,
     )
     found = evaluation.as_dict()
     if evaluation.documents:

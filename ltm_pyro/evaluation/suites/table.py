@@ -111,7 +111,8 @@ def evaluate_suites(
     runs = {column: load_run(path, device, options.trust) for column, path in paths.items()}
     weights = {name: Path(x) / WEIGHTS if is_export(x) else checkpoint_path(x) for name, x in paths.items()}
     digests = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in weights.items()}
-    asked = {name: value for name, value in asdict(options).items() if name != "trust"}  # which changes no figure
+    no_figure = ("trust", "workers")  # depends on these
+    asked = {name: x for name, x in asdict(options).items() if name not in no_figure}
     settings = json.loads(json.dumps({**asked, **paths, "sha256": digests}, default=str))
     console = Console(stderr=True)
     results = _ResultsFile(out, settings, force)

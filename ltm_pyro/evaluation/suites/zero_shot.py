@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,8 @@ def last_words(place: str, options: Options, run: Run) -> Figures:
             scored.append(passage)
     if not pairs:
         raise UsageError(f"{place} has no passage of two words or more that fits into {run.length} tokens.")
-    scoring = Scoring(samples=options.samples, inference=options.inference(run), seed=options.seed)
+    asked: dict[str, Any] = {"samples": options.samples, "seed": options.seed, "workers": options.workers}
+    scoring = Scoring(inference=options.inference(run), **asked)
     scores = score_continuations(run, pairs, scoring)
     n, tokens_N = len(scores), np.array([len(score.nats_U) for score in scores])
     nats = clustered_ratio(np.array([score.nats for score in scores]), tokens_N)
