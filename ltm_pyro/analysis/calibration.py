@@ -3,6 +3,7 @@
 Shapes: N simulations, S draws, C coordinates of z, R = S + 1 ranks.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,6 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from pyro import poutine
-from rich.progress import track
 from scipy import stats
 
 from ltm_pyro.analysis.draw_posterior import MISSING, write_tokens
@@ -28,7 +28,7 @@ from ltm_pyro.inference.local import infer_local
 from ltm_pyro.inference.row_noise import RowKeys
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.runs.run import Run
-from ltm_pyro.utils.console import Console
+from ltm_pyro.utils.parallel import check_workers, track_map
 from ltm_pyro.utils.rng import seeded
 
 BATCH = 16  # simulations per fit
@@ -200,6 +200,7 @@ def calibrate(
     samples: int = 99,
     coordinates: int = 128,
     seed: int = 0,
+    workers: int = 1,
 ) -> Calibration:
     """Draws z from the prior and texts given z, fits q to the texts, draws from q, and ranks z among the draws.
 
@@ -208,34 +209,38 @@ def calibrate(
         samples: S; S + 1 must be a multiple of the number of bins, 10.
         coordinates: the largest number of coordinates of z that are kept, evenly spaced; log p(x | z) is one more.
         seed: random seed.
+        workers: processes on a CPU that share the simulations, forked from this one; no figure depends on it.
     """
     if simulations < 2 * BINS:
         raise UsageError(f"A rank histogram needs at least {2 * BINS} simulations, got {simulations}.")
     if (samples + 1) % BINS:
         raise UsageError(f"Samples + 1 must be a multiple of {BINS}, got {samples}: choose 99, for example.")
-    console = Console(stderr=True)
-    firsts = range(0, simulations, BATCH)
-    shown = track(firsts, "calibrating", console=console, transient=True, disable=not console.is_terminal)
-    values = []
+    check_workers(workers, next((x.device for x in model.parameters()), torch.device("cpu")))
+
+    def rank_batch(index: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        with torch.no_grad():
+            with seeded(seed, index):
+                simulation = simulate(min(BATCH, simulations - index * BATCH))
+            batch, keys = model.prepare(simulation.batch), RowKeys.of_batch(simulation.batch, seed)
+            state, _ = infer_local(model, guide, batch, inference, keys=keys)
+            q_keys = keys.fold_in("calibration")
+            drawn = draw_from_guide(model, guide, batch, state.parameters, samples, q_keys).densities
+            truth = log_densities(model, batch, {name: x[None] for name, x in simulation.sites.items()})
+        z_RBLKD = torch.cat([truth.z_SBLKD, drawn.z_SBLKD])
+        nats_RB = torch.cat([truth.log_likelihood_SBT, drawn.log_likelihood_SBT]).sum(-1)
+        shape = tuple(z_RBLKD.shape[2:])
+        kept_z_RBC = z_RBLKD.flatten(2)[..., evenly_spaced(math.prod(shape), coordinates)]
+        values_RBC = torch.cat([kept_z_RBC, nats_RB[..., None]], dim=-1)
+        return values_RBC.transpose(0, 1).double().cpu().numpy(), shape
+
+    batches = range(-(-simulations // BATCH))
     with fix_global_draws(model, seed):
-        for index, first in enumerate(shown):
-            with torch.no_grad():
-                with seeded(seed, index):
-                    simulation = simulate(min(BATCH, simulations - first))
-                batch, keys = model.prepare(simulation.batch), RowKeys.of_batch(simulation.batch, seed)
-                state, _ = infer_local(model, guide, batch, inference, keys=keys)
-                q_keys = keys.fold_in("calibration")
-                drawn = draw_from_guide(model, guide, batch, state.parameters, samples, q_keys).densities
-                truth = log_densities(model, batch, {name: x[None] for name, x in simulation.sites.items()})
-            z_RBLKD = torch.cat([truth.z_SBLKD, drawn.z_SBLKD])
-            nats_RB = torch.cat([truth.log_likelihood_SBT, drawn.log_likelihood_SBT]).sum(-1)
-            shape = z_RBLKD.shape[2:]
-            kept = evenly_spaced(shape.numel(), coordinates)
-            values_RBC = torch.cat([z_RBLKD.flatten(2)[..., kept], nats_RB[..., None]], dim=-1)
-            values.append(values_RBC.transpose(0, 1).double().cpu().numpy())
+        found = [*track_map("calibrating", workers)(rank_batch, batches)]
+    shape = found[0][1]
+    kept = evenly_spaced(math.prod(shape), coordinates)
     places = zip(*np.unravel_index(kept, shape), strict=True)
     names = [f"z[{layer + 1}, {thought + 1}, {dim}]" for layer, thought, dim in places]  # as in a posterior
-    return Calibration(np.concatenate(values), (*names, LOG_LIKELIHOOD))
+    return Calibration(np.concatenate([values for values, _ in found]), (*names, LOG_LIKELIHOOD))
 
 
 def simulate_texts(run: Run) -> Simulate:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, at_least
+from ltm_pyro.cli.arguments import add_device, add_seed, add_trust, add_workers, at_least
 from ltm_pyro.cli.posterior import check_out
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.as_json import print_json
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--picture", type=Path, metavar="FILE", help="plot rank histogram, ECDF and coverage (.png, .svg, …)"
     )
     add_device(parser)
+    add_workers(parser)
     add_trust(parser)
     add_seed(parser)
     parser.add_argument("--force", action="store_true", help="replace existing files")
@@ -51,13 +52,16 @@ def run(args: argparse.Namespace) -> int:
 
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
     from ltm_pyro.runs.load import load_run
+    from ltm_pyro.utils.parallel import all_cores
 
     trained = load_run(args.run, args.device, args.trust)
     inference = trained.inference
     if args.fast_steps is not None:
         inference = replace(inference, steps=args.fast_steps)
     simulate = simulate_texts(trained)
-    found = calibrate(trained.model, trained.guide, inference, simulate, args.simulations, args.samples, seed=args.seed)
+    workers = args.workers or all_cores(trained.device)
+    asked = {"simulations": args.simulations, "samples": args.samples, "seed": args.seed, "workers": workers}
+    found = calibrate(trained.model, trained.guide, inference, simulate, **asked)
     if args.out:
         found.save(args.out)
     if args.picture:

@@ -65,3 +65,5 @@ def test_the_commands(run, ltm, tmp_path):
         asked = ("--input", texts, "--longer", "cut", "--samples", 25, "--out", tmp_path / out)
         stream = ["--stream"] if out == "b.zarr" else []
         assert ltm("posterior", run, *asked, *stream, "--workers", 2)[0] == 0
+    asked = ("calibrate", run, "--simulations", 20, "--samples", 9, "--json")
+    assert ltm(*asked, "--workers", 2) == ltm(*asked, "--workers", 1)
