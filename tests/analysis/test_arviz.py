@@ -79,6 +79,7 @@ def of_chains(tmp_path):
     model = LinearGaussianModel(ThoughtShape(1, 1, 2), length=3)
     options = DrawOptions(method="nuts", samples=40, chains=ChainOptions(chains=4, warmup=30))
     found = draw_batch_posterior(model, MeanField(model), model.sample_batch(2), LocalInference(), options)
+    found.tree["sample_stats"]["diverging"][0, :2] = True  # `plot_parallel` of 1.3 fails where one draw alone diverges
     found.save(tmp_path / "chains.nc")
     return tmp_path / "chains.nc"
 
@@ -157,10 +158,11 @@ def test_compare_ranks_by_our_evidence(exact, posterior):
     found = {name: posterior(x, exact(x), batch, 100) for name, x in {"true": model, "worse": worse}.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pandas warns of how ArviZ 0.23 calls it
-        table = arviz.compare({name: x.elpd() for name, x in found.items()})
+        whole = {"round_to": "none"} if SPLIT else {}  # 1.x rounds to what the error allows
+        table = arviz.compare({name: x.elpd() for name, x in found.items()}, **whole)
     assert [*table.index] == ["true", "worse"]
     evidence = model.log_evidence(batch).sum() - worse.log_evidence(batch).sum()
-    assert abs(table["elpd_diff"].iloc[1]) == pytest.approx(evidence.item(), rel=0.1)  # 1.x rounds
+    assert abs(table["elpd_diff"].iloc[1]) == pytest.approx(evidence.item(), rel=0.1)
     assert "elpd_loo" in str(found["true"].elpd())
 
 
