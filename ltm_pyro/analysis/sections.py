@@ -277,7 +277,7 @@ def interpolation(inputs: ReportInputs) -> Section:
         raise UsageError("An interpolation needs two sequences: infer from more texts.")
     last = inputs.posterior.size - 1
     steps = interpolate(run, inputs.posterior, 0, last)
-    rows = [(f"{step.share:.2f}", step.text[:300]) for step in steps]
+    rows = [(f"{step.share:.2f}", step.text[:300] or "(it ends at once)") for step in steps]
     verdict = f"Texts generated along the line from the thoughts of sequence 0 to those of sequence {last}."
     return Section(verdict, (plot_path(steps),), (Table(("weight of the second", "text"), rows),))
 

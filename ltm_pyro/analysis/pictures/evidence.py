@@ -9,7 +9,7 @@ from ltm_pyro.utils.plotting import BLUE, GREY, ORANGE, axes_of, plain
 def plot_ranking(ranking: Ranking, ax: Axes | None = None) -> Axes:
     """By how much each model is behind the first, with two standard errors, and its stacking weight beside it."""
     found = ranking.candidates
-    ax = axes_of(ax, 6.4, 1.2 + 0.4 * len(found))
+    ax = axes_of(ax, 5.8, 1.2 + 0.4 * len(found))
     rows = range(len(found))
     bars = [0 if number == 0 else 2 * x.behind_stderr for number, x in enumerate(found)]
     ax.axvline(0, color=GREY, linestyle="--", linewidth=1)
