@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from ltm_pyro.errors import UsageError
 from ltm_pyro.utils.files import DISK_IS_FULL
 from ltm_pyro.utils.malloc import keep_freed_memory
-from ltm_pyro.utils.processes import end_with_starter
+from ltm_pyro.utils.processes import end_at_interruption, end_with_starter, swallowed_interruptions
 
 COMMANDS = {  # name -> module, line of help
     "data pack": ("ltm_pyro.cli.data", "pack text, JSONL, Parquet or a Hugging Face data set into token shards"),
@@ -53,6 +53,7 @@ _OF_THE_PLACE = (  # what a path can be to blame for
     *DISK_IS_FULL,
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS),
 )
+INTERRUPTED = "interrupted."
 PACKAGES = {"ltm_pyro": "ltm-pyro", "torch": "torch", "pyro": "pyro-ppl"}  # module -> distribution
 
 
@@ -81,14 +82,15 @@ def main(arguments: list[str] | None = None) -> None:
             os.environ["PYTHONSAFEPATH"] = "1"  # or a Python that a library starts would import from the current folder
             warnings.filterwarnings("ignore", module="pyro|pytorch_lightning|torch")
             warnings.formatwarning = lambda text, *_, **__: f"ltm {name}: warning: {text}\n"
-            code = _call(name, rest)
+            with swallowed_interruptions():
+                code = _call(name, rest)
         except SystemExit as end:  # of `--help`, for example
             code = end.code
         sys.stdout.flush()  # or Python would tell of a closed pipe or a full disk at its end
     except UsageError as error:
         code = _failed(2, f"ltm {name}: {error}")
     except KeyboardInterrupt as interruption:
-        code = _failed(130, f"\nltm {name}: {interruption or 'interrupted.'}")
+        code = _failed(130, f"\nltm {name}: {str(interruption) or INTERRUPTED}")
     except MemoryError as error:
         code = _failed(2, f"ltm {name}: There is not enough memory ({str(error) or 'of this process'}): ask for less.")
     except RuntimeError as error:
@@ -127,7 +129,8 @@ def _failed(code: int, message: str = "") -> int:
 
 def _call(name: str, rest: list[str]) -> int:
     module, help_line = COMMANDS[name]
-    command = import_module(module)
+    with end_at_interruption(f"\nltm {name}: {INTERRUPTED}\n"):
+        command = import_module(module)
     if name == "fit":  # has Lightning's conventions and is parsed by jsonargparse
         return command.run(rest)
     from ltm_pyro.cli.arguments import Help, Parser

@@ -352,10 +352,11 @@ def unavailable(model: Model, guide: Guide, estimators: Sequence[str]) -> dict[s
     return missing
 
 
+@torch.no_grad()
 def _likelihood_problem(problem: Problem) -> tuple[str | None, Tensor]:
     """Why p(x | z) is no distribution over texts by its sites, None if it may be one; largest log p of a token."""
     model, batch = problem.model, problem.batch
-    with no_param_store(model), seeded(0), torch.no_grad():
+    with no_param_store(model), seeded(0):
         nodes, of_prior = sample_sites(poutine.trace(model).get_trace(batch)), {*prior_factors(model)}
     found: list[str] = []
     for name, node in nodes.items():

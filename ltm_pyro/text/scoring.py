@@ -227,6 +227,7 @@ def score_tokens(
     return scores
 
 
+@torch.no_grad()
 def _score_batch(run: Run, scoring: Scoring, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[ContinuationScore]:
     """Block by block under ``causal``, where q continues, and ``causal_prior``; else all tokens at once.
 
@@ -255,8 +256,7 @@ def _score_batch(run: Run, scoring: Scoring, pairs: Sequence[tuple[Tokens, Token
         keys, context = RowKeys.of_batch(batch, scoring.seed), batch
         if is_prior:
             context = batch_of_rows([[] for _ in fit_of], run.start_token, run.length, run.device)
-        with torch.no_grad():
-            state, _ = infer_local(run.model, run.guide, context, inference, state, keys=keys)
+        state, _ = infer_local(run.model, run.guide, context, inference, state, keys=keys)
         targets = [pairs[row][1][first : first + block] for row in rows]
         room = max(1, LOGITS_AT_ONCE // (max(map(len, targets)) * run.model.decoder.vocabulary))
         for start in range(0, len(rows), room):
@@ -271,9 +271,8 @@ def _score_batch(run: Run, scoring: Scoring, pairs: Sequence[tuple[Tokens, Token
                 drawn = draw_thoughts(run, fitted, q, min(chunk, samples - done), fit_keys, done, noise)
                 z_SFLKD, log_weight_SF = drawn
                 if name == "prior_iwae":  # what p(z | context) weighs draws of p(z) with
-                    with torch.no_grad():
-                        seen = batch.select(used_F)
-                        log_weight_SF = run.model.observation(z_SFLKD, seen).log_prob(run.model.observed(seen))
+                    seen = batch.select(used_F)
+                    log_weight_SF = run.model.observation(z_SFLKD, seen).log_prob(run.model.observed(seen))
                 average.add(z_SFLKD[:, which_B], log_weight_SF[:, which_B] * (name in ("iwae", "prior_iwae")))
             nats_BU = average.mean_nats_BU() if name in ("bound", "prior") else average.nats_BU()
             found = zip(rows[part], targets[part], nats_BU.tolist(), average.likeliest_BU().tolist(), strict=True)
@@ -290,8 +289,7 @@ class _PredictiveAverage:
         self.decoder = run.model.decoder
         rows = [[*before, *tokens] for before, tokens in zip(known, targets, strict=True)]
         whole = batch_of_rows(rows, run.start_token, run.length, run.device)
-        with torch.no_grad():
-            self.stem_BTD = self.decoder.stem(whole.inputs_BT)
+        self.stem_BTD = self.decoder.stem(whole.inputs_BT)
         first_B1 = torch.tensor([[len(before)] for before in known], device=whole.inputs_BT.device)
         ahead_U = torch.arange(max(map(len, targets)), device=first_B1.device)
         self.position_BU = (first_B1 + ahead_U).clamp(max=whole.inputs_BT.shape[1] - 1)

@@ -7,9 +7,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+
+from ltm_pyro.errors import UsageError
 
 _PR_SET_PDEATHSIG = 1  # Linux's name for it, see prctl(2)
 STARTER = "LTM_STARTER"  # in the environment of a process: its `starter`, which has to be alive
@@ -36,6 +39,54 @@ def signals_as_before() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:  # set by a program in C, which alone can set it again
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _at_interruption(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, Ctrl-C is handled so, unless something else than Python's own handler is in charge of it."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler or getattr(before, "__module__", "") == __name__
+    if not (in_main and ours):
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is handle:
+            signal.signal(signal.SIGINT, before)
+
+
+def end_at_interruption(said: str) -> AbstractContextManager[None]:
+    """Inside, Ctrl-C ends the process at once: for imports, in which an exception is swallowed, or aborts a library."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):
+            os.write(2, said.encode())
+        os._exit(130)
+
+    return _at_interruption(end)
+
+
+@contextmanager
+def swallowed_interruptions() -> Iterator[None]:
+    """What fails after Ctrl-C inside ends as a KeyboardInterrupt: a late import may swallow it, and fail afterwards."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    try:
+        with _at_interruption(note):
+            yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if seen:
+            raise KeyboardInterrupt from error
+        raise
 
 
 def end_with_parent(worker: int = 0) -> None:

@@ -1,5 +1,6 @@
 """What is printed commands no terminal; a closed pipe, a full device and Ctrl-C end a command without a traceback."""
 
+import contextlib
 import io
 import os
 import signal
@@ -152,8 +153,10 @@ def test_an_error_that_cannot_be_printed_keeps_its_exit_code():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["data verify", "fit", "evaluate", "study list"])
 def test_an_interruption_while_starting_is_one_line(name, tmp_path):
-    """At any moment from the first line of ours on; before that it is Python that starts."""
-    hook = "import sys; sys.argv[0] = 'ltm'; from ltm_pyro.cli import main; print('x', flush=True); main(sys.argv[1:])"
+    """At any moment from the first line of ours on, which prints an x here; before that it is Python that starts."""
+    hook = "import sys; from importlib import import_module; ours = import_module('ltm_pyro.cli.main'); "
+    hook += "split = ours._split; ours._split = lambda words: print('x', flush=True) or split(words); "
+    hook += "sys.argv[0] = 'ltm'; ours.main(sys.argv[1:])"
     for delay in (0, 0.05, 0.2, 0.5, 1, 1.5, 2, 3):
         command = [sys.executable, "-P", "-c", hook, *name.split(), "nowhere", "--help"]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
@@ -162,5 +165,25 @@ def test_an_interruption_while_starting_is_one_line(name, tmp_path):
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
         assert child.returncode in (0, 2, 130, -signal.SIGINT), (delay, err)  # the last where Python has ended
+        assert (child.returncode == 130) == (b"interrupted." in err), (delay, err)
         assert b"Traceback" not in err, (delay, err)
         assert b"Exception ignored" not in err, (delay, err)
+
+
+def test_an_interruption_that_a_library_swallows_is_one(monkeypatch, ltm):
+    """An import that Ctrl-C has cut may go on without a module, and fail over that later."""
+
+    def fit(_):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RecursionError("a module is missing")
+
+    monkeypatch.setattr("ltm_pyro.cli.fit.run", fit)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        code, out, err = ltm("fit")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, out, err) == (130, "", "\nltm fit: interrupted.\n")
