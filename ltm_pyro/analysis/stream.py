@@ -176,6 +176,8 @@ def _create(path: Path, first: Groups, texts: Groups, block: int, attrs: dict[st
                     }
                     for x in data.data_vars
                 }
+                if "sequence" in data.coords:
+                    chunks["sequence"] = {"chunks": (size,)}  # else a file for each, as the first batch has one
                 data.to_zarr(new, group=name, mode="a", encoding=chunks, consolidated=False)
                 for variable in data.variables:
                     if "sequence" in data[variable].dims:

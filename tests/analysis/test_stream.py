@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
 
 from ltm_pyro.analysis import DrawOptions, Posterior, Text, draw_posterior, stream
 from ltm_pyro.analysis.stream import Place, blocks_of, stream_posterior
@@ -100,6 +101,8 @@ def test_dask_reads_it_in_blocks(run, tmp_path):
     ):
         z = stored["posterior"]["z"]
         assert z.chunksizes["sequence"] == (16, 16, 8)
+        numbers = zarr.open_array(path / "posterior" / "sequence", mode="r")
+        assert numbers.chunks == (40,)  # and not a file for each
         lazily = z.mean(("chain", "draw")).std("sequence").compute()
     np.testing.assert_allclose(lazily, Posterior.load(path).z.mean(("chain", "draw")).std("sequence"), atol=1e-6)
 
