@@ -414,11 +414,11 @@ def context(_: Path | None) -> Lines:
 NEED_DATA = (suites, inference_time_ptb, analysis)
 MADE: tuple[Callable[[Path | None], Lines], ...] = (
     *(quickstart, prose, efficiency, collapse, suites, inference_time, inference_time_ptb),
-    *(priors, context, scaling, inference_steps),
+    *(priors, context, scaling, inference_steps, pruning),
 )
 TABLES = {made.__name__: made for made in MADE}
 # of documents that still have earlier tables: `make figures ONLY=NAME` prints them
-LATER = {made.__name__: made for made in (pruning, speed, analysis)}
+LATER = {made.__name__: made for made in (speed, analysis)}
 
 
 def _error(value: float | None) -> str:
