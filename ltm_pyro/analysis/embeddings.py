@@ -54,12 +54,15 @@ def _table(arrow: Any, posterior: Posterior) -> Any:
         if name in stats:
             columns[name] = arrow.array(stats[name].values.astype(float))
     kinds = posterior.group("constant_data")  # one type for all parts, also where all values of a part are missing
-    for name, values in posterior.labels.items():
+    for first, values in posterior.labels.items():
+        name = first
         if name != "document":
             of_text = kinds[name].dtype.kind not in "iuf"
             whole = not of_text and (kinds[name].dtype.kind in "iu" or kinds[name].attrs.get("whole", 0))
             kind = arrow.string() if of_text else arrow.int64() if whole else arrow.float64()
-            columns[f"label_{name}" if name in columns else name] = arrow.array(values, kind)
+            while name in columns or (name != first and name in posterior.labels):  # of ours, or another label's
+                name = f"label_{name}"
+            columns[name] = arrow.array(values, kind)
     shape = ",".join(str(stats["mean"].sizes[axis]) for axis in ("layer", "thought", "dim"))
     return arrow.table(columns).replace_schema_metadata({"thoughts": shape})
 

@@ -108,7 +108,7 @@ def rank(posteriors: Mapping[str, Posterior], estimator: str | None = None) -> R
 def evidence_records(posterior: Posterior, estimator: str = "iwae") -> Records:
     """Of every document its evidence in nats, its tokens and its largest k-hat, as the one comparer pairs them."""
     posterior.check_normalised()
-    if estimator not in posterior.stats:
+    if estimator not in ("iwae", "ais", "elbo") or estimator not in posterior.stats:
         raise UsageError(
             f"This posterior has no {estimator} of its sequences: draw it with `ltm posterior --temperatures`."
         )

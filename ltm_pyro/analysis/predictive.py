@@ -68,6 +68,8 @@ def check(
         raise UsageError("This posterior has no replicas: make some with `ltm posterior --replicas 2`.")
     own, theirs = (statistics_of(texts[name], statistics) for name in ("tokens", "replica_tokens"))
     for name, function in of_text.items():
+        if name in own:
+            raise UsageError(f"A statistic of your own is called {name}, as one of ours is: give it another name.")
         for found, kind in ((own, "text"), (theirs, "replica_text")):
             if kind not in texts:
                 raise UsageError("This posterior has no texts of its replicas: make it again with `ltm posterior`.")

@@ -15,7 +15,15 @@ from ltm_pyro.analysis.pictures.thoughts import (
     principal_plane,
 )
 from ltm_pyro.analysis.posterior import THOUGHTS
-from ltm_pyro.analysis.probes import Probe, numeric_labels, probable_labels, probe, probe_thoughts, regress
+from ltm_pyro.analysis.probes import (
+    Probe,
+    numeric_labels,
+    probable_labels,
+    probe,
+    probe_thoughts,
+    regress,
+    shuffled_probe,
+)
 from ltm_pyro.analysis.section import Point, ReportInputs, Section, Table
 from ltm_pyro.analysis.sensitivity import power_scaling
 from ltm_pyro.analysis.stability import agreement, nearest_rows
@@ -104,9 +112,13 @@ def labels(inputs: ReportInputs) -> Section:
         best = max(found, key=lambda x: x.thoughts.mean - x.majority)
         verdicts.append(
             f"A linear probe predicts the label '{best.label}' from the thoughts with {best.thoughts.mean:.0%} "
-            f"accuracy on held-out documents; a bag of tokens reaches {best.tokens.mean:.0%}, the largest class "
-            f"{best.majority:.0%}."
+            f"accuracy on held-out documents ({best.sequences} sequences of {len(best.classes)} classes); a bag of "
+            f"tokens reaches {best.tokens.mean:.0%}, the largest class {best.majority:.0%}, the best of 19 shuffles of "
+            f"the thoughts {shuffled_probe(posterior, best.label).max():.0%}."
         )
+        for name, other in inputs.against.items():
+            if best.label in probable_labels(other):
+                verdicts.append(f"Under '{name}' it is {probe(other, best.label).thoughts.mean:.0%}.")
         head = ("label (classes)", "sequences", "without a value", "thoughts", "bag of tokens", "largest class")
         tables.append(Table(head, [_row(x) for x in found]))
         by_thought = probe_thoughts(posterior, best.label)

@@ -3,6 +3,7 @@
 Shapes: S draws, N sequences.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from ltm_pyro.analysis.information import observed_batch
 from ltm_pyro.analysis.moments import exact_moments, sample_moments
 from ltm_pyro.analysis.posterior import SAMPLES, THOUGHTS, Posterior
 from ltm_pyro.contracts import TOKENS, Model
+from ltm_pyro.errors import UsageError
 from ltm_pyro.inference.global_latents import fix_global_draws
 from ltm_pyro.inference.latent_sites import prior_sites
 from ltm_pyro.inference.local import infer_local
@@ -38,20 +40,21 @@ def power_scaling(posterior: Posterior, run: Run | None = None, alphas: tuple[fl
         w_s = \frac{p(x, z_s)}{q(z_s \mid x)} \, p(z_s)^{\alpha - 1}
 
     Draws of q are reweighted, with Pareto-smoothed weights that also correct q. Where k-hat of the weights is above 0.7
-    they say nothing, and q is fitted again under the power, if the run is given; its base is q as it was.
+    they say nothing, and q is fitted again, if the run is given: under the power, and as the base without it.
 
     Returns:
         By component, alpha and sequence: ``mean``, ``sd`` and ``shift`` = (mean − base) / base sd of every coordinate;
         ``refit``, whether q was fitted again; NaN where weights say nothing and there is no run. A shift beyond ±1 says
         that how much the component counts matters more than what is uncertain.
     """
+    if not alphas or not all(0 < alpha < math.inf for alpha in alphas):
+        raise UsageError(f"A power is a finite number above 0, got {alphas}: give for example (0.5, 2).")
     weights_SN = (
         posterior.log_weights().stack(sample=SAMPLES, create_index=False).transpose("sample", "sequence").values
     )
     z_SND = posterior.draws.transpose("draw", "sequence", "coordinate").values
     parts = {name: posterior.stats[f"log_{name}"].values.reshape(-1, posterior.size) for name in COMPONENTS}
     base, base_k_N = _weighted(weights_SN, z_SND)
-    own = tuple(posterior.stats[name].values.reshape(posterior.size, -1) for name in ("mean", "sd"))
     shape = (len(COMPONENTS), len(alphas), *z_SND.shape[1:])
     mean, sd, shift = (np.full(shape, np.nan) for _ in range(3))
     refit = np.zeros(shape[:3], bool)
@@ -62,9 +65,10 @@ def power_scaling(posterior: Posterior, run: Run | None = None, alphas: tuple[fl
         mean[place], sd[place] = (np.where(bad_N[:, None], np.nan, x) for x in found)
         shift[place] = (mean[place] - base[0]) / base[1]
         if run is not None and bad_N.any():
-            again = _refitted(run, posterior.select(np.flatnonzero(bad_N)), name, alpha)
+            some = posterior.select(np.flatnonzero(bad_N))
+            again, as_it_is = (_refitted(run, some, name, x) for x in (alpha, 1.0))  # alike: 1 is no shift
             mean[place][bad_N], sd[place][bad_N] = again
-            shift[place][bad_N] = (again[0] - own[0][bad_N]) / own[1][bad_N]
+            shift[place][bad_N] = (again[0] - as_it_is[0]) / as_it_is[1]
         refit[place] = bad_N
     axes, of = ("component", "alpha", "sequence"), posterior.stats["mean"]
     sizes = [of.sizes[axis] for axis in THOUGHTS]
@@ -89,10 +93,12 @@ def _weighted(log_weights_SN: np.ndarray, z_SND: np.ndarray) -> tuple[tuple[np.n
 def _refitted(run: Run, some: Posterior, component: Component, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of q, fitted with a component of the model raised to a power."""
     batch = observed_batch(some, run.start_token).to(run.device)
-    keys = RowKeys.of_batch(batch, 0)
+    seed = int(some.attrs.get("seed", 0))
+    keys = RowKeys.of_batch(batch, seed)
     scaled: Any = PowerScaled(run.model, **{component: alpha})
-    inference = replace(run.inference, kl="path")  # the closed form of a KL knows no power
-    with fix_global_draws(run.model, 0):
+    steps = int(some.attrs.get("steps", run.inference.steps))
+    inference = replace(run.inference, steps=steps, kl="path")  # the closed form of a KL knows no power
+    with fix_global_draws(run.model, seed):
         state, _ = infer_local(scaled, run.guide, batch, inference, keys=keys)
         (site, *others) = prior_sites(run.model, 1)
         exact = None if others or not hasattr(run.guide, "posterior") else run.guide.posterior(site, state.parameters)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from ltm_pyro.analysis.posterior import Posterior
+from ltm_pyro.analysis.posterior import TEXT, Posterior
 from ltm_pyro.analysis.probes import means
 from ltm_pyro.errors import UsageError
 
@@ -48,12 +48,17 @@ def agreement(a: Posterior, b: Posterior, permutations: int = PERMUTATIONS, seed
     permuted documents are for. Of each document its first sequence counts. `UsageError` for other documents, or fewer
     than twenty.
     """
+    if permutations < 19:
+        raise UsageError(f"{permutations} permutations have no p-value of 0.05: give at least 19.")
     index_of = {name: int(n) for name, n in zip(*np.unique(b.documents, return_index=True), strict=True)}
     names, first_N = np.unique(a.documents, return_index=True)
     if missing := [str(name) for name in names if name not in index_of]:
         raise UsageError(f"The second posterior does not have document {missing[0]}: infer both from the same texts.")
     if len(names) < FEWEST:
         raise UsageError(f"An agreement needs at least {FEWEST} documents, got {len(names)}: infer from more texts.")
+    for name, n in zip(names, first_N, strict=True) if a.has(TEXT) and b.has(TEXT) else ():
+        if a.texts[n] != b.texts[index_of[name]]:
+            raise UsageError(f"Document {name} has other texts in the two posteriors: infer both from the same texts.")
     a_ND, b_ND = means(a)[first_N], means(b)[[index_of[name] for name in names]]
     random, count = np.random.default_rng(seed), len(names)
     fold_N = random.permutation(count) % FOLDS

@@ -59,8 +59,10 @@ class Place(NamedTuple):
             ("SLURM_PROCID", "SLURM_NTASKS", ""),
         ):
             if rank in environment and size in environment:
-                found = cls(int(environment[rank]) - int(environment.get(first, 0)), int(environment[size]))
-                if not 0 <= found.rank < found.size:
+                given = environment[rank], environment.get(first, "0"), environment[size]
+                numbers = [int(x) if x.isdecimal() else -1 for x in given]
+                found = cls(numbers[0] - numbers[1], numbers[2])
+                if min(numbers) < 0 or not 0 <= found.rank < found.size:
                     raise UsageError(
                         f"{rank}={environment[rank]} of {size}={environment[size]} is no place among processes: number "
                         f"a SLURM array without gaps."
@@ -120,9 +122,15 @@ def stream_posterior(
                 f"{path} is not a store of these texts with this run and these options: choose another --out."
             )
         complete = zarr.open_array(path / "ltm_pyro" / COMPLETE, mode="r+")
-        for number in _with_progress([n for n in range(place.rank, blocks, place.size) if not complete[n]], place):
+        todo = [n for n in range(place.rank, blocks, place.size) if not complete[n]]
+        for number in _with_progress(todo, place):
             block = found[number * size : (number + 1) * size]
-            groups = draw_sequences(run, block, length, options, seed, partial(parallel_map, workers=workers))
+            try:
+                groups = draw_sequences(run, block, length, options, seed, partial(parallel_map, workers=workers))
+            except KeyboardInterrupt:
+                done = int(np.asarray(complete[:]).sum())
+                stored = f"interrupted: {done} of {blocks} blocks are in {path}, and the same command goes on."
+                raise KeyboardInterrupt(stored) from None
             finite = xr.apply_ufunc(np.isfinite, groups[SEQUENCES]["mean"]).all(THOUGHTS).values
             if not finite.all():
                 raise UsageError(
@@ -153,6 +161,8 @@ def _kept(groups: Groups, keep: int | None) -> Groups:
     if keep is None:
         return groups
     whole = {name: groups.pop(name) for name in ("prior", "posterior_predictive") if name in groups}
+    if not keep:
+        whole.pop("prior", None)  # or ArviZ would take its draws for those of the posterior
     if keep:
         return {name: x.isel(draw=slice(keep), missing_dims="ignore") for name, x in groups.items()} | whole
     without = {name: x.drop_dims("draw", errors="ignore") for name, x in groups.items()}

@@ -1,6 +1,7 @@
 """`ltm calibrate RUN`: simulation-based calibration of q on texts that the model generates."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         args.out = check_out(args.out, args.force)
     if args.picture:
-        args.picture = check_picture(args.picture, args.force)
+        args.picture = check_picture(args.picture, args.force, [args.out])
     from dataclasses import replace
 
     from ltm_pyro.analysis.calibration import calibrate, simulate_texts
@@ -73,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_picture(path: Path, force: bool) -> Path:
+def check_picture(path: Path, force: bool, others: Iterable[object] = ()) -> Path:
     """The absolute path of a picture; refuses, before the work, a format that is not known and a file that exists."""
     canvas = extra("matplotlib.backend_bases", "plots", "A picture").FigureCanvasBase
     formats = sorted(canvas.get_supported_filetypes())
     if path.suffix.lower().removeprefix(".") not in formats:
         raise UsageError(f"No picture can be written as {path}: end its name in .{', .'.join(formats)}.")
-    return check_out(path, force, "--picture")
+    return check_out(path, force, "--picture", others)
 
 
 def write_picture(figure: Any, path: Path) -> None:

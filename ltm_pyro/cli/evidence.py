@@ -1,13 +1,13 @@
 """`ltm evidence A.nc B.nc …`: posteriors of the same texts under several models, ranked by each document's evidence."""
 
 import argparse
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from ltm_pyro.cli.calibrate import check_picture, write_picture
+from ltm_pyro.cli.posterior import names_of
 from ltm_pyro.utils.as_json import print_json
 from ltm_pyro.utils.console import Console
 
@@ -31,18 +31,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the ranking; returns 0."""
     if args.picture:
-        args.picture = check_picture(args.picture, args.force)
+        args.picture = check_picture(args.picture, args.force, args.posteriors)
     from ltm_pyro.analysis import Posterior
     from ltm_pyro.analysis.model_comparison import rank
+    from ltm_pyro.inference.pareto import TRUSTED
 
-    stems = Counter(Path(path).stem for path in args.posteriors)
-    names = {path: Path(path).stem if stems[Path(path).stem] == 1 else str(path) for path in args.posteriors}
-    ranking = rank({name: Posterior.load(path) for path, name in names.items()}, args.estimator)
+    found = {name: Posterior.load(path) for path, name in names_of(args.posteriors).items()}
+    ranking = rank(found, args.estimator)
     if args.picture:
         from ltm_pyro.analysis.pictures.evidence import plot_ranking
 
         write_picture(plot_ranking(ranking).get_figure(root=True), args.picture)
-    print_json(ranking.as_dict()) if args.json else Console().print(_table(ranking), _verdict(ranking))
+    if args.json:
+        print_json(ranking.as_dict())
+        return 0
+    Console().print(_table(ranking), _verdict(ranking))
+    if bad := max(x.untrusted for x in ranking.candidates):
+        doubt = f"k-hat is above {TRUSTED} for {bad} of {ranking.documents} documents under one of them: their evidence"
+        Console().print(f"{doubt} may be too low, by more than the lead; `ltm posterior --temperatures 32` checks it.")
+    if len({x.attrs.get("weights", name) for name, x in found.items()}) < len(found):
+        Console().print("Some of these are posteriors of one model: what differs between them is how q was fitted.")
     return 0
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,8 @@ def run(args: argparse.Namespace) -> int:
     if near is not None and known is not None:
         Console().print(_near_table(near, known))
     given = args.out if args.method == "guide" else f"POSTERIOR --reference {args.out}"
-    print(f"Next: ltm report {given} --run {args.run} --out report.html", file=sys.stderr)
+    if args.keep_draws != 0:  # a report needs draws
+        print(f"Next: ltm report {given} --run {args.run} --out report.html", file=sys.stderr)
     return 0
 
 
@@ -157,6 +159,14 @@ def check_out(path: Path, force: bool, option: str = "--out", others: Iterable[o
         raise UsageError(f"There is no folder {path.parent}: make it, or choose another {option}.")
     check_file(path, option)
     return path
+
+
+def names_of(paths: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
+    """A name for each of several files, which are not to be the same: its stem, or its path where stems are alike."""
+    if twice := next((path for path, count in Counter(map(str, paths)).items() if count > 1), None):
+        raise UsageError(f"{twice} is given twice: leave one out.")
+    stems = Counter([*(Path(path).stem for path in paths), *taken])
+    return {path: Path(path).stem if stems[Path(path).stem] == 1 else str(path) for path in paths}
 
 
 def summary(posterior: "Posterior") -> dict[str, float]:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ltm_pyro.cli.arguments import add_trust
-from ltm_pyro.cli.posterior import check_out
+from ltm_pyro.cli.posterior import check_out, names_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +48,13 @@ def run(args: argparse.Namespace) -> int:
 
     statistics = load_statistics(args.statistics, args.trust) if args.statistics else {}
     posterior = Posterior.load(args.posterior)
+    posterior.group("posterior")  # refuses one without draws
     inputs = ReportInputs(
         posterior=posterior,
         run=None if args.run is None else load_run(args.run, trust=args.trust),
         calibration=Calibration.load(args.calibration) if args.calibration else None,
         reference=Posterior.load(args.reference) if args.reference else None,
-        against={Path(path).stem: Posterior.load(path) for path in args.against},
+        against={name: Posterior.load(path) for path, name in names_of(args.against, ["this"]).items()},
         statistics=statistics,
     )
     stored = str(posterior.attrs.get("run", ""))

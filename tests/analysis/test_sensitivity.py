@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
+from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.sensitivity import ALPHAS, COMPONENTS, power_scaling
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.data.tokenizer import train_tokenizer
+from ltm_pyro.errors import UsageError
 from ltm_pyro.guides import MeanField
 from ltm_pyro.inference.state import LocalInference
 from ltm_pyro.models import LinearGaussianModel
@@ -41,6 +44,12 @@ def test_weights_meet_the_closed_form(exact, posterior):
             np.testing.assert_allclose(flat(found["shift"], component, alpha), (mean - base) / base_sd, atol=0.1)
 
 
+@pytest.mark.parametrize("alphas", [(), (0.0,), (-1.0, 2.0), (float("nan"),)])
+def test_powers_are_positive(alphas):
+    with pytest.raises(UsageError, match="A power is a finite number above 0"):
+        power_scaling(Posterior(xr.DataTree()), alphas=alphas)
+
+
 @pytest.mark.slow
 def test_where_weights_say_nothing_q_is_fitted_again(tiny_run):
     """A model with diagonal A, so that a factorised q is exact; its draws are made too narrow to be reweighted."""
@@ -53,6 +62,7 @@ def test_where_weights_say_nothing_q_is_fitted_again(tiny_run):
     run = Run(model, guide, train_tokenizer(["a b c"] * 3, 260), inference, "nowhere", 2)
     run = run._replace(model=_with_parameters(model))
     alone, again = power_scaling(found), power_scaling(found, run)
+    assert (power_scaling(found, run, alphas=(1.0,))["shift"] == 0).all()
     assert alone.refit.all()
     assert np.isnan(alone["shift"].values).all()
     for component in COMPONENTS:

@@ -80,6 +80,8 @@ def test_other_documents_are_refused():
         agreement(of_means(x), of_means(x[:20]))
     with pytest.raises(UsageError, match="at least 20 documents, got 3"):
         agreement(of_means(x[:3]), of_means(x[:3]))
+    with pytest.raises(UsageError, match="give at least 19"):
+        agreement(of_means(x), of_means(x), permutations=-1)
 
 
 def test_holm_is_what_a_loop_gives():

@@ -136,6 +136,8 @@ def test_a_store_of_something_else_is_refused(run, tiny_run, tmp_path):
         ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3"}, (2, 4)),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
         ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "4"}, None),
+        ({"RANK": "abc", "WORLD_SIZE": "2"}, None),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, None),
     ],
 )
 def test_its_place_among_processes(environment, place):

@@ -5,6 +5,9 @@ import json
 import pytest
 import yaml
 
+from ltm_pyro.cli.posterior import names_of
+from ltm_pyro.errors import UsageError
+
 PRIOR = """
 import pyro, torch
 import pyro.distributions as dist
@@ -90,3 +93,11 @@ def test_the_evidence_of_a_runs_own_texts_is_sandwiched(run, ltm):
 
 def test_options_of_a_run_need_a_run(refused):
     assert "Without a run --chains would have no effect" in refused("check-inference", "--chains", 4)
+
+
+def test_names_of_posteriors():
+    """Files of one name in several folders are the usual layout; none of them takes another's place."""
+    assert names_of(["a/p.nc", "b/q.nc"]) == {"a/p.nc": "p", "b/q.nc": "q"}
+    assert names_of(["a/p.nc", "b/p.nc", "this.nc"], ["this"]) == {x: x for x in ("a/p.nc", "b/p.nc", "this.nc")}
+    with pytest.raises(UsageError, match=r"p\.nc is given twice"):
+        names_of(["p.nc", "p.nc"])

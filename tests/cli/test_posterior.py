@@ -117,3 +117,8 @@ def test_a_broken_checkpoint(run, texts, refused, tmp_path):
     torch.save(checkpoint, broken / "checkpoints" / "last.ckpt")
     message = refused("posterior", broken, "--input", texts, "--out", tmp_path / "out.nc", "--longer", "cut")
     assert "not finite" in message
+
+
+def test_a_calibration_is_not_replaced_by_its_picture(run, refused, tmp_path):
+    sentence = refused("calibrate", run, "--out", tmp_path / "x.png", "--picture", tmp_path / "x.png")
+    assert "another file of this command" in sentence
