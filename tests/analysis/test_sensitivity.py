@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 
 from ltm_pyro.analysis.draw_posterior import DrawOptions, draw_batch_posterior
-from ltm_pyro.analysis.posterior import Posterior
 from ltm_pyro.analysis.sensitivity import ALPHAS, COMPONENTS, power_scaling
 from ltm_pyro.contracts import ThoughtShape
 from ltm_pyro.data.tokenizer import train_tokenizer
@@ -45,9 +43,10 @@ def test_weights_meet_the_closed_form(exact, posterior):
 
 
 @pytest.mark.parametrize("alphas", [(), (0.0,), (-1.0, 2.0), (float("nan"),)])
-def test_powers_are_positive(alphas):
+def test_powers_are_positive(known, exact, posterior, alphas):
+    found = posterior(known, exact(known), known.sample_batch(2), 30)
     with pytest.raises(UsageError, match="A power is a finite number above 0"):
-        power_scaling(Posterior(xr.DataTree()), alphas=alphas)
+        power_scaling(found, alphas=alphas)
 
 
 @pytest.mark.slow
