@@ -79,10 +79,10 @@ def test_finished_parts_are_not_computed_again(run, ltm, data, tmp_path, monkeyp
     whole = evaluate(ltm, run, data, tmp_path / "whole", "--json")[1]
     score, scored = suite.evaluate_run, []
 
-    def interrupted(run, place, *arguments):
+    def interrupted(run, place, *arguments, **settings):
         if place.endswith("french.txt"):
             raise KeyboardInterrupt
-        return score(run, place, *arguments)
+        return score(run, place, *arguments, **settings)
 
     monkeypatch.setattr(suite, "evaluate_run", interrupted)
     assert evaluate(ltm, run, data, tmp_path / "out")[0] == 130
@@ -90,9 +90,9 @@ def test_finished_parts_are_not_computed_again(run, ltm, data, tmp_path, monkeyp
     assert list(kept["zero-shot"]) == ["ptb", "lambada", "lambada last word"]
     assert list(kept["multilingual"]) == ["english"]
 
-    def counted(run, place, *arguments):
+    def counted(run, place, *arguments, **settings):
         scored.append(place)
-        return score(run, place, *arguments)
+        return score(run, place, *arguments, **settings)
 
     monkeypatch.setattr(suite, "evaluate_run", counted)
     code, out, err = evaluate(ltm, run, data, tmp_path / "out", "--json")
