@@ -54,15 +54,16 @@ def _table(arrow: Any, posterior: Posterior) -> Any:
         if name in stats:
             columns[name] = arrow.array(stats[name].values.astype(float))
     kinds = posterior.group("constant_data")  # one type for all parts, also where all values of a part are missing
-    for first, values in posterior.labels.items():
-        name = first
+    labels = posterior.labels
+    for name, values in labels.items():
         if name != "document":
             of_text = kinds[name].dtype.kind not in "iuf"
             whole = not of_text and (kinds[name].dtype.kind in "iu" or kinds[name].attrs.get("whole", 0))
             kind = arrow.string() if of_text else arrow.int64() if whole else arrow.float64()
-            while name in columns or (name != first and name in posterior.labels):  # of ours, or another label's
-                name = f"label_{name}"
-            columns[name] = arrow.array(values, kind)
+            column = name
+            while column in columns or (column != name and column in labels):  # it is ours, or another label's
+                column = f"label_{column}"
+            columns[column] = arrow.array(values, kind)
     shape = ",".join(str(stats["mean"].sizes[axis]) for axis in ("layer", "thought", "dim"))
     return arrow.table(columns).replace_schema_metadata({"thoughts": shape})
 

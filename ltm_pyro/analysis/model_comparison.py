@@ -50,6 +50,13 @@ class Ranking(NamedTuple):
     documents: int
     estimator: str
 
+    @property
+    def doubt(self) -> str | None:
+        """Where the evidence is not to be trusted, as half a sentence; None if k-hat is low everywhere."""
+        bad = max(x.untrusted for x in self.candidates)
+        where = f"for {bad} of {self.documents} documents under one of the models: their evidence may be too low"
+        return f"k-hat is above {TRUSTED} {where}" if bad else None
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return self._asdict() | {"candidates": [x._asdict() for x in self.candidates]}

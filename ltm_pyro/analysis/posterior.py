@@ -56,8 +56,7 @@ class Posterior:
         """One group of the tree; `UsageError` if it has been left out."""
         if not self.has(name):
             raise UsageError(
-                f"This posterior was stored without the group {name}, perhaps with --keep-draws 0: draw it again and "
-                f"keep some draws."
+                f"This posterior was stored without the group {name}: draw it again without leaving it out."
             )
         return self.tree[name].to_dataset()
 

@@ -176,9 +176,8 @@ def other_models(inputs: ReportInputs) -> Section:
     verdict = f"'{found.winner}' has the most evidence, {lead} ahead of '{second.name}'."
     if found.winner is None:
         verdict = f"No model is better beyond chance: '{first.name}' is first, {lead} ahead of '{second.name}'."
-    if bad := max(x.untrusted for x in found.candidates):
-        verdict += f" k-hat is above {TRUSTED} for {bad} of {found.documents} documents under one of the models: their "
-        verdict += "evidence may be too low."
+    if found.doubt:
+        verdict += f" {found.doubt}."
     rows = [
         (x.name, f"{x.evidence:.2f}", f"{x.behind:.3f} ± {x.behind_stderr:.3f}", f"{x.weight:.3f}", str(x.untrusted))
         for x in found.candidates

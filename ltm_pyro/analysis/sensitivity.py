@@ -58,6 +58,7 @@ def power_scaling(posterior: Posterior, run: Run | None = None, alphas: tuple[fl
     shape = (len(COMPONENTS), len(alphas), *z_SND.shape[1:])
     mean, sd, shift = (np.full(shape, np.nan) for _ in range(3))
     refit = np.zeros(shape[:3], bool)
+    as_it_is: tuple[np.ndarray, np.ndarray] | None = None
     for place in np.ndindex(*shape[:2]):
         name, alpha = COMPONENTS[place[0]], alphas[place[1]]
         found, k_N = _weighted(weights_SN + (alpha - 1) * parts[name], z_SND)
@@ -65,10 +66,10 @@ def power_scaling(posterior: Posterior, run: Run | None = None, alphas: tuple[fl
         mean[place], sd[place] = (np.where(bad_N[:, None], np.nan, x) for x in found)
         shift[place] = (mean[place] - base[0]) / base[1]
         if run is not None and bad_N.any():
-            some = posterior.select(np.flatnonzero(bad_N))
-            again, as_it_is = (_refitted(run, some, name, x) for x in (alpha, 1.0))  # alike: 1 is no shift
+            as_it_is = as_it_is or _refitted(run, posterior, name, 1.0)  # fitted alike: a power of 1 is no shift
+            again = _refitted(run, posterior.select(np.flatnonzero(bad_N)), name, alpha)
             mean[place][bad_N], sd[place][bad_N] = again
-            shift[place][bad_N] = (again[0] - as_it_is[0]) / as_it_is[1]
+            shift[place][bad_N] = (again[0] - as_it_is[0][bad_N]) / as_it_is[1][bad_N]
         refit[place] = bad_N
     axes, of = ("component", "alpha", "sequence"), posterior.stats["mean"]
     sizes = [of.sizes[axis] for axis in THOUGHTS]

@@ -56,9 +56,10 @@ def agreement(a: Posterior, b: Posterior, permutations: int = PERMUTATIONS, seed
         raise UsageError(f"The second posterior does not have document {missing[0]}: infer both from the same texts.")
     if len(names) < FEWEST:
         raise UsageError(f"An agreement needs at least {FEWEST} documents, got {len(names)}: infer from more texts.")
-    for name, n in zip(names, first_N, strict=True) if a.has(TEXT) and b.has(TEXT) else ():
-        if a.texts[n] != b.texts[index_of[name]]:
-            raise UsageError(f"Document {name} has other texts in the two posteriors: infer both from the same texts.")
+    if a.has(TEXT) and b.has(TEXT):
+        ours, theirs = a.texts, b.texts
+        if other := [name for name, n in zip(names, first_N, strict=True) if ours[n] != theirs[index_of[name]]]:
+            raise UsageError(f"Document {other[0]} has another text in each posterior: infer both from the same texts.")
     a_ND, b_ND = means(a)[first_N], means(b)[[index_of[name] for name in names]]
     random, count = np.random.default_rng(seed), len(names)
     fold_N = random.permutation(count) % FOLDS

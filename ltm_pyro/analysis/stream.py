@@ -161,10 +161,9 @@ def _kept(groups: Groups, keep: int | None) -> Groups:
     if keep is None:
         return groups
     whole = {name: groups.pop(name) for name in ("prior", "posterior_predictive") if name in groups}
-    if not keep:
-        whole.pop("prior", None)  # or ArviZ would take its draws for those of the posterior
     if keep:
         return {name: x.isel(draw=slice(keep), missing_dims="ignore") for name, x in groups.items()} | whole
+    whole.pop("prior", None)  # or ArviZ would take its draws for those of the posterior
     without = {name: x.drop_dims("draw", errors="ignore") for name, x in groups.items()}
     return {name: x for name, x in without.items() if x.data_vars} | whole
 

@@ -34,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
         args.picture = check_picture(args.picture, args.force, args.posteriors)
     from ltm_pyro.analysis import Posterior
     from ltm_pyro.analysis.model_comparison import rank
-    from ltm_pyro.inference.pareto import TRUSTED
 
     found = {name: Posterior.load(path) for path, name in names_of(args.posteriors).items()}
     ranking = rank(found, args.estimator)
@@ -46,9 +45,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(ranking.as_dict())
         return 0
     Console().print(_table(ranking), _verdict(ranking))
-    if bad := max(x.untrusted for x in ranking.candidates):
-        doubt = f"k-hat is above {TRUSTED} for {bad} of {ranking.documents} documents under one of them: their evidence"
-        Console().print(f"{doubt} may be too low, by more than the lead; `ltm posterior --temperatures 32` checks it.")
+    if ranking.doubt:
+        Console().print(f"{ranking.doubt}, by more than the lead; `ltm posterior --temperatures 32` checks it.")
     if len({x.attrs.get("weights", name) for name, x in found.items()}) < len(found):
         Console().print("Some of these are posteriors of one model: what differs between them is how q was fitted.")
     return 0

@@ -163,10 +163,10 @@ def check_out(path: Path, force: bool, option: str = "--out", others: Iterable[o
 
 def names_of(paths: Sequence[str], taken: Sequence[str] = ()) -> dict[str, str]:
     """A name for each of several files, which are not to be the same: its stem, or its path where stems are alike."""
-    if twice := next((path for path, count in Counter(map(str, paths)).items() if count > 1), None):
+    if twice := next((path for path, count in Counter(paths).items() if count > 1), None):
         raise UsageError(f"{twice} is given twice: leave one out.")
     stems = Counter([*(Path(path).stem for path in paths), *taken])
-    return {path: Path(path).stem if stems[Path(path).stem] == 1 else str(path) for path in paths}
+    return {path: Path(path).stem if stems[Path(path).stem] == 1 else path for path in paths}
 
 
 def summary(posterior: "Posterior") -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ltm_pyro.cli.arguments import add_trust
 from ltm_pyro.cli.posterior import check_out, names_of
+from ltm_pyro.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     statistics = load_statistics(args.statistics, args.trust) if args.statistics else {}
     posterior = Posterior.load(args.posterior)
-    posterior.group("posterior")  # refuses one without draws
+    if not posterior.has("posterior"):
+        raise UsageError(f"{args.posterior} has no draws, which a report needs: draw it again without --keep-draws 0.")
     inputs = ReportInputs(
         posterior=posterior,
         run=None if args.run is None else load_run(args.run, trust=args.trust),

@@ -142,3 +142,25 @@ def test_evidence(run, texts, ltm, refused, tmp_path):
     assert "No winner" in printed
     assert "at least two posteriors" in refused("evidence", tmp_path / "a.nc")
     assert "--force" in refused("evidence", tmp_path / "a.nc", tmp_path / "b.nc", "--picture", tmp_path / "p.png")
+
+
+def test_no_label_takes_the_column_of_another(run, ltm, tmp_path):
+    file, table = tmp_path / "texts.jsonl", tmp_path / "table.parquet"
+    rows = [{"text": f"the old model {n}", "mean": n, "label_mean": f"name {n}"} for n in range(2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    few = ("--longer", "cut", "--samples", 25, "--out", tmp_path / "p.nc", "--embeddings", table)
+    code, _, err = ltm("posterior", run, "--input", file, *few)
+    assert code == 0, err
+    columns = pyarrow.parquet.read_table(table)
+    assert columns["label_mean"].to_pylist() == ["name 0", "name 1"]
+    assert columns["label_label_mean"].to_pylist() == [0, 1]
+
+
+def test_a_store_without_draws_makes_no_report(run, texts, ltm, refused, tmp_path):
+    store = tmp_path / "store.zarr"
+    few = ("--limit", 2, "--longer", "cut", "--samples", 25, "--stream", "--keep-draws", 0)
+    code, _, err = ltm("posterior", run, "--input", texts, "--out", store, *few)
+    assert code == 0, err
+    assert "ltm report" not in err
+    assert "prior" not in Posterior.load(store).tree.children
+    assert "has no draws" in refused("report", store, "--out", tmp_path / "r.html")
